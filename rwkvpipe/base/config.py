@@ -1,0 +1,496 @@
+"""Every knob there is, as frozen pydantic models that forbid unknown keys.
+
+Defaults stand here and nowhere else. `check(model, value, where)` turns pydantic's report into one line
+that names the key and, for an unknown one, the nearest known one.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from rwkvpipe.base.errors import ConfigError
+from rwkvpipe.base.files import read_json
+
+M = TypeVar("M", bound=BaseModel)
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+Name = Annotated[str, Field(pattern=NAME)]
+
+
+def _number(value: Any) -> Any:
+    # YAML 1.1 reads 6e-4 as text, because it has no dot
+    if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value.strip()):
+        return float(value)
+    return value
+
+
+Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+Whole = Annotated[int, Field(ge=0, strict=True)]
+
+
+class Strict(BaseModel):
+    """Base of all settings: frozen, no unknown keys, documented by their attribute docstrings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RwkvConfig(Strict):
+    """The sizes of an RWKV language model."""
+
+    family: Literal["rwkv7"] = "rwkv7"
+    """Architecture."""
+    n_layer: Count = 12
+    """Layers (2 at least to start from nothing: initial values divide by n_layer - 1)."""
+    n_embd: Count = 768
+    """Width; a multiple of head_size."""
+    head_size: Count = 64
+    """Width of a head."""
+    vocab_size: Count | None = None
+    """Rows of the embedding; left out, the tokenizer's size."""
+    dim_ffn: Count | None = None
+    """Width of the channel mix; left out, 4 n_embd."""
+    d_decay: Count | None = None
+    """Rank of the decay's low-rank matrices; left out, RWKV-LM's rule (so for the next three)."""
+    d_aaa: Count | None = None
+    """Rank of the in-context learning rate's."""
+    d_mv: Count | None = None
+    """Rank of the value residual's."""
+    d_gate: Count | None = None
+    """Rank of the gate's."""
+
+    @model_validator(mode="after")
+    def _heads(self):
+        if self.n_embd % self.head_size:
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of head_size {self.head_size}")
+        return self
+
+
+class TrainConfig(Strict):
+    """How weights are moved."""
+
+    steps: Count
+    """Optimizer steps."""
+    ctx_len: Count = 512
+    """Tokens a row; for grpo, the longest prompt plus completion."""
+    batch: Count = 16
+    """Rows a step over all devices; for grpo, prompts a step."""
+    lr: Positive = 6e-4
+    """Highest learning rate."""
+    lr_final: NotNegative | None = None
+    """Rate at the end; left out, a tenth of lr."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """How the rate falls: wsd stays at lr, then falls linearly over the last `decay` of the steps."""
+    warmup: Whole = 10
+    """Steps over which the rate rises to lr."""
+    decay: Share = 0.2
+    """Share of the steps in which wsd falls."""
+    weight_decay: NotNegative = 0.001
+    """Decoupled decay of the `.weight` matrices."""
+    betas: tuple[Share, Share] = (0.9, 0.99)
+    """Adam's moments."""
+    eps: Positive = 1e-18
+    """Adam's epsilon."""
+    clip: Positive = 1.0
+    """Largest global norm of the gradient."""
+    l2_wrap: NotNegative = 1e-4
+    """Pull on the largest logit (RWKV's L2Wrap); 0 is none."""
+    order: Literal["magic", "shuffled", "sequential"] = "shuffled"
+    """How rows are drawn: RWKV-LM's magic prime, shuffled epochs, or as they stand."""
+    seed: Whole | None = None
+    """Order, dropout and sampling; left out, the run's seed."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the matrix products; weights, state and loss stay fp32."""
+    log_every: Count = 10
+    """Steps between lines of metrics.jsonl."""
+    valid_every: Whole = 0
+    """Steps between measurements of the held-out loss; 0: only at the end."""
+
+
+class LoraConfig(Strict):
+    """Low-rank adapters beside frozen matrices."""
+
+    rank: Count = 64
+    """Inner size."""
+    alpha: Positive | None = None
+    """The adapter is scaled by alpha / rank; left out, twice the rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the adapter's inputs set to zero while training."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead."""
+    targets: tuple[str, ...] = (
+        "att.receptance",
+        "att.key",
+        "att.value",
+        "att.output",
+        "ffn.key",
+        "ffn.value",
+    )
+    """Matrices that get an adapter, by the last parts of their path."""
+    full: tuple[str, ...] = ()
+    """Tensors trained whole beside them, by the last parts of their path (`ln1`, `att.ln_x`, `att.w0`)."""
+
+
+class SamplingConfig(Strict):
+    """How the next token is chosen."""
+
+    temperature: NotNegative = 1.0
+    """0 is the likeliest token."""
+    top_k: Whole = 0
+    """Only the k likeliest; 0 is all."""
+    top_p: Share = 1.0
+    """Only the likeliest that together reach this probability."""
+    repetition_penalty: Positive = 1.0
+    """Divides (multiplies, if negative) the logits of tokens already seen."""
+    presence: Real = 0.0
+    """Taken from the logits of tokens already generated."""
+    frequency: Real = 0.0
+    """Taken from them once for each time."""
+    order: Literal["hf", "rwkv"] = "hf"
+    """Whether temperature comes before the cuts (hf) or after them (rwkv)."""
+    bias: dict[int, Real] = {}
+    """Added to the logits of these ids."""
+    ban: tuple[int, ...] = ()
+    """Ids that never come."""
+    max_tokens: Count = 64
+    """Longest completion."""
+    stop: tuple[str, ...] = ("\n\n",)
+    """Texts that end a completion; they do not belong to it."""
+    seed: Whole = 0
+    """Each sample draws from a stream of its own, made of this, the prompt's number and the sample's."""
+
+
+class RolloutConfig(Strict):
+    """GRPO: what is sampled and how it is judged."""
+
+    samples: Annotated[int, Field(ge=2, strict=True)] = 8
+    """Completions a prompt (a group)."""
+    reward: Name = "answer"
+    """The task that grades completions."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How they are sampled."""
+    loss: Literal["grpo", "bnpo", "dapo", "dr_grpo"] = "dapo"
+    """Normaliser of the policy loss."""
+    level: Literal["token", "sequence"] = "token"
+    """Importance ratios by token or by completion."""
+    epsilon: Positive = 0.2
+    """Lower clip of the ratio."""
+    epsilon_high: Positive | None = None
+    """Upper clip; left out, epsilon."""
+    delta: Positive | None = None
+    """Upper bound of the ratio where the advantage is negative."""
+    beta: NotNegative = 0.0
+    """Weight of the divergence from the starting model."""
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    """Its estimator."""
+    scale: Literal["group", "batch", "none"] = "group"
+    """What rewards are divided by."""
+    iterations: Count = 1
+    """Optimizer steps on the same completions."""
+    mask_truncated: bool = False
+    """Leave completions that did not end out of the loss."""
+
+
+class BenchmarkConfig(Strict):
+    """Questions and how their answers are graded."""
+
+    task: Literal["answer", "choice", "bits"]
+    """answer: generated and compared; choice: the likeliest option; bits: bits per byte of a text."""
+    path: str | None = None
+    """A JSONL file (for bits: a text file), or a URL."""
+    synthetic: str | None = None
+    """Or the name of a made corpus."""
+    columns: dict[str, str] = {}
+    """Our name to the file's: question, answer, options."""
+    limit: Count | None = None
+    """Only so many questions."""
+    prompt: str = "User: {question}\n\nAssistant:"
+    """What the model reads."""
+    sampling: SamplingConfig = SamplingConfig(temperature=0.0)
+    """For answer: how it answers."""
+    ctx_len: Count = 1024
+    """For bits: a document is read in windows of so many tokens, the state carried along."""
+
+    @model_validator(mode="after")
+    def _source(self):
+        if (self.path is None) == (self.synthetic is None):
+            raise ValueError("give one of path and synthetic")
+        if self.task != "bits" and "{question}" not in self.prompt:
+            raise ValueError("prompt must hold {question}")
+        return self
+
+
+class WeightsConfig(Strict):
+    """Weights that somebody has trained."""
+
+    path: str
+    """A checkpoint, or a URL."""
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    """What its digest must be."""
+    tokenizer: Name
+    """Its vocabulary."""
+    bench: tuple[Name, ...] = ()
+    """Benchmarks to measure it by."""
+    samples: "SamplesConfig | None" = None
+    """Text to sample from it."""
+
+
+class TokenizerConfig(Strict):
+    """A vocabulary."""
+
+    kind: Literal["bytes", "integer", "trie"]
+    """Single bytes; whole numbers; longest match in a vocabulary."""
+    offset: Annotated[int, Field(ge=0, le=1, strict=True)] = 1
+    """bytes: id of byte 0. With 1, id 0 ends a document; with 0 nothing does."""
+    size: Count | None = None
+    """integer: numbers run from 0 to size - 1 (id = number + 1, id 0 ends a document)."""
+    path: str | None = None
+    """trie: a vocabulary file in RWKV-LM's format, or a URL."""
+    corpora: tuple[Name, ...] = ()
+    """trie: or the corpora whose characters become the vocabulary."""
+
+    @model_validator(mode="after")
+    def _fields(self):
+        if self.kind == "integer" and self.size is None:
+            raise ValueError("kind integer needs size: how many different numbers there are")
+        if self.kind != "integer" and self.size is not None:
+            raise ValueError(f"size belongs to kind integer, this is {self.kind}")
+        if self.kind == "trie" and (self.path is None) == (not self.corpora):
+            raise ValueError("kind trie needs one of path and corpora")
+        if self.kind != "trie" and (self.path or self.corpora):
+            raise ValueError(f"path and corpora belong to kind trie, this is {self.kind}")
+        if self.kind != "bytes" and "offset" in self.model_fields_set:
+            raise ValueError(f"offset belongs to kind bytes, this is {self.kind}")
+        return self
+
+
+class CorpusConfig(Strict):
+    """Documents, and how they become tokens."""
+
+    path: str | None = None
+    """A file (JSONL, text, numpy), or a URL."""
+    synthetic: str | None = None
+    """Or the name of a made corpus."""
+    count: Count | None = None
+    """synthetic: how many documents."""
+    seed: Whole | None = None
+    """synthetic: left out, the run's seed."""
+    tokenizer: Name | None = None
+    """Its vocabulary; only a corpus of questions goes without."""
+    format: Literal["text", "chat", "question", "array"] = "text"
+    """text: documents; chat: turns, only the assistant's are learned; question: prompts with answers, for grpo;
+    array: whole numbers from a .npy file, one row a document."""
+    field: str = "text"
+    """text: the JSONL column that holds the document."""
+    columns: dict[str, str] = {}
+    """chat, question: our name to the file's."""
+    cut: Count | None = None
+    """array: a one-dimensional array is cut into documents of this length."""
+    valid: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the documents held out for the validation loss (chosen by each document's digest)."""
+    valid_path: str | None = None
+    """Or a file of its own for it."""
+
+    @model_validator(mode="after")
+    def _source(self):
+        if (self.path is None) == (self.synthetic is None):
+            raise ValueError("give one of path and synthetic")
+        if (self.synthetic is None) != (self.count is None):
+            raise ValueError("count belongs to synthetic, and synthetic needs it")
+        if self.synthetic is None and self.seed is not None:
+            raise ValueError("seed belongs to synthetic")
+        if (self.format == "question") != (self.tokenizer is None):
+            raise ValueError("every format but question needs a tokenizer, and question takes none")
+        if self.cut is not None and self.format != "array":
+            raise ValueError("cut belongs to format array")
+        if "field" in self.model_fields_set and self.format != "text":
+            raise ValueError("field belongs to format text")
+        if self.columns and self.format not in ("chat", "question"):
+            raise ValueError("columns belongs to formats chat and question")
+        if self.valid and self.valid_path:
+            raise ValueError("give one of valid and valid_path")
+        if self.format == "question" and (self.valid or self.valid_path):
+            raise ValueError("a corpus of questions has no validation part; make a benchmark of it")
+        return self
+
+
+class SamplesConfig(Strict):
+    """Texts that the model goes on with, for the report."""
+
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)]
+    """What it reads, as it stands."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How it goes on."""
+
+
+class StageConfig(Strict):
+    """One step from weights to better weights."""
+
+    name: Name
+    """Names its folder in results/<run>/."""
+    kind: Literal["pretrain", "sft", "grpo"]
+    """What is done."""
+    data: Name
+    """The corpus it learns from."""
+    start: Name | None = None
+    """The stage or the entry of `weights` it starts from."""
+    model: RwkvConfig | None = None
+    """Or the sizes of a new model."""
+    lora: LoraConfig | None = None
+    """Train an adapter instead of the weights."""
+    rollout: RolloutConfig | None = None
+    """grpo only."""
+    prompt: str | None = None
+    """grpo only: what the model reads; holds {question}."""
+    train: TrainConfig
+    """How."""
+    bench: tuple[Name, ...] = ()
+    """Benchmarks to measure the result by."""
+    samples: SamplesConfig | None = None
+    """Text to sample from the result."""
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if (self.start is None) == (self.model is None):
+            raise ValueError("give one of start (go on from weights) and model (start from nothing)")
+        if self.kind != "grpo" and (self.rollout or self.prompt):
+            raise ValueError(f"rollout and prompt belong to kind grpo, this is {self.kind}")
+        if self.kind == "grpo" and self.model is not None:
+            raise ValueError("grpo improves a model that can already answer: give start, not model")
+        if self.lora and self.model is not None:
+            raise ValueError("lora needs trained weights beneath it: give start, not model")
+        if self.prompt is not None and "{question}" not in self.prompt:
+            raise ValueError("prompt must hold {question}")
+        return self
+
+
+class CheckpointConfig(Strict):
+    """Resume points of running stages. They never decide a result."""
+
+    every: Count = 100
+    """Steps between them."""
+
+
+class PipelineConfig(Strict):
+    """One run: what `config.yaml` holds."""
+
+    run: Name
+    """Names its folder in results/."""
+    seed: Whole = 42
+    """Of everything that is drawn by lot."""
+    code_tracking: Literal["ast", "off"] = "ast"
+    """Whether an edit of a step's code makes its results stale."""
+    weights: dict[Name, WeightsConfig] = {}
+    """Trained weights to start from or to measure."""
+    tokenizers: dict[Name, TokenizerConfig] = {}
+    """Vocabularies."""
+    corpora: dict[Name, CorpusConfig] = {}
+    """Training data."""
+    benchmarks: dict[Name, BenchmarkConfig] = {}
+    """Questions."""
+    stages: tuple[StageConfig, ...] = ()
+    """What is done, in order."""
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    """Resume points."""
+
+
+def _known(model: type[BaseModel], path: tuple) -> list[str]:
+    """The keys that would have been known at a place inside a model."""
+    schema = model.model_json_schema()
+    node = schema
+    for part in path:
+        while "$ref" in node or "anyOf" in node:
+            options = [node] if "$ref" in node else node["anyOf"]
+            refs = [o["$ref"].rsplit("/", 1)[-1] for o in options if "$ref" in o]
+            node = schema["$defs"][refs[0]] if refs else options[0]
+        if isinstance(part, int):
+            node = node.get("items", {})
+        else:
+            node = node.get("properties", {}).get(part) or node.get("additionalProperties") or {}
+            node = node if isinstance(node, dict) else {}
+    while "$ref" in node or "anyOf" in node:
+        options = [node] if "$ref" in node else node["anyOf"]
+        refs = [o["$ref"].rsplit("/", 1)[-1] for o in options if "$ref" in o]
+        node = schema["$defs"][refs[0]] if refs else {}
+    return list(node.get("properties", {}))
+
+
+def _line(model: type[BaseModel], value: Any, problem: dict) -> str:
+    """One pydantic problem as `key: what is wrong`."""
+    parts = [str(p) for p in problem["loc"]]
+    if len(problem["loc"]) > 1 and problem["loc"][0] == "stages" and isinstance(problem["loc"][1], int):
+        try:  # name the stage rather than count it
+            parts[1] = str(value["stages"][problem["loc"][1]]["name"])
+        except (KeyError, TypeError, IndexError):
+            pass
+    key = ".".join(parts)
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(parts[-1], known := _known(model, problem["loc"][:-1]), n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+        return f"{key}: no such key; {hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = problem.get("input")
+    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) or given is None else ""
+    return f"{key}: {message}{shown}" if key else message
+
+
+def check(model: type[M], value: Any, where: str | Path) -> M:
+    """Validate a plain value. Raises ConfigError in one line: file, key, problem; nothing is filled by guess."""
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: a mapping of keys is needed, this is {type(value).__name__}")
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ConfigError(f"{where}: {_line(model, value, problems[0])}{more}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if isinstance(key, str) and key in seen:
+                mark = key_node.start_mark
+                raise ConfigError(f"{mark.name}:{mark.line + 1}: the key {key} stands twice; remove one")
+            if isinstance(key, str):
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str | Path) -> Any:
+    """Read a YAML file. Raises ConfigError naming the line of broken YAML or of a doubled key."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return yaml.load(file, _Loader)  # noqa: S506 - a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{path}:{line}: not YAML: {error.problem}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
+
+
+class Settings(Strict):
+    """What one training stage is asked to do: settings.json. Nothing about later steps or hardware."""
+
+    kind: Literal["pretrain", "sft", "grpo"]
+    seed: Whole
+    model: RwkvConfig | None = None
+    lora: LoraConfig | None = None
+    rollout: RolloutConfig | None = None
+    prompt: str | None = None
+    train: TrainConfig
+
+
+def read_settings(path: str | Path) -> Settings:
+    """Read a stage's settings.json. Raises ConfigError naming the key."""
+    return check(Settings, read_json(path), path)
