@@ -85,8 +85,9 @@ class TrainConfig(Strict):
     """Highest learning rate."""
     lr_final: NotNegative | None = None
     """Rate at the end; left out, a tenth of lr."""
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """How the rate falls: wsd stays at lr, then falls linearly over the last `decay` of the steps."""
+    schedule: Literal["cosine", "linear", "constant", "wsd", "rwkv"] = "cosine"
+    """How the rate falls: wsd stays at lr, then falls linearly over the last `decay` of the steps; rwkv is
+    RWKV-LM's cosine, counted from step 0 and warming up from a hundredth of lr."""
     warmup: Whole = 10
     """Steps over which the rate rises to lr."""
     decay: Share = 0.2

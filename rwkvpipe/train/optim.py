@@ -1,0 +1,140 @@
+"""How weights move: the learning rate of a step, the parameter groups, AdamW."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rwkvpipe.base.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class RwkvLmSchedule:
+    """RWKV-LM's own schedule, in its own terms (tokens and epochs)."""
+
+    lr_init: float
+    lr_final: float
+    warmup: int = 10
+    tokens: int = 8192
+    """Tokens an optimizer step: ctx_len times rows."""
+    exit_tokens: float = 0
+    """Training ends there; negative: the mean of the cosine and the exponential rate; 0: epochs decide."""
+    epoch_begin: int = 0
+    epoch_steps: int = 2520
+    epoch_count: int = 100
+    decay_begin: int = 0
+    """Epochs before the rate starts to fall (only without exit tokens)."""
+    weight_decay: float = 0.0
+    weight_decay_final: float = 0.0
+    """Above 0, weight decay moves there exponentially."""
+
+
+def _between(value: float) -> float:
+    return min(max(value, 0.0), 1.0)
+
+
+def _by_epochs(schedule: RwkvLmSchedule, done: int) -> tuple[float, float]:
+    """Progress in epochs, and the exponential (linear, where a rate is 0) rate there."""
+    begin = schedule.decay_begin * schedule.epoch_steps
+    span = (schedule.epoch_count - schedule.decay_begin) * schedule.epoch_steps - schedule.warmup
+    progress = _between((done - begin - schedule.warmup + 1) / span) if span > 0 else 1.0
+    first, last = schedule.lr_init, schedule.lr_final
+    if first == 0 or last == 0:
+        return progress, first + (last - first) * progress
+    return progress, math.exp(math.log(first) + (math.log(last) - math.log(first)) * progress)
+
+
+def rwkv_lm_lr(schedule: RwkvLmSchedule, step: int) -> tuple[float, float] | None:
+    """Learning rate and weight decay of RWKV-LM's trainer at a step of this process, counted from 0.
+
+    None means that training ends before this step. Warmup counts from the start of the process, progress
+    from the start of training, as there.
+    """
+    done = step + schedule.epoch_begin * schedule.epoch_steps
+    if schedule.exit_tokens != 0:
+        warm = schedule.warmup * schedule.tokens
+        span = abs(schedule.exit_tokens) - warm
+        progress = _between((done * schedule.tokens - warm) / span) if span > 0 else 1.0
+        if progress >= 1:
+            return None
+        share = schedule.lr_final / schedule.lr_init
+        rate = schedule.lr_init * ((0.5 + share / 2) + (0.5 - share / 2) * math.cos(math.pi * progress))
+        if schedule.exit_tokens < 0:
+            rate = (rate + _by_epochs(schedule, done)[1]) / 2
+    elif schedule.lr_init == schedule.lr_final or schedule.epoch_count == 0:
+        progress, rate = 0.0, schedule.lr_init
+    else:
+        progress, rate = _by_epochs(schedule, done)
+    if step < schedule.warmup:
+        rate *= 0.01 + 0.99 * step / schedule.warmup
+    decay = schedule.weight_decay
+    if schedule.weight_decay_final > 0:
+        decay *= (schedule.weight_decay_final / decay) ** progress
+    return rate, decay
+
+
+def lr_at(config: TrainConfig, step: int) -> float:
+    """Learning rate of the step after `step` finished ones; the first is above 0.
+
+    With n = step + 1: lr n / warmup while n <= warmup, then from lr to lr_final over the steps that are left.
+    Schedule `rwkv` is RWKV-LM's instead: counted from 0, warming up from a hundredth.
+    """
+    last = config.lr / 10 if config.lr_final is None else config.lr_final
+    if config.schedule == "rwkv":
+        # a run shorter than its warmup would end untrained there; here it only warms up
+        end = config.steps if config.steps > config.warmup else 2 * config.warmup + config.steps
+        found = rwkv_lm_lr(RwkvLmSchedule(config.lr, last, config.warmup, 1, end), step)
+        return last if found is None else found[0]
+    number = step + 1
+    if number <= config.warmup:
+        return config.lr * number / config.warmup
+    if config.schedule == "constant" or config.steps == 1:
+        return config.lr
+    begin = config.warmup
+    if config.schedule == "wsd":
+        begin = max(begin, config.steps - round(config.decay * config.steps))
+    fallen = _between((number - begin) / (config.steps - begin)) if config.steps > begin else 0.0
+    if config.schedule == "cosine":
+        return last + (config.lr - last) * (0.5 + 0.5 * math.cos(math.pi * fallen))
+    return last + (config.lr - last) * (1 - fallen)
+
+
+def _rule(name: str, tensor: torch.Tensor, weight_decay: float) -> tuple[float, float]:
+    """RWKV-LM's rule for RWKV-7: (scale of the learning rate, weight decay); the first that fits."""
+    if name.endswith("att.w0"):
+        return 2.0, 0.0
+    if name.endswith(".weight") and tensor.squeeze().dim() >= 2:
+        return 1.0, weight_decay
+    return 1.0, 0.0
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
+    """Trainable parameters by their rule: groups with `params`, `names`, `lr_scale` and `weight_decay`.
+
+    att.w0 moves at twice the rate; only `.weight` matrices decay; all else is plain. Frozen tensors are left out.
+    """
+    groups: dict[tuple[float, float], dict] = {}
+    for name, tensor in model.named_parameters():
+        if not tensor.requires_grad:
+            continue
+        scale, decay = _rule(name, tensor, config.weight_decay)
+        group = groups.setdefault(
+            (scale, decay), {"params": [], "names": [], "lr_scale": scale, "weight_decay": decay, "lr": config.lr * scale}
+        )
+        group["params"].append(tensor)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Adam with decoupled weight decay over the groups of the model."""
+    return torch.optim.AdamW(
+        parameter_groups(model, config), lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=True
+    )
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group its share of the step's learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]
