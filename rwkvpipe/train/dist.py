@@ -31,7 +31,7 @@ def start() -> Rank:
         raise ConfigError(f"RWKVPIPE_DEVICE: {wanted!r} is no device; it is cpu or cuda")
     usable = torch.cuda.is_available()
     if wanted == "cuda" and not usable:
-        raise ConfigError("RWKVPIPE_DEVICE: cuda was asked for, but torch sees no usable GPU; launch with 0 for the CPU")
+        raise ConfigError("RWKVPIPE_DEVICE: cuda was asked for, but torch sees no usable GPU; launch 0 is the CPU")
     if wanted == "cpu" or not usable:
         device, name = torch.device("cpu"), "cpu"
     else:

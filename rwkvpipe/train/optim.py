@@ -119,9 +119,8 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
         if not tensor.requires_grad:
             continue
         scale, decay = _rule(name, tensor, config.weight_decay)
-        group = groups.setdefault(
-            (scale, decay), {"params": [], "names": [], "lr_scale": scale, "weight_decay": decay, "lr": config.lr * scale}
-        )
+        fresh = {"params": [], "names": [], "lr_scale": scale, "weight_decay": decay, "lr": config.lr * scale}
+        group = groups.setdefault((scale, decay), fresh)
         group["params"].append(tensor)
         group["names"].append(name)
     return list(groups.values())

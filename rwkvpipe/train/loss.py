@@ -1,0 +1,101 @@
+"""The losses of language models: cross-entropy over chosen positions, with RWKV's L2Wrap."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rwkvpipe.base.config import TrainConfig
+from rwkvpipe.data.batches import Batch
+from rwkvpipe.weights.lora import row_dropout
+
+Losses = Callable[[nn.Module, Batch], Iterator[Tensor]]
+"""Cuts a batch into scalars, each ready for one backward and already weighted by its share of the step."""
+
+
+def arithmetic(precision: str, device: torch.device) -> AbstractContextManager:
+    """Context of a forward: bf16 rounds the inputs of matrix products, weights and loss stay fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device a model's weights are on."""
+    return next(model.parameters()).device
+
+
+def masked_cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor | None = None, *, total=None) -> Tensor:
+    """Sum of -log p(target) over the masked-in positions, divided by `total`: a scalar.
+
+    logits (B, T, V), targets (B, T) long, mask (B, T) of 0 and 1 or None for all. `total` is by default their
+    own number; with none of them the loss is 0, not NaN.
+    """
+    # masked-out positions may hold any target, padding included: ignore_index is the only value never read
+    chosen = targets if mask is None else targets.masked_fill(mask == 0, -100)
+    if total is None:
+        total = int((chosen >= 0).sum())
+    logits = logits.flatten(0, 1)  # (B T, V)
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(wide, chosen.flatten(), ignore_index=-100, reduction="sum") / max(total, 1)
+
+
+def l2_wrap(logits: Tensor, pull: float = 1e-4, *, total=None, mask: Tensor | None = None) -> Tensor:
+    """Zero, whose gradient draws the largest logit of each position towards 0: pull / total x that logit.
+
+    logits (B, T, V). It is the gradient of pull / 2 x the mean square of the largest logits (RWKV-LM's L2Wrap);
+    on ties the first index has it. Being a part of the loss it is multiplied by whatever the loss is.
+    """
+    top = logits.max(-1).values  # (B, T); max over a dimension gives its gradient to the first index only
+    if mask is not None:
+        top = top * mask
+    square = top.square().sum() * (pull / (2 * max(top.numel() if total is None else total, 1)))
+    return square - square.detach()
+
+
+def lm_losses(micro_batch: int, config: TrainConfig) -> Losses:
+    """Next-token loss, `micro_batch` rows at a time, whose sum does not depend on `micro_batch`.
+
+    The sum over the target tokens of the whole step is divided by their number. L2Wrap covers every position
+    that has a next token (targets >= 0), masked out of the loss or not.
+    """
+
+    def losses(model: nn.Module, batch: Batch) -> Iterator[Tensor]:
+        device = device_of(model)
+        real = batch.targets >= 0  # (B, T): below 0 is padding
+        count = int(real.sum() if batch.mask is None else ((batch.mask != 0) & real).sum())
+        for first in range(0, len(batch.ids), micro_batch):
+            part = slice(first, first + micro_batch)
+            width = int(real[part].any(0).sum())  # rows are padded on the right: what no row uses is not computed
+            if width == 0:
+                continue
+            targets = batch.targets[part, :width].to(device)
+            mask = None if batch.mask is None else batch.mask[part, :width].to(device)
+            with arithmetic(config.precision, device), row_dropout(model, first):
+                logits, _ = model(batch.ids[part, :width].to(device))
+            loss = masked_cross_entropy(logits, targets, mask, total=count)
+            if config.l2_wrap:
+                loss = loss + l2_wrap(logits, config.l2_wrap, total=int(real.sum()), mask=targets >= 0)
+            yield loss
+
+    return losses
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: Iterator[Batch], micro_batch: int, precision: str) -> float:
+    """Mean cross-entropy over the target tokens of all batches, in nats; the model's mode is left as it was."""
+    device, training = device_of(model), model.training
+    model.eval()
+    total, count = 0.0, 0
+    for batch in batches:
+        for first in range(0, len(batch.ids), micro_batch):
+            part = slice(first, first + micro_batch)
+            targets = batch.targets[part].to(device)
+            if batch.mask is not None:
+                targets = targets.masked_fill(batch.mask[part].to(device) == 0, -100)
+            with arithmetic(precision, device):
+                logits, _ = model(batch.ids[part].to(device))
+            total += float(masked_cross_entropy(logits, targets, total=1))
+            count += int((targets >= 0).sum())
+    model.train(training)
+    return total / max(count, 1)

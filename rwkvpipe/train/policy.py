@@ -1,0 +1,195 @@
+"""GRPO without input or output: advantages, log-probabilities, the clipped policy loss.
+
+Formulas as in TRL's GRPOTrainer (https://github.com/huggingface/trl), whose defaults these are.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from rwkvpipe.base.config import RolloutConfig
+from rwkvpipe.base.errors import ConfigError
+from rwkvpipe.train.loss import arithmetic, device_of
+
+
+def combine_rewards(rewards: Tensor | Sequence, weights: Sequence[float] | None = None) -> Tensor:
+    """Weighted sum (N,) of the rewards (N, F) that apply; NaN does not apply, and a row of NaN stays NaN."""
+    rewards = torch.as_tensor(rewards, dtype=torch.float64)
+    scale = torch.ones(rewards.shape[1]) if weights is None else torch.as_tensor(weights)
+    total = (rewards * scale.to(rewards)).nansum(1)
+    return total.masked_fill(rewards.isnan().all(1), torch.nan)
+
+
+def _deviation(values: Tensor, known: Tensor, dim: int) -> Tensor:
+    """Sample deviation over the known values; 0 where fewer than two are known."""
+    count = known.sum(dim, keepdim=True)
+    mean = values.sum(dim, keepdim=True) / count.clamp(min=1)
+    square = ((values - mean) * known).square().sum(dim, keepdim=True)
+    return (square / (count - 1).clamp(min=1)).sqrt()
+
+
+def advantages(rewards: Tensor | Sequence[float], group: int, scale: str = "group") -> Tensor:
+    """How much better each completion is than its group: (N,) fp64 from rewards (N,), groups of `group` in a row.
+
+    r minus the group's mean, divided by (deviation + 1e-4) of the group, of the batch, or by nothing (`none`).
+    A group whose rewards are all equal gets exactly 0. NaN rewards get 0 and count in no mean and no deviation.
+    """
+    rewards = torch.as_tensor(rewards, dtype=torch.float64).detach()
+    if group < 1 or len(rewards) % group:
+        raise ConfigError(f"rollout.samples: {len(rewards)} rewards do not make groups of {group}")
+    if scale not in ("group", "batch", "none"):
+        raise ConfigError(f"rollout.scale: {scale!r} is none of group, batch, none")
+    rows = rewards.view(-1, group)  # (groups, group)
+    known = ~rows.isnan()
+    values = torch.where(known, rows, 0.0)
+    mean = values.sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp(min=1)
+    highest = rows.masked_fill(~known, -torch.inf).amax(1, keepdim=True)
+    lowest = rows.masked_fill(~known, torch.inf).amin(1, keepdim=True)
+    centred = torch.where(known & (highest > lowest), rows - mean, 0.0)
+    if scale == "group":
+        centred = centred / (_deviation(values, known, 1) + 1e-4)
+    elif scale == "batch":
+        centred = centred / (_deviation(values.flatten(), known.flatten(), 0) + 1e-4)
+    return centred.flatten()
+
+
+def token_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax(logits / temperature) at `ids`: (..., T) fp32 from logits (..., T, V) of any dtype, ids (..., T)."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    if temperature != 1.0:
+        wide = wide / temperature
+    return wide.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - wide.logsumexp(-1)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Completions of one step, ready to learn from; a row is prompt plus completion, padded on the right.
+
+    ids (R, T) long; first (R,) position of each row's first completion token; mask (R, C) 1 where a completion
+    token counts; advantages (R,); old, reference (R, C) log-probabilities (reference None without divergence).
+    """
+
+    ids: Tensor
+    first: Tensor
+    mask: Tensor
+    advantages: Tensor
+    old: Tensor
+    reference: Tensor | None = None
+
+    def rows(self, part: slice) -> "Rollout":
+        """Some of the rows, cut to the longest of them."""
+        mask = self.mask[part]
+        used = max(int(mask.any(0).nonzero().max()) + 1 if mask.any() else 0, 1)
+        reference = None if self.reference is None else self.reference[part, :used]
+        width = int(self.first[part].max()) + used
+        return Rollout(
+            self.ids[part, :width],
+            self.first[part],
+            mask[:, :used],
+            self.advantages[part],
+            self.old[part, :used],
+            reference,
+        )
+
+    def to(self, device: torch.device) -> "Rollout":
+        """The same on another device."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if value is not None}
+        return replace(self, **moved)
+
+
+def completion_logprobs(model: nn.Module, rollout: Rollout, temperature: float, precision: str = "fp32") -> Tensor:
+    """Log-probabilities (R, C) of the completions' tokens, 0 where the mask is 0; padding enters no state used.
+
+    Row by row the result is that of the row alone: positions after a row's last token are never gathered.
+    """
+    with arithmetic(precision, rollout.ids.device):
+        features, _ = model.features(rollout.ids[:, :-1])  # (R, T - 1, D)
+        # token first + j is predicted at position first + j - 1
+        steps = torch.arange(rollout.mask.shape[1], device=rollout.ids.device)
+        places = (rollout.first[:, None] + steps - 1).clamp(max=features.shape[1] - 1)  # (R, C)
+        wanted = features.gather(1, places[..., None].expand(-1, -1, features.shape[-1]))  # (R, C, D)
+        logits = model.logits(wanted)
+    tokens = rollout.ids.gather(1, (places + 1).clamp(max=rollout.ids.shape[1] - 1))
+    found = token_logprobs(logits, tokens, temperature)
+    return torch.where(rollout.mask != 0, found, 0.0)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What the loss of some rows is divided by: numbers of the whole optimizer step, so that parts add up."""
+
+    rows: int
+    tokens: float
+    longest: int
+
+
+def _divergence(kind: str, apart: Tensor) -> Tensor:
+    """Estimate of the divergence at each token from apart = reference - new (log-probabilities)."""
+    if kind == "k1":
+        return -apart
+    if kind == "k2":
+        return apart.square() / 2
+    return apart.exp() - apart - 1
+
+
+def policy_loss(new: Tensor, rollout: Rollout, config: RolloutConfig, *, share: Share) -> tuple[Tensor, dict]:
+    """The clipped policy loss of some rows (a scalar), and sums over their tokens to report.
+
+    new (R, C) log-probabilities with gradient. With ratio = exp(new - old), a token costs
+    -min(c1 A, c2 A) + beta k: c1 = min(ratio, delta), c2 = ratio clamped to [1 - epsilon, 1 + epsilon_high].
+    `grpo` averages rows of token means; `bnpo` and `dapo` average tokens; `dr_grpo` divides by rows x longest.
+    """
+    mask = rollout.mask.to(new.dtype)
+    lengths = mask.sum(1)  # (R,)
+    # outside the mask values are arbitrary: make them 0 before any exponential sees them
+    shift = torch.where(mask != 0, new - rollout.old.to(new.dtype), 0.0)
+    if config.level == "sequence":
+        shift = (shift.sum(1) / lengths.clamp(min=1)).unsqueeze(1).expand_as(shift)
+    ratio = shift.exp()
+    low, high = 1 - config.epsilon, 1 + (config.epsilon if config.epsilon_high is None else config.epsilon_high)
+    gain = rollout.advantages.to(new.dtype).unsqueeze(1)  # (R, 1)
+    bounded = ratio if config.delta is None else ratio.clamp(max=config.delta)
+    cost = -torch.minimum(bounded * gain, ratio.clamp(low, high) * gain)
+    clipped = ((ratio < low) & (gain < 0)) | ((ratio > high) & (gain > 0))
+    measures = {"clipped": (clipped * mask).sum(), "tokens": mask.sum(), "kl": new.new_zeros(())}
+    if rollout.reference is not None:
+        apart = torch.where(mask != 0, rollout.reference.to(new.dtype) - new, 0.0)
+        divergence = _divergence(config.kl, apart)
+        cost = cost + config.beta * divergence
+        measures["kl"] = (divergence * mask).sum()
+    cost = cost * mask
+    if config.loss == "grpo":
+        total = (cost.sum(1) / lengths.clamp(min=1)).sum() / max(share.rows, 1)
+    elif config.loss == "dr_grpo":
+        total = cost.sum() / max(share.rows * share.longest, 1)
+    else:
+        total = cost.sum() / max(share.tokens, 1)
+    return total, {name: float(value.detach()) for name, value in measures.items()}
+
+
+def grpo_losses(
+    config: RolloutConfig, micro_batch: int = 8, *, precision: str = "fp32", report: Callable[[dict], None] | None = None
+) -> Callable[[nn.Module, Rollout], Iterator[Tensor]]:
+    """The policy loss of a `Rollout`, `micro_batch` rows at a time; the sum does not depend on `micro_batch`.
+
+    Since a step is the whole rollout, `bnpo` (the mean over a batch's tokens) equals `dapo` here.
+    `report` is told the token sums of each part.
+    """
+
+    def losses(model: nn.Module, rollout: Rollout) -> Iterator[Tensor]:
+        device = device_of(model)
+        share = Share(len(rollout.ids), float(rollout.mask.sum()), config.sampling.max_tokens)
+        for first in range(0, len(rollout.ids), micro_batch):
+            part = rollout.rows(slice(first, first + micro_batch))
+            if not part.mask.any():
+                continue
+            part = part.to(device)
+            new = completion_logprobs(model, part, config.sampling.temperature, precision)
+            loss, measures = policy_loss(new, part, config, share=share)
+            if report is not None:
+                report(measures)
+            yield loss
+
+    return losses

@@ -1,0 +1,158 @@
+"""Advantages, log-probabilities and the policy loss agree with independent numbers, and hold at their edges."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from rwkvpipe.base.config import RolloutConfig, SamplingConfig
+from rwkvpipe.base.errors import ConfigError
+from rwkvpipe.train.policy import Rollout, Share, advantages, combine_rewards, policy_loss, token_logprobs
+
+
+def load(path):
+    return np.load(path, allow_pickle=False)
+
+
+def tensor(array):
+    return torch.from_numpy(np.asarray(array))
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_advantages_are_those_of_trl(goldens, scale):
+    data = load(goldens / "tune/advantages.npz")
+    for case in {k.split("/")[0] for k in data.files}:
+        rewards = combine_rewards(data[f"{case}/rewards_per_func"], data[f"{case}/reward_weights"])
+        np.testing.assert_allclose(rewards, data[f"{case}/rewards"], atol=1e-12)
+        found = advantages(rewards, int(data[f"{case}/num_generations"]), scale)
+        np.testing.assert_allclose(found, data[f"{case}/trl_{scale}"], atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("value,count", [(0.3, 8), (0.1, 7), (0.1, 16), (2.2, 12), (100.1, 7), (0.0, 4)])
+def test_equal_rewards_give_exactly_zero(scale, value, count):
+    for dtype in (torch.float32, torch.float64):
+        rewards = torch.full((count,), value, dtype=dtype)
+        mixed = torch.cat([rewards, torch.linspace(0, 1, count, dtype=dtype)])
+        assert advantages(rewards, count, scale).abs().max() == 0
+        assert advantages(mixed, count, scale)[:count].abs().max() == 0
+        assert advantages(mixed, count, scale)[count:].abs().max() > 0
+
+
+def test_a_group_of_one_learns_nothing():
+    assert advantages([1.0, 0.0, 3.0], 1).tolist() == [0, 0, 0]
+
+
+def test_a_row_without_reward_is_left_out_of_its_group():
+    nan = float("nan")
+    found = advantages([1.0, 0.0, nan, nan, nan, nan], 3)
+    alone = advantages([1.0, 0.0], 2)
+    assert found.tolist() == [*alone.tolist(), 0, 0, 0, 0]
+    assert advantages([nan, nan], 2, "batch").tolist() == [0, 0]
+
+
+def test_rewards_that_do_not_fill_groups_are_refused():
+    with pytest.raises(ConfigError, match="5 rewards"):
+        advantages([1.0] * 5, 2)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.3])
+def test_logprobs_stay_fp32_on_bf16_logits(goldens, temperature):
+    data = load(goldens / "tune/logprobs_from_logits.npz")
+    logits = tensor(data["logits_bf16_bits"].view(np.int16)).view(torch.bfloat16)
+    found = token_logprobs(logits, tensor(data["index"]), temperature)
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found, data[f"logp_T{temperature}"], atol=2e-5)
+
+
+def rollout_of(data, dtype, part=slice(None)):
+    mask = tensor(data["mask"])[part]
+    rows, width = mask.shape
+    return Rollout(
+        torch.zeros(rows, width, dtype=torch.long),
+        torch.zeros(rows, dtype=torch.long),
+        mask,
+        tensor(data["advantages"])[part].to(dtype),
+        tensor(data["logp_old"])[part].to(dtype),
+        tensor(data["logp_ref"])[part].to(dtype),
+    )
+
+
+def config_of(combo, longest):
+    return RolloutConfig(
+        loss=combo["loss_type"],
+        level=combo.get("importance_sampling_level", "token"),
+        epsilon=combo["epsilon"],
+        epsilon_high=combo["epsilon_high"],
+        delta=combo.get("delta"),
+        beta=combo["beta"],
+        kl=combo.get("kl", "k3"),
+        sampling=SamplingConfig(max_tokens=int(longest)),
+    )
+
+
+@pytest.mark.parametrize("dtype,bound", [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+def test_the_policy_loss_and_its_gradient_are_those_of_trl(goldens, dtype, bound):
+    for path in sorted((goldens / "tune").glob("grpo_loss_*.npz")):
+        data = load(path)
+        relative = 1e-5 if "extreme" in path.name else 1e-6
+        rollout = rollout_of(data, dtype)
+        for index, combo in enumerate(json.loads(str(data["combos"]))):
+            new = tensor(data["logp_new"]).to(dtype).requires_grad_()
+            tokens = float(data["num_items"]) if combo["loss_type"] == "dapo" else float(rollout.mask.sum())
+            share = Share(len(new), tokens, int(data["max_completion_length"]))
+            loss, _ = policy_loss(new, rollout, config_of(combo, share.longest), share=share)
+            loss.backward()
+            np.testing.assert_allclose(loss.item(), data["losses"][index], atol=bound, rtol=relative, err_msg=str(combo))
+            np.testing.assert_allclose(new.grad, data["grads"][index], atol=bound, rtol=relative, err_msg=str(combo))
+
+
+@pytest.mark.parametrize("kind", ["grpo", "bnpo", "dapo", "dr_grpo"])
+def test_parts_of_a_step_add_up_as_in_trl(goldens, kind):
+    data = load(goldens / "tune/grpo_accumulation.npz")
+    combo = {"loss_type": kind, "epsilon": float(data["epsilon"]), "epsilon_high": float(data["epsilon_high"])}
+    config = config_of(combo | {"beta": float(data["beta"])}, data["max_completion_length"])
+    blocks = int(data["micro_batches"])
+    rows = len(data["mask"])
+    total, grads = 0.0, []
+    for first in range(0, rows, rows // blocks):
+        part = rollout_of(data, torch.float64, slice(first, first + rows // blocks))
+        new = tensor(data["logp_new"])[first : first + rows // blocks].requires_grad_()
+        # TRL's bnpo averages each block by its own tokens, then the blocks
+        tokens = float(part.mask.sum()) * blocks if kind == "bnpo" else float(data["num_items"])
+        loss, _ = policy_loss(new, part, config, share=Share(rows, tokens, int(data["max_completion_length"])))
+        loss.backward()
+        total += loss.item()
+        grads.append(new.grad)
+    np.testing.assert_allclose(total, data[f"loss_{kind}"], atol=1e-12)
+    np.testing.assert_allclose(torch.cat(grads), data[f"grad_{kind}"], atol=1e-12)
+
+
+def test_garbage_outside_the_mask_and_empty_completions_change_nothing():
+    old = torch.tensor([[-1.0, -2.0, 1e9], [-1.0, float("nan"), -1e9]])
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0]])
+    rollout = Rollout(
+        torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, dtype=torch.long), mask, torch.ones(2), old, old.clone()
+    )
+    for kind in ("grpo", "bnpo", "dapo", "dr_grpo"):
+        for level in ("token", "sequence"):
+            new = torch.full((2, 3), -1.5).requires_grad_()
+            config = RolloutConfig(loss=kind, level=level, beta=0.1)
+            loss, _ = policy_loss(new, rollout, config, share=Share(2, 2, 3))
+            loss.backward()
+            assert loss.isfinite()
+            assert new.grad.isfinite().all()
+            assert new.grad[mask == 0].abs().max() == 0
+
+
+def test_clipping_is_counted_on_the_side_it_binds():
+    old = torch.zeros(2, 1)
+    rollout = Rollout(
+        torch.zeros(2, 2, dtype=torch.long), torch.ones(2, dtype=torch.long), torch.ones(2, 1),
+        torch.tensor([1.0, -1.0]), old,
+    )  # fmt: skip
+    high, low = torch.tensor([[1.0], [1.0]]), torch.tensor([[-1.0], [-1.0]])
+    share = Share(2, 2, 1)
+    assert policy_loss(high, rollout, RolloutConfig(), share=share)[1]["clipped"] == 1
+    assert policy_loss(low, rollout, RolloutConfig(), share=share)[1]["clipped"] == 1
