@@ -170,7 +170,7 @@ def policy_loss(new: Tensor, rollout: Rollout, config: RolloutConfig, *, share: 
 
 
 def grpo_losses(
-    config: RolloutConfig, micro_batch: int = 8, *, precision: str = "fp32", report: Callable[[dict], None] | None = None
+    config: RolloutConfig, micro_batch: int, *, precision: str = "fp32", report: Callable[[dict], None] | None = None
 ) -> Callable[[nn.Module, Rollout], Iterator[Tensor]]:
     """The policy loss of a `Rollout`, `micro_batch` rows at a time; the sum does not depend on `micro_batch`.
 

@@ -104,8 +104,9 @@ def test_the_policy_loss_and_its_gradient_are_those_of_trl(goldens, dtype, bound
             share = Share(len(new), tokens, int(data["max_completion_length"]))
             loss, _ = policy_loss(new, rollout, config_of(combo, share.longest), share=share)
             loss.backward()
-            np.testing.assert_allclose(loss.item(), data["losses"][index], atol=bound, rtol=relative, err_msg=str(combo))
-            np.testing.assert_allclose(new.grad, data["grads"][index], atol=bound, rtol=relative, err_msg=str(combo))
+            near = {"atol": bound, "rtol": relative, "err_msg": str(combo)}
+            np.testing.assert_allclose(loss.item(), data["losses"][index], **near)
+            np.testing.assert_allclose(new.grad, data["grads"][index], **near)
 
 
 @pytest.mark.parametrize("kind", ["grpo", "bnpo", "dapo", "dr_grpo"])

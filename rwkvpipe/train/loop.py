@@ -1,0 +1,280 @@
+"""The training loop: the one place where gradients are computed and weights moved."""
+
+import json
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rwkvpipe.base.config import TrainConfig
+from rwkvpipe.base.errors import PipeError, Stopped
+from rwkvpipe.base.files import append_line, write_jsonl
+from rwkvpipe.train import checkpoint
+from rwkvpipe.train.optim import adamw, lr_at, set_rate
+
+log = logging.getLogger("rwkvpipe")
+
+SECONDS_BETWEEN_WORDS = 5.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a training keeps its resume points, what they are marked with, how often they are made, its seed."""
+
+    folder: Path
+    mark: str
+    save_every: int
+    seed: int
+
+
+def _count(batch: Any) -> int:
+    return int((batch.targets >= 0).sum())
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a kind of training adds to the loop: all optional."""
+
+    validate: Callable[[nn.Module], float] | None = None
+    """Held-out loss of the model as it is."""
+    measures: Callable[[], dict[str, float]] = dict
+    """Further numbers of the step just made."""
+    carry: Callable[[], dict[str, Tensor]] = dict
+    """Tensors that the batches need to go on from a resume point."""
+    tokens: Callable[[Any], int] = _count
+    """Tokens read in a batch."""
+
+
+class Log:
+    """Rows with a `step`, one JSON line each, that survive a kill: what lies past a resume point is cut off."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def add(self, row: dict) -> None:
+        """Append a row."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        append_line(self.path, row)
+
+    def rows(self) -> list[dict]:
+        """All rows; a last line that a kill has torn is none."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_bytes().split(b"\n")[:-1]  # what follows the last line end is torn or empty
+        return [json.loads(line) for line in lines]
+
+    def cut(self, step: int) -> None:
+        """Keep the rows up to and with `step`."""
+        if self.path.exists():
+            write_jsonl(self.path, [row for row in self.rows() if row["step"] <= step])
+
+
+@dataclass
+class Progress:
+    """What has been done: the step, and sums since the last line of metrics."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+    since: dict[str, float] = field(default_factory=lambda: {"steps": 0, "tokens": 0, "seconds": 0.0})
+
+    def add(self, values: dict[str, float], tokens: int, seconds: float) -> None:
+        """Count one more step."""
+        self.step += 1
+        self.tokens += tokens
+        self.seconds += seconds
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.since = {
+            "steps": self.since["steps"] + 1,
+            "tokens": self.since["tokens"] + tokens,
+            "seconds": self.since["seconds"] + seconds,
+        }
+
+    def row(self, rate: float) -> dict:
+        """A line of metrics: means since the last one, which are then forgotten."""
+        means = {name: value / self.since["steps"] for name, value in self.sums.items()}
+        speed = self.since["tokens"] / max(self.since["seconds"], 1e-9)
+        head = {"step": self.step, "tokens": self.tokens, "loss": means.pop("loss"), "lr": rate}
+        head |= {"grad_norm": means.pop("grad_norm"), "tokens_per_second": round(speed, 1)}
+        self.sums, self.since = {}, {"steps": 0, "tokens": 0, "seconds": 0.0}
+        return head | {"seconds": round(self.seconds, 3)} | means
+
+
+@contextmanager
+def _held() -> Iterator[None]:
+    """Stop signals wait until the end of the block: weights are never caught between two steps."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, lambda got, frame: came.append(got))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        if came:
+            signal.raise_signal(came[0])
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of what is drawn by lot in one step: a function of the run's seed and the step, nothing else."""
+    return (seed * 1_000_003 + step) % 2**63
+
+
+def _pack(model: nn.Module, optimizer: torch.optim.Optimizer, carried: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Everything a resume point holds, under flat names: trained weights, Adam's moments, what the batches carry."""
+    tensors = {f"carry/{name}": value for name, value in carried.items()}
+    for name, value in model.named_parameters():
+        if value.requires_grad:
+            tensors[f"weight/{name}"] = value
+            for kind, moment in optimizer.state.get(value, {}).items():
+                tensors[f"adam/{name}/{kind}"] = moment
+    return tensors
+
+
+def _unpack(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put weights and moments back; returns what the batches carried."""
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if value.requires_grad:
+                value.copy_(tensors[f"weight/{name}"])
+                head = f"adam/{name}/"
+                found = {k.removeprefix(head): v.to(value.device) for k, v in tensors.items() if k.startswith(head)}
+                if found:
+                    optimizer.state[value] = found
+    return {name.removeprefix("carry/"): value for name, value in tensors.items() if name.startswith("carry/")}
+
+
+def _gradient(model: nn.Module, losses: Iterator[Tensor], clip: float) -> tuple[float, float]:
+    """Gradients of one step, clipped: (loss, norm before the clip). Raises PipeError where a number is not finite."""
+    model.zero_grad(set_to_none=True)
+    total: Tensor | float = 0.0
+    for part in losses:
+        if part.requires_grad:
+            part.backward()
+        total = total + part.detach()
+    trained = [value for value in model.parameters() if value.requires_grad]
+    norm = float(torch.nn.utils.clip_grad_norm_(trained, clip))
+    loss = float(total)
+    for name, value in (("loss", loss), ("norm of the gradient", norm)):
+        if not math.isfinite(value):
+            raise PipeError(f"the {name} is {value}; no weight was moved. Lower train.lr, or look at the step's data")
+    return loss, norm
+
+
+def _say(progress: Progress, row: dict, config: TrainConfig, spent: float, first: int) -> None:
+    """One line for people: where training stands and how long it will take."""
+    left = spent / max(progress.step - first, 1) * (config.steps - progress.step)
+    extra = "".join(f"  {name} {row[name]:.4f}" for name in ("valid_loss", "reward") if name in row)
+    log.info(
+        "step %d/%d  loss %.4f%s  lr %.2e  %s tokens/s  %d:%02d left",
+        progress.step, config.steps, row["loss"], extra, row["lr"],
+        f"{row['tokens_per_second']:,.0f}", left // 60, left % 60,
+    )  # fmt: skip
+
+
+class _Training:
+    """One run of the loop: model, optimizer, progress and their resume points."""
+
+    def __init__(self, model: nn.Module, config: TrainConfig, run: Run, hooks: Hooks):
+        self.model, self.config, self.run, self.hooks = model, config, run, hooks
+        self.optimizer = adamw(model, config)
+        self.progress = Progress()
+        self.log = Log(run.folder / "log.jsonl")
+        self.saved = 0
+
+    def resume(self) -> dict[str, Tensor]:
+        """Go back to the newest resume point, if there is one; returns what the batches carried."""
+        found = checkpoint.latest(self.run.folder, self.run.mark)
+        carried: dict[str, Tensor] = {}
+        if found is not None:
+            carried = _unpack(self.model, self.optimizer, found.tensors)
+            self.progress = Progress(**found.notes)
+            self.saved = found.step
+            log.info("going on after step %d of %d", found.step, self.config.steps)
+        self.log.cut(self.progress.step)
+        return carried
+
+    def save(self) -> None:
+        """Write a resume point at the present step."""
+        if self.saved == self.progress.step:
+            return
+        tensors = _pack(self.model, self.optimizer, self.hooks.carry())
+        checkpoint.save(self.run.folder, self.progress.step, tensors, self.run.mark, notes=vars(self.progress))
+        checkpoint.prune(self.run.folder)
+        self.saved = self.progress.step
+
+    def advance(self, batch: Any, losses: Callable) -> None:
+        """Make one step."""
+        begin, step = time.monotonic(), self.progress.step
+        set_rate(self.optimizer, lr_at(self.config, step))
+        torch.manual_seed(step_seed(self.run.seed, step))
+        try:
+            loss, norm = _gradient(self.model, losses(self.model, batch), self.config.clip)
+        except PipeError as error:
+            raise type(error)(f"step {step + 1}: {error}") from None
+        with _held():
+            self.optimizer.step()
+            values = {"loss": loss, "grad_norm": norm} | self.hooks.measures()
+            self.progress.add(values, self.hooks.tokens(batch), time.monotonic() - begin)
+
+    def line(self) -> dict | None:
+        """Write a line of metrics if one is due at the present step and not yet written; returns it."""
+        number, config = self.progress.step, self.config
+        last = number == config.steps
+        valid = self.hooks.validate and (last or (config.valid_every and number % config.valid_every == 0))
+        due = valid or last or number == 1 or number % config.log_every == 0
+        if not due or not self.progress.sums:
+            return None
+        held_out = {"valid_loss": self.hooks.validate(self.model)} if valid else {}
+        with _held():
+            row = self.progress.row(lr_at(config, number - 1)) | held_out
+            self.log.add(row)
+        return row
+
+
+def fit(
+    model: nn.Module, batches: Callable, losses: Callable, *, config: TrainConfig, run: Run, hooks: Hooks | None = None
+) -> Log:
+    """Train for `config.steps` optimizer steps, from the newest resume point on, and return the log of metrics.
+
+    `batches(first_step, carried)` iterates from step `first_step` on, each drawn after the step before was made;
+    `losses(model, batch)` yields scalars for one backward each. Raises Stopped, the work kept, when the process is
+    told to stop, and PipeError, naming the step, before a loss or gradient that is not finite reaches the weights.
+    """
+    training = _Training(model, config, run, hooks or Hooks())
+    carried = training.resume()
+    model.train()
+    first, begin, said = training.progress.step, time.monotonic(), -math.inf
+    try:
+        training.line()  # told to stop after a step and before its line, a run still owes it
+        stream = batches(first, carried)
+        while training.progress.step < config.steps:
+            training.advance(next(stream), losses)
+            row = training.line()
+            now, done = time.monotonic(), training.progress.step
+            if row and (now - said > SECONDS_BETWEEN_WORDS or done == config.steps):
+                _say(training.progress, row, config, now - begin, first)
+                said = now
+            if done % run.save_every == 0 or done == config.steps:
+                training.save()
+    except KeyboardInterrupt:
+        training.save()
+        done = training.progress.step
+        raise Stopped(f"stopped after step {done} of {config.steps}; the same command goes on from there") from None
+    model.eval()
+    return training.log

@@ -1,0 +1,198 @@
+"""Adapters sit where they should, change only what they should, and merge to the same model."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rwkvpipe.base.config import LoraConfig
+from rwkvpipe.base.errors import ConfigError, WeightsError
+from rwkvpipe.weights.lora import (
+    LoraLinear,
+    adapter,
+    disabled,
+    folded,
+    inject,
+    load_adapter,
+    merged,
+    row_dropout,
+    scaling,
+)
+
+
+class Part(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.key = nn.Linear(8, 8, bias=False)
+        self.value = nn.Linear(8, 8, bias=False)
+        self.w0 = nn.Parameter(torch.zeros(8))
+
+    def forward(self, x):
+        return self.value(torch.tanh(self.key(x) + self.w0))
+
+
+class Toy(nn.Module):
+    """Paths like a model's: blocks.0.att.key, blocks.0.ffn.key and so on."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleDict({"att": Part(), "ffn": Part(), "ln1": nn.LayerNorm(8)})])
+        self.head = nn.Linear(8, 5, bias=False)
+
+    def forward(self, x):
+        block = self.blocks[0]
+        return self.head(block["ffn"](block["ln1"](block["att"](x))))
+
+
+@pytest.fixture
+def toy():
+    torch.manual_seed(0)
+    return Toy()
+
+
+def trained(model):
+    """Move every trainable tensor away from its start."""
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.requires_grad:
+                value.add_(torch.randn_like(value) * 0.3)
+
+
+def test_merging_is_exact_to_the_last_bit_that_counts(goldens):
+    data = np.load(goldens / "tune/lora_merge.npz", allow_pickle=False)
+    for case in sorted({k.split("/")[0] for k in data.files}):
+        part = {k.split("/")[1]: data[k] for k in data.files if k.startswith(f"{case}/")}
+        config = LoraConfig(rank=int(part["r"]), alpha=float(part["alpha"]), rslora=bool(part["use_rslora"]))
+        assert scaling(config) == pytest.approx(float(part["scaling"]), rel=1e-12)
+        pieces = {"m.lora_A": torch.from_numpy(part["A"]), "m.lora_B": torch.from_numpy(part["B"])}
+        base = torch.from_numpy(part["W_bf16_bits"].view(np.int16)).view(torch.bfloat16)
+        for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
+            found = merged({"m.weight": base.to(dtype)}, pieces, config)["m.weight"]
+            bits, wanted = found.view(torch.int16).numpy().astype(int), part[f"merged_{name}_bits"].view(np.int16)
+            assert np.abs(bits - wanted).max() <= 1
+            assert (bits == wanted).mean() >= 0.999
+        found = merged({"m.weight": base.float()}, pieces, config)["m.weight"]
+        np.testing.assert_allclose(found, part["merged_fp32"], atol=1e-6)
+        layer = nn.Linear(base.shape[1], base.shape[0], bias=False)
+        layer.weight.data = base.float()
+        wrapped = LoraLinear(layer, config, torch.Generator(), 0)
+        wrapped.lora_A.data, wrapped.lora_B.data = pieces["m.lora_A"], pieces["m.lora_B"]
+        x = torch.from_numpy(part["x"]).float()
+        np.testing.assert_allclose(wrapped(x).detach(), part["y_adapter"], atol=2e-5)
+        wrapped.active = False
+        np.testing.assert_allclose(wrapped(x).detach(), part["y_disabled"], atol=2e-5)
+
+
+def test_a_fresh_adapter_changes_nothing_and_its_start_is_bounded(toy):
+    x = torch.randn(3, 8)
+    before = toy(x)
+    inject(toy, LoraConfig(rank=2, targets=("att.key",)), seed=5)
+    assert torch.equal(toy(x), before)
+    layer = toy.blocks[0]["att"].key
+    assert layer.lora_B.abs().max() == 0
+    assert 0 < layer.lora_A.abs().max() <= 1 / math.sqrt(8)
+    other = Toy()
+    inject(other, LoraConfig(rank=2, targets=("att.key",)), seed=5)
+    assert torch.equal(other.blocks[0]["att"].key.lora_A, layer.lora_A)
+
+
+def test_only_adapters_and_full_tensors_are_trained(toy):
+    names = set(dict(toy.named_parameters()))
+    inject(toy, LoraConfig(rank=2, targets=("key",), full=("ln1", "att.w0")))
+    parts = {"blocks.0.att.key", "blocks.0.ffn.key"}
+    pairs = {f"{p}.lora_{x}" for p in parts for x in "AB"}
+    assert set(adapter(toy)) == pairs | {"blocks.0.ln1.weight", "blocks.0.ln1.bias", "blocks.0.att.w0"}
+    assert set(dict(toy.named_parameters())) == names | pairs
+
+
+@pytest.mark.parametrize("targets", [("ke",), ("att",), ("ffn",), ("w1",), ("key", "nothing")])
+def test_a_target_that_fits_nothing_is_refused_naming_the_known(toy, targets):
+    with pytest.raises(ConfigError, match="known: att.key, att.value, ffn.key, ffn.value, head"):
+        inject(toy, LoraConfig(rank=2, targets=targets))
+
+
+def test_a_full_tensor_must_exist_and_have_no_adapter(toy):
+    with pytest.raises(ConfigError, match="lora.full: ln9 fits no tensor"):
+        inject(toy, LoraConfig(rank=2, targets=("key",), full=("ln9",)))
+    with pytest.raises(ConfigError, match="has an adapter"):
+        inject(toy, LoraConfig(rank=2, targets=("key",), full=("att.key",)))
+
+
+@pytest.mark.parametrize("config", [LoraConfig(rank=1), LoraConfig(rank=4, rslora=True, alpha=3.0)])
+def test_the_merged_model_is_the_model_with_its_adapter(config):
+    config = config.model_copy(update={"targets": ("key", "att.value"), "full": ("ln1", "w0")})
+    model = Toy()
+    base = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    inject(model, config)
+    trained(model)
+    x = torch.randn(4, 8)
+    whole = merged(base, adapter(model), config)
+    assert whole.keys() == base.keys()
+    assert torch.equal(whole["head.weight"], base["head.weight"])
+    plain = Toy()
+    plain.load_state_dict(whole)
+    torch.testing.assert_close(plain(x), model(x), atol=1e-6, rtol=0)
+    with folded(model):
+        torch.testing.assert_close(model(x), plain(x), atol=1e-6, rtol=0)
+
+
+def test_what_is_disabled_or_folded_comes_back_whatever_happens(toy):
+    x = torch.randn(4, 8)
+    start = toy(x).detach()
+    inject(toy, LoraConfig(rank=2, targets=("key",), full=("ln1",)))
+    trained(toy)
+    toy.train()
+    after, kept = toy(x).detach(), {name: value.clone() for name, value in toy.state_dict().items()}
+    for context in (disabled, folded):
+        with pytest.raises(ZeroDivisionError), context(toy):
+            if context is disabled:
+                assert torch.equal(toy(x), start)
+            raise ZeroDivisionError
+        assert toy.training
+        assert torch.equal(toy(x), after)
+        assert all(torch.equal(value, kept[name]) for name, value in toy.state_dict().items())
+
+
+def test_an_adapter_of_another_model_is_refused(toy):
+    config = LoraConfig(rank=2, targets=("key",))
+    base = dict(toy.state_dict())
+    inject(toy, config)
+    tensors = adapter(toy)
+    name = "blocks.0.att.key"
+    for broken in (
+        {k: v for k, v in tensors.items() if k != f"{name}.lora_A"},
+        {k: v for k, v in tensors.items() if k != f"{name}.lora_B"},
+        tensors | {"blocks.7.att.key.lora_A": torch.ones(2, 8), "blocks.7.att.key.lora_B": torch.ones(8, 2)},
+        tensors | {f"{name}.lora_A": torch.ones(2, 9)},
+        tensors | {"blocks.0.att.zzz": torch.ones(3)},
+    ):
+        with pytest.raises(WeightsError):
+            merged(base, broken, config)
+        with pytest.raises(WeightsError):
+            load_adapter(toy, broken)
+
+
+def test_dropout_depends_on_the_row_and_the_step_and_not_on_the_micro_batch(toy):
+    inject(toy, LoraConfig(rank=2, targets=("key",), dropout=0.5))
+    trained(toy)
+    toy.train()
+    x = torch.randn(4, 3, 8)
+
+    def run(sizes):
+        torch.manual_seed(11)
+        parts, first = [], 0
+        for size in sizes:
+            with row_dropout(toy, first):
+                parts.append(toy(x[first : first + size]).detach())
+            first += size
+        return torch.cat(parts)
+
+    whole = run([4])
+    torch.testing.assert_close(run([1, 1, 2]), whole)
+    torch.manual_seed(12)
+    with row_dropout(toy, 0):
+        assert not torch.allclose(toy(x), whole)
+    toy.eval()
+    assert not torch.allclose(toy(x), whole)
