@@ -53,7 +53,7 @@ def _read_pth(path: Path, device: str) -> dict[str, Tensor]:
     return found
 
 
-def _file(path: str | Path) -> Path:
+def find(path: str | Path) -> Path:
     """The checkpoint itself: a file, or the one inside a folder."""
     path = Path(path)
     if path.is_dir():
@@ -162,19 +162,19 @@ def read(path: str | Path) -> tuple[RwkvConfig, dict[str, Tensor]]:
     Sizes come from the tensors' shapes, dtypes stay as stored. Raises WeightsError, naming file and tensor, for
     what is damaged, holds code, misses a tensor or has one too many.
     """
-    path = _file(path)
+    path = find(path)
     tensors, metadata = _raw(path)
     return _square(path, tensors, metadata)
 
 
 def describe(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Names, shapes and dtypes (tensors on device meta) and metadata of a file, its data unread where it can be."""
-    return _raw(_file(path), "meta")
+    return _raw(find(path), "meta")
 
 
 def sizes(path: str | Path) -> RwkvConfig:
     """Sizes of a checkpoint, without its data where that can be."""
-    path = _file(path)
+    path = find(path)
     return _square(path, *_raw(path, "meta"))[0]
 
 

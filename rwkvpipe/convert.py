@@ -1,0 +1,27 @@
+"""Turn a checkpoint of any naming into model.safetensors with its sizes in config.json.
+
+python -m rwkvpipe.convert RWKV-x070-World-0.1B.pth --out results/shared/weights/world/model.safetensors
+"""
+
+import argparse
+import logging
+
+from rwkvpipe.base.errors import run
+from rwkvpipe.weights import store
+
+log = logging.getLogger("rwkvpipe")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Convert one checkpoint; dtypes and bits of its tensors are kept."""
+    parser = argparse.ArgumentParser(prog="rwkvpipe.convert", description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", help="a .pth or .safetensors file, or a folder that holds one")
+    parser.add_argument("--out", required=True, help="model.safetensors")
+    given = parser.parse_args(argv)
+    config, tensors = store.read(given.checkpoint)
+    store.write(given.out, config, tensors)
+    log.info("%s: %s, %d layers, width %d", given.out, config.family, config.n_layer, config.n_embd)
+
+
+if __name__ == "__main__":
+    run(main)

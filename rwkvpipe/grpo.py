@@ -1,0 +1,57 @@
+"""Improve a model by its own graded answers (GRPO, arXiv 2402.03300).
+
+python -m rwkvpipe.launch 0 grpo settings.json --model chat/model.safetensors --tokenizer tokenizers/digits \
+    --data corpora/sums.jsonl --micro-batch 32 --save-every 20 --out reason/model.safetensors
+"""
+
+import argparse
+from pathlib import Path
+
+from rwkvpipe.base.errors import ConfigError, run
+from rwkvpipe.base.files import write_jsonl
+from rwkvpipe.tokenizer.load import load_tokenizer
+from rwkvpipe.train.loop import Hooks, fit
+from rwkvpipe.train.policy import Rollout, grpo_losses
+from rwkvpipe.train.rollout import Sampler, check_fits, read_questions
+from rwkvpipe.train.stage import finish, open_stage, run_of
+
+
+def _tokens(rollout: Rollout) -> int:
+    return int((rollout.first + rollout.mask.sum(1)).sum())
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Sample, grade, learn; writes the model or adapter, metrics.jsonl and rollouts.jsonl."""
+    parser = argparse.ArgumentParser(prog="rwkvpipe.grpo", description=__doc__.splitlines()[0])
+    parser.add_argument("settings", help="settings.json of the stage")
+    parser.add_argument("--model", required=True, help="the weights it starts from")
+    parser.add_argument("--tokenizer", required=True, help="their vocabulary: a folder, or `bytes`")
+    parser.add_argument("--data", type=Path, required=True, help="questions with answers, JSONL")
+    parser.add_argument("--micro-batch", type=int, default=8, help="rows at a time; decides memory, no result")
+    parser.add_argument("--save-every", type=int, default=100, help="steps between resume points")
+    parser.add_argument("--out", required=True, help="model.safetensors, or adapter.safetensors with lora")
+    given = parser.parse_args(argv)
+    if given.micro_batch < 1:
+        raise ConfigError(f"--micro-batch: {given.micro_batch} rows at a time; 1 is the least")
+    stage = open_stage(given.settings, given.model, given.out, kind="grpo")
+    tokenizer = load_tokenizer(given.tokenizer)
+    if tokenizer.size > stage.model.config.vocab_size:
+        raise ConfigError(
+            f"--tokenizer: {given.tokenizer} has {tokenizer.size} ids, the model {stage.model.config.vocab_size};"
+            " give the model's own"
+        )
+    questions = read_questions(given.data, stage.settings.prompt, tokenizer, check_fits(stage))
+    sampler = Sampler(stage, questions, tokenizer, given.micro_batch)
+    settings = stage.settings
+    losses = grpo_losses(
+        settings.rollout, given.micro_batch, precision=settings.train.precision, report=sampler.parts.append
+    )
+    hooks = Hooks(measures=sampler.measures, carry=sampler.carry, tokens=_tokens)
+    where = run_of(stage, [given.data], given.save_every)
+    metrics = fit(stage.model, sampler.batches, losses, config=settings.train, run=where, hooks=hooks)
+    write_jsonl(stage.out.parent / "rollouts.jsonl", sampler.log.rows())
+    finish(stage, metrics)
+
+
+if __name__ == "__main__":
+    run(main)

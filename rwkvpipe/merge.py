@@ -1,0 +1,33 @@
+"""Put an adapter into the weights it was trained beside.
+
+python -m rwkvpipe.merge --model base/model.safetensors --adapter chat/adapter.safetensors --out chat/model.safetensors
+"""
+
+import argparse
+import logging
+
+from rwkvpipe.base.errors import WeightsError, run
+from rwkvpipe.base.files import digest
+from rwkvpipe.train.stage import read_adapter
+from rwkvpipe.weights import lora, store
+
+log = logging.getLogger("rwkvpipe")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Merge: W + s B A in fp64, rounded once to the dtype of W; tensors without adapter stay as they are."""
+    parser = argparse.ArgumentParser(prog="rwkvpipe.merge", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="the weights that training started from")
+    parser.add_argument("--adapter", required=True, help="adapter.safetensors")
+    parser.add_argument("--out", required=True, help="model.safetensors")
+    given = parser.parse_args(argv)
+    adapter, settings, base = read_adapter(given.adapter)
+    config, tensors = store.read(given.model)
+    if base and base != digest(store.find(given.model)):
+        raise WeightsError(f"{given.adapter}: was trained beside other weights than {given.model}; give those")
+    store.write(given.out, config, lora.merged(tensors, adapter, settings))
+    log.info("%s: %d tensors of the adapter merged", given.out, len(adapter))
+
+
+if __name__ == "__main__":
+    run(main)

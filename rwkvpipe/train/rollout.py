@@ -1,0 +1,210 @@
+"""What GRPO learns from: completions sampled with the current policy, graded, with their log-probabilities."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rwkvpipe.base.config import BenchmarkConfig, TrainConfig
+from rwkvpipe.base.errors import ConfigError, DataError
+from rwkvpipe.base.files import read_jsonl
+from rwkvpipe.infer.engine import Completion, Engine
+from rwkvpipe.tasks.registry import reward
+from rwkvpipe.tokenizer.load import Tokenizer
+from rwkvpipe.train.loop import Log, step_seed
+from rwkvpipe.train.policy import Rollout, advantages, completion_logprobs
+from rwkvpipe.train.stage import Stage
+from rwkvpipe.weights import lora
+
+KEPT = 4  # samples of a step that go to rollouts.jsonl
+FACTS = ("completion_length", "equal_groups", "reward", "reward_std", "sampler_gap", "truncated")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row of the question file, the text that the model reads, and its ids."""
+
+    row: dict
+    prompt: str
+    ids: list[int]
+
+
+def read_questions(path: Path, template: str | None, tokenizer: Tokenizer, longest: int) -> list[Question]:
+    """Questions as prompts of at most `longest` tokens. Raises DataError naming the line of one that does not do."""
+    template = BenchmarkConfig.model_fields["prompt"].default if template is None else template
+    found = []
+    for number, row in enumerate(read_jsonl(path), 1):
+        if not isinstance(row.get("question"), str):
+            raise DataError(f"{path}:{number}: no text under `question`")
+        prompt = template.replace("{question}", row["question"])
+        ids = tokenizer.encode(prompt)
+        if not 1 <= len(ids) <= longest:
+            raise DataError(
+                f"{path}:{number}: the prompt has {len(ids)} tokens; 1 to {longest} leave room for the completion"
+                " (train.ctx_len less rollout.sampling.max_tokens)"
+            )
+        found.append(Question(row, prompt, ids))
+    if not found:
+        raise DataError(f"{path}: no questions in it")
+    return found
+
+
+def drawn(count: int, config: TrainConfig, step: int, seed: int) -> list[int]:
+    """Which of `count` questions step `step` asks: passes over all of them, each in an order of its own."""
+    chosen = []
+    for place in range(step * config.batch, (step + 1) * config.batch):
+        epoch, index = divmod(place, count)
+        if config.order != "sequential":
+            stream = torch.Generator().manual_seed(step_seed(seed, epoch))
+            index = int(torch.randperm(count, generator=stream)[index])
+        chosen.append(index)
+    return chosen
+
+
+class Sampler:
+    """The batches of GRPO: a rollout every `iterations` steps, a function of seed, step and the weights then."""
+
+    def __init__(self, stage: Stage, questions: list[Question], tokenizer: Tokenizer, micro_batch: int):
+        self.stage, self.questions, self.tokenizer, self.micro_batch = stage, questions, tokenizer, micro_batch
+        self.config = stage.settings.rollout
+        self.grade: Callable[[dict, str], float] = reward(self.config.reward)
+        self.log = Log(stage.folder / "rollouts.jsonl")
+        self.current: Rollout | None = None
+        self.facts: dict[str, float] = {}
+        self.parts: list[dict] = []
+        # with lora the start is the model less its adapter; without, a copy is needed
+        frozen = self.config.beta > 0 and stage.settings.lora is None
+        self.start = copy.deepcopy(stage.model).eval().requires_grad_(False) if frozen else None
+
+    def batches(self, first_step: int, carried: dict[str, Tensor]) -> Iterator[Rollout]:
+        """Rollouts from step `first_step` on; `carried` is what `carry` gave at the resume point."""
+        self.log.cut(first_step)
+        if carried:
+            self.facts = dict(zip(FACTS, carried["facts"].tolist(), strict=True))
+            self.current = Rollout(**{name: value for name, value in carried.items() if name != "facts"})
+        step = first_step
+        while True:
+            if step % self.config.iterations == 0 or self.current is None:
+                self.current = self.sample(step)
+            yield self.current
+            step += 1
+
+    def carry(self) -> dict[str, Tensor]:
+        """What is needed to go on in the middle of the steps on one rollout."""
+        if self.config.iterations == 1 or self.current is None:
+            return {}
+        facts = torch.tensor([self.facts[name] for name in FACTS], dtype=torch.float64)
+        return {name: value for name, value in vars(self.current).items() if value is not None} | {"facts": facts}
+
+    def measures(self) -> dict[str, float]:
+        """Numbers of the step just made."""
+        tokens = max(sum(part["tokens"] for part in self.parts), 1)
+        found = {"clip_ratio": sum(part["clipped"] for part in self.parts) / tokens}
+        found["kl"] = sum(part["kl"] for part in self.parts) / tokens
+        self.parts.clear()
+        return self.facts | found
+
+    def sample(self, step: int) -> Rollout:
+        """Ask, answer, grade: the rollout that starts at `step`."""
+        settings, samples = self.stage.settings, self.config.samples
+        number = step // self.config.iterations
+        asked = [self.questions[i] for i in drawn(len(self.questions), settings.train, number, self.stage.seed)]
+        seed = step_seed(step_seed(self.stage.seed, self.config.sampling.seed), number)
+        sampling = self.config.sampling.model_copy(update={"seed": seed})
+        model = self.stage.model
+        model.eval()
+        with lora.folded(model) if settings.lora else nullcontext():
+            engine = Engine(model, self.tokenizer, 4 * self.micro_batch)
+            found = list(engine.generate([q.prompt for q in asked], sampling, samples))
+        found.sort(key=lambda completion: (completion.prompt, completion.sample))
+        rewards = [self.grade(asked[c.prompt].row, c.text) for c in found]
+        rewards = torch.tensor([math.nan if r is None else r for r in rewards], dtype=torch.float64)
+        gains = advantages(rewards, samples, self.config.scale)
+        rollout = self.with_logprobs(self.arrange(asked, found, gains))
+        self.facts = self.describe(found, rewards, rollout)
+        for completion, grade, gain in list(zip(found, rewards.tolist(), gains.tolist(), strict=True))[:KEPT]:
+            row = {"step": step + 1, "prompt": asked[completion.prompt].prompt, "text": completion.text}
+            self.log.add(row | {"reward": None if math.isnan(grade) else grade, "advantage": gain})
+        model.train()
+        return rollout
+
+    def arrange(self, asked: list[Question], found: list[Completion], gains: Tensor) -> Rollout:
+        """Rows of prompt plus completion, padded on the right; completions that did not end may be masked out."""
+        width = max(len(asked[c.prompt].ids) + len(c.ids) for c in found)
+        longest = max(1, *(len(c.ids) for c in found))
+        ids = torch.zeros(len(found), max(width, 2), dtype=torch.long)
+        mask = torch.zeros(len(found), longest)
+        first = torch.tensor([len(asked[c.prompt].ids) for c in found])
+        for row, completion in enumerate(found):
+            whole = asked[completion.prompt].ids + completion.ids
+            ids[row, : len(whole)] = torch.tensor(whole)
+            if not (self.config.mask_truncated and completion.finish == "length"):
+                mask[row, : len(completion.ids)] = 1
+        return Rollout(ids, first, mask, gains.float(), torch.zeros_like(mask))
+
+    @torch.no_grad()
+    def with_logprobs(self, rollout: Rollout) -> Rollout:
+        """The same with old and, where divergence counts, reference log-probabilities by the trainer's own forward."""
+        model, fields = self.stage.model, dict(vars(rollout))
+        fields["old"] = self.logprobs(model, rollout)
+        if self.config.beta > 0:
+            with lora.disabled(model) if self.start is None else nullcontext():
+                fields["reference"] = self.logprobs(self.start or model, rollout)
+        return Rollout(**fields)
+
+    def logprobs(self, model: torch.nn.Module, rollout: Rollout) -> Tensor:
+        """Log-probabilities (R, C) on the CPU, `micro_batch` rows at a time."""
+        found = torch.zeros_like(rollout.mask)
+        for first in range(0, len(found), self.micro_batch):
+            part = slice(first, first + self.micro_batch)
+            rows = rollout.rows(part)
+            if rows.mask.any():
+                values = completion_logprobs(
+                    model,
+                    rows.to(self.stage.rank.device),
+                    self.config.sampling.temperature,
+                    self.stage.settings.train.precision,
+                )
+                found[part, : values.shape[1]] = values.cpu()
+        return found
+
+    def describe(self, found: list[Completion], rewards: Tensor, rollout: Rollout) -> dict[str, float]:
+        """Facts of a rollout for the metrics."""
+        groups = rewards.view(-1, self.config.samples)
+        known = ~groups.isnan()
+        mean = groups.nansum(1, keepdim=True) / known.sum(1, keepdim=True).clamp(min=1)
+        spread = ((groups - mean).nan_to_num().square().sum(1) / (known.sum(1) - 1).clamp(min=1)).sqrt()
+        sampled = torch.zeros_like(rollout.old)
+        for row, completion in enumerate(found):
+            sampled[row, : len(completion.logprobs)] = torch.tensor(completion.logprobs)
+        gap = ((sampled - rollout.old).abs() * rollout.mask).sum() / rollout.mask.sum().clamp(min=1)
+        ended = [completion.finish == "length" for completion in found]
+        return {
+            "reward": float(rewards.nansum() / known.sum().clamp(min=1)),
+            "reward_std": float(spread.mean()),
+            "equal_groups": float((spread == 0).double().mean()),
+            "completion_length": sum(len(completion.ids) for completion in found) / len(found),
+            "truncated": sum(ended) / len(found),
+            "sampler_gap": float(gap),
+        }
+
+
+def check_fits(stage: Stage) -> int:
+    """Longest prompt that leaves room for a completion. Raises ConfigError for settings that exclude each other."""
+    settings, rollout = stage.settings, stage.settings.rollout
+    longest = settings.train.ctx_len - rollout.sampling.max_tokens
+    if longest < 1:
+        raise ConfigError(
+            f"train.ctx_len: {settings.train.ctx_len} holds no prompt beside a completion of"
+            f" rollout.sampling.max_tokens {rollout.sampling.max_tokens}; raise it"
+        )
+    if rollout.sampling.temperature == 0:
+        raise ConfigError("rollout.sampling.temperature: at 0 all samples of a prompt are the same; raise it")
+    if settings.lora is not None and settings.lora.dropout:
+        raise ConfigError("lora.dropout: a policy is compared with itself, which needs dropout 0 in grpo")
+    return longest

@@ -1,0 +1,95 @@
+"""One training stage from its files to its files: what pretrain, sft and grpo have in common."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from rwkvpipe.base.config import LoraConfig, RolloutConfig, Settings, check, read_settings
+from rwkvpipe.base.errors import ConfigError, WeightsError
+from rwkvpipe.base.files import canonical, digest, write_jsonl
+from rwkvpipe.train import checkpoint, dist
+from rwkvpipe.train.loop import Log, Run
+from rwkvpipe.weights import lora, store
+
+log = logging.getLogger("rwkvpipe")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage about to train: its settings, its model (adapters put in), its device, what it started from."""
+
+    settings: Settings
+    model: nn.Module
+    rank: dist.Rank
+    out: Path
+    base: str
+    """sha256 of the weights it starts from."""
+
+    @property
+    def seed(self) -> int:
+        """What everything drawn by lot in this stage comes from."""
+        train = self.settings.train
+        return self.settings.seed if train.seed is None else train.seed
+
+    @property
+    def folder(self) -> Path:
+        """Where its resume points are."""
+        return self.out.parent / "checkpoints"
+
+
+def open_stage(settings: str | Path, model: str | Path, out: str | Path, *, kind: str) -> Stage:
+    """Read settings and weights and make the model ready to train.
+
+    Raises ConfigError when the settings are of another kind of stage.
+    """
+    asked = read_settings(settings)
+    if asked.kind != kind:
+        raise ConfigError(f"{settings}: kind is {asked.kind}; run `python -m rwkvpipe.{asked.kind}` with it")
+    if kind == "grpo" and asked.rollout is None:
+        asked = asked.model_copy(update={"rollout": RolloutConfig()})
+    rank = dist.start()
+    base = digest(store.find(model))
+    network = store.load_model(model, rank.device)
+    stage = Stage(asked, network, rank, Path(out), base)
+    if asked.lora is not None:
+        lora.inject(network, asked.lora, stage.seed)
+    trained = sum(value.numel() for value in network.parameters() if value.requires_grad)
+    whole = sum(value.numel() for value in network.parameters())
+    log.info("%s: %s of %s numbers are trained, for %d steps", kind, f"{trained:,}", f"{whole:,}", asked.train.steps)
+    return stage
+
+
+def run_of(stage: Stage, inputs: list[Path], save_every: int) -> Run:
+    """Where and how the stage keeps resume points; they are bound to settings, weights and the bytes of `inputs`."""
+    if save_every < 1:
+        raise ConfigError(f"--save-every: {save_every} steps between resume points; 1 is the least")
+    mark = checkpoint.fingerprint(stage.settings.model_dump(mode="json"), stage.base, [digest(p) for p in inputs])
+    return Run(stage.folder, mark, save_every, stage.seed)
+
+
+def finish(stage: Stage, metrics: Log) -> None:
+    """Write metrics.jsonl, then the model or the adapter; resume points have served and go."""
+    write_jsonl(stage.out.parent / "metrics.jsonl", metrics.rows())
+    if stage.settings.lora is not None:
+        write_adapter(stage.out, stage.model, stage.settings.lora, base=stage.base)
+    else:
+        store.write(stage.out, stage.model.config, stage.model.state_dict())
+    checkpoint.clear(stage.folder)
+    log.info("wrote %s", stage.out)
+
+
+def write_adapter(path: Path, model: nn.Module, config: LoraConfig, *, base: str) -> None:
+    """Write an adapter with its settings and the digest of the weights it belongs to."""
+    described = {"lora": canonical(config.model_dump(mode="json")), "base": base}
+    store.write_tensors(path, lora.adapter(model), described)
+
+
+def read_adapter(path: str | Path) -> tuple[dict, LoraConfig, str]:
+    """Tensors, settings and the digest of its base of an adapter file. Raises WeightsError if it is none."""
+    tensors, metadata = store.read_tensors(path)
+    if "lora" not in metadata:
+        raise WeightsError(f"{path}: no adapter (its metadata has no `lora`); give the file that sft or grpo wrote")
+    return tensors, check(LoraConfig, json.loads(metadata["lora"]), path), metadata.get("base", "")
