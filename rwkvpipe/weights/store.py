@@ -48,8 +48,9 @@ def _read_pth(path: Path, device: str) -> dict[str, Tensor]:
         if "Weights only load failed" in str(error) and "Unsupported" in str(error):
             raise WeightsError(f"{path}: holds Python objects, which are not run; save its tensors alone") from None
         raise WeightsError(f"{path}: not a checkpoint, or damaged; fetch it again") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, UnicodeDecodeError) as error:
-        raise WeightsError(f"{path}: damaged or cut short ({str(error).splitlines()[0]}); fetch it again") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:  # what torch raises on half a file
+        reason = (str(error).splitlines() or ["it is empty"])[0]
+        raise WeightsError(f"{path}: damaged or cut short ({reason}); fetch it again") from None
     return found
 
 

@@ -1,0 +1,204 @@
+"""Weights come back bit for bit, in any naming, and what is not whole is refused in one line."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from rwkvpipe.base.config import RwkvConfig
+from rwkvpipe.base.errors import WeightsError
+from rwkvpipe.model.family import build
+from rwkvpipe.weights import store
+
+CONFIG = RwkvConfig(n_layer=2, n_embd=64, head_size=32, vocab_size=11)
+DEAD = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    model = build(CONFIG)
+    model.initialise(3)
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def same(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert found[name].dtype == value.dtype
+        assert found[name].shape == value.shape
+        assert torch.equal(found[name].view(torch.uint8), value.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_round_trip_keeps_every_bit_and_the_sizes(tmp_path, tensors, dtype):
+    whole = {name: value.to(dtype) for name, value in tensors.items()}
+    config, _ = store.read(saved(tmp_path / "a.pth", whole))
+    path = tmp_path / "m" / "model.safetensors"
+    store.write(path, config, whole)
+    again, found = store.read(path)
+    same(found, whole)
+    assert again == config
+    assert json.loads(path.with_name("config.json").read_text())["n_embd"] == 64
+    same(store.read(path.parent)[1], whole)
+
+
+def saved(path, tensors):
+    torch.save(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize("prefix", ["model.", "_forward_module.", "_forward_module.model."])
+def test_prefixes_of_other_trainers_go(tmp_path, tensors, prefix):
+    path = saved(tmp_path / "a.pth", {prefix + name: value for name, value in tensors.items()})
+    same(store.read(path)[1], tensors)
+
+
+def test_a_prefix_in_the_middle_is_part_of_the_name(tmp_path, tensors):
+    path = saved(tmp_path / "a.pth", tensors | {"blocks.0.model.emb.weight": torch.ones(1)})
+    with pytest.raises(WeightsError, match=r"blocks\.0\.model\.emb\.weight is unknown"):
+        store.read(path)
+
+
+def test_squeezed_shapes_are_put_right(tmp_path, tensors):
+    path = saved(tmp_path / "a.pth", {n: v.squeeze() if v.dim() == 3 else v for n, v in tensors.items()})
+    same(store.read(path)[1], tensors)
+
+
+def test_a_flat_bonus_is_cut_into_heads_of_the_size_beside_it(tmp_path, tensors):
+    path = saved(tmp_path / "a.pth", {n: v.flatten() if n.endswith("r_k") else v for n, v in tensors.items()})
+    assert store.read(path)[0].head_size == 64  # nothing says otherwise
+    (tmp_path / "config.json").write_text('{"head_size": 32, "foreign": [1]}')
+    same(store.read(path)[1], tensors)
+
+
+def test_the_dead_tensors_of_layer_0_may_be_there_or_not(tmp_path, tensors):
+    without = {name: value for name, value in tensors.items() if name not in DEAD}
+    rank = tensors["blocks.1.att.v1"].shape[1]
+    dead = (torch.ones(1, 1, 64), torch.ones(64, rank), torch.ones(rank, 64))
+    with_them = without | dict(zip(DEAD, dead, strict=True))
+    for kind in (without, with_them):
+        found = store.read(saved(tmp_path / "a.pth", kind))[1]
+        assert found.keys() == tensors.keys()
+        build(CONFIG).load_state_dict(found)
+
+
+def test_a_missing_and_a_left_over_tensor_are_named(tmp_path, tensors):
+    less = {name: value for name, value in tensors.items() if name != "blocks.1.att.key.weight"}
+    with pytest.raises(WeightsError, match=r"a\.pth: blocks\.1\.att\.key\.weight is missing"):
+        store.read(saved(tmp_path / "a.pth", less))
+    for name in ("ffn.extra", "blocks.0.att.key.base_layer.weight"):
+        with pytest.raises(WeightsError, match=f"{name} is unknown"):
+            store.read(saved(tmp_path / "a.pth", tensors | {name: torch.ones(2)}))
+    folded = {name: value for name, value in tensors.items() if "ln0" not in name}
+    with pytest.raises(WeightsError, match="ln0"):
+        store.read(saved(tmp_path / "a.pth", folded))
+
+
+def test_a_tensor_of_another_size_is_named(tmp_path, tensors):
+    with pytest.raises(WeightsError, match=r"blocks\.1\.ffn\.key\.weight is \(8, 64\)"):
+        store.read(saved(tmp_path / "a.pth", tensors | {"blocks.1.ffn.key.weight": torch.ones(8, 64)}))
+
+
+class Runs:
+    """Something whose unpickling would call a function."""
+
+    def __reduce__(self):
+        return (print, ("unpickled",))
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, tensors, capsys):
+    path = saved(tmp_path / "a.pth", {"emb.weight": tensors["emb.weight"], "x": Runs()})
+    with pytest.raises(WeightsError, match="Python objects") as error:
+        store.read(path)
+    assert "\n" not in str(error.value)
+    assert capsys.readouterr().out == ""
+    (tmp_path / "b.pth").write_bytes(pickle.dumps(Runs()))
+    with pytest.raises(WeightsError):
+        store.read(tmp_path / "b.pth")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+@pytest.mark.parametrize("kind", ["pth", "safetensors"])
+def test_a_file_cut_short_is_refused_in_one_line(tmp_path, tensors, kind, share):
+    path = tmp_path / f"a.{kind}"
+    if kind == "pth":
+        torch.save(tensors, path)
+    else:
+        store.write_tensors(path, tensors)
+    raw = path.read_bytes()
+    path.write_bytes(raw[: int(len(raw) * share)])
+    with pytest.raises(WeightsError, match=f"a.{kind}: ") as error:
+        store.read(path)
+    assert "\n" not in str(error.value)
+
+
+NOT_FLAT = [{}, {"state": {"emb.weight": torch.ones(1)}}, [torch.ones(1)], {"step": 3}, {1: torch.ones(1)}]
+
+
+@pytest.mark.parametrize("content", NOT_FLAT)
+def test_what_holds_no_flat_tensors_is_refused(tmp_path, content):
+    with pytest.raises(WeightsError, match=r"a\.pth"):
+        store.read(saved(tmp_path / "a.pth", content))
+
+
+def test_what_is_no_rwkv_is_refused(tmp_path):
+    with pytest.raises(WeightsError, match=r"a\.pth"):
+        store.read(saved(tmp_path / "a.pth", {"layer.weight": torch.ones(3, 3)}))
+
+
+def test_an_absent_file_and_an_empty_folder_are_named(tmp_path):
+    with pytest.raises(WeightsError, match="no such file"):
+        store.read(tmp_path / "none.pth")
+    with pytest.raises(WeightsError, match="holds 0 checkpoints"):
+        store.read(tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, tensors, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    store.write(path, CONFIG, tensors)
+    before = path.read_bytes()
+
+    def fails(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(store.safetensors.torch, "save_file", fails)
+    with pytest.raises(OSError, match="disk full"):
+        store.write(path, CONFIG, tensors)
+    assert path.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_sizes_and_dtypes_are_told_without_data(tmp_path, tensors):
+    for path in (tmp_path / "a.safetensors", tmp_path / "a.pth"):
+        whole = {name: value.bfloat16() for name, value in tensors.items()}
+        if path.suffix == ".pth":
+            torch.save(whole, path)
+        else:
+            store.write_tensors(path, whole)
+        found, _ = store.describe(path)
+        assert {value.dtype for value in found.values()} == {torch.bfloat16}
+        assert all(value.is_meta for value in found.values())
+        assert store.sizes(path) == store.read(path)[0]
+
+
+def test_a_loaded_model_computes_in_fp32(tmp_path, tensors):
+    path = tmp_path / "model.safetensors"
+    store.write_tensors(path, {name: value.bfloat16() for name, value in tensors.items()})
+    model = store.load_model(path)
+    assert not model.training
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+    assert torch.equal(model.head.weight, tensors["head.weight"].bfloat16().float())
+
+
+def test_a_trained_checkpoint_gives_the_given_logits(shared_data):
+    folder = shared_data / "tiny-rwkv7"
+    if not folder.is_dir():
+        pytest.skip("tiny-rwkv7 is not here")
+    model = store.load_model(folder / "tiny-x070.pth")
+    data = np.load(folder / "tiny-x070.npz", allow_pickle=False)
+    with torch.no_grad():
+        logits, _ = model(torch.from_numpy(data["tokens"])[None])
+    np.testing.assert_allclose(logits[0], data["logits"], atol=2e-5)
