@@ -1,0 +1,30 @@
+"""Train a model on the tokens of a corpus, every one of them a target.
+
+python -m rwkvpipe.launch 0 pretrain settings.json --model init.safetensors --data sums --out base/model.safetensors
+"""
+
+import argparse
+from pathlib import Path
+
+from rwkvpipe.base.errors import run
+from rwkvpipe.data.batches import token_batches
+from rwkvpipe.train.corpus import train
+from rwkvpipe.train.stage import open_stage
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train; writes the model (with lora: the adapter) and metrics.jsonl, and goes on where a stopped run was."""
+    parser = argparse.ArgumentParser(prog="rwkvpipe.pretrain", description=__doc__.splitlines()[0])
+    parser.add_argument("settings", help="settings.json of the stage")
+    parser.add_argument("--model", required=True, help="the weights it starts from")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the packed corpus")
+    parser.add_argument("--micro-batch", type=int, default=8, help="rows at a time; decides memory, no result")
+    parser.add_argument("--save-every", type=int, default=100, help="steps between resume points")
+    parser.add_argument("--out", required=True, help="model.safetensors, or adapter.safetensors with lora")
+    given = parser.parse_args(argv)
+    stage = open_stage(given.settings, given.model, given.out, kind="pretrain")
+    train(stage, given.data, token_batches, micro_batch=given.micro_batch, save_every=given.save_every)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,213 @@
+"""GRPO resumes bit for bit, learns what is rewarded, and its rollouts are functions of seed and step."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+
+from rwkvpipe import grpo
+from rwkvpipe.base.config import LoraConfig, RolloutConfig, RwkvConfig, SamplingConfig, Settings, TrainConfig
+from rwkvpipe.base.errors import ConfigError, DataError, Stopped
+from rwkvpipe.base.files import write_json, write_jsonl
+from rwkvpipe.infer.engine import Completion
+from rwkvpipe.model.family import build
+from rwkvpipe.tokenizer.load import load_tokenizer
+from rwkvpipe.train import rollout
+from rwkvpipe.weights import store
+
+MODEL = RwkvConfig(n_layer=2, n_embd=32, head_size=16, vocab_size=257)
+
+
+class PlainEngine:
+    """Samples one token after another with the whole forward: slow and plain."""
+
+    def __init__(self, model, tokenizer, rows):
+        self.model, self.tokenizer = model, tokenizer
+
+    @torch.no_grad()
+    def generate(self, prompts, sampling, samples=1):
+        for number, prompt in enumerate(prompts):
+            for sample in range(samples):
+                key = f"{sampling.seed} {number} {sample}".encode()
+                stream = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7]))
+                ids, found, logprobs = self.tokenizer.encode(prompt), [], []
+                for _ in range(sampling.max_tokens):
+                    logits, _ = self.model(torch.tensor([ids + found]))
+                    chances = (logits[0, -1] / sampling.temperature).softmax(-1)
+                    found.append(int(torch.multinomial(chances, 1, generator=stream)))
+                    logprobs.append(float(chances[found[-1]].log()))
+                    if found[-1] % 7 == 0:
+                        break
+                finish = "stop" if found[-1] % 7 == 0 else "length"
+                yield Completion(number, sample, found, self.tokenizer.decode(found), logprobs, finish)
+
+
+def even(row, text):
+    return float(len(text.encode()) > 0 and text.encode()[0] % 2 == 0)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("RWKVPIPE_DEVICE", "cpu")
+    monkeypatch.setattr(rollout, "Engine", PlainEngine)
+    monkeypatch.setattr(rollout, "reward", lambda name: even)
+    model = build(MODEL)
+    model.initialise(0)
+    with torch.no_grad():
+        model.head.weight.mul_(0.3)
+    store.write_tensors(tmp_path / "start.safetensors", model.state_dict())
+    write_jsonl(tmp_path / "q.jsonl", ({"question": f"{n}+{n * n}", "answer": str(n + n * n)} for n in range(5)))
+    return tmp_path
+
+
+def settings(home, **changes):
+    train = {"steps": 4, "ctx_len": 64, "batch": 2, "lr": 0.003, "warmup": 0, "log_every": 1} | changes.pop("train", {})
+    asked = {"samples": 4, "sampling": SamplingConfig(max_tokens=4)} | changes.pop("rollout", {})
+    value = Settings(
+        kind="grpo", seed=5, train=TrainConfig(**train), rollout=RolloutConfig(**asked), prompt="{question}=", **changes
+    )
+    write_json(home / "settings.json", value.model_dump(mode="json"))
+
+
+def run(home, name, micro_batch=8, out="model.safetensors", save_every=2):
+    path = home / name / out
+    grpo.main([
+        str(home / "settings.json"), "--model", str(home / "start.safetensors"), "--tokenizer", "bytes",
+        "--data", str(home / "q.jsonl"), "--micro-batch", str(micro_batch), "--save-every", str(save_every),
+        "--out", str(path),
+    ])  # fmt: skip
+    rows = [json.loads(line) for line in (home / name / "metrics.jsonl").read_text().splitlines()]
+    kept = [json.loads(line) for line in (home / name / "rollouts.jsonl").read_text().splitlines()]
+    rows = [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+    return store.read_tensors(path)[0], rows, kept
+
+
+LORA = LoraConfig(rank=2)
+CASES = {
+    "plain": {},
+    "reference": {"rollout": {"beta": 0.1, "iterations": 3}},
+    "adapter": {"lora": LORA, "rollout": {"beta": 0.1, "iterations": 2}},
+}
+
+
+class Break:
+    """Calls a function through until the n-th call, which is interrupted."""
+
+    def __init__(self, function, at):
+        self.function, self.left = function, at
+
+    def __call__(self, *args, **kwargs):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return self.function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("place", ["grade", 1, 3])
+def test_a_run_stopped_in_rollout_or_update_ends_in_the_same_weights(home, monkeypatch, case, place):
+    settings(home, **CASES[case])
+    whole = run(home, "whole")
+    with monkeypatch.context() as patch:
+        if place == "grade":  # 8 grades a rollout
+            patch.setattr(rollout, "reward", lambda name: Break(even, 11))
+        else:  # one call a step
+            patch.setattr("rwkvpipe.train.policy.completion_logprobs", Break(rollout.completion_logprobs, place))
+        with pytest.raises(Stopped):
+            run(home, "cut")
+    again = run(home, "cut")
+    assert whole[0].keys() == again[0].keys()
+    for name, value in whole[0].items():
+        assert torch.equal(value, again[0][name]), name
+    assert whole[1:] == again[1:]
+    assert [row["step"] for row in whole[1]] == [1, 2, 3, 4]
+    assert not (home / "cut" / "checkpoints").exists()
+
+
+def test_the_micro_batch_decides_no_result(home):
+    settings(home, rollout={"beta": 0.05})
+    one, other = run(home, "a", micro_batch=1), run(home, "b", micro_batch=5)
+    for name, value in one[0].items():
+        torch.testing.assert_close(value, other[0][name], atol=1e-5, rtol=1e-4)
+
+
+def test_metrics_name_what_happened(home):
+    settings(home, rollout={"beta": 0.1})
+    _, rows, kept = run(home, "a")
+    wanted = {"step", "tokens", "loss", "lr", "grad_norm", "reward", "reward_std", "kl", "clip_ratio"}
+    assert rows[0].keys() >= wanted | {"completion_length", "truncated", "sampler_gap"}
+    assert rows[0]["kl"] == 0
+    assert rows[-1]["kl"] > 0
+    assert max(row["sampler_gap"] for row in rows) < 1e-4
+    assert {row["step"] for row in kept} == {1, 2, 3, 4}
+    assert kept[0].keys() == {"step", "prompt", "text", "reward", "advantage"}
+
+
+def test_what_is_rewarded_becomes_more_frequent(home):
+    settings(home, train={"steps": 12, "lr": 0.01, "batch": 4}, rollout={"sampling": SamplingConfig(max_tokens=1)})
+    _, rows, _ = run(home, "a")
+    assert sum(row["reward"] for row in rows[-3:]) > sum(row["reward"] for row in rows[:3]) + 0.3
+
+
+def test_every_question_is_asked_once_before_any_is_asked_again():
+    config = TrainConfig(steps=1, batch=3)
+    asked = [i for step in range(5) for i in rollout.drawn(5, config, step, 1)]
+    assert sorted(asked[:5]) == sorted(asked[5:10]) == sorted(asked[10:]) == list(range(5))
+    assert asked[:5] != asked[5:10] or asked[:5] != asked[10:]
+    in_order = TrainConfig(steps=1, batch=3, order="sequential")
+    assert rollout.drawn(5, in_order, 1, 1) == [3, 4, 0]
+
+
+def test_a_prompt_that_leaves_no_room_is_named_by_its_line(home):
+    settings(home, train={"ctx_len": 10})
+    write_jsonl(home / "q.jsonl", [{"question": "1"}, {"question": "1234567"}])
+    with pytest.raises(DataError, match=r"q\.jsonl:2: the prompt has 8 tokens"):
+        run(home, "a")
+
+
+@pytest.mark.parametrize("rows", [[], [{"text": "x"}], [{"question": 3}]])
+def test_a_file_without_questions_is_refused(home, rows):
+    settings(home)
+    write_jsonl(home / "q.jsonl", rows)
+    with pytest.raises(DataError, match=r"q\.jsonl"):
+        run(home, "a")
+
+
+def test_settings_that_exclude_each_other_are_refused(home):
+    for changes, key in (
+        ({"train": {"ctx_len": 4}}, "train.ctx_len"),
+        ({"rollout": {"sampling": SamplingConfig(temperature=0.0, max_tokens=4)}}, "temperature"),
+        ({"lora": LoraConfig(rank=2, dropout=0.1)}, "lora.dropout"),
+    ):
+        settings(home, **changes)
+        with pytest.raises(ConfigError, match=key):
+            run(home, "a")
+
+
+def test_completions_cut_off_are_masked_when_asked(home):
+    settings(home, rollout={"mask_truncated": True})
+    run(home, "a")
+
+
+def test_empty_completions_are_legal(home, monkeypatch):
+    class Silent(PlainEngine):
+        def generate(self, prompts, sampling, samples=1):
+            for number in range(len(prompts)):
+                for sample in range(samples):
+                    yield Completion(number, sample, [], "", [], "stop")
+
+    monkeypatch.setattr(rollout, "Engine", Silent)
+    settings(home, rollout={"beta": 0.1})
+    _, rows, _ = run(home, "a")
+    assert all(row["loss"] == 0 for row in rows)
+
+
+def test_the_vocabulary_of_a_larger_model_fits_and_of_a_smaller_does_not(home):
+    assert load_tokenizer("bytes").size <= 257
+    small = build(MODEL.model_copy(update={"vocab_size": 100}))
+    small.initialise(0)
+    store.write_tensors(home / "start.safetensors", small.state_dict())
+    settings(home)
+    with pytest.raises(ConfigError, match="--tokenizer"):
+        run(home, "a")
