@@ -28,6 +28,19 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
         seen[value.data_ptr()] = name
     with atomic(path) as part:
         safetensors.torch.save_file(ready, part, metadata={"format": "pt", **(metadata or {})})
+        _sort_metadata(part)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a fresh file in order: the library's is random, and equal weights must be equal files."""
+    with open(path, "rb+") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # the format lets spaces follow the header
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -156,6 +156,15 @@ def test_an_absent_file_and_an_empty_folder_are_named(tmp_path):
         store.read(tmp_path)
 
 
+def test_equal_weights_are_equal_files(tmp_path, tensors):
+    written = set()
+    for number in range(8):
+        store.write_tensors(tmp_path / f"{number}", tensors, {"a": '"1"', "b": "\u00e9", "c": "3", "d": "4"})
+        written.add((tmp_path / f"{number}").read_bytes())
+    assert len(written) == 1
+    assert store.read_tensors(tmp_path / "0")[1] == {"a": '"1"', "b": "\u00e9", "c": "3", "d": "4", "format": "pt"}
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, tensors, monkeypatch):
     path = tmp_path / "model.safetensors"
     store.write(path, CONFIG, tensors)
