@@ -27,6 +27,11 @@ def _number(value: Any) -> Any:
     return value
 
 
+def _off(value: Any) -> Any:
+    # YAML 1.1 reads a bare off as false
+    return "off" if value is False else value
+
+
 Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
@@ -385,7 +390,7 @@ class PipelineConfig(Strict):
     """Names its folder in results/."""
     seed: Whole = 42
     """Of everything that is drawn by lot."""
-    code_tracking: Literal["ast", "off"] = "ast"
+    code_tracking: Annotated[Literal["ast", "off"], BeforeValidator(_off)] = "ast"
     """Whether an edit of a step's code makes its results stale."""
     weights: dict[Name, WeightsConfig] = {}
     """Trained weights to start from or to measure."""

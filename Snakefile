@@ -1,0 +1,10 @@
+# The workflow is workflow/Snakefile, where the workflow catalogue looks for it; this lets `snakemake` find it beside
+# config.yaml. An include sets no default target, so there is a rule here.
+include: "workflow/Snakefile"
+
+
+rule default:
+    default_target: True
+    input:
+        rules.all.input,
+    localrule: True

@@ -1,0 +1,198 @@
+"""A config read and judged as a whole: names that exist, chains that end, formats that suit their use.
+
+The models of `base.config` judge each key by itself; this judges them together, before any job starts.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rwkvpipe.base.config import PipelineConfig, StageConfig, check, read_yaml
+from rwkvpipe.base.errors import ConfigError
+
+FORMATS = {"pretrain": ("text", "array"), "sft": ("chat",), "grpo": ("question",)}
+TAKEN = ("plots", "log", "report.html")  # what else stands in results/<run>/
+
+
+def _known(key: str, name: str, what: str, names: Iterable[str]) -> None:
+    """Raise ConfigError unless `name` is one of `names`; the text offers the nearest."""
+    names = list(names)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names) or 'none'}"
+        raise ConfigError(f"{key}: there is no {what} {name}; {hint}")
+
+
+def _names(config: PipelineConfig) -> None:
+    if config.run == "shared":
+        raise ConfigError("run: shared is the folder of what runs share; choose another name")
+    seen: set[str] = set()
+    for stage in config.stages:
+        if stage.name in seen:
+            raise ConfigError(f"stages.{stage.name}.name: two stages are called {stage.name}; rename one")
+        if stage.name in config.weights:
+            raise ConfigError(f"stages.{stage.name}.name: an entry of weights is called {stage.name} too; rename one")
+        seen.add(stage.name)
+    for key, names in (("stages", seen), ("weights", config.weights)):
+        for name in names:
+            if name in TAKEN:
+                raise ConfigError(f"{key}.{name}: {name} stands in the run's folder already; choose another name")
+    if not config.stages and not any(entry.bench or entry.samples for entry in config.weights.values()):
+        raise ConfigError("stages: nothing to do: no stage, and no entry of weights with bench or samples")
+
+
+def _starts(config: PipelineConfig) -> None:
+    """Each stage starts from weights or from a stage above it."""
+    starts = {stage.name: stage.start for stage in config.stages}
+    done = set(config.weights)
+    for stage in config.stages:
+        key = f"stages.{stage.name}.start"
+        if stage.start is not None and stage.start not in done:
+            _known(key, stage.start, "stage or entry of weights", [*starts, *config.weights])
+            chain = [stage.name]
+            while (name := starts.get(chain[-1])) is not None and name not in chain:
+                chain.append(name)
+            if name is not None:
+                raise ConfigError(f"{key}: a circle: {' <- '.join([*chain, name])}; one of them needs another start")
+            raise ConfigError(f"{key}: {stage.start} stands further down; move it above {stage.name}")
+        done.add(stage.name)
+
+
+def vocabulary(config: PipelineConfig, subject: str) -> str:
+    """Name of the tokenizer of a stage or of an entry of weights; a stage has that of what it starts from."""
+    if subject in config.weights:
+        return config.weights[subject].tokenizer
+    stage = next(stage for stage in config.stages if stage.name == subject)
+    if stage.start is not None:
+        return vocabulary(config, stage.start)
+    return config.corpora[stage.data].tokenizer or ""
+
+
+def _sources(config: PipelineConfig) -> None:
+    """Tokenizers and corpora name each other rightly."""
+    for name, tokenizer in config.tokenizers.items():
+        for corpus in tokenizer.corpora:
+            _known(f"tokenizers.{name}.corpora", corpus, "corpus", config.corpora)
+            if config.corpora[corpus].format == "array":
+                raise ConfigError(f"tokenizers.{name}.corpora: {corpus} is an array of numbers and has no characters")
+    for name, weights in config.weights.items():
+        _known(f"weights.{name}.tokenizer", weights.tokenizer, "tokenizer", config.tokenizers)
+    for name, corpus in config.corpora.items():
+        if corpus.tokenizer is None:
+            continue
+        _known(f"corpora.{name}.tokenizer", corpus.tokenizer, "tokenizer", config.tokenizers)
+        kind = config.tokenizers[corpus.tokenizer].kind
+        if corpus.format == "array" and kind != "integer":
+            raise ConfigError(
+                f"corpora.{name}.tokenizer: format array holds numbers and needs one of kind integer,"
+                f" {corpus.tokenizer} is of kind {kind}"
+            )
+        if corpus.format == "chat" and kind == "integer":
+            raise ConfigError(
+                f"corpora.{name}.tokenizer: {corpus.tokenizer} knows numbers only (kind integer),"
+                " turns of talk need one that knows letters"
+            )
+
+
+def _data(config: PipelineConfig, stage: StageConfig) -> None:
+    """A stage's corpus exists, suits its kind and speaks its vocabulary."""
+    key = f"stages.{stage.name}.data"
+    _known(key, stage.data, "corpus", config.corpora)
+    corpus = config.corpora[stage.data]
+    if corpus.format not in FORMATS[stage.kind]:
+        raise ConfigError(
+            f"{key}: {stage.kind} learns from format {' or '.join(FORMATS[stage.kind])},"
+            f" {stage.data} is of format {corpus.format}"
+        )
+    own = vocabulary(config, stage.name)
+    if corpus.tokenizer not in (None, own):
+        raise ConfigError(
+            f"{key}: {stage.data} is made with tokenizer {corpus.tokenizer}, but {stage.start} speaks"
+            f" {own}; weights keep the vocabulary they were trained with"
+        )
+    if stage.train.valid_every and not (corpus.valid or corpus.valid_path):
+        raise ConfigError(
+            f"stages.{stage.name}.train.valid_every: {stage.data} has no part held out;"
+            " give the corpus valid or valid_path"
+        )
+
+
+def _rollout(stage: StageConfig) -> None:
+    if stage.rollout is None:
+        return
+    key, sampling = f"stages.{stage.name}.rollout.sampling", stage.rollout.sampling
+    if sampling.temperature == 0 or sampling.top_k == 1:
+        raise ConfigError(
+            f"{key}: the likeliest token alone makes all completions of a group equal, so nothing"
+            " is learned; raise temperature (and top_k)"
+        )
+    if sampling.max_tokens >= stage.train.ctx_len:
+        raise ConfigError(
+            f"{key}.max_tokens: {sampling.max_tokens} leaves no room for the prompt in"
+            f" train.ctx_len {stage.train.ctx_len}"
+        )
+
+
+def _measures(config: PipelineConfig) -> None:
+    """Benchmarks exist, come once each, and suit the vocabulary of what they measure."""
+    for key, name, entry in [
+        *((f"stages.{stage.name}", stage.name, stage) for stage in config.stages),
+        *((f"weights.{name}", name, weights) for name, weights in config.weights.items()),
+    ]:
+        tokenizer = vocabulary(config, name)
+        for benchmark in entry.bench:
+            _known(f"{key}.bench", benchmark, "benchmark", config.benchmarks)
+            task = config.benchmarks[benchmark].task
+            if config.tokenizers[tokenizer].kind == "integer" and task != "bits":
+                raise ConfigError(
+                    f"{key}.bench: {benchmark} asks in words (task {task}), {tokenizer} knows numbers"
+                    " only; measure it by a benchmark of task bits"
+                )
+        if len(set(entry.bench)) != len(entry.bench):
+            raise ConfigError(f"{key}.bench: a benchmark stands twice; remove one")
+
+
+def agree(config: PipelineConfig) -> None:
+    """Raise ConfigError, naming the key, where parts of a config do not fit each other."""
+    _names(config)
+    _starts(config)
+    _sources(config)
+    for stage in config.stages:
+        _data(config, stage)
+        _rollout(stage)
+    _measures(config)
+
+
+def _merge(lower: dict, upper: dict) -> dict:
+    """Two mappings as one; where both say something, `upper` does."""
+    both = dict(lower)
+    for key, value in upper.items():
+        both[key] = _merge(both[key], value) if isinstance(value, dict) and isinstance(both.get(key), dict) else value
+    return both
+
+
+def load(files: Sequence[str | Path], overrides: dict | None = None) -> PipelineConfig:
+    """Read config files, later ones over earlier ones, then `overrides` (from --config) over them all.
+
+    Raises ConfigError in one line: file, key or line, what to do.
+    """
+    value: dict = {}
+    for file in files:
+        if not Path(file).is_file():
+            raise ConfigError(f"{file}: no such file; go to the folder that holds it, or give --configfile FILE")
+        found = read_yaml(file)
+        if not isinstance(found, dict):
+            raise ConfigError(f"{file}: a mapping of keys is needed (run, tokenizers, corpora, stages, ...)")
+        value = _merge(value, found)
+    where = ", ".join(str(file) for file in files) or "config"
+    return parse(_merge(value, overrides or {}), f"{where} with --config" if overrides else where)
+
+
+def parse(value: dict, where: str) -> PipelineConfig:
+    """A checked config out of plain values. Raises ConfigError naming `where` and the key."""
+    config = check(PipelineConfig, value, where)
+    try:
+        agree(config)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return config

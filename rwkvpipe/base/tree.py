@@ -1,0 +1,197 @@
+"""The results tree of a config: where each thing lies, and which files it is read from."""
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from urllib.parse import unquote, urlsplit
+
+from rwkvpipe.base.agree import agree, vocabulary
+from rwkvpipe.base.config import PipelineConfig, SamplesConfig, StageConfig
+
+PLOTS = ("loss", "lr", "grad_norm", "throughput")
+
+
+def any_of(names: Iterable[str]) -> str:
+    """Pattern that is exactly one of the names; of no names, one that nothing matches."""
+    return "|".join(re.escape(name) for name in names) or "(?!)"
+
+
+def local(source: str) -> str:
+    """A file:// address as the path it means; anything else as it stands."""
+    return unquote(urlsplit(source).path) if source.startswith("file://") else source
+
+
+def remote(source: str) -> bool:
+    """Whether something comes through the network."""
+    return urlsplit(source).scheme in ("http", "https")
+
+
+def download_name(source: str) -> str:
+    """File name of something fetched: its own, after a few letters that keep equal names of two places apart."""
+    base = re.sub(r"[^A-Za-z0-9_.-]", "_", unquote(urlsplit(source).path).rstrip("/").rpartition("/")[2]) or "file"
+    return f"{hashlib.sha256(source.encode()).hexdigest()[:8]}-{base}"
+
+
+@dataclass(frozen=True)
+class Download:
+    """Something that is fetched before it is used."""
+
+    source: str
+    sha256: str | None
+
+
+class Tree:
+    """Paths of a run, beginning with `results`, which Snakemake may spell as a variable.
+
+    Subjects are what can be measured: stages and entries of `weights`, by name.
+    """
+
+    def __init__(self, config: PipelineConfig, results: str = "results"):
+        agree(config)
+        self.config = config
+        self.shared = f"{results}/shared"
+        self.home = f"{results}/{config.run}"
+        self.stages: dict[str, StageConfig] = {stage.name: stage for stage in config.stages}
+
+    def only(self, *kinds: str, lora: bool | None = None, fresh: bool | None = None) -> str:
+        """Pattern of the stages of these kinds (of none named: all), with or without adapter, from nothing or not."""
+        return any_of(
+            name
+            for name, stage in self.stages.items()
+            if (not kinds or stage.kind in kinds)
+            and lora in (None, stage.lora is not None)
+            and fresh in (None, stage.model is not None)
+        )
+
+    def corpora_of(self, *formats: str) -> str:
+        """Pattern of the corpora of these formats."""
+        return any_of(name for name, corpus in self.config.corpora.items() if corpus.format in formats)
+
+    def tokenizers_of(self, *kinds: str) -> str:
+        """Pattern of the tokenizers of these kinds."""
+        return any_of(name for name, tokenizer in self.config.tokenizers.items() if tokenizer.kind in kinds)
+
+    @cached_property
+    def subjects(self) -> list[str]:
+        """Stages, then the entries of weights that are measured or sampled from."""
+        return [*self.stages, *(name for name, w in self.config.weights.items() if w.bench or w.samples)]
+
+    def bench(self, subject: str) -> tuple[str, ...]:
+        """Benchmarks that measure a subject."""
+        return (self.stages.get(subject) or self.config.weights[subject]).bench
+
+    def samples(self, subject: str) -> SamplesConfig | None:
+        """What is sampled from a subject."""
+        return (self.stages.get(subject) or self.config.weights[subject]).samples
+
+    def fetched(self, source: str, sha256: str | None = None) -> str:
+        """Where something that comes from outside lies: local files where they are, others in downloads/."""
+        source = local(source)
+        return f"{self.shared}/downloads/{download_name(source)}" if remote(source) or sha256 else source
+
+    @cached_property
+    def downloads(self) -> dict[str, Download]:
+        """What the download rule may be asked for, by file name."""
+        config = self.config
+        sources: list[tuple[str | None, str | None]] = [(w.path, w.sha256) for w in config.weights.values()]
+        sources += [(entry.path, None) for entry in (*config.tokenizers.values(), *config.benchmarks.values())]
+        sources += [(path, None) for corpus in config.corpora.values() for path in (corpus.path, corpus.valid_path)]
+        wanted = [(local(source), sha256) for source, sha256 in sources if source]
+        return {download_name(path): Download(path, sha256) for path, sha256 in wanted if remote(path) or sha256}
+
+    def origin(self, download: str) -> list[str]:
+        """The local file that a download copies, if it is one."""
+        source = self.downloads[download].source
+        return [] if remote(source) else [source]
+
+    def checkpoint(self, weights: str) -> str:
+        """The file or folder that convert reads."""
+        entry = self.config.weights[weights]
+        return self.fetched(entry.path, entry.sha256)
+
+    def corpus_file(self, name: str) -> list[str]:
+        """The corpus as it came; nothing for a made one."""
+        path = self.config.corpora[name].path
+        return [self.fetched(path)] if path else []
+
+    def valid_file(self, name: str) -> list[str]:
+        path = self.config.corpora[name].valid_path
+        return [self.fetched(path)] if path else []
+
+    def benchmark_file(self, name: str) -> list[str]:
+        path = self.config.benchmarks[name].path
+        return [self.fetched(path)] if path else []
+
+    def vocabulary_files(self, name: str) -> list[str]:
+        """What a vocabulary is read or learned from."""
+        entry = self.config.tokenizers[name]
+        if entry.path:
+            return [self.fetched(entry.path)]
+        return [file for corpus in entry.corpora for file in self.corpus_file(corpus)]
+
+    def tokenizer_files(self, name: str) -> list[str]:
+        """The tokenizer's folder, file by file; tokenizer.json comes first."""
+        folder = f"{self.shared}/tokenizers/{name}"
+        words = [f"{folder}/vocab.txt"] if self.config.tokenizers[name].kind == "trie" else []
+        return [f"{folder}/tokenizer.json", *words]
+
+    def vocabulary(self, subject: str) -> list[str]:
+        """Files of the tokenizer that a subject speaks."""
+        return self.tokenizer_files(vocabulary(self.config, subject))
+
+    def packed(self, name: str) -> list[str]:
+        """Files of a packed corpus, corpus.json first."""
+        folder = f"{self.shared}/corpora/{name}"
+        parts = ["bin", "idx", "mask"] if self.config.corpora[name].format == "chat" else ["bin", "idx"]
+        return [f"{folder}/corpus.json", *(f"{folder}/{half}.{part}" for half in ("train", "valid") for part in parts)]
+
+    def data(self, stage: str) -> list[str]:
+        """What a stage learns from: the packed corpus, or for grpo the questions."""
+        name = self.stages[stage].data
+        return [f"{self.shared}/corpora/{name}.jsonl"] if self.stages[stage].kind == "grpo" else self.packed(name)
+
+    def model(self, subject: str) -> str:
+        """A subject's weights, adapters merged."""
+        folder = f"{self.shared}/weights/{subject}" if subject in self.config.weights else self.of(subject)
+        return f"{folder}/model.safetensors"
+
+    def start(self, stage: str) -> str:
+        """The weights that a stage starts from."""
+        name = self.stages[stage].start
+        return self.model(name) if name else f"{self.of(stage)}/init.safetensors"
+
+    def of(self, subject: str) -> str:
+        """The folder of a subject's results in this run."""
+        return f"{self.home}/{subject}"
+
+    def plots(self, stage: str) -> list[str]:
+        names = (*PLOTS, "reward") if self.stages[stage].kind == "grpo" else PLOTS
+        return [f"{self.of(stage)}/plots/{name}.png" for name in names] + [f"{self.of(stage)}/plots/metrics.csv"]
+
+    def scores(self, subject: str) -> list[str]:
+        return [f"{self.of(subject)}/bench/{name}.json" for name in self.bench(subject)]
+
+    def evidence(self) -> list[str]:
+        """What the report is made from."""
+        files = []
+        for subject in self.subjects:
+            if subject in self.stages:
+                files += [f"{self.of(subject)}/settings.json", f"{self.of(subject)}/metrics.jsonl"]
+                files += self.plots(subject)
+                files += [] if self.stages[subject].kind == "grpo" else self.packed(self.stages[subject].data)[:1]
+            files += self.scores(subject)
+            files += [f"{self.of(subject)}/bench/{name}.samples.jsonl" for name in self.bench(subject)]
+            files += [f"{self.of(subject)}/samples.jsonl"] if self.samples(subject) else []
+        return list(dict.fromkeys(files))
+
+    def targets(self) -> list[str]:
+        """What a run is for: the report, and the weights that no further stage starts from."""
+        used = {stage.start for stage in self.stages.values()}
+        return [f"{self.home}/report.html", *(self.model(name) for name in self.stages if name not in used)]
+
+    def chart(self) -> list[str]:
+        """The plot of all scores with its data, where anything is measured."""
+        measured = any(self.bench(subject) for subject in self.subjects)
+        return [f"{self.home}/plots/scores.png", f"{self.home}/plots/scores.csv"] if measured else []

@@ -1,0 +1,182 @@
+"""The door of every job that may use a device: takes the device, then becomes the verb.
+
+Snakemake counts GPUs but does not say which one a job may use. This locks one file for the device, names it in
+CUDA_VISIBLE_DEVICES and replaces itself by the verb, which inherits the lock: the kernel frees it when the verb is
+gone, however it went. Under a scheduler that gave devices already (SLURM and others) these stand. A second lock,
+beside the file named by --out, lets only one process at a time work on a result.
+
+    python -m rwkvpipe.launch 1 pretrain settings.json --model init.safetensors --data corpus --out model.safetensors
+"""
+
+import argparse
+import fcntl
+import logging
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from rwkvpipe.base.errors import ConfigError, run
+from rwkvpipe.base.fingerprint import check_planned
+
+log = logging.getLogger("rwkvpipe")
+
+SCHEDULERS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID", "KUBERNETES_SERVICE_HOST")
+POLL = 0.5  # seconds between looks at devices that are all taken
+
+
+def _listed() -> list[str]:
+    """Devices as the driver lists them; a card cut into MIG slices counts as its slices."""
+    try:
+        text = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
+    except (FileNotFoundError, PermissionError, subprocess.TimeoutExpired):
+        return []
+    cards: list[tuple[str, list[str]]] = []
+    for line in text.splitlines():
+        if card := re.match(r"GPU (\d+):", line):
+            cards.append((card[1], []))
+        elif (part := re.search(r"\(UUID:\s*(MIG-[^)\s]+)\)", line)) and cards:
+            cards[-1][1].append(part[1])
+    return [name for card, slices in cards for name in (slices or [card])]
+
+
+def pool() -> list[str]:
+    """Devices that this user may use here, spelled as CUDA_VISIBLE_DEVICES spells them.
+
+    RWKVPIPE_GPUS counts before CUDA_VISIBLE_DEVICES, and that before what nvidia-smi lists; empty is the CPU.
+    """
+    for variable in ("RWKVPIPE_GPUS", "CUDA_VISIBLE_DEVICES"):
+        if variable in os.environ:
+            names = [name for name in re.split(r"[,\s]+", os.environ[variable]) if name]
+            return names[: names.index("-1")] if "-1" in names else names  # CUDA stops reading at -1
+    return _listed()
+
+
+def describe(devices: list[str], limits: Mapping) -> str:
+    """One line for the start of a run: the devices its jobs will use, under limits like `--resources gpu=0`."""
+    if not devices:
+        return "device: CPU (no GPU is visible)"
+    if "gpu" in limits and not limits["gpu"].value:
+        return "device: CPU (the resource gpu is limited to 0)"
+    return f"device: GPU {', '.join(devices)}"
+
+
+def scheduled() -> bool:
+    """Whether a cluster's scheduler chose this process's devices."""
+    return any(variable in os.environ for variable in SCHEDULERS)
+
+
+def reachable(root: Path) -> None:
+    """Let the jobs that this process starts find this interpreter and, where it lies in `root`, the package."""
+    wanted = {"PATH": Path(sys.executable).parent}
+    if (root / "rwkvpipe").is_dir():
+        wanted["PYTHONPATH"] = root
+    for variable, folder in wanted.items():
+        others = [part for part in os.environ.get(variable, "").split(os.pathsep) if part and part != str(folder)]
+        os.environ[variable] = os.pathsep.join([str(folder), *others])
+
+
+def _locks() -> Path:
+    """The folder of device locks, shared by all users of the machine."""
+    folder = Path(os.environ.get("RWKVPIPE_LOCKS") or Path(tempfile.gettempdir()) / "rwkvpipe-devices")
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o1777)
+    return folder
+
+
+def lock(path: Path, waiting: str | None = None) -> int | None:
+    """An inheritable descriptor that holds an exclusive lock on a file made for it.
+
+    Taken by somebody else, it is waited for with the line `waiting` in the log, or given up (None) without one.
+    """
+    try:  # another user's file in a folder with the sticky bit may be opened, but not with O_CREAT
+        handle = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        os.fchmod(handle, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if waiting is None:
+            os.close(handle)
+            return None
+        holder = os.pread(handle, 20, 0).decode(errors="replace").strip() or "another process"
+        log.info("%s (held by process %s); waiting", waiting, holder)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+    os.set_inheritable(handle, True)
+    return handle
+
+
+def take(devices: list[str], locks: Path) -> str:
+    """Lock one of the devices and name it; jobs that wait are served in the order in which they came."""
+    queue = lock(locks / "queue", waiting="other jobs wait for a device already")
+    told = False
+    while True:
+        for name in devices:
+            if lock(locks / f"device-{re.sub('[^A-Za-z0-9_.-]', '_', name)}") is not None:
+                os.close(queue)
+                return name
+        if not told:
+            log.info("all devices are taken (%s); waiting for one", ", ".join(devices))
+            told = True
+        time.sleep(POLL * random.uniform(0.5, 1.5))
+
+
+def choose(count: int) -> dict[str, str]:
+    """Environment that gives the verb its device. Raises ConfigError where there is none or several are asked for."""
+    if count > 1:
+        raise ConfigError(f"{count} devices asked for, and a job takes one device; set the resource gpu to 1 or 0")
+    if count == 0:
+        log.info("device: CPU")
+        return {"CUDA_VISIBLE_DEVICES": "", "RWKVPIPE_DEVICE": "cpu"}
+    devices = pool()
+    if scheduled():
+        log.info("device: GPU %s, given by the scheduler", ",".join(devices) or "of this node")
+        return {"RWKVPIPE_DEVICE": "cuda"}
+    if not devices:
+        raise ConfigError("no GPU is visible here; set the resource gpu to 0 to run on the CPU")
+    name = take(devices, _locks())
+    log.info("device: GPU %s", name)
+    order = os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi's numbering
+    return {"CUDA_VISIBLE_DEVICES": name, "CUDA_DEVICE_ORDER": order, "RWKVPIPE_DEVICE": "cuda"}
+
+
+def _claim(words: list[str]) -> None:
+    """Lock the result that the verb's --out names, so that no second process works on it."""
+    for number, word in enumerate(words):
+        out = words[number + 1] if word == "--out" and number + 1 < len(words) else word.removeprefix("--out=")
+        if out != word:
+            path = Path(out)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock(path.parent / f".{path.name}.lock", waiting=f"{path} is in work")
+            return
+
+
+def main(argv=None) -> None:
+    """Take what the job needs and become the verb; returns only by raising."""
+    parser = argparse.ArgumentParser(prog="python -m rwkvpipe.launch", description="Start a verb on a device.")
+    parser.add_argument("count", type=int, choices=range(0, 1025), metavar="N", help="GPUs: 1, or 0 for the CPU")
+    parser.add_argument("--code", help="refuse to start if the verb's code is not the one planned (verb@digest)")
+    parser.add_argument("verb", help="a module of rwkvpipe")
+    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="the verb's own arguments")
+    args = parser.parse_args(argv)
+    if not (Path(__file__).parent / f"{args.verb}.py").is_file() or args.verb in ("launch", "plan"):
+        raise ConfigError(f"{args.verb} is no verb that launch can start")
+    if args.code and args.code != "off":
+        check_planned(args.code)
+    _claim(args.words)  # before the device: a job that waits here must not hold one
+    os.environ.update(choose(args.count))
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, "-m", f"rwkvpipe.{args.verb}", *args.words])
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,383 @@
+"""The workflow on stand-in verbs: what runs, in which order, and what an edit makes stale."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+# runs before the verb's imports, so the real code is fingerprinted and never runs
+STAND_IN = """
+if __name__ == "__main__":
+    import sys as _sys
+
+    from rwkvpipe.stand_in import play
+
+    _sys.exit(play(_sys.argv))
+"""
+PLAY = '''
+"""Writes what a verb would write, in no time."""
+
+import json
+from pathlib import Path
+
+BESIDE = {
+    "convert": ["config.json"], "merge": ["config.json"], "score": ["{stem}.samples.jsonl"],
+    "vocab": ["vocab.txt"], "report": ["plots/scores.png", "plots/scores.csv"],
+    "pack": [f"{half}.{part}" for half in ("train", "valid") for part in ("bin", "idx", "mask")],
+    "plot": [f"{name}.png" for name in ("loss", "lr", "grad_norm", "throughput", "reward")] + ["metrics.csv"],
+}
+FOLDER = {"vocab": "tokenizer.json", "pack": "corpus.json", "plot": "metrics.csv"}
+
+
+def play(argv):
+    verb, words = Path(argv[0]).stem, argv[1:]
+    out = Path(words[words.index("--out") + 1])
+    if verb in FOLDER:
+        out = out / FOLDER[verb]
+    beside = BESIDE.get(verb, [])
+    if verb in ("pretrain", "sft", "grpo"):
+        beside = ["metrics.jsonl"] + (["config.json"] if out.name == "model.safetensors" else [])
+    for path in [out, *(out.parent / name.format(stem=out.stem) for name in beside)]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(words) + "\\n")
+    if "Fail" in str(words):
+        raise SystemExit("error: asked to fail")
+'''
+VERBS = (
+    "download convert questions vocab pack settings init pretrain sft grpo merge bench score generate plot report".split()
+)
+CONFIG = """
+run: demo
+tokenizers:
+  letters: {kind: trie, corpora: [stories]}
+corpora:
+  stories: {path: data/stories.txt, tokenizer: letters}
+  talks: {path: data/talks.jsonl, tokenizer: letters, format: chat}
+  sums: {synthetic: arithmetic.questions, count: 100, format: question}
+benchmarks:
+  free: {task: answer, synthetic: arithmetic.questions, limit: 10}
+  pick: {task: choice, path: data/pick.jsonl}
+stages:
+  - name: base
+    kind: pretrain
+    data: stories
+    model: {n_layer: 2, n_embd: 64}
+    train: {steps: 10, lr: 1e-3}  # learns
+    bench: [free, pick]
+    samples: {prompts: ["1+1="]}
+  - name: chat
+    kind: sft
+    data: talks
+    start: base
+    lora: {rank: 4}
+    train: {steps: 10, lr: 1e-4}
+    bench: [free]
+  - name: reason
+    kind: grpo
+    data: sums
+    start: chat
+    lora: {rank: 4}
+    train: {steps: 10, lr: 1e-5}
+    bench: [free]
+"""
+
+
+class Work:
+    """A copy of the project whose verbs write their files and do nothing else."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @classmethod
+    def make(cls, path: Path) -> "Work":
+        ignore = shutil.ignore_patterns("__pycache__", ".snakemake", "results")
+        for name in ("workflow", "profiles", "envs", "rwkvpipe"):
+            shutil.copytree(ROOT / name, path / name, ignore=ignore)
+        shutil.copy(ROOT / "Snakefile", path)
+        (path / "rwkvpipe/stand_in.py").write_text(PLAY)
+        for verb in VERBS:
+            file = path / f"rwkvpipe/{verb}.py"
+            text = file.read_text() if file.exists() else f'"""{verb}."""\n\nimport argparse\n'
+            first = re.search(r"^(import|from) ", text, re.M).start()
+            file.write_text(text[:first] + STAND_IN + "\n\n" + text[first:])
+        (path / "data").mkdir()
+        for name in ("stories.txt", "talks.jsonl", "pick.jsonl"):
+            (path / "data" / name).write_text("{}\n")
+        (path / "config.yaml").write_text(CONFIG)
+        return cls(path)
+
+    def copy(self, path: Path) -> "Work":
+        shutil.copytree(self.path, path)  # times are kept
+        return Work(path)
+
+    def call(self, *words: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
+        """Snakemake with these words, its two streams as one text."""
+        given = {name: value for name, value in os.environ.items() if not name.startswith(("SNAKEMAKE", "PYTHONPATH"))}
+        return subprocess.run(
+            [sys.executable, "-m", "snakemake", "--nocolor", "--cores", "2", *words],
+            cwd=cwd or self.path,
+            env={**given, "RWKVPIPE_GPUS": "", **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+        )
+
+    def run(self, *words: str, **env: str) -> str:
+        done = self.call(*words, **env)
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    def plan(self, *words: str) -> list[str]:
+        """What a dry run would do, sorted: the rule, then the values of its wildcards but for the run's name."""
+        text = self.run("-n", *words)
+        jobs = []
+        for block in re.split(r"\n(?=(?:local)?rule \w+:)", text)[1:]:
+            rule = re.match(r"(?:local)?rule (\w+):", block)[1]
+            wildcards = re.search(r"^    wildcards: (.*)$", block, re.M)
+            values = dict(part.split("=") for part in wildcards[1].split(", ")) if wildcards else {}
+            values.pop("run", None)
+            if rule not in ("all", "default"):
+                jobs.append(" ".join([rule, *values.values()]))
+        return sorted(jobs)
+
+    def edit(self, file: str, old: str, new: str) -> None:
+        text = (self.path / file).read_text()
+        assert old in text, f"{file} does not hold {old!r}"
+        (self.path / file).write_text(text.replace(old, new, 1))
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory) -> Work:
+    return Work.make(tmp_path_factory.mktemp("fresh") / "work")
+
+
+@pytest.fixture(scope="session")
+def finished(fresh, tmp_path_factory) -> Work:
+    work = fresh.copy(tmp_path_factory.mktemp("finished") / "work")
+    work.run()
+    return work
+
+
+@pytest.fixture
+def done(finished, tmp_path) -> Work:
+    return finished.copy(tmp_path / "work")
+
+
+AFTER_CHAT = [
+    "bench chat free", "bench reason free", "grpo_lora reason", "merge chat", "merge reason", "plot chat",
+    "plot_grpo reason", "report", "score chat free", "score reason free", "sft_lora chat",
+]  # fmt: skip
+AFTER_BASE = sorted([
+    *AFTER_CHAT, "bench base free", "bench base pick", "generate base", "plot base", "pretrain base",
+    "score base free", "score base pick",
+])  # fmt: skip
+
+
+def test_everything_is_made_once(finished):
+    assert (finished.path / "results/demo/report.html").is_file()
+    assert finished.plan() == []
+
+
+def test_a_comment_in_the_config_makes_nothing_stale(done):
+    done.edit("config.yaml", "# learns", "# learns fast")
+    assert done.plan() == []
+
+
+def test_the_order_of_keys_makes_nothing_stale(done):
+    value = yaml.safe_load((done.path / "config.yaml").read_text())
+    value["stages"] = [dict(reversed(stage.items())) for stage in value["stages"]]
+    (done.path / "config.yaml").write_text(yaml.safe_dump(dict(reversed(value.items())), sort_keys=False))
+    assert done.plan() == []
+
+
+def test_a_default_written_out_makes_nothing_stale(done):
+    done.edit("config.yaml", "steps: 10, lr: 1e-3", "steps: 10, lr: 0.001, batch: 16")
+    assert done.plan() == []
+
+
+def test_a_learning_rate_makes_its_stage_and_descendants_stale(done):
+    done.edit("config.yaml", "lr: 1e-4", "lr: 2e-4")
+    assert done.plan() == sorted([*AFTER_CHAT, "settings chat"])
+
+
+def test_the_learning_rate_of_the_first_stage_makes_all_stages_stale(done):
+    # its initial weights are made again too, since they are made from the stage's settings
+    done.edit("config.yaml", "lr: 1e-3", "lr: 2e-3")
+    assert done.plan() == sorted([*AFTER_BASE, "settings base", "init base"])
+
+
+def test_swapped_values_are_seen(done):
+    done.edit("config.yaml", "steps: 10, lr: 1e-5", "steps: 10, warmup: 20, lr: 1e-5")
+    done.run()
+    done.edit("config.yaml", "steps: 10, warmup: 20", "steps: 20, warmup: 10")
+    assert "grpo_lora reason" in done.plan()
+
+
+def test_a_benchmark_added_runs_itself_alone(done):
+    done.edit("config.yaml", "  pick: {", "  more: {task: answer, synthetic: arithmetic.questions, limit: 5}\n  pick: {")
+    done.edit("config.yaml", "bench: [free]\n  - name: reason", "bench: [free, more]\n  - name: reason")
+    assert done.plan() == ["bench chat more", "questions more", "report", "score chat more"]
+
+
+def test_a_stage_added_runs_itself_alone(done):
+    with open(done.path / "config.yaml", "a") as file:
+        file.write("  - {name: more, kind: sft, data: talks, start: base, train: {steps: 5}}\n")
+    assert done.plan() == ["plot more", "report", "settings more", "sft more"]
+
+
+def test_an_unused_entry_makes_nothing_stale(done):
+    done.edit("config.yaml", "  talks:", "  spare: {path: data/spare.txt, tokenizer: letters}\n  talks:")
+    assert done.plan() == []
+
+
+def test_code_that_some_verbs_run_makes_only_their_steps_stale(done):
+    (done.path / "rwkvpipe/train/policy.py").open("a").write("\nEXTRA = 1\n")
+    after_grpo = ["bench reason free", "grpo_lora reason", "merge reason", "plot_grpo reason", "report"]
+    assert done.plan() == sorted([*after_grpo, "score reason free"])
+
+
+def test_comments_and_docstrings_of_code_make_nothing_stale(done):
+    for file in ("rwkvpipe/train/loop.py", "rwkvpipe/base/files.py", "rwkvpipe/pretrain.py"):
+        text = (done.path / file).read_text()
+        (done.path / file).write_text(text.replace('"""', '"""Truly: ', 1) + "\n\n# a remark\n")
+    assert done.plan() == []
+
+
+def test_untracked_code_makes_nothing_stale(fresh, tmp_path):
+    work = fresh.copy(tmp_path / "work")
+    with open(work.path / "config.yaml", "a") as file:
+        file.write("code_tracking: off\n")
+    work.run()
+    work.edit("rwkvpipe/pretrain.py", "import argparse", "import argparse\nimport math")
+    assert work.plan() == []
+
+
+def test_a_changed_corpus_makes_what_is_learned_from_it_stale(done):
+    with open(done.path / "data/talks.jsonl", "a") as file:
+        file.write("{}\n")
+    assert done.plan() == sorted([*AFTER_CHAT, "pack_chat talks"])
+
+
+def test_a_touched_corpus_makes_nothing_stale(done):
+    (done.path / "data/talks.jsonl").touch()
+    assert done.plan() == []
+
+
+def test_knobs_make_nothing_stale(done):
+    with open(done.path / "profiles/default/profile.yaml", "a") as file:
+        file.write("set-resources:\n  pretrain:\n    micro_batch: 2\n  bench:\n    rows: 3\n")
+    with open(done.path / "config.yaml", "a") as file:
+        file.write("checkpoints: {every: 7}\n")
+    assert done.plan("--set-threads", "pretrain=1") == []
+
+
+def test_a_deleted_intermediate_is_made_again_only_when_needed(done):
+    results = done.path / "results"
+    shutil.rmtree(results / "shared/corpora/talks")
+    (results / "demo/base/model.safetensors").unlink()
+    (results / "demo/chat/bench/free.answers.jsonl").unlink()
+    assert done.plan() == []
+    done.edit("config.yaml", "lr: 1e-4", "lr: 2e-4")
+    plan = done.plan()
+    assert "pack_chat talks" in plan and "pretrain base" in plan and "pack stories" not in plan
+
+
+def test_config_values_on_the_command_line_join_the_config(done):
+    assert done.plan("--config", "seed=42") == []
+    assert "pretrain base" in done.plan("--config", "seed=43")
+
+
+def test_a_given_configfile_stands_alone(done):
+    value = {**yaml.safe_load(CONFIG), "run": "alone", "stages": yaml.safe_load(CONFIG)["stages"][:1]}
+    del value["benchmarks"], value["stages"][0]["bench"], value["corpora"]["sums"]
+    (done.path / "alone.yaml").write_text(yaml.safe_dump(value))
+    expected = ["generate base", "init base", "plot base", "pretrain base", "report", "settings base"]
+    assert done.plan("--configfile", "alone.yaml") == expected
+    assert not any("free" in job for job in done.plan("--configfile", "alone.yaml", "--config", "seed=7"))
+
+
+def test_config_errors_are_one_line(fresh, tmp_path):
+    def error(text: str) -> str:
+        (tmp_path / "bad.yaml").write_text(text)
+        done = fresh.call("-n", "--configfile", str(tmp_path / "bad.yaml"))
+        assert done.returncode != 0 and "Traceback" not in done.stdout
+        lines = [line for line in done.stdout.splitlines() if not line.startswith("Using workflow specific profile")]
+        assert len(lines) == 1, done.stdout
+        return lines[0]
+
+    assert "stages.base.train.lrr: no such key; did you mean lr?" in error(CONFIG.replace("lr: 1e-3", "lrr: 1e-3"))
+    assert "bad.yaml:3: the key run stands twice" in error("\nrun: a\nrun: b\n")
+    assert "data/none.txt" in error(CONFIG.replace("data/stories.txt", "data/none.txt"))
+    assert "stages.chat.start" in error(CONFIG.replace("start: base", "start: bass"))
+
+
+def test_broken_yaml_is_named_by_line(done):
+    (done.path / "config.yaml").write_text("run: demo\nstages: [\n")
+    text = done.call("-n").stdout
+    assert "config.yaml:3: not YAML" in text and "Traceback" not in text
+
+
+def test_one_line_says_the_device(fresh):
+    assert "device: CPU (no GPU is visible)" in fresh.run("-n")
+    text = fresh.run("-n", RWKVPIPE_GPUS="3")
+    assert "device: GPU 3" in text and "gpu=1" in text
+    assert "limited to 0" in fresh.run("-n", "--resources", "gpu=0", RWKVPIPE_GPUS="3")
+
+
+def test_another_workflow_can_use_this_one(fresh, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("stories.txt", "talks.jsonl", "pick.jsonl"):
+        (tmp_path / "data" / name).write_text("{}\n")
+    (tmp_path / "Snakefile").write_text(f'''
+module rwkv:
+    snakefile: "{fresh.path}/workflow/Snakefile"
+    config: config["rwkv"]
+    pathvars: results="made"
+
+
+use rule * from rwkv as rwkv_*
+
+
+rule all:
+    default_target: True
+    input: rules.rwkv_all.input
+''')
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"rwkv": yaml.safe_load(CONFIG)}))
+    done = fresh.call("--configfile", "config.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "made/demo/report.html").is_file() and not (tmp_path / "results").exists()
+    story = json.loads((tmp_path / "made/demo/report.html").read_text())[1]
+    assert json.loads(story)["subjects"][0]["folder"] == "made/demo/base"
+
+
+def test_the_rules_agree_with_the_plan_about_files(fresh):
+    """Each step of the plan's graph is a job of Snakemake's, and the other way round."""
+    sys_path_plan = subprocess.run(
+        [sys.executable, "-m", "rwkvpipe.plan", "--check", "config.yaml"],
+        cwd=fresh.path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    merged = re.compile(r"^(\w+?)_(?:lora|chat|trie|corpus|grpo)\b")
+    assert sorted(merged.sub(r"\1", job) for job in fresh.plan()) == sorted(sys_path_plan.stdout.splitlines())
+
+
+def test_snakemakes_own_report_has_captions(finished, tmp_path):
+    finished.copy(tmp_path / "work").run("--report", "page.html")
+    text = (tmp_path / "work/page.html").read_text()
+    assert "Global norm of the gradient of stage base" in text
+
+
+def test_lint_and_format_are_clean(fresh):
+    assert "Congratulations" in fresh.run("--lint")
+    files = ["Snakefile", *map(str, sorted(Path("workflow").rglob("Snakefile"))), "workflow"]
+    done = subprocess.run(
+        [sys.executable, "-m", "snakefmt", "--check", *files], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

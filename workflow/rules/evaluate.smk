@@ -1,0 +1,71 @@
+# runs the model and keeps its answers; grading is a step of its own, so a changed grader regrades in seconds
+rule bench:
+    input:
+        model=lambda wildcards: plan.model(wildcards.subject),
+        tokenizer=lambda wildcards: plan.vocabulary(wildcards.subject),
+        questions="<results>/shared/benchmarks/{benchmark}.jsonl",
+    output:
+        answers="<results>/{run}/{subject}/bench/{benchmark}.answers.jsonl",
+    log:
+        "<results>/{run}/{subject}/log/bench-{benchmark}.log",
+    benchmark:
+        "<results>/{run}/{subject}/log/bench-{benchmark}.jsonl"
+    conda:
+        ENVIRONMENT
+    threads: 1
+    resources:
+        gpu=GPU,
+        rows=64,
+    params:
+        spec=lambda wildcards: spec(settled.benchmarks[wildcards.benchmark]),
+        code=plan.code("bench"),
+        tokenizer=tokenizer_folder,
+    shell:
+        "exec python -m rwkvpipe.launch --code {params.code:q} {resources.gpu} bench --spec {params.spec:q}"
+        " --model {input.model:q} --tokenizer {params.tokenizer:q} --questions {input.questions:q}"
+        " --rows {resources.rows} --out {output.answers:q} > {log:q} 2>&1"
+
+
+rule score:
+    input:
+        answers="<results>/{run}/{subject}/bench/{benchmark}.answers.jsonl",
+        questions="<results>/shared/benchmarks/{benchmark}.jsonl",
+    output:
+        score="<results>/{run}/{subject}/bench/{benchmark}.json",
+        samples="<results>/{run}/{subject}/bench/{benchmark}.samples.jsonl",
+    log:
+        "<results>/{run}/{subject}/log/score-{benchmark}.log",
+    benchmark:
+        "<results>/{run}/{subject}/log/score-{benchmark}.jsonl"
+    conda:
+        ENVIRONMENT
+    params:
+        spec=lambda wildcards: spec(settled.benchmarks[wildcards.benchmark]),
+        code=plan.code("score"),
+    shell:
+        "exec python -m rwkvpipe.score {input.answers:q} --spec {params.spec:q} --questions {input.questions:q}"
+        " --out {output.score:q} > {log:q} 2>&1"
+
+
+rule generate:
+    input:
+        model=lambda wildcards: plan.model(wildcards.subject),
+        tokenizer=lambda wildcards: plan.vocabulary(wildcards.subject),
+    output:
+        samples="<results>/{run}/{subject}/samples.jsonl",
+    log:
+        "<results>/{run}/{subject}/log/generate.log",
+    benchmark:
+        "<results>/{run}/{subject}/log/generate.jsonl"
+    conda:
+        ENVIRONMENT
+    threads: 1
+    resources:
+        gpu=GPU,
+    params:
+        spec=lambda wildcards: spec(plan.samples(wildcards.subject)),
+        code=plan.code("generate"),
+        tokenizer=tokenizer_folder,
+    shell:
+        "exec python -m rwkvpipe.launch --code {params.code:q} {resources.gpu} generate --model {input.model:q}"
+        " --tokenizer {params.tokenizer:q} --spec {params.spec:q} --out {output.samples:q} > {log:q} 2>&1"

@@ -1,0 +1,37 @@
+rule download:
+    input:
+        lambda wildcards: plan.origin(wildcards.download),
+    output:
+        file="<results>/shared/downloads/{download}",
+    log:
+        "<results>/shared/log/download-{download}.log",
+    benchmark:
+        "<results>/shared/log/download-{download}.jsonl"
+    retries: 3
+    conda:
+        ENVIRONMENT
+    resources:
+        network=1,
+    params:
+        source=lambda wildcards: plan.downloads[wildcards.download].source,
+        digest=digest_wanted,
+    shell:
+        "exec python -m rwkvpipe.download {params.source:q} {params.digest:q} --out {output.file:q} > {log:q} 2>&1"
+
+
+rule convert:
+    input:
+        checkpoint=lambda wildcards: plan.checkpoint(wildcards.weights),
+    output:
+        model="<results>/shared/weights/{weights}/model.safetensors",
+        config="<results>/shared/weights/{weights}/config.json",
+    log:
+        "<results>/shared/log/convert-{weights}.log",
+    benchmark:
+        "<results>/shared/log/convert-{weights}.jsonl"
+    conda:
+        ENVIRONMENT
+    params:
+        code=plan.code("convert"),
+    shell:
+        "exec python -m rwkvpipe.convert {input.checkpoint:q} --out {output.model:q} > {log:q} 2>&1"

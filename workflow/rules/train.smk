@@ -1,0 +1,177 @@
+rule settings:
+    output:
+        settings="<results>/{run}/{stage}/settings.json",
+    log:
+        "<results>/{run}/{stage}/log/settings.log",
+    localrule: True
+    conda:
+        ENVIRONMENT
+    params:
+        spec=lambda wildcards: canonical(plan.settings(wildcards.stage)),
+        code=plan.code("settings"),
+    shell:
+        "exec python -m rwkvpipe.settings --spec {params.spec:q} --out {output.settings:q} > {log:q} 2>&1"
+
+
+rule init:
+    input:
+        settings="<results>/{run}/{stage}/settings.json",
+        tokenizer=lambda wildcards: plan.vocabulary(wildcards.stage),
+    output:
+        weights="<results>/{run}/{stage}/init.safetensors",
+    log:
+        "<results>/{run}/{stage}/log/init.log",
+    benchmark:
+        "<results>/{run}/{stage}/log/init.jsonl"
+    wildcard_constraints:
+        stage=plan.only(fresh=True),
+    conda:
+        ENVIRONMENT
+    params:
+        code=plan.code("init"),
+        tokenizer=tokenizer_folder,
+    shell:
+        "exec python -m rwkvpipe.init {input.settings:q} --tokenizer {params.tokenizer:q}"
+        " --out {output.weights:q} > {log:q} 2>&1"
+
+
+rule pretrain:
+    input:
+        settings="<results>/{run}/{stage}/settings.json",
+        model=lambda wildcards: plan.start(wildcards.stage),
+        data=lambda wildcards: plan.data(wildcards.stage),
+    output:
+        weights="<results>/{run}/{stage}/model.safetensors",
+        config="<results>/{run}/{stage}/config.json",
+        metrics="<results>/{run}/{stage}/metrics.jsonl",
+    log:
+        "<results>/{run}/{stage}/log/pretrain.log",
+    benchmark:
+        "<results>/{run}/{stage}/log/pretrain.jsonl"
+    wildcard_constraints:
+        stage=plan.only("pretrain", lora=False),
+    conda:
+        ENVIRONMENT
+    threads: 2
+    resources:
+        gpu=GPU,
+        micro_batch=micro_batch,
+    params:
+        code=plan.code("pretrain"),
+        data=packed_folder,
+        save_every=save_every,
+    shell:
+        "exec python -m rwkvpipe.launch --code {params.code:q} {resources.gpu} pretrain {input.settings:q}"
+        " --model {input.model:q} --data {params.data:q} --micro-batch {resources.micro_batch}"
+        " --save-every {params.save_every} --out {output.weights:q} > {log:q} 2>&1"
+
+
+use rule pretrain as pretrain_lora with:
+    output:
+        weights="<results>/{run}/{stage}/adapter.safetensors",
+        metrics="<results>/{run}/{stage}/metrics.jsonl",
+    wildcard_constraints:
+        stage=plan.only("pretrain", lora=True),
+
+
+rule sft:
+    input:
+        settings="<results>/{run}/{stage}/settings.json",
+        model=lambda wildcards: plan.start(wildcards.stage),
+        data=lambda wildcards: plan.data(wildcards.stage),
+    output:
+        weights="<results>/{run}/{stage}/model.safetensors",
+        config="<results>/{run}/{stage}/config.json",
+        metrics="<results>/{run}/{stage}/metrics.jsonl",
+    log:
+        "<results>/{run}/{stage}/log/sft.log",
+    benchmark:
+        "<results>/{run}/{stage}/log/sft.jsonl"
+    wildcard_constraints:
+        stage=plan.only("sft", lora=False),
+    conda:
+        ENVIRONMENT
+    threads: 2
+    resources:
+        gpu=GPU,
+        micro_batch=micro_batch,
+    params:
+        code=plan.code("sft"),
+        data=packed_folder,
+        save_every=save_every,
+    shell:
+        "exec python -m rwkvpipe.launch --code {params.code:q} {resources.gpu} sft {input.settings:q}"
+        " --model {input.model:q} --data {params.data:q} --micro-batch {resources.micro_batch}"
+        " --save-every {params.save_every} --out {output.weights:q} > {log:q} 2>&1"
+
+
+use rule sft as sft_lora with:
+    output:
+        weights="<results>/{run}/{stage}/adapter.safetensors",
+        metrics="<results>/{run}/{stage}/metrics.jsonl",
+    wildcard_constraints:
+        stage=plan.only("sft", lora=True),
+
+
+rule grpo:
+    input:
+        settings="<results>/{run}/{stage}/settings.json",
+        model=lambda wildcards: plan.start(wildcards.stage),
+        tokenizer=lambda wildcards: plan.vocabulary(wildcards.stage),
+        data=lambda wildcards: plan.data(wildcards.stage),
+    output:
+        weights="<results>/{run}/{stage}/model.safetensors",
+        config="<results>/{run}/{stage}/config.json",
+        metrics="<results>/{run}/{stage}/metrics.jsonl",
+    log:
+        "<results>/{run}/{stage}/log/grpo.log",
+    benchmark:
+        "<results>/{run}/{stage}/log/grpo.jsonl"
+    wildcard_constraints:
+        stage=plan.only("grpo", lora=False),
+    conda:
+        ENVIRONMENT
+    threads: 2
+    resources:
+        gpu=GPU,
+        micro_batch=micro_batch,
+    params:
+        code=plan.code("grpo"),
+        tokenizer=tokenizer_folder,
+        save_every=save_every,
+    shell:
+        "exec python -m rwkvpipe.launch --code {params.code:q} {resources.gpu} grpo {input.settings:q}"
+        " --model {input.model:q} --tokenizer {params.tokenizer:q} --data {input.data:q}"
+        " --micro-batch {resources.micro_batch} --save-every {params.save_every}"
+        " --out {output.weights:q} > {log:q} 2>&1"
+
+
+use rule grpo as grpo_lora with:
+    output:
+        weights="<results>/{run}/{stage}/adapter.safetensors",
+        metrics="<results>/{run}/{stage}/metrics.jsonl",
+    wildcard_constraints:
+        stage=plan.only("grpo", lora=True),
+
+
+# no stage of its own: whoever needs the weights of a stage with an adapter makes Snakemake merge it
+rule merge:
+    input:
+        model=lambda wildcards: plan.start(wildcards.stage),
+        adapter="<results>/{run}/{stage}/adapter.safetensors",
+    output:
+        model="<results>/{run}/{stage}/model.safetensors",
+        config="<results>/{run}/{stage}/config.json",
+    log:
+        "<results>/{run}/{stage}/log/merge.log",
+    benchmark:
+        "<results>/{run}/{stage}/log/merge.jsonl"
+    wildcard_constraints:
+        stage=plan.only(lora=True),
+    conda:
+        ENVIRONMENT
+    params:
+        code=plan.code("merge"),
+    shell:
+        "exec python -m rwkvpipe.merge --model {input.model:q} --adapter {input.adapter:q}"
+        " --out {output.model:q} > {log:q} 2>&1"
