@@ -28,11 +28,11 @@ def device_of(model: nn.Module) -> torch.device:
 def masked_cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor | None = None, *, total=None) -> Tensor:
     """Sum of -log p(target) over the masked-in positions, divided by `total`: a scalar.
 
-    logits (B, T, V), targets (B, T) long, mask (B, T) of 0 and 1 or None for all. `total` is by default their
-    own number; with none of them the loss is 0, not NaN.
+    logits (B, T, V), targets (B, T) long, below 0 where there is none, mask (B, T) of 0 and 1 or None for
+    all. `total` is by default their own number; with none of them the loss is 0, not NaN.
     """
-    # masked-out positions may hold any target, padding included: ignore_index is the only value never read
-    chosen = targets if mask is None else targets.masked_fill(mask == 0, -100)
+    left_out = targets < 0 if mask is None else (targets < 0) | (mask == 0)
+    chosen = targets.masked_fill(left_out, -100)  # the one value that cross_entropy never reads
     if total is None:
         total = int((chosen >= 0).sum())
     logits = logits.flatten(0, 1)  # (B T, V)

@@ -41,6 +41,7 @@ def test_the_mask_decides_and_nothing_masked_in_costs_nothing():
     assert masked_cross_entropy(logits, targets, mask) == pytest.approx(float((each[0] + each[4]) / 2), abs=1e-6)
     assert masked_cross_entropy(logits, targets, mask * 0) == 0
     outside = torch.where(mask == 1, targets, -1)
+    assert masked_cross_entropy(logits, outside) == masked_cross_entropy(logits, targets, mask)
     assert masked_cross_entropy(logits, outside, mask) == masked_cross_entropy(logits, targets, mask)
 
 

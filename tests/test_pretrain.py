@@ -1,0 +1,151 @@
+"""Pretraining learns, resumes bit for bit, and refuses what does not fit, in one line."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from rwkvpipe import merge, pretrain
+from rwkvpipe.base.config import LoraConfig, RwkvConfig, Settings, TrainConfig
+from rwkvpipe.base.errors import ConfigError, DataError, Stopped
+from rwkvpipe.base.files import write_json
+from rwkvpipe.data.binidx import BinidxWriter
+from rwkvpipe.model.family import build
+from rwkvpipe.train import loop
+from rwkvpipe.weights import store
+
+MODEL = RwkvConfig(n_layer=2, n_embd=32, head_size=16, vocab_size=24)
+
+
+def write_corpus(folder, documents=40, size=24):
+    """Counting documents: each number is followed by the next, so that there is something to learn."""
+    stream = np.random.default_rng(0)
+    for part, count in (("train", documents), ("valid", 4)):
+        with BinidxWriter(folder / part, np.uint16) as writer:
+            for _ in range(count):
+                start, length = stream.integers(1, size), stream.integers(5, 30)
+                writer.add([int(1 + (start + n) % (size - 1)) for n in range(length)] + [0])
+    write_json(folder / "corpus.json", {"vocab_size": size})
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("RWKVPIPE_DEVICE", "cpu")
+    (tmp_path / "corpus").mkdir()
+    write_corpus(tmp_path / "corpus")
+    model = build(MODEL)
+    model.initialise(0)
+    store.write_tensors(tmp_path / "start.safetensors", model.state_dict())
+    return tmp_path
+
+
+def settings(home, lora=None, kind="pretrain", **train):
+    asked = {"steps": 12, "ctx_len": 16, "batch": 4, "lr": 0.01, "warmup": 1, "log_every": 4} | train
+    value = Settings(kind=kind, seed=5, train=TrainConfig(**asked), lora=lora)
+    write_json(home / "settings.json", value.model_dump(mode="json"))
+
+
+def run(home, name, micro_batch=4, out="model.safetensors"):
+    path = home / name / out
+    pretrain.main([
+        str(home / "settings.json"), "--model", str(home / "start.safetensors"), "--data", str(home / "corpus"),
+        "--micro-batch", str(micro_batch), "--save-every", "5", "--out", str(path),
+    ])  # fmt: skip
+    rows = [json.loads(line) for line in (home / name / "metrics.jsonl").read_text().splitlines()]
+    rows = [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+    return store.read_tensors(path)[0], rows
+
+
+def test_it_learns_and_writes_what_the_rules_promise(home):
+    settings(home, steps=40, valid_every=20)
+    _, rows = run(home, "a")
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
+    assert [row["step"] for row in rows if "valid_loss" in row] == [20, 40]
+    assert rows[-1]["valid_loss"] < rows[0]["loss"]
+    assert rows[-1]["tokens"] == 40 * 4 * 16
+    assert sorted(path.name for path in (home / "a").iterdir()) == ["config.json", "metrics.jsonl", "model.safetensors"]
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2, dropout=0.2, full=("ln1",))])
+@pytest.mark.parametrize("at", [2, 7])
+def test_a_stopped_run_ends_in_the_same_weights(home, monkeypatch, lora, at):
+    settings(home, lora)
+    whole = run(home, "whole")
+    real = loop.lr_at
+
+    def interrupted(config, step):
+        if step == at:
+            raise KeyboardInterrupt
+        return real(config, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "lr_at", interrupted)
+        with pytest.raises(Stopped):
+            run(home, "cut")
+    assert (home / "cut" / "checkpoints").is_dir()
+    assert not (home / "cut" / "metrics.jsonl").exists()
+    again = run(home, "cut")
+    assert whole[1] == again[1]
+    assert all(torch.equal(value, again[0][name]) for name, value in whole[0].items())
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2, dropout=0.2)])
+def test_the_micro_batch_decides_no_result(home, lora):
+    settings(home, lora, steps=6, eps=1e-6)
+    one, other = run(home, "a", micro_batch=1), run(home, "b", micro_batch=3)
+    for name, value in one[0].items():
+        torch.testing.assert_close(value, other[0][name], atol=1e-4, rtol=1e-3)
+
+
+def test_an_adapter_leaves_its_base_alone_and_merges_to_the_trained_model(home):
+    settings(home, LoraConfig(rank=2, full=("ln_out",)))
+    run(home, "a", out="adapter.safetensors")
+    base, adapter = home / "start.safetensors", home / "a" / "adapter.safetensors"
+    merge.main(["--model", str(base), "--adapter", str(adapter), "--out", str(home / "a" / "model.safetensors")])
+    before, after = store.read(base)[1], store.read(home / "a" / "model.safetensors")[1]
+    assert torch.equal(before["emb.weight"], after["emb.weight"])
+    assert not torch.equal(before["ln_out.weight"], after["ln_out.weight"])
+    assert not torch.equal(before["blocks.1.ffn.key.weight"], after["blocks.1.ffn.key.weight"])
+
+
+def test_settings_of_another_kind_are_refused(home):
+    settings(home, kind="sft")
+    with pytest.raises(ConfigError, match="kind is sft"):
+        run(home, "a")
+
+
+def test_a_corpus_of_another_vocabulary_is_refused(home):
+    settings(home)
+    write_corpus(home / "corpus", size=30)
+    with pytest.raises(DataError, match="vocabulary of 30"):
+        run(home, "a")
+
+
+def test_an_absent_corpus_is_named(home):
+    settings(home)
+    (home / "corpus" / "train.idx").unlink()
+    with pytest.raises(DataError, match="corpus: no packed corpus"):
+        run(home, "a")
+
+
+def test_hardware_numbers_below_one_are_refused(home):
+    settings(home)
+    with pytest.raises(ConfigError, match="--micro-batch"):
+        run(home, "a", micro_batch=0)
+
+
+def test_other_weights_start_again(home, monkeypatch):
+    settings(home)
+    whole = run(home, "whole")
+    monkeypatch.setattr(loop.checkpoint, "prune", lambda folder: (_ for _ in ()).throw(ZeroDivisionError))
+    with pytest.raises(ZeroDivisionError):
+        run(home, "cut")
+    monkeypatch.undo()
+    monkeypatch.setenv("RWKVPIPE_DEVICE", "cpu")
+    model = build(MODEL)
+    model.initialise(1)
+    store.write_tensors(home / "start.safetensors", model.state_dict())
+    other = run(home, "cut")
+    assert [row["step"] for row in other[1]] == [row["step"] for row in whole[1]]
+    assert other[1] != whole[1]
