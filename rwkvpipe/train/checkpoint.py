@@ -83,12 +83,14 @@ def latest(folder: Path, mark: str) -> Checkpoint | None:
 
 
 def prune(folder: Path, keep: int = 2) -> None:
-    """Remove all but the newest `keep` resume points, and data without a card."""
+    """Remove all but the newest `keep` resume points, data without a card, and what a kill left half written."""
     for path in sorted(folder.glob("step-*.json"), reverse=True)[keep:]:
         _remove(path)
     for data in folder.glob("step-*.safetensors"):
         if not data.with_suffix(".json").exists():
             data.unlink(missing_ok=True)
+    for part in folder.glob(".step-*"):
+        part.unlink(missing_ok=True)
 
 
 def clear(folder: Path) -> None:

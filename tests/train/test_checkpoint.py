@@ -57,6 +57,7 @@ def test_two_are_kept_and_data_without_a_card_goes(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step, point(step), "m")
     (tmp_path / "step-000000004.safetensors").write_bytes(b"half")
+    (tmp_path / ".step-000000005.safetensors.abc").write_bytes(b"killed")
     prune(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"step-00000000{n}.{kind}" for n in (2, 3) for kind in ("json", "safetensors")
