@@ -8,3 +8,7 @@ rule default:
     input:
         rules.all.input,
     localrule: True
+
+
+onsuccess:
+    logger.info(f"the report is {story.home}/report.html")

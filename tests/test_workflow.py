@@ -50,9 +50,10 @@ def play(argv):
     if "Fail" in str(words):
         raise SystemExit("error: asked to fail")
 '''
-VERBS = (
-    "download convert questions vocab pack settings init pretrain sft grpo merge bench score generate plot report".split()
-)
+VERBS = [
+    *("download", "convert", "questions", "vocab", "pack", "settings", "init", "pretrain", "sft", "grpo", "merge"),
+    *("bench", "score", "generate", "plot", "report"),
+]
 CONFIG = """
 run: demo
 tokenizers:
@@ -222,7 +223,8 @@ def test_swapped_values_are_seen(done):
 
 
 def test_a_benchmark_added_runs_itself_alone(done):
-    done.edit("config.yaml", "  pick: {", "  more: {task: answer, synthetic: arithmetic.questions, limit: 5}\n  pick: {")
+    more = "  more: {task: answer, synthetic: arithmetic.questions, limit: 5}\n"
+    done.edit("config.yaml", "  pick: {", more + "  pick: {")
     done.edit("config.yaml", "bench: [free]\n  - name: reason", "bench: [free, more]\n  - name: reason")
     assert done.plan() == ["bench chat more", "questions more", "report", "score chat more"]
 

@@ -4,6 +4,7 @@ Defaults stand here and nowhere else. `check(model, value, where)` turns pydanti
 that names the key and, for an unknown one, the nearest known one.
 """
 
+import contextlib
 import difflib
 import re
 from pathlib import Path
@@ -431,10 +432,8 @@ def _line(model: type[BaseModel], value: Any, problem: dict) -> str:
     """One pydantic problem as `key: what is wrong`."""
     parts = [str(p) for p in problem["loc"]]
     if len(problem["loc"]) > 1 and problem["loc"][0] == "stages" and isinstance(problem["loc"][1], int):
-        try:  # name the stage rather than count it
+        with contextlib.suppress(KeyError, TypeError, IndexError):  # name the stage rather than count it
             parts[1] = str(value["stages"][problem["loc"][1]]["name"])
-        except (KeyError, TypeError, IndexError):
-            pass
     key = ".".join(parts)
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(parts[-1], known := _known(model, problem["loc"][:-1]), n=1)
@@ -477,7 +476,7 @@ def read_yaml(path: str | Path) -> Any:
     """Read a YAML file. Raises ConfigError naming the line of broken YAML or of a doubled key."""
     try:
         with open(path, encoding="utf-8") as file:
-            return yaml.load(file, _Loader)  # noqa: S506 - a SafeLoader
+            return yaml.load(file, _Loader)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{path}:{line}: not YAML: {error.problem}") from None

@@ -1,0 +1,27 @@
+# Each target does all its set-up, in .venv; needed are Python 3.11 or newer, pip and a C++ compiler.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint
+
+demo: .venv/run
+	$(BIN)/python -m snakemake --cores all
+
+test: .venv/test
+	$(BIN)/python -m pytest -q
+
+lint: .venv/test
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m snakefmt --check Snakefile workflow
+	$(BIN)/python -m snakemake --lint
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/run: .venv/bin/python pyproject.toml envs/constraints.txt
+	$(BIN)/python -m pip install --quiet -c envs/constraints.txt -e .
+	touch $@
+
+.venv/test: .venv/bin/python pyproject.toml envs/constraints.txt
+	$(BIN)/python -m pip install --quiet -c envs/constraints.txt -e '.[test]'
+	touch $@

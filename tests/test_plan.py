@@ -1,0 +1,271 @@
+"""Questions to a plan, without Snakemake."""
+
+import copy
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rwkvpipe.base.agree import load, parse
+from rwkvpipe.base.config import CorpusConfig, Settings, check
+from rwkvpipe.base.errors import ConfigError
+from rwkvpipe.plan import Plan, main, schema, spec
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = yaml.safe_load("""
+run: demo
+seed: 7
+weights:
+  given: {path: models/given.pth, tokenizer: bytes, bench: [bits]}
+  far: {path: "https://example.org/a/far.pth", sha256: "DIGEST", tokenizer: bytes}
+tokenizers:
+  bytes: {kind: bytes}
+  letters: {kind: trie, corpora: [sums, asked]}
+  numbers: {kind: integer, size: 10}
+corpora:
+  sums: {synthetic: arithmetic.documents, count: 100, tokenizer: letters}
+  talks: {path: talks.jsonl, tokenizer: letters, format: chat}
+  asked: {synthetic: arithmetic.questions, count: 50, format: question, seed: 3}
+  text: {path: "https://example.org/text.txt", tokenizer: bytes, valid_path: valid.txt}
+  rows: {path: rows.npy, tokenizer: numbers, format: array}
+benchmarks:
+  free: {task: answer, synthetic: arithmetic.questions}
+  bits: {task: bits, path: valid.txt}
+checkpoints: {every: 5}
+stages:
+  - {name: base, kind: pretrain, data: sums, model: {n_layer: 2, n_embd: 64}, train: {steps: 9}, bench: [free]}
+  - {name: chat, kind: sft, data: talks, start: base, lora: {rank: 4}, train: {steps: 9, seed: 1}}
+  - {name: reason, kind: grpo, data: asked, start: chat, lora: {rank: 4}, train: {steps: 9, batch: 4}}
+  - {name: more, kind: pretrain, data: text, start: far, train: {steps: 9, ctx_len: 4096}}
+""".replace("DIGEST", "0" * 64))
+
+
+def changed(path: str, value) -> dict:
+    """The config with one value set, or removed (None); stages are found by name."""
+    config = copy.deepcopy(CONFIG)
+    node = config
+    *parts, last = path.split(".")
+    for part in parts:
+        node = next(s for s in node if s["name"] == part) if isinstance(node, list) else node.setdefault(part, {})
+    if value is None:
+        del node[last]
+    else:
+        node[last] = value
+    return config
+
+
+def error(config: dict) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse(config, "c.yaml")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def plan() -> Plan:
+    return Plan(parse(copy.deepcopy(CONFIG), "c.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("stages.chat.start", "bass", "stages.chat.start: there is no stage or entry of weights bass; did you"),
+        ("stages.chat.start", "reason", "stages.chat.start: a circle: chat <- reason <- chat"),
+        ("stages.chat.start", "chat", "a circle: chat <- chat"),
+        ("stages.chat.start", "more", "stages.chat.start: more stands further down"),
+        ("stages.chat.name", "base", "two stages are called base"),
+        ("stages.chat.name", "given", "an entry of weights is called given"),
+        ("stages.base.data", "sum", "stages.base.data: there is no corpus sum; did you mean sums?"),
+        ("stages.base.data", "talks", "pretrain learns from format text or array, talks is of format chat"),
+        ("stages.chat.data", "sums", "sft learns from format chat"),
+        ("stages.reason.data", "sums", "grpo learns from format question"),
+        ("stages.more.data", "sums", "sums is made with tokenizer letters, but far speaks bytes"),
+        ("stages.base.bench", ["fre"], "stages.base.bench: there is no benchmark fre; did you mean free?"),
+        ("stages.base.bench", ["free", "free"], "a benchmark stands twice"),
+        ("stages.base.train.valid_every", 5, "sums has no part held out"),
+        ("stages.reason.rollout.sampling.temperature", 0, "makes all completions of a group equal"),
+        ("stages.reason.rollout.sampling.max_tokens", 600, "leaves no room for the prompt"),
+        ("corpora.rows.tokenizer", "bytes", "corpora.rows.tokenizer: format array holds numbers"),
+        ("corpora.talks.tokenizer", "numbers", "corpora.talks.tokenizer: numbers knows numbers only"),
+        ("corpora.sums.tokenizer", "leters", "corpora.sums.tokenizer: there is no tokenizer leters; did you mean"),
+        ("weights.given.tokenizer", "x", "weights.given.tokenizer: there is no tokenizer x"),
+        ("weights.given.bench", ["x"], "weights.given.bench: there is no benchmark x"),
+        ("tokenizers.letters.corpora", ["x"], "tokenizers.letters.corpora: there is no corpus x"),
+        ("tokenizers.letters.corpora", ["rows"], "rows is an array of numbers"),
+        ("run", "shared", "run: shared is the folder"),
+        ("stages.base.name", "plots", "plots stands in the run's folder already"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused_by_key(path, value, message):
+    assert message in error(changed(path, value))
+
+
+def test_numbers_are_not_asked_in_words():
+    config = changed("weights.given.bench", ["free"])
+    config["weights"]["given"]["tokenizer"] = "numbers"
+    assert "weights.given.bench: free asks in words" in error(config)
+
+
+def test_a_config_that_does_nothing_is_refused():
+    assert "nothing to do" in error({"run": "empty"})
+
+
+def test_patterns_match_the_stages_of_a_kind_and_no_others(plan):
+    assert re.fullmatch(plan.only("sft", lora=True), "chat")
+    assert not re.fullmatch(plan.only("sft", lora=False), "chat")
+    assert not re.fullmatch(plan.only("sft", lora=False), "")
+    assert plan.only(fresh=True) == "base"
+    assert set(plan.only("pretrain", "sft").split("|")) == {"base", "chat", "more"}
+
+
+def test_settings_hold_what_decides_the_stage_and_nothing_else(plan):
+    settings = plan.settings("base")
+    check(Settings, settings, "settings")
+    assert settings["seed"] == settings["train"]["seed"] == 7
+    assert plan.settings("chat")["seed"] == 1
+    assert not {"bench", "samples", "name", "start", "data"} & set(settings)
+    assert plan.settings("reason")["prompt"] == "User: {question}\n\nAssistant:"
+    assert plan.settings("reason")["rollout"]["samples"] == 8 and settings["rollout"] is None
+
+
+def test_settings_do_not_change_with_benchmarks_or_checkpoints(plan):
+    for path, value in (("stages.base.bench", []), ("checkpoints.every", 1), ("stages.base.name", "first")):
+        if path.endswith("name"):
+            continue
+        assert Plan(parse(changed(path, value), "c")).settings("base") == plan.settings("base")
+
+
+def test_a_made_corpus_takes_the_run_s_seed(plan):
+    assert check(CorpusConfig, yaml.safe_load(spec(plan.corpus("sums"))), "spec").seed == 7
+    assert plan.corpus("asked").seed == 3
+    assert plan.made("letters") == ["arithmetic.documents:7:100", "arithmetic.questions:3:50"]
+    assert plan.seed("free") == 7 and plan.seed("bits") == 0
+
+
+def test_stages_start_from_weights_of_stages_entries_or_nothing(plan):
+    assert plan.start("base") == "results/demo/base/init.safetensors"
+    assert plan.start("chat") == "results/demo/base/model.safetensors"
+    assert plan.start("more") == "results/shared/weights/far/model.safetensors"
+    assert plan.vocabulary("reason") == plan.tokenizer_files("letters")
+
+
+def test_what_comes_from_outside_is_downloaded_and_local_files_are_not(plan):
+    far = plan.checkpoint("far")
+    assert re.fullmatch(r"results/shared/downloads/[0-9a-f]{8}-far\.pth", far)
+    name = Path(far).name
+    assert plan.downloads[name].sha256 == "0" * 64 and plan.origin(name) == []
+    assert plan.checkpoint("given") == "models/given.pth"
+    assert plan.fetched("file:///data/a%20b.txt") == "/data/a b.txt"
+    assert plan.valid_file("text") == ["valid.txt"]
+
+
+def test_a_local_file_with_a_digest_is_checked_on_its_way():
+    plan = Plan(parse(changed("weights.given.sha256", "1" * 64), "c"))
+    name = Path(plan.checkpoint("given")).name
+    assert plan.origin(name) == ["models/given.pth"] and plan.downloads[name].sha256 == "1" * 64
+
+
+def test_targets_are_the_report_and_the_last_weights(plan):
+    assert plan.targets() == [
+        "results/demo/report.html",
+        "results/demo/reason/model.safetensors",
+        "results/demo/more/model.safetensors",
+    ]
+
+
+def test_micro_batches_have_a_bounded_number_of_tokens(plan):
+    assert plan.micro_batch("base") == 16 and plan.micro_batch("more") == 4
+    assert plan.micro_batch("reason") == 32  # 4 prompts, 8 completions each
+    assert Plan(parse(changed("stages.more.train.ctx_len", 99999), "c")).micro_batch("more") == 1
+
+
+def test_every_file_read_is_made_by_an_earlier_step_or_comes_from_outside(plan):
+    made: set[str] = set()
+    for step in plan.steps:
+        outside = [path for path in step.reads if path not in made]
+        assert all(not path.startswith("results/") for path in outside), (step.id, outside)
+        made |= set(step.writes)
+    assert set(plan.targets()) <= made
+    assert len({step.id for step in plan.steps}) == len(plan.steps)
+
+
+def test_the_story_tells_subjects_and_steps(plan):
+    story = plan.story()
+    assert set(story) == {"run", "config", "subjects", "steps", "software"}
+    base = story["subjects"][0]
+    assert base["folder"] == "results/demo/base" and base["bench"] == ["free"] and base["lora"] is False
+    assert base["corpus"] == "results/shared/corpora/sums/corpus.json"
+    assert [subject["name"] for subject in story["subjects"]] == ["base", "chat", "reason", "more", "given"]
+    assert story["subjects"][2]["corpus"] is None and story["subjects"][4]["kind"] == "weights"
+    steps = {step["id"]: step for step in story["steps"]}
+    assert set(steps["sft chat"]["needs"]) == {"settings chat", "pretrain base", "pack talks"}
+    assert steps["bench base free"]["timing"] == "results/demo/base/log/bench-free.jsonl"
+    assert all(need in steps for step in steps.values() for need in step["needs"])
+
+
+def test_the_story_s_config_is_a_config_without_what_is_unused(plan):
+    told = plan.story()["config"]
+    assert "rows" not in told["corpora"] and "checkpoints" not in told and told["seed"] == 7
+    assert Plan(parse(told, "told")).settings("reason") == plan.settings("reason")
+
+
+def test_a_file_that_is_missing_is_found_before_anything_runs(plan, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert plan.absent() == ("weights.given.path", "models/given.pth")
+    for name in ("models/given.pth", "talks.jsonl", "valid.txt"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    assert plan.absent() is None
+
+
+def test_a_finished_run_does_not_need_its_sources(plan, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in plan.targets():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    assert plan.absent() is None
+
+
+def test_later_files_and_values_go_over_earlier_ones(tmp_path):
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(CONFIG))
+    (tmp_path / "b.yaml").write_text("seed: 8\nbenchmarks: {bits: {limit: 3}}\n")
+    config = load([tmp_path / "a.yaml", tmp_path / "b.yaml"], {"run": "other"})
+    assert (config.run, config.seed, config.benchmarks["bits"].limit) == ("other", 8, 3)
+    assert config.benchmarks["bits"].path == "valid.txt"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "c.yaml:1: not YAML"), ("a: 1\na: 2", "c.yaml:2: the key a stands twice"), ("- 1", "a mapping of keys")],
+)
+def test_broken_files_are_named_by_line(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load([tmp_path / "c.yaml"])
+    with pytest.raises(ConfigError, match="none.yaml: no such file"):
+        load([tmp_path / "none.yaml"])
+
+
+def test_switching_code_tracking_off_is_a_bare_word():
+    assert Plan(parse({**CONFIG, "code_tracking": False}, "c")).code("settings") == "off"
+
+
+def test_the_schema_file_is_fresh():
+    file = ROOT / "workflow/schemas/config.schema.yaml"
+    assert file.read_text() == schema(), f"{file} is stale: python -m rwkvpipe.plan --schema > {file.relative_to(ROOT)}"
+
+
+def test_the_program_prints_schema_and_jobs(capsys, tmp_path):
+    main(["--schema"])
+    assert capsys.readouterr().out == schema()
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG))
+    main(["--check", str(tmp_path / "c.yaml")])
+    assert "pretrain base\n" in capsys.readouterr().out
+
+
+def test_planning_does_not_load_torch():
+    code = "import sys, rwkvpipe.plan, rwkvpipe.launch; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
