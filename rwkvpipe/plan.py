@@ -14,27 +14,20 @@ from functools import cached_property
 from pathlib import Path
 
 import yaml
-from pydantic import BaseModel
 
 from rwkvpipe.base.agree import load
-from rwkvpipe.base.config import (
-    BenchmarkConfig,
-    CorpusConfig,
-    PipelineConfig,
-    RolloutConfig,
-    Settings,
-    TokenizerConfig,
-)
+from rwkvpipe.base.config import CorpusConfig, PipelineConfig, RolloutConfig, Settings
 from rwkvpipe.base.errors import run
 from rwkvpipe.base.files import canonical
 from rwkvpipe.base.fingerprint import fingerprint
+from rwkvpipe.base.strict import Strict
 from rwkvpipe.base.tree import Tree, local
 
 PROMPT = "User: {question}\n\nAssistant:"  # what grpo asks with, if the stage does not say
 TOKENS_AT_ONCE = 16384  # of a micro batch, if the profile does not say
 
 
-def spec(model: BaseModel) -> str:
+def spec(model: Strict) -> str:
     """Settings as canonical JSON, every default filled in: equal settings give equal text."""
     return canonical(model.model_dump(mode="json"))
 
@@ -84,12 +77,6 @@ class Plan(Tree):
         if corpus.synthetic is not None and corpus.seed is None:
             return corpus.model_copy(update={"seed": self.config.seed})
         return corpus
-
-    def tokenizer(self, name: str) -> TokenizerConfig:
-        return self.config.tokenizers[name]
-
-    def benchmark(self, name: str) -> BenchmarkConfig:
-        return self.config.benchmarks[name]
 
     def seed(self, name: str) -> int:
         """Seed of a made benchmark; 0 for a given one, which no seed changes."""

@@ -7,8 +7,9 @@ import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from rwkvpipe.base.config import PipelineConfig, StageConfig, check, read_yaml
+from rwkvpipe.base.config import PipelineConfig, StageConfig
 from rwkvpipe.base.errors import ConfigError
+from rwkvpipe.base.strict import check, read_yaml
 
 FORMATS = {"pretrain": ("text", "array"), "sft": ("chat",), "grpo": ("question",)}
 TAKEN = ("plots", "log", "report.html")  # what else stands in results/<run>/

@@ -1,50 +1,20 @@
 """Every knob there is, as frozen pydantic models that forbid unknown keys.
 
-Defaults stand here and nowhere else. `check(model, value, where)` turns pydantic's report into one line
-that names the key and, for an unknown one, the nearest known one.
+Defaults stand here and nowhere else. `check(model, value, where)` makes a model of plain values, or one line of error.
 """
 
-import contextlib
-import difflib
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from rwkvpipe.base.errors import ConfigError
 from rwkvpipe.base.files import read_json
-
-M = TypeVar("M", bound=BaseModel)
-NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
-Name = Annotated[str, Field(pattern=NAME)]
-
-
-def _number(value: Any) -> Any:
-    # YAML 1.1 reads 6e-4 as text, because it has no dot
-    if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value.strip()):
-        return float(value)
-    return value
+from rwkvpipe.base.strict import Count, Name, NotNegative, Positive, Real, Share, Strict, Whole, check
 
 
 def _off(value: Any) -> Any:
     # YAML 1.1 reads a bare off as false
     return "off" if value is False else value
-
-
-Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1, strict=True)]
-Whole = Annotated[int, Field(ge=0, strict=True)]
-
-
-class Strict(BaseModel):
-    """Base of all settings: frozen, no unknown keys, documented by their attribute docstrings."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class RwkvConfig(Strict):
@@ -405,83 +375,6 @@ class PipelineConfig(Strict):
     """What is done, in order."""
     checkpoints: CheckpointConfig = CheckpointConfig()
     """Resume points."""
-
-
-def _known(model: type[BaseModel], path: tuple) -> list[str]:
-    """The keys that would have been known at a place inside a model."""
-    schema = model.model_json_schema()
-    node = schema
-    for part in path:
-        while "$ref" in node or "anyOf" in node:
-            options = [node] if "$ref" in node else node["anyOf"]
-            refs = [o["$ref"].rsplit("/", 1)[-1] for o in options if "$ref" in o]
-            node = schema["$defs"][refs[0]] if refs else options[0]
-        if isinstance(part, int):
-            node = node.get("items", {})
-        else:
-            node = node.get("properties", {}).get(part) or node.get("additionalProperties") or {}
-            node = node if isinstance(node, dict) else {}
-    while "$ref" in node or "anyOf" in node:
-        options = [node] if "$ref" in node else node["anyOf"]
-        refs = [o["$ref"].rsplit("/", 1)[-1] for o in options if "$ref" in o]
-        node = schema["$defs"][refs[0]] if refs else {}
-    return list(node.get("properties", {}))
-
-
-def _line(model: type[BaseModel], value: Any, problem: dict) -> str:
-    """One pydantic problem as `key: what is wrong`."""
-    parts = [str(p) for p in problem["loc"]]
-    if len(problem["loc"]) > 1 and problem["loc"][0] == "stages" and isinstance(problem["loc"][1], int):
-        with contextlib.suppress(KeyError, TypeError, IndexError):  # name the stage rather than count it
-            parts[1] = str(value["stages"][problem["loc"][1]]["name"])
-    key = ".".join(parts)
-    if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(parts[-1], known := _known(model, problem["loc"][:-1]), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
-        return f"{key}: no such key; {hint}"
-    message = problem["msg"].removeprefix("Value error, ")
-    given = problem.get("input")
-    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) or given is None else ""
-    return f"{key}: {message}{shown}" if key else message
-
-
-def check(model: type[M], value: Any, where: str | Path) -> M:
-    """Validate a plain value. Raises ConfigError in one line: file, key, problem; nothing is filled by guess."""
-    if not isinstance(value, dict):
-        raise ConfigError(f"{where}: a mapping of keys is needed, this is {type(value).__name__}")
-    try:
-        return model.model_validate(value)
-    except ValidationError as error:
-        problems = error.errors(include_url=False)
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ConfigError(f"{where}: {_line(model, value, problems[0])}{more}") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
-            if isinstance(key, str) and key in seen:
-                mark = key_node.start_mark
-                raise ConfigError(f"{mark.name}:{mark.line + 1}: the key {key} stands twice; remove one")
-            if isinstance(key, str):
-                seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: str | Path) -> Any:
-    """Read a YAML file. Raises ConfigError naming the line of broken YAML or of a doubled key."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return yaml.load(file, _Loader)  # a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{path}:{line}: not YAML: {error.problem}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
 
 
 class Settings(Strict):

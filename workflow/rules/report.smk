@@ -2,29 +2,11 @@ rule plot:
     input:
         metrics="<results>/{run}/{stage}/metrics.jsonl",
     output:
-        loss=report(
-            "<results>/{run}/{stage}/plots/loss.png",
-            caption="../report/loss.rst",
+        curves=report(
+            multiext("<results>/{run}/{stage}/plots/", "loss.png", "lr.png", "grad_norm.png", "throughput.png"),
+            caption="../report/curves.rst",
             category="Training",
-            labels={"stage": "{stage}", "figure": "loss"},
-        ),
-        lr=report(
-            "<results>/{run}/{stage}/plots/lr.png",
-            caption="../report/lr.rst",
-            category="Training",
-            labels={"stage": "{stage}", "figure": "learning rate"},
-        ),
-        grad_norm=report(
-            "<results>/{run}/{stage}/plots/grad_norm.png",
-            caption="../report/grad_norm.rst",
-            category="Training",
-            labels={"stage": "{stage}", "figure": "gradient norm"},
-        ),
-        throughput=report(
-            "<results>/{run}/{stage}/plots/throughput.png",
-            caption="../report/throughput.rst",
-            category="Training",
-            labels={"stage": "{stage}", "figure": "throughput"},
+            subcategory="{stage}",
         ),
         data="<results>/{run}/{stage}/plots/metrics.csv",
     log:
@@ -44,35 +26,13 @@ rule plot:
 
 use rule plot as plot_grpo with:
     output:
-        loss=report(
-            "<results>/{run}/{stage}/plots/loss.png",
-            caption="../report/loss.rst",
+        curves=report(
+            multiext(
+                "<results>/{run}/{stage}/plots/", "loss.png", "lr.png", "grad_norm.png", "throughput.png", "reward.png"
+            ),
+            caption="../report/curves.rst",
             category="Training",
-            labels={"stage": "{stage}", "figure": "loss"},
-        ),
-        lr=report(
-            "<results>/{run}/{stage}/plots/lr.png",
-            caption="../report/lr.rst",
-            category="Training",
-            labels={"stage": "{stage}", "figure": "learning rate"},
-        ),
-        grad_norm=report(
-            "<results>/{run}/{stage}/plots/grad_norm.png",
-            caption="../report/grad_norm.rst",
-            category="Training",
-            labels={"stage": "{stage}", "figure": "gradient norm"},
-        ),
-        throughput=report(
-            "<results>/{run}/{stage}/plots/throughput.png",
-            caption="../report/throughput.rst",
-            category="Training",
-            labels={"stage": "{stage}", "figure": "throughput"},
-        ),
-        reward=report(
-            "<results>/{run}/{stage}/plots/reward.png",
-            caption="../report/reward.rst",
-            category="Training",
-            labels={"stage": "{stage}", "figure": "reward"},
+            subcategory="{stage}",
         ),
         data="<results>/{run}/{stage}/plots/metrics.csv",
     wildcard_constraints:
