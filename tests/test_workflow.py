@@ -373,7 +373,7 @@ def test_the_rules_agree_with_the_plan_about_files(fresh):
 def test_snakemakes_own_report_has_captions(finished, tmp_path):
     finished.copy(tmp_path / "work").run("--report", "page.html")
     text = (tmp_path / "work/page.html").read_text()
-    assert "Global norm of the gradient of stage base" in text
+    assert "How stage base went" in text
 
 
 def test_lint_and_format_are_clean(fresh):
@@ -383,3 +383,43 @@ def test_lint_and_format_are_clean(fresh):
         [sys.executable, "-m", "snakefmt", "--check", *files], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def python(work: Work, code: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=work.path, env={**os.environ, "RWKVPIPE_GPUS": ""}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def test_one_call_from_python_runs_a_config(fresh, tmp_path):
+    work = fresh.copy(tmp_path / "work")
+    call = "import rwkvpipe, yaml; print(rwkvpipe.run(yaml.safe_load(open('config.yaml')), cores=2))"
+    done = python(work, call)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "results/demo/report.html" and (work.path / done.stdout.strip()).is_file()
+
+
+def test_one_call_from_python_raises_the_line_that_says_why(fresh, tmp_path):
+    work = fresh.copy(tmp_path / "work")
+    work.edit("config.yaml", "1+1=", "Fail")
+    attempt = "try:\n    rwkvpipe.run({}, cores=2{})\nexcept rwkvpipe.PipeError as error:\n    print(error)"
+    call = "import rwkvpipe\n" + attempt
+    target = ", targets=['results/demo/base/samples.jsonl']"
+    assert python(work, call.format("'config.yaml'", target)).stdout == "asked to fail\n"
+    assert "run: Field required" in python(work, call.format("{'seed': 1}", "")).stdout
+
+
+def test_an_edit_can_be_accepted_without_running(done):
+    (done.path / "rwkvpipe/train/policy.py").open("a").write("\nEXTRA = 1\n")
+    done.run("--touch")
+    assert done.plan() == []
+
+
+def test_a_failed_step_says_why_and_leaves_no_result(fresh, tmp_path):
+    work = fresh.copy(tmp_path / "work")
+    work.edit("config.yaml", "1+1=", "Fail")
+    done = work.call("results/demo/base/samples.jsonl")
+    assert done.returncode == 1 and "error: asked to fail" in done.stdout
+    assert not (work.path / "results/demo/base/samples.jsonl").exists()
+    assert (work.path / "results/demo/base/model.safetensors").exists()
