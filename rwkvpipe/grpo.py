@@ -1,6 +1,6 @@
 """Improve a model by its own graded answers (GRPO, arXiv 2402.03300).
 
-python -m rwkvpipe.launch 0 grpo settings.json --model m.safetensors --tokenizer bytes --data q.jsonl --out a.safetensors
+python -m rwkvpipe.launch 0 grpo settings.json --model m.pth --tokenizer bytes --data q.jsonl --out a.safetensors
 """
 
 import argparse
