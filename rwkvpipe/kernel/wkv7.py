@@ -1,4 +1,4 @@
-"""The recurrence of RWKV-7: a plain loop that says what it is, and a form by chunks, with its own backward, to train with.
+"""The recurrence of RWKV-7: a plain loop that says what it is, and a form by chunks, with its own backward.
 
     d_t = exp(-exp(w_t));  u_t = S_{t-1} a_t;  S_t = S_{t-1} diag(d_t) + u_t b_t^T + v_t k_t^T;  y_t = S_t r_t
 

@@ -1,0 +1,98 @@
+"""What RWKV blocks are built of, and the state that a model carries from token to token."""
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rwkvpipe.base.config import RwkvConfig
+
+
+@dataclass
+class State:
+    """What a model knows of the tokens it has read: for every layer l and row.
+
+    `att_x[l]`, `ffn_x[l]` (rows, n_embd): the last inputs of time mix and channel mix. `wkv[l]` (rows, heads,
+    head_size, head_size), [value, key]: the memory, in fp32 (fp64 for fp64 models).
+    """
+
+    att_x: list[Tensor]
+    wkv: list[Tensor]
+    ffn_x: list[Tensor]
+
+    @classmethod
+    def zeros(cls, config: RwkvConfig, rows: int, device=None, dtype: torch.dtype = torch.float32) -> "State":
+        """The state before the first token."""
+        N, H = config.head_size, config.n_embd // config.head_size
+
+        def zeros(*shape: int) -> list[Tensor]:
+            return [torch.zeros(rows, *shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+
+        return cls(zeros(config.n_embd), zeros(H, N, N), zeros(config.n_embd))
+
+    def _map(self, change) -> "State":
+        return State(*([change(x) for x in getattr(self, field.name)] for field in fields(self)))
+
+    def take(self, rows) -> "State":
+        """A copy of these rows (a list or a tensor of indices)."""
+        index = torch.as_tensor(rows, dtype=torch.long, device=self.wkv[0].device)
+        return self._map(lambda x: x.index_select(0, index))
+
+    def put(self, rows, other: "State") -> None:
+        """Overwrite these rows by those of `other`."""
+        index = torch.as_tensor(rows, dtype=torch.long, device=self.wkv[0].device)
+        for field in fields(self):
+            for mine, new in zip(getattr(self, field.name), getattr(other, field.name), strict=True):
+                mine.index_copy_(0, index, new.to(mine))
+
+    def detach(self) -> "State":
+        """The same numbers, cut off from what they were computed from."""
+        return self._map(torch.Tensor.detach)
+
+    def repeat(self, n: int) -> "State":
+        """Each row n times, one after the other."""
+        return self._map(lambda x: x.repeat_interleave(n, 0))
+
+
+def token_shift(x: Tensor, last: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What separates each token's input from the one before it, and the last input, to be carried on.
+
+    x (B, T, D), last (B, D): the input before x. With `lengths` (B,) the last input is that of each row's own end.
+    """
+    before = torch.cat((last.to(x.dtype)[:, None], x), 1)
+    if lengths is None:
+        end = before[:, -1]
+    else:
+        end = before.gather(1, lengths.to(x.device)[:, None, None].expand(-1, 1, x.shape[-1]))[:, 0]
+    return before[:, :-1] - x, end
+
+
+class HeadNorm(nn.Module):
+    """Each head normalised on its own, then scale and offset for each channel (group norm with a group a head)."""
+
+    def __init__(self, n_embd: int, heads: int, eps: float):
+        super().__init__()
+        self.heads, self.eps = heads, eps
+        self.weight = nn.Parameter(torch.ones(n_embd))
+        self.bias = nn.Parameter(torch.zeros(n_embd))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, H, N); returns (B, T, D)."""
+        x = F.layer_norm(x.to(self.weight.dtype), x.shape[-1:], eps=self.eps)
+        return torch.addcmul(self.bias, x.flatten(-2), self.weight)
+
+
+class ChannelMix(nn.Module):
+    """The part of a block that works on one token and its predecessor alone."""
+
+    def __init__(self, n_embd: int, dim_ffn: int):
+        super().__init__()
+        self.x_k = nn.Parameter(torch.zeros(1, 1, n_embd))
+        self.key = nn.Linear(n_embd, dim_ffn, bias=False)
+        self.value = nn.Linear(dim_ffn, n_embd, bias=False)
+
+    def forward(self, x: Tensor, last: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x (B, T, D) and the input before it; returns what is added to the stream, and the last input."""
+        dx, last = token_shift(x, last, lengths)
+        return self.value(self.key(torch.addcmul(x, dx, self.x_k)).relu().square()), last
