@@ -1,0 +1,146 @@
+"""Longest match over bytes: own vocabularies and those in RWKV-LM's file format."""
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from rwkvpipe.base.errors import DataError
+from rwkvpipe.base.files import write_text
+from rwkvpipe.tokenizer.byte import unknown, utf8
+
+
+class TrieTokenizer:
+    """At each place the longest entry that fits is taken; id 0 ends a document.
+
+    `entries` maps ids (from 1) to bytes. Raises DataError when an id is below 1, an entry is empty, or two are equal.
+    """
+
+    def __init__(self, entries: dict[int, bytes]):
+        for number, word in entries.items():
+            if number < 1 or not word:
+                raise DataError(f"id {number} ({word!r}): ids begin at 1 (0 ends a document), and no entry is empty")
+        self.entries = dict(entries)
+        self.ids = {word: number for number, word in entries.items()}
+        if len(self.ids) < len(entries):
+            double = next(word for number, word in entries.items() if self.ids[word] != number)
+            raise DataError(f"two ids stand for {double!r}; remove one")
+        self.size = max(entries, default=0) + 1
+        self.eos = 0
+        # which lengths to try, longest first, by the first two bytes; one byte is tried last
+        found = defaultdict(set)
+        for word in self.ids:
+            if len(word) > 1:
+                found[word[:2]].add(len(word))
+        self._lengths = {start: (*sorted(lengths, reverse=True), 1) for start, lengths in found.items()}
+
+    def encode(self, text: str | bytes) -> list[int]:
+        """Ids of a text (as UTF-8). Raises DataError naming the first character that no entry fits."""
+        data = utf8(text)
+        ids, lengths, found, place, end = self.ids, self._lengths, [], 0, len(data)
+        while place < end:
+            for length in lengths.get(data[place : place + 2], (1,)):
+                number = ids.get(data[place : place + length])
+                if number is not None:
+                    break
+            else:
+                raise self._missing(data, place)
+            found.append(number)
+            place += length
+        return found
+
+    def _missing(self, data: bytes, place: int) -> DataError:
+        start = place
+        while start > 0 and place - start < 3 and data[start] & 0xC0 == 0x80:  # back to where the character begins
+            start -= 1
+        character = data[start : start + 4].decode("utf-8", "ignore")[:1]
+        shown = f"{character!r} (U+{ord(character):04X})" if character else f"the byte 0x{data[place]:02x}"
+        before = data[:start].decode("utf-8", "replace")
+        return DataError(
+            f"the vocabulary has no {shown}, character {len(before) + 1} of {(before + character)[-30:]!r};"
+            " learn the vocabulary from this text too, or use kind bytes"
+        )
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of ids; the end of a document gives none. Raises DataError for an id without an entry."""
+        found = []
+        for number in ids:
+            number = int(number)
+            if number in self.entries:
+                found.append(self.entries[number])
+            elif number != self.eos:
+                raise unknown(number, self.size)
+        return b"".join(found)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; what is not UTF-8 becomes U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def owns(self, number: int) -> bool:
+        """Whether an id has an entry."""
+        return number in self.entries
+
+
+def _entry(line: str, where: str) -> tuple[int, bytes]:
+    """One line, `id literal length`: the literal may hold spaces, so it ends at the last one."""
+    number, _, rest = line.partition(" ")
+    literal, _, length = rest.rpartition(" ")
+    if not (number.isascii() and number.isdigit() and length.isascii() and length.isdigit() and len(number) < 10):
+        raise DataError(f"{where}: not `id 'text' length`, as RWKV-LM's vocabulary files have it; mend or remove it")
+    try:
+        word = ast.literal_eval(literal.strip())
+    except (ValueError, SyntaxError):
+        word = None
+    if not isinstance(word, str | bytes):
+        raise DataError(f"{where}: {literal[:40]} is no Python text or bytes literal; write 'text' or b'\\xff'")
+    try:
+        word = utf8(word)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    if len(word) != int(length):
+        raise DataError(f"{where}: the entry has {len(word)} bytes, the line says {length}; the file is damaged")
+    return int(number), word
+
+
+def read_vocab(path: str | Path) -> dict[int, bytes]:
+    """Read a vocabulary file: a line `id 'text' length` or `id b'bytes' length` for each entry.
+
+    Both kinds of line end are read, blank lines skipped. Raises DataError naming file and line.
+    """
+    entries: dict[int, bytes] = {}
+    places: dict[bytes, int] = {}
+    # not splitlines: an entry may hold a character that Python takes for a line end
+    for count, raw in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+        where = f"{path}:{count}"
+        try:
+            line = raw.rstrip(b"\r").decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: not UTF-8 at byte {error.start} of the line; is it a vocabulary file?") from None
+        if not line.strip():
+            continue
+        number, word = _entry(line, where)
+        if number == 0:
+            raise DataError(f"{where}: id 0 ends a document and can have no text; number the entries from 1")
+        if not word:
+            raise DataError(f"{where}: the entry is empty; remove the line")
+        if number in entries:
+            raise DataError(f"{where}: id {number} stands twice; remove one of the lines")
+        if word in places:
+            raise DataError(f"{where}: {word!r} is the entry of id {places[word]} already; remove one of the lines")
+        entries[number] = word
+        places[word] = number
+    if not entries:
+        raise DataError(f"{path}: no entries in it; a vocabulary file has a line `id 'text' length` for each")
+    return entries
+
+
+def write_vocab(path: str | Path, entries: dict[int, bytes]) -> None:
+    """Write a vocabulary file in RWKV-LM's format, ordered by id; bytes that are no UTF-8 as b'...'."""
+    lines = []
+    for number, word in sorted(entries.items()):
+        try:
+            literal = repr(word.decode("utf-8"))
+        except UnicodeDecodeError:
+            literal = repr(word)
+        lines.append(f"{number} {literal} {len(word)}\n")
+    write_text(path, "".join(lines))
