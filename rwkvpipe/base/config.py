@@ -242,7 +242,7 @@ class TokenizerConfig(Strict):
             raise ValueError("kind trie needs one of path and corpora")
         if self.kind != "trie" and (self.path or self.corpora):
             raise ValueError(f"path and corpora belong to kind trie, this is {self.kind}")
-        if self.kind != "bytes" and "offset" in self.model_fields_set:
+        if self.kind != "bytes" and self.offset != 1:
             raise ValueError(f"offset belongs to kind bytes, this is {self.kind}")
         return self
 
@@ -286,7 +286,7 @@ class CorpusConfig(Strict):
             raise ValueError("every format but question needs a tokenizer, and question takes none")
         if self.cut is not None and self.format != "array":
             raise ValueError("cut belongs to format array")
-        if "field" in self.model_fields_set and self.format != "text":
+        if self.field != "text" and self.format != "text":
             raise ValueError("field belongs to format text")
         if self.columns and self.format not in ("chat", "question"):
             raise ValueError("columns belongs to formats chat and question")
