@@ -51,7 +51,8 @@ def wkv7(
     build.announce("wkv7", r.device.type)
     inputs = [x.to(wide) for x in (r, w, k, v, a, b)]
     tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, S))
-    y, S = _step(*inputs, S) if r.shape[1] == 1 and not tracked else _Chunked.apply(*inputs, S)
+    with torch.autocast(r.device.type, enabled=False):
+        y, S = _step(*inputs, S) if r.shape[1] == 1 and not tracked else _Chunked.apply(*inputs, S)
     return y.to(v.dtype), S
 
 
@@ -177,6 +178,11 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dS):
+        with torch.autocast(dy.device.type, enabled=False):
+            return _Chunked._gradients(ctx, dy, dS)
+
+    @staticmethod
+    def _gradients(ctx, dy, dS):
         r, w, k, a, b, A, M, W, UV, states = ctx.saved_tensors
         B, T, H, N = r.shape
         size = ctx.size
