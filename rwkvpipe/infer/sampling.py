@@ -1,0 +1,123 @@
+"""Logits to next ids, row by row.
+
+Order `hf` is that of transformers and vLLM, order `rwkv` that of RWKV's demo sampler (RWKV-LM, `sample_logits`).
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rwkvpipe.base.config import SamplingConfig
+
+
+def stream(seed: int, prompt: int, sample: int) -> torch.Generator:
+    """The stream that one sample of one prompt draws from, whatever else is sampled beside it."""
+    key = hashlib.sha256(f"{seed} {prompt} {sample}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+
+
+def _columns(ids: Sequence[int], logits: Tensor) -> Tensor:
+    """Those ids that the model has, as an index of columns."""
+    known = [i for i in ids if 0 <= i < logits.shape[-1]]
+    return torch.tensor(known, dtype=torch.long, device=logits.device)
+
+
+def penalise(logits: Tensor, counts: Tensor | None, config: SamplingConfig, *, seen: Tensor | None = None) -> Tensor:
+    """Penalties, then `bias`, then `ban`: logits (R, V) of what may come next.
+
+    counts (R, V) says how often each id was generated, seen (R, V) bool which ids occurred at all, prompt included;
+    without it, those that `counts` counts. `repetition_penalty` goes by seen, `presence` and `frequency` by counts.
+    """
+    if counts is not None:
+        if config.repetition_penalty != 1.0:
+            p = config.repetition_penalty
+            scaled = torch.where(logits > 0, logits / p, logits * p)
+            logits = torch.where(counts > 0 if seen is None else seen, scaled, logits)
+        if config.presence or config.frequency:
+            logits = logits - (counts > 0).to(logits) * config.presence - counts.to(logits) * config.frequency
+    if config.bias:
+        columns = _columns(list(config.bias), logits)
+        values = torch.tensor([config.bias[i] for i in columns.tolist()], dtype=logits.dtype, device=logits.device)
+        logits = logits.index_add(1, columns, values.expand(len(logits), -1))
+    if config.ban:
+        logits = logits.index_fill(1, _columns(config.ban, logits), -torch.inf)
+    return logits
+
+
+def nucleus(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Logits (R, V) with -inf at all that falls to the cuts.
+
+    Values from the k-th largest on stay; of what is left, the shortest descending prefix whose probability reaches
+    top_p (one id at least; among equals the lower id comes first). top_k 0 and top_p 1 cut nothing.
+    """
+    if 0 < top_k < logits.shape[-1]:
+        least = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if top_p < 1.0:
+        ordered, places = logits.double().sort(dim=-1, descending=True, stable=True)
+        mass = ordered.softmax(-1)
+        before = mass.cumsum(-1) - mass  # what the likelier ones hold together
+        gone = before >= top_p
+        gone[..., 0] = False
+        logits = logits.masked_fill(torch.zeros_like(gone).scatter(-1, places, gone), -torch.inf)
+    return logits
+
+
+def _rwkv(logits: Tensor, config: SamplingConfig) -> Tensor:
+    """Probabilities (R, V), not normalised, in the demo sampler's order: cuts first, temperature last."""
+    chances = logits.double().softmax(-1)
+    ordered, places = chances.sort(dim=-1, descending=True, stable=True)
+    V = chances.shape[-1]
+    if 0 < config.top_k < V:
+        chances = chances.scatter(-1, places[..., config.top_k :], 0.0)
+    if config.top_p < 1.0:
+        reached = (ordered.cumsum(-1) < config.top_p).sum(-1, keepdim=True).clamp(max=V - 1)
+        cut = ordered.gather(-1, reached)
+        chances = chances.masked_fill(chances < cut, 0.0)
+        if config.top_p > 0:
+            # the ids at the cut share what the likelier ones leave of top_p
+            ties = chances == cut
+            share = (config.top_p - chances.sum(-1, keepdim=True)) / ties.sum(-1, keepdim=True).clamp(min=1)
+            chances = torch.where(ties, (cut + share).clamp(min=0), chances)
+    return chances if config.temperature == 1.0 else chances.pow(1 / config.temperature)
+
+
+def probabilities(
+    logits: Tensor, config: SamplingConfig, counts: Tensor | None = None, *, seen: Tensor | None = None
+) -> Tensor:
+    """What each id's chance is to come next: (R, V) fp64, rows sum to 1."""
+    logits = penalise(logits, counts, config, seen=seen)
+    if config.temperature == 0:
+        best = logits.argmax(-1, keepdim=True)
+        return torch.zeros_like(logits, dtype=torch.float64).scatter(-1, best, 1.0)
+    if config.order == "rwkv":
+        chances = _rwkv(logits, config)
+        return chances / chances.sum(-1, keepdim=True)
+    return nucleus(logits.double() / config.temperature, config.top_k, config.top_p).softmax(-1)
+
+
+def sample(
+    logits: Tensor,
+    config: SamplingConfig,
+    counts: Tensor | None,
+    generators: Sequence[torch.Generator] | Tensor,
+    *,
+    seen: Tensor | None = None,
+) -> Tensor:
+    """Next ids (R,) for logits (R, V); counts and seen as for `penalise`.
+
+    Each row takes one number from its own generator, or the one in `generators` (R,) if that is a tensor of numbers
+    in [0, 1). Temperature 0 draws nothing.
+    """
+    if config.temperature == 0:
+        return penalise(logits, counts, config, seen=seen).argmax(-1)
+    chances = probabilities(logits, config, counts, seen=seen)
+    if not isinstance(generators, Tensor):
+        drawn = [torch.rand((), generator=g, dtype=torch.float64, device=g.device).item() for g in generators]
+        generators = torch.tensor(drawn, dtype=torch.float64)
+    below = chances.cumsum(-1)  # (R, V)
+    wanted = generators.to(below)[:, None] * below[:, -1:]
+    # right: an id of chance 0 has an empty interval and is never met
+    return torch.searchsorted(below, wanted, right=True)[:, 0]
