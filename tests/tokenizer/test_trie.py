@@ -116,7 +116,7 @@ def test_the_world_vocabulary_is_written_as_it_was(tmp_path, world):
     entries = read_vocab(world)
     write_vocab(tmp_path / "v.txt", entries)
     assert len(entries) == 65529
-    assert read_vocab(tmp_path / "v.txt") == entries
+    assert (tmp_path / "v.txt").read_bytes() == world.read_bytes()
 
 
 def test_thirty_thousand_short_documents_take_seconds():

@@ -1,0 +1,183 @@
+"""The binidx pair: all tokens of a corpus in one file, where each document lies in another.
+
+PREFIX.bin is the tokens one after another; PREFIX.idx is Megatron's index (magic, version, dtype, sizes, pointers,
+document index, little-endian). A mask beside them, PREFIX.mask, is ours: one uint8 a token.
+"""
+
+from array import array
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from rwkvpipe.base.errors import DataError
+from rwkvpipe.base.files import atomic
+
+MAGIC = b"MMIDIDX\x00\x00"
+CODES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+FLOATS = (6, 7)
+HEAD = 34  # bytes before the sizes
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest dtype that RWKV programs read: uint16 to 65,536 ids, int32 above."""
+    return np.dtype(np.uint16 if vocab_size <= 65536 else np.int32)
+
+
+def _prefix(path: str | Path) -> str:
+    return str(path).removesuffix(".bin").removesuffix(".idx")
+
+
+class BinidxWriter:
+    """Write documents one by one; the files appear, whole, when the context ends without an exception.
+
+    `path` is the prefix, without a suffix; `dtype` one of uint16, int32, uint8, int8, int16, int64. With `masked` there
+    is a mask file even if no document comes; left out, the first document decides.
+    """
+
+    def __init__(self, path: str | Path, dtype: np.dtype | type, *, masked: bool | None = None):
+        self.prefix = _prefix(path)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        known = {np.dtype(name): code for code, name in CODES.items()}
+        if self.dtype not in known:
+            raise DataError(f"{self.prefix}: tokens of dtype {np.dtype(dtype)} cannot be stored; use uint16 or int32")
+        self.code = known[self.dtype]
+        self.sizes = array("i")
+        self.tokens = 0
+        self.masked = masked
+
+    def __enter__(self) -> "BinidxWriter":
+        with ExitStack() as stack:
+            self._bin = stack.enter_context(open(stack.enter_context(atomic(f"{self.prefix}.bin")), "wb"))
+            self._mask = None
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *reason) -> None:
+        if reason[0] is not None:
+            self._stack.__exit__(*reason)
+            return
+        with self._stack:
+            self._finish()
+
+    def add(self, ids, mask=None) -> None:
+        """Append a document: ids (n,) whole numbers, mask (n,) of 0 and 1 for all documents or for none.
+
+        Raises DataError when an id does not fit the dtype.
+        """
+        ids = np.asarray(ids, dtype=np.int64 if len(ids) == 0 else None)
+        assert ids.ndim == 1 and ids.dtype.kind in "iu", f"a row of whole numbers is needed, not {ids.dtype}"
+        limits = np.iinfo(self.dtype)
+        if len(ids) and not (limits.min <= ids.min() and ids.max() <= limits.max):
+            raise DataError(f"{self.prefix}: an id of {ids.min()} to {ids.max()} does not fit {self.dtype}; use int32")
+        if self.masked is None:
+            self.masked = mask is not None
+        assert self.masked == (mask is not None), "all documents have masks, or none"
+        self._bin.write(ids.astype(self.dtype).tobytes())
+        if mask is not None:
+            mask = np.asarray(mask, dtype=np.uint8)
+            assert mask.shape == ids.shape, f"{len(ids)} ids with {mask.size} marks"
+            self._open_mask().write(mask.tobytes())
+        self.sizes.append(len(ids))
+        self.tokens += len(ids)
+
+    def _open_mask(self):
+        if self._mask is None:
+            part = self._stack.enter_context(atomic(f"{self.prefix}.mask"))
+            self._mask = self._stack.enter_context(open(part, "wb"))
+        return self._mask
+
+    def _finish(self) -> None:
+        """Write the index and close the streams; the stack then renames all."""
+        if self.masked:
+            self._open_mask().close()
+        self._bin.close()
+        sizes = np.asarray(self.sizes, dtype="<i4")
+        count = len(sizes)
+        pointers = np.zeros(count, dtype="<i8")
+        np.cumsum(sizes[:-1], out=pointers[1:], dtype="<i8")
+        pointers *= self.dtype.itemsize
+        with open(self._stack.enter_context(atomic(f"{self.prefix}.idx")), "wb") as file:
+            file.write(MAGIC + (1).to_bytes(8, "little") + bytes([self.code]))
+            file.write(count.to_bytes(8, "little") + (count + 1).to_bytes(8, "little"))
+            file.write(sizes.tobytes() + pointers.tobytes() + np.arange(count + 1, dtype="<i8").tobytes())
+
+
+class Binidx:
+    """A binidx pair, memory-mapped: `len` is the number of tokens.
+
+    `documents` is an array (n, 2) of the first token of each document and the one after its last; `dtype` is the
+    tokens'. Raises DataError naming the file that is missing or damaged, and how.
+    """
+
+    def __init__(self, path: str | Path):
+        self.prefix = _prefix(path)
+        self.dtype, items, ends = self._index(Path(f"{self.prefix}.idx"))
+        borders = np.concatenate(([0], np.cumsum(items, dtype=np.int64)))  # tokens before each item
+        self._tokens = _mapped(Path(f"{self.prefix}.bin"), self.dtype, int(borders[-1]))
+        self._marks: np.ndarray | None = None
+        starts = borders[ends]
+        self.documents = np.stack([starts[:-1], starts[1:]], axis=1)  # (n, 2)
+
+    @staticmethod
+    def _index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
+        """dtype, sizes in tokens (n,), and where documents begin among the items (m,)."""
+        raw = _mapped(path, np.dtype(np.uint8), None)
+        head = raw[:HEAD].tobytes()
+        if head[: len(MAGIC)] != MAGIC:
+            raise DataError(f"{path}: no binidx index (its first bytes are not MMIDIDX); make it with rwkvpipe.pack")
+        if len(head) < HEAD:
+            raise DataError(f"{path}: cut short: {len(head)} bytes, the head alone has {HEAD}; make it again")
+        version, code = int.from_bytes(head[9:17], "little"), head[17]
+        count, documents = int.from_bytes(head[18:26], "little"), int.from_bytes(head[26:34], "little")
+        if version != 1:
+            raise DataError(f"{path}: version {version} of the format; only 1 is known")
+        if code not in CODES:
+            what = "stands for floats, tokens are whole numbers" if code in FLOATS else "is unknown"
+            raise DataError(f"{path}: dtype code {code} {what}; known: {', '.join(map(str, CODES))}")
+        wanted = HEAD + 12 * count + 8 * documents
+        if len(raw) != wanted:
+            how = "cut short" if len(raw) < wanted else "too long"
+            raise DataError(
+                f"{path}: {how}: {len(raw)} bytes, {count} items and {documents} document borders take {wanted};"
+                " copy or make it again"
+            )
+        sizes = raw[HEAD : HEAD + 4 * count].view("<i4")
+        pointers = raw[HEAD + 4 * count : HEAD + 12 * count].view("<i8")
+        ends = raw[HEAD + 12 * count :].view("<i8")
+        dtype = np.dtype(CODES[code])
+        before = np.cumsum(sizes, dtype=np.int64) - sizes  # tokens before each item
+        if count and (sizes.min() < 0 or not np.array_equal(pointers, before * dtype.itemsize)):
+            raise DataError(f"{path}: damaged: sizes and pointers of its items do not fit together; make it again")
+        if not documents or ends[0] != 0 or ends[-1] != count or (np.diff(ends) < 0).any():
+            raise DataError(f"{path}: damaged: the document index does not lead from 0 to {count}; make it again")
+        return dtype, sizes, ends
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def tokens(self, start: int, count: int) -> np.ndarray:
+        """`count` tokens (count,) from token `start` on, across the borders of documents; a view of the file."""
+        assert start >= 0 and start + count <= len(self), f"{self.prefix}: {start} + {count} of {len(self)} tokens"
+        return self._tokens[start : start + count]
+
+    def mask(self, start: int, count: int) -> np.ndarray:
+        """The marks (count,) uint8 of those tokens. Raises DataError when there is no mask file."""
+        if self._marks is None:
+            self._marks = _mapped(Path(f"{self.prefix}.mask"), np.dtype(np.uint8), len(self))
+        assert start >= 0 and start + count <= len(self), f"{self.prefix}: {start} + {count} of {len(self)} marks"
+        return self._marks[start : start + count]
+
+
+def _mapped(path: Path, dtype: np.dtype, count: int | None) -> np.ndarray:
+    """A file as an array. Raises DataError when it is missing or has not `count` numbers."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; a corpus has .bin, .idx and, for talks, .mask (rwkvpipe.pack)")
+    size = path.stat().st_size
+    if count is not None and size != count * dtype.itemsize:
+        raise DataError(
+            f"{path}: has {size} bytes, but {count} tokens of {dtype.itemsize} bytes, as its index says, take"
+            f" {count * dtype.itemsize}; it was cut short or belongs to another index; copy or make both again"
+        )
+    # an empty file cannot be mapped
+    return np.memmap(path, dtype=dtype, mode="r") if size else np.zeros(0, dtype=dtype)

@@ -1,0 +1,67 @@
+"""What corpora are made of: a text, a talk, a question with its answer, or a row of numbers."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from rwkvpipe.base.files import canonical
+from rwkvpipe.tokenizer import chat
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """One of: `text`; `messages` (role and content each); `ids` (whole numbers); `question` with `answer`.
+
+    A question of multiple choice has `options` and the index of the right one, `label`. `origin` is where the
+    document came from, `file:line`, for errors.
+    """
+
+    text: str | None = None
+    messages: Sequence[dict] | None = None
+    ids: Sequence[int] | np.ndarray | None = None
+    question: str | None = None
+    answer: str | None = None
+    options: Sequence[str] | None = None
+    label: int | None = None
+    origin: str = ""
+
+    def talk(self) -> list[dict]:
+        """The turns of a talk; a question becomes one of the user's, its answer the assistant's."""
+        if self.messages is not None:
+            return list(self.messages)
+        return [{"role": "user", "content": self.question}, {"role": "assistant", "content": self.answer}]
+
+    def words(self) -> list[str]:
+        """All texts that a model may read or write because of this document."""
+        if self.text is not None:
+            return [self.text]
+        if self.messages is not None:
+            return [chat.text(self.messages)]
+        if self.question is not None:
+            # as it stands and as a turn, options with the space before them
+            asked = [self.question, chat.text(self.talk() if self.answer is not None else self.talk()[:1])]
+            return asked + [f" {option}" for option in self.options or ()]
+        return []
+
+    def row(self) -> dict:
+        """A question as a row of a question file."""
+        row: dict = {"question": self.question, "answer": self.answer}
+        if self.options is not None:
+            row |= {"options": list(self.options), "label": self.label}
+        return row
+
+    @cached_property
+    def fraction(self) -> float:
+        """A number in [0, 1) that depends on the content alone: equal documents have equal ones."""
+        if self.ids is not None:
+            data = np.asarray(self.ids, dtype="<i8").tobytes()
+        elif self.question is not None:
+            data = canonical({"question": self.question}).encode("utf-8", "surrogatepass")
+        else:
+            data = canonical({"text": self.text} if self.text is not None else list(self.messages or ())).encode(
+                "utf-8", "surrogatepass"
+            )
+        return int.from_bytes(hashlib.sha256(data).digest()[:7], "big") / 2**56

@@ -1,0 +1,149 @@
+"""The binidx pair agrees with RWKV-LM's byte for byte, and damage is named."""
+
+import json
+
+import numpy as np
+import pytest
+
+from rwkvpipe.base.errors import DataError
+from rwkvpipe.data.binidx import HEAD, Binidx, BinidxWriter, token_dtype
+
+DOCUMENTS = [[5, 6, 7], [], [1], [9, 65535]]
+
+
+def write(prefix, documents=DOCUMENTS, dtype=np.uint16, masks=None):
+    with BinidxWriter(prefix, dtype) as writer:
+        for number, ids in enumerate(documents):
+            writer.add(ids, masks[number] if masks else None)
+    return prefix
+
+
+def test_what_is_written_is_read(tmp_path):
+    data = Binidx(write(tmp_path / "a"))
+    assert len(data) == 6
+    assert data.tokens(0, 6).tolist() == [5, 6, 7, 1, 9, 65535]
+    assert data.tokens(2, 2).tolist() == [7, 1]
+    assert data.documents.tolist() == [[0, 3], [3, 3], [3, 4], [4, 6]]
+    assert data.dtype == np.uint16
+
+
+def test_a_prefix_may_hold_dots_and_the_suffix_may_be_given(tmp_path):
+    write(tmp_path / "a.v2")
+    assert len(Binidx(tmp_path / "a.v2")) == len(Binidx(tmp_path / "a.v2.bin")) == 6
+
+
+def test_masks_lie_beside_the_tokens(tmp_path):
+    data = Binidx(write(tmp_path / "a", [[5, 6], [7]], masks=[[0, 1], [1]]))
+    assert data.mask(0, 3).tolist() == [0, 1, 1]
+    assert (tmp_path / "a.mask").read_bytes() == b"\0\1\1"
+    with pytest.raises(DataError, match=r"b.mask: no such file"):
+        Binidx(write(tmp_path / "b")).mask(0, 1)
+
+
+def test_an_empty_corpus_is_a_valid_pair(tmp_path):
+    with BinidxWriter(tmp_path / "a", np.uint16, masked=True):
+        pass
+    data = Binidx(tmp_path / "a")
+    assert len(data) == 0 and data.documents.shape == (0, 2) and data.mask(0, 0).size == 0
+
+
+def test_a_failed_writer_leaves_nothing(tmp_path):
+    with pytest.raises(KeyError), BinidxWriter(tmp_path / "a", np.uint16) as writer:
+        writer.add([1, 2], [1, 1])
+        raise KeyError("something went wrong")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_id_that_does_not_fit_is_refused(tmp_path):
+    for ids in ([65536], [-1]):
+        with pytest.raises(DataError, match="does not fit uint16"):
+            write(tmp_path / "a", [ids])
+    with pytest.raises(DataError, match="dtype float32"):
+        BinidxWriter(tmp_path / "a", np.float32)
+    assert not list(tmp_path.iterdir())
+
+
+def test_large_vocabularies_take_int32(tmp_path):
+    assert token_dtype(65536) == np.uint16 and token_dtype(65537) == np.int32
+    data = Binidx(write(tmp_path / "a", [[70000]], token_dtype(70001)))
+    assert data.tokens(0, 1).tolist() == [70000]
+    assert (tmp_path / "a.idx").read_bytes()[17] == 4
+
+
+def test_files_are_mapped_not_read(tmp_path):
+    assert isinstance(Binidx(write(tmp_path / "a")).tokens(0, 3), np.memmap)
+
+
+def _edit(path, place, value):
+    raw = bytearray(path.read_bytes())
+    raw[place : place + len(value)] = value
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    "suffix, change, problem",
+    [
+        ("idx", lambda path: path.unlink(), "no such file"),
+        ("bin", lambda path: path.unlink(), "no such file"),
+        ("idx", lambda path: path.write_bytes(b""), "first bytes"),
+        ("idx", lambda path: _edit(path, 0, b"X"), "first bytes are not MMIDIDX"),
+        ("idx", lambda path: path.write_bytes(path.read_bytes()[:20]), "the head alone has 34"),
+        ("idx", lambda path: _edit(path, 9, b"\2"), "version 2"),
+        ("idx", lambda path: _edit(path, 17, b"\x09"), "dtype code 9 is unknown"),
+        ("idx", lambda path: _edit(path, 17, b"\x07"), "stands for floats"),
+        ("idx", lambda path: path.write_bytes(path.read_bytes()[:-1]), "cut short"),
+        ("idx", lambda path: path.write_bytes(path.read_bytes() + b"\0"), "too long"),
+        ("idx", lambda path: _edit(path, 25, b"\xff"), "cut short"),
+        ("idx", lambda path: _edit(path, HEAD, b"\4"), "sizes and pointers"),
+        ("idx", lambda path: _edit(path, HEAD + 48, b"\1"), "document index"),
+        ("bin", lambda path: path.write_bytes(path.read_bytes()[:-2]), "has 10 bytes"),
+        ("bin", lambda path: path.write_bytes(path.read_bytes() + b"\0"), "has 13 bytes"),
+    ],
+)
+def test_damage_is_named(tmp_path, suffix, change, problem):
+    write(tmp_path / "a")
+    change(tmp_path / f"a.{suffix}")
+    with pytest.raises(DataError, match=problem) as caught:
+        Binidx(tmp_path / "a")
+    assert str(caught.value).startswith(f"{tmp_path}/a.{suffix}: ") and "\n" not in str(caught.value)
+
+
+def test_a_mask_of_another_corpus_is_refused(tmp_path):
+    write(tmp_path / "a", [[1, 2]], masks=[[1, 1]])
+    (tmp_path / "a.mask").write_bytes(b"\1")
+    with pytest.raises(DataError, match=r"a.mask: has 1 bytes"):
+        Binidx(tmp_path / "a").mask(0, 1)
+
+
+@pytest.mark.parametrize("name", ["u8", "u16", "i32", "i64"])
+def test_reference_files_are_read(goldens, name):
+    known = json.loads((goldens / "rwkv/binidx.json").read_text())[f"bin_{name}"]
+    data = Binidx(goldens / f"rwkv/bin_{name}")
+    documents = [[token for item in document for token in item] for document in known["documents"]]
+    assert [data.tokens(start, end - start).tolist() for start, end in data.documents] == documents
+    assert data.dtype == known["dtype"]
+    for read in known.get("get_idx0", ()):
+        assert data.tokens(read["offset"], read["length"]).tolist() == read["tokens"]
+
+
+@pytest.mark.parametrize("name", ["u8", "u16", "i32", "i64"])
+def test_files_are_written_as_the_reference_does(tmp_path, goldens, name):
+    known = json.loads((goldens / "rwkv/binidx.json").read_text())[f"bin_{name}"]
+    write(tmp_path / "a", known["items"], known["dtype"])
+    theirs = (goldens / f"rwkv/bin_{name}.idx").read_bytes()
+    ours = (tmp_path / "a.idx").read_bytes()
+    end = HEAD + 12 * len(known["items"])
+    # theirs has several items a document, so its document index is another
+    assert ours[:26] == theirs[:26] and ours[HEAD:end] == theirs[HEAD:end]
+    assert (tmp_path / "a.bin").read_bytes() == (goldens / f"rwkv/bin_{name}.bin").read_bytes()
+
+
+def test_a_whole_corpus_is_written_as_the_reference_does(tmp_path, goldens):
+    known = json.loads((goldens / "rwkv/make_data_tiny.json").read_text())
+    reference = Binidx(goldens / "rwkv/make_data_tiny")
+    documents = [reference.tokens(start, end - start) for start, end in reference.documents]
+    assert len(documents) == known["n_items"] and len(reference) == known["n_tokens"]
+    write(tmp_path / "a", documents)
+    for suffix in ("bin", "idx"):
+        theirs = (goldens / f"rwkv/make_data_tiny.{suffix}").read_bytes()
+        assert (tmp_path / f"a.{suffix}").read_bytes() == theirs
