@@ -1,0 +1,224 @@
+"""What the engine writes and weighs is what the whole forward says, whatever goes beside it."""
+
+import numpy as np
+import pytest
+import torch
+
+from rwkvpipe.base.config import RwkvConfig, SamplingConfig
+from rwkvpipe.base.errors import ConfigError, DataError
+from rwkvpipe.infer.engine import Engine
+from rwkvpipe.model.family import build, detect
+from rwkvpipe.tokenizer.byte import ByteTokenizer
+from rwkvpipe.tokenizer.integer import IntegerTokenizer
+from rwkvpipe.tokenizer.trie import TrieTokenizer
+from rwkvpipe.train.policy import Rollout, completion_logprobs
+
+PROMPTS = ["User: 1+1\n\nA:", "a", "The quick brown fox jumps", "x" * 40, "ab", "hello there", "2*3=", "zz", "y"]
+
+
+def model(size: int = 257, seed: int = 0) -> torch.nn.Module:
+    found = build(RwkvConfig(n_layer=2, n_embd=32, head_size=16, vocab_size=size))
+    stream = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        found.initialise(seed)
+        for value in found.parameters():
+            value.add_(torch.randn(value.shape, generator=stream) * 0.1)
+    return found.eval()
+
+
+@pytest.fixture(scope="module")
+def network() -> torch.nn.Module:
+    return model()
+
+
+def engine(network, rows=4, tokenizer=None) -> Engine:
+    return Engine(network, tokenizer or ByteTokenizer(1), rows)
+
+
+def completions(network, sampling, rows, prompts=PROMPTS, samples=1, **more):
+    found = engine(network, rows).generate(prompts, sampling, samples, **more)
+    return {(c.prompt, c.sample): c for c in found}
+
+
+def whole(network, ids: list[int]) -> torch.Tensor:
+    """Log-probability of each token but the first, from one forward."""
+    with torch.no_grad():
+        logits = network(torch.tensor([ids]))[0][0].double()
+    return logits[:-1].log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def test_rows_beside_a_row_change_nothing(network):
+    sampling = SamplingConfig(temperature=0.8, max_tokens=12, seed=3, stop=("e",), repetition_penalty=1.2, presence=0.1)
+    alone = completions(network, sampling, 1, samples=2)
+    together = completions(network, sampling, 7, samples=2)
+    assert alone.keys() == together.keys() == {(n, s) for n in range(len(PROMPTS)) for s in range(2)}
+    for key, one in alone.items():
+        many = together[key]
+        assert (one.ids, one.text, one.finish) == (many.ids, many.text, many.finish)
+        assert one.logprobs == pytest.approx(many.logprobs, abs=1e-5)
+    assert len({tuple(one.ids) for one in alone.values()}) > len(PROMPTS)  # samples differ
+
+
+def test_order_of_prompts_changes_nothing_when_numbers_stay(network):
+    sampling = SamplingConfig(max_tokens=6, seed=1)
+    forward = completions(network, sampling, 3)
+    numbers = list(reversed(range(len(PROMPTS))))
+    back = completions(network, sampling, 3, prompts=PROMPTS[::-1], numbers=numbers)
+    assert {key: one.ids for key, one in forward.items()} == {key: one.ids for key, one in back.items()}
+
+
+def test_a_longer_limit_goes_on_where_the_shorter_ends(network):
+    short = completions(network, SamplingConfig(max_tokens=4, stop=()), 3)
+    long = completions(network, SamplingConfig(max_tokens=9, stop=()), 3)
+    assert all(one.ids == long[key].ids[: len(one.ids)] for key, one in short.items())
+
+
+def test_the_likeliest_tokens_are_those_of_the_whole_forward(network):
+    for one in completions(network, SamplingConfig(temperature=0.0, max_tokens=5, stop=()), 4).values():
+        ids = ByteTokenizer(1).encode(PROMPTS[one.prompt])
+        for found in one.ids:
+            with torch.no_grad():
+                assert network(torch.tensor([ids]))[0][0, -1].argmax() == found
+            ids.append(found)
+
+
+def test_log_probabilities_are_those_the_trainer_computes(network):
+    sampling = SamplingConfig(temperature=0.7, top_p=0.9, max_tokens=8, stop=("a",), frequency=0.2)
+    for one in completions(network, sampling, 4).values():
+        ids = ByteTokenizer(1).encode(PROMPTS[one.prompt])
+        width = torch.ones(1, len(one.ids))
+        rollout = Rollout(torch.tensor([ids + one.ids]), torch.tensor([len(ids)]), width, width[:, 0], width)
+        with torch.no_grad():
+            assert one.logprobs == pytest.approx(completion_logprobs(network, rollout, 0.7)[0].tolist(), abs=1e-5)
+
+
+class Ids:
+    """Ids written as text."""
+
+    size, eos = 2, None
+    encode = staticmethod(lambda text: [int(word) for word in text.split()])
+    owns = staticmethod(lambda number: True)
+
+
+def test_reference_log_probabilities_of_ragged_rows(goldens):
+    weights = np.load(goldens / "tune" / "tiny_rwkv7.npz", allow_pickle=False)
+    tensors = {name: torch.tensor(weights[name]) for name in weights.files if name != "__meta__"}
+    network = build(detect(tensors))
+    network.load_state_dict({name: tensors[name].reshape(like.shape) for name, like in network.state_dict().items()})
+    file = np.load(goldens / "tune" / "model_ragged_logps.npz", allow_pickle=False)
+    rows = zip(*(file[name] for name in ("prompts", "prompt_len", "completions", "completion_len")), strict=True)
+    pairs = [(" ".join(map(str, p[:a])), " ".join(map(str, c[:b]))) for p, a, c, b in rows]
+    for width in (1, 3, 64):
+        found = Engine(network.eval(), Ids(), width).loglikelihood(pairs)
+        assert found == pytest.approx(file["logp_T1.0"].sum(1).tolist(), abs=2e-4)
+
+
+def test_ids_hold_what_ended_them_and_text_does_not(network):
+    found = completions(network, SamplingConfig(max_tokens=200, stop=("e", "\n"), bias={102: 3.0}, seed=5), 4)
+    assert {one.finish for one in found.values()} == {"stop"}
+    for one in found.values():
+        tokenizer = ByteTokenizer(1)
+        written = tokenizer.decode_bytes(one.ids)
+        if one.ids[-1] != tokenizer.eos:
+            assert written[-1:] in (b"e", b"\n")
+            written = written[:-1]
+        assert one.text == written.decode("utf-8", "replace")
+        assert len(one.logprobs) == len(one.ids)
+
+
+def test_a_stop_text_inside_a_longer_token_or_over_several_is_found():
+    words = {n + 1: bytes([n]) for n in range(256)} | {257: b".\n\nUser", 258: b"ab"}
+    tokenizer, network = TrieTokenizer(words), model(259)
+    with torch.no_grad():
+        network.head.weight.zero_()
+    for bias, text, ids in (
+        ({257: 50.0}, ".", [257]),
+        ({ord("\n") + 1: 50.0}, "", [11, 11]),
+    ):
+        sampling = SamplingConfig(temperature=0.0, bias=bias, max_tokens=9)
+        (one,) = Engine(network, tokenizer, 2).generate(["q"], sampling)
+        assert (one.text, one.ids, one.finish) == (text, ids, "stop")
+
+
+def test_the_id_that_ends_documents_ends_at_once_and_writes_nothing(network):
+    (one,) = engine(network).generate(["q"], SamplingConfig(temperature=0.0, bias={0: 1e4}, max_tokens=9))
+    assert (one.text, one.ids, one.finish) == ("", [0], "stop")
+
+
+def test_exactly_max_tokens_are_written(network):
+    found = completions(network, SamplingConfig(max_tokens=1, ban=(0,), stop=()), 4)
+    assert {(len(one.ids), one.finish) for one in found.values()} == {(1, "length")}
+
+
+def test_ids_that_stand_for_nothing_never_come():
+    network, tokenizer = model(300), TrieTokenizer({5: b"a", 9: b"b"})
+    (one,) = Engine(network, tokenizer, 1).generate(["ab"], SamplingConfig(temperature=5.0, max_tokens=60, stop=()))
+    assert set(one.ids) <= {0, 5, 9}
+
+
+def test_numbers_are_written_too():
+    network = model(12)
+    found = list(Engine(network, IntegerTokenizer(11), 2).generate(["1 2 3", "10"], SamplingConfig(max_tokens=5)))
+    assert all(all(word.isdigit() for word in one.text.split()) for one in found)
+
+
+def test_an_empty_prompt_begins_a_document_or_is_refused(network):
+    (one,) = engine(network).generate([""], SamplingConfig(temperature=0.0, max_tokens=1, stop=()))
+    with torch.no_grad():
+        assert network(torch.tensor([[0]]))[0][0, -1].argmax() == one.ids[0]
+    with pytest.raises(DataError, match="empty prompt"):
+        list(engine(network, tokenizer=ByteTokenizer(0)).generate([""], SamplingConfig()))
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused():
+    with pytest.raises(ConfigError, match="the tokenizer has 257 ids, the model 100"):
+        Engine(model(100), ByteTokenizer(1), 1)
+
+
+def test_an_empty_stop_text_is_refused(network):
+    with pytest.raises(ConfigError, match=r"sampling\.stop"):
+        list(engine(network).generate(["a"], SamplingConfig(stop=("",))))
+
+
+def test_no_prompts_give_no_completions(network):
+    assert list(engine(network).generate([], SamplingConfig())) == []
+    assert engine(network).loglikelihood([]) == []
+
+
+def test_continuations_weigh_what_the_whole_forward_says(network):
+    pairs = [(c, e) for c in ("The", "The quick brown", "") for e in (" fox", "", " a much longer end", "x")]
+    tokenizer = ByteTokenizer(1)
+    for rows in (1, 5):
+        for (context, end), found in zip(pairs, engine(network, rows).loglikelihood(pairs), strict=True):
+            ids = (tokenizer.encode(context) or [0]) + tokenizer.encode(end)
+            wanted = whole(network, ids)[len(ids) - 1 - len(end) :].sum().item()
+            assert found == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_windows_carry_the_state_so_their_length_changes_nothing(network, offset):
+    text = "It was the best of times, it was the worst of times. " * 12
+    tokenizer = ByteTokenizer(offset)
+    ids = tokenizer.encode(text)
+    wanted = -whole(network, ids if offset == 0 else [0, *ids]).sum().item()
+    for ctx_len in (7, 100, 5000):
+        nats, tokens = engine(network, 2, tokenizer).rolling(text, ctx_len)
+        assert tokens == len(ids) - (offset == 0)  # the first has nothing before it, where nothing ends a document
+        assert nats == pytest.approx(wanted, abs=2e-3)
+
+
+def test_windows_of_texts_of_any_length_cover_each_text_once(network):
+    tokenizer = ByteTokenizer(1)
+    texts = [tokenizer.encode(text) for text in ("", "a", "abcdefgh", "hello world, this is longer", "q" * 300)]
+    for rows in (1, 3):
+        found = engine(network, rows).windows(texts, 8)
+        for ids, windows in zip(texts, found, strict=True):
+            assert [i for _, covered in windows for i in covered] == ids
+            assert [len(covered) for _, covered in windows] == [8] * (len(ids) // 8) + [len(ids) % 8] * (len(ids) % 8 > 0)
+            assert sum(nats for nats, _ in windows) == pytest.approx(-whole(network, [0, *ids]).sum().item(), abs=1e-3)
+
+
+def test_a_caller_between_completions_may_still_train(network):
+    for _ in engine(network).generate(["a", "b"], SamplingConfig(max_tokens=2)):
+        assert not torch.is_inference_mode_enabled()
+        assert network(torch.tensor([[1]]))[0].requires_grad
