@@ -119,5 +119,5 @@ def sample(
         generators = torch.tensor(drawn, dtype=torch.float64)
     below = chances.cumsum(-1)  # (R, V)
     wanted = generators.to(below)[:, None] * below[:, -1:]
-    # right: an id of chance 0 has an empty interval and is never met
-    return torch.searchsorted(below, wanted, right=True)[:, 0]
+    # right: an id of chance 0 has an empty interval and is never met; logits that are no numbers end anywhere
+    return torch.searchsorted(below, wanted, right=True)[:, 0].clamp(max=below.shape[-1] - 1)

@@ -1,6 +1,7 @@
 """The rows that are being written: what each has chosen so far, and when its text is over."""
 
 import logging
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkvpipe.base.config import SamplingConfig
-from rwkvpipe.base.errors import ConfigError
+from rwkvpipe.base.errors import ConfigError, WeightsError
 from rwkvpipe.infer.sampling import sample, stream
 from rwkvpipe.model.layers import State
 from rwkvpipe.tokenizer.load import Tokenizer
@@ -174,6 +175,8 @@ class Slots:
             cut = min((data.find(stop) for stop in self.stops if stop in data), default=None)
         text = data[:cut].decode("utf-8", "replace")
         logprobs = self.table["logprobs"][slot, :count].tolist()
+        if not all(map(math.isfinite, logprobs)):
+            raise WeightsError("the model's logits are no numbers; its weights are damaged, or training has diverged")
         self.done.append(Completion(job.prompt, job.sample, ids, text, logprobs, finish))
         self.jobs[slot] = None
         return True

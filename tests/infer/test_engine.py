@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rwkvpipe.base.config import RwkvConfig, SamplingConfig
-from rwkvpipe.base.errors import ConfigError, DataError
+from rwkvpipe.base.errors import ConfigError, DataError, WeightsError
 from rwkvpipe.infer.engine import Engine
 from rwkvpipe.model.family import build, detect
 from rwkvpipe.tokenizer.byte import ByteTokenizer
@@ -180,6 +180,15 @@ def test_an_empty_stop_text_is_refused(network):
         list(engine(network).generate(["a"], SamplingConfig(stop=("",))))
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_weights_that_are_no_numbers_are_refused(temperature):
+    network = model()
+    with torch.no_grad():
+        network.head.weight.fill_(torch.nan)
+    with pytest.raises(WeightsError, match="no numbers"):
+        list(engine(network).generate(["a"], SamplingConfig(max_tokens=3, temperature=temperature)))
+
+
 def test_no_prompts_give_no_completions(network):
     assert list(engine(network).generate([], SamplingConfig())) == []
     assert engine(network).loglikelihood([]) == []
@@ -214,7 +223,7 @@ def test_windows_of_texts_of_any_length_cover_each_text_once(network):
         found = engine(network, rows).windows(texts, 8)
         for ids, windows in zip(texts, found, strict=True):
             assert [i for _, covered in windows for i in covered] == ids
-            assert [len(covered) for _, covered in windows] == [8] * (len(ids) // 8) + [len(ids) % 8] * (len(ids) % 8 > 0)
+            assert [len(covered) for _, covered in windows] == [min(8, len(ids) - n) for n in range(0, len(ids), 8)]
             assert sum(nats for nats, _ in windows) == pytest.approx(-whole(network, [0, *ids]).sum().item(), abs=1e-3)
 
 
