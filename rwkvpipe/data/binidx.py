@@ -84,7 +84,7 @@ class BinidxWriter:
     def _open_mask(self):
         if self._mask is None:
             part = self._stack.enter_context(atomic(f"{self.prefix}.mask"))
-            self._mask = self._stack.enter_context(open(part, "wb"))
+            self._mask = self._stack.enter_context(open(part, "wb"))  # noqa: SIM115
         return self._mask
 
     def _finish(self) -> None:

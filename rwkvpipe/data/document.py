@@ -7,8 +7,10 @@ from functools import cached_property
 
 import numpy as np
 
+from rwkvpipe.base.errors import DataError
 from rwkvpipe.base.files import canonical
 from rwkvpipe.tokenizer import chat
+from rwkvpipe.tokenizer.load import Tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,3 +67,26 @@ class Document:
                 "utf-8", "surrogatepass"
             )
         return int.from_bytes(hashlib.sha256(data).digest()[:7], "big") / 2**56
+
+
+def encoded(document: Document, tokenizer: Tokenizer) -> tuple[np.ndarray | list[int], list[int] | None]:
+    """Ids (n,) of a document and, for a talk, which of them are learned.
+
+    Texts and rows of numbers end with the tokenizer's `eos`, if it has one; a talk ends with its last turn.
+    Raises DataError naming the document's origin.
+    """
+    if document.ids is not None:
+        numbers = np.asarray(document.ids)
+        if (top := int(numbers.max(initial=0))) > tokenizer.size - 2:
+            raise DataError(
+                f"{document.origin}: holds {top}, the tokenizer's numbers end at {tokenizer.size - 2};"
+                " give it a larger size"
+            )
+        return np.append(numbers.astype(np.int64) + 1, tokenizer.eos), None
+    try:
+        if document.text is None:
+            return chat.render(document.talk(), tokenizer)
+        ids = tokenizer.encode(document.text)
+    except DataError as error:
+        raise DataError(f"{document.origin}: {error}") from None
+    return ids + ([] if tokenizer.eos is None else [tokenizer.eos]), None

@@ -1,0 +1,140 @@
+"""Rows of files as questions and talks, each checked, under the names that their authors chose."""
+
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rwkvpipe.base.errors import ConfigError, DataError
+from rwkvpipe.data.document import Document
+from rwkvpipe.tokenizer.chat import ROLES
+
+NAMES = ("question", "answer", "options", "label", "messages", "text")
+SHAREGPT = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+
+
+def check_columns(columns: Mapping[str, str]) -> None:
+    """Raise ConfigError where `columns` maps a name that means nothing to us."""
+    for name in columns:
+        if name not in NAMES:
+            near = difflib.get_close_matches(name, NAMES, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(NAMES)}"
+            raise ConfigError(f"columns.{name}: no such name; {hint}")
+
+
+def words(row: dict, column: str, where: str, *, least: int = 1) -> str:
+    """A text of a row. Raises DataError when it is missing, no text, no UTF-8, or shorter than `least`."""
+    if column not in row:
+        raise DataError(f"{where}: no `{column}`; the row has {', '.join(row) or 'nothing'} (columns or field says)")
+    value = row[column]
+    if not isinstance(value, str):
+        shown = "null" if value is None else f"{type(value).__name__} {str(value)[:30]}"
+        raise DataError(f"{where}: `{column}` is {shown}, text is needed")
+    if len(value.strip()) < least:
+        raise DataError(f"{where}: `{column}` is empty; mend or remove the row")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: `{column}` has half a surrogate pair at {error.start + 1}; mend it") from None
+    return value
+
+
+def _options(row: dict, column: str, where: str) -> list[str] | None:
+    value = row.get(column)
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(o, str) and o.strip() for o in value):
+        raise DataError(f"{where}: `{column}` must be a list of two texts or more, none empty")
+    return [words({column: option}, column, where) for option in value]
+
+
+def _index(value: Any, options: list[str], where: str) -> int:
+    """Which option is meant: a number counts from 0; a text is an option, a letter, or a number."""
+    if isinstance(value, str):
+        found = [number for number, option in enumerate(options) if option.strip() == value.strip()]
+        if found:
+            return found[0]
+        word = value.strip().strip("().").upper()
+        if len(word) == 1 and word.isascii() and word.isalpha():
+            value = ord(word) - ord("A")
+        elif word.isascii() and word.isdigit():
+            value = int(word[:9])
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(options):
+        return value
+    raise DataError(
+        f"{where}: {str(value)[:40]!r} is none of the {len(options)} options; the answer is an option's text,"
+        " its letter, or its number counted from 0"
+    )
+
+
+def _answer(value: Any, column: str, where: str) -> str:
+    """An answer as text; a whole number becomes its digits."""
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value)) if value.is_integer() else repr(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return words({column: value}, column, where)
+
+
+def question(row: dict, columns: Mapping[str, str], where: str) -> Document:
+    """A row with a question and its answer (with options: which of them) as a document.
+
+    `columns` is our name to the file's. Raises DataError naming `where` and the column.
+    """
+    column = {name: columns.get(name, name) for name in NAMES}
+    asked = words(row, column["question"], where)
+    options = _options(row, column["options"], where)
+    if column["options"] in columns.values() and options is None:
+        raise DataError(f"{where}: no `{column['options']}`, which columns.options names")
+    given, label = row.get(column["answer"]), row.get(column["label"])
+    if options is None:
+        if given is None:
+            words(row, column["answer"], where)  # says what is wrong
+        return Document(question=asked, answer=_answer(given, column["answer"], where), origin=where)
+    if given is None and label is None:
+        raise DataError(f"{where}: neither `{column['answer']}` nor `{column['label']}` says which option is right")
+    right = _index(given if label is None else label, options, where)
+    if label is not None and isinstance(given, str) and given in options and given != options[right]:
+        raise DataError(f"{where}: `{column['answer']}` and `{column['label']}` name different options")
+    return Document(question=asked, answer=options[right], options=tuple(options), label=right, origin=where)
+
+
+def _turns(turns: Any, column: str, where: str) -> tuple[dict, ...]:
+    """Messages, or the conversations of ShareGPT, checked."""
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"{where}: `{column}` must be a list of turns, each with role and content")
+    found = []
+    for number, turn in enumerate(turns, 1):
+        place = f"{where}: turn {number}"
+        if not isinstance(turn, dict):
+            raise DataError(f"{place} of `{column}` is no object with role and content")
+        foreign = "from" in turn and "role" not in turn
+        role = turn.get("from" if foreign else "role")
+        role = SHAREGPT.get(role) if foreign and isinstance(role, str) else role
+        if not isinstance(role, str) or role not in ROLES:
+            raise DataError(f"{place}: role is {turn.get('from' if foreign else 'role')!r}; known: {', '.join(ROLES)}")
+        found.append({"role": role, "content": words(turn, "value" if foreign else "content", place)})
+    return tuple(found)
+
+
+def talk(row: dict, columns: Mapping[str, str], where: str) -> Document:
+    """A row as a talk: `messages`, ShareGPT's `conversations`, Alpaca's `instruction`, or a question with its answer.
+
+    What `columns` names goes before what is recognised. Raises DataError naming `where`.
+    """
+    column = columns.get("messages", "messages")
+    asked = "question" in columns or "answer" in columns
+    if column in row and not asked:
+        return Document(messages=_turns(row[column], column, where), origin=where)
+    if "conversations" in row and not columns:
+        return Document(messages=_turns(row["conversations"], "conversations", where), origin=where)
+    if "instruction" in row and not columns:
+        task = words(row, "instruction", where)
+        if row.get("input"):
+            task += "\n" + words(row, "input", where)
+        said = words(row, "output" if "output" in row else "response", where)
+        turns = ({"role": "user", "content": task}, {"role": "assistant", "content": said})
+        return Document(messages=turns, origin=where)
+    if not asked and columns.get("question", "question") not in row:
+        raise DataError(f"{where}: no `{column}` and no `question`; the row has {', '.join(row) or 'nothing'}")
+    return Document(messages=tuple(question(row, columns, where).talk()), origin=where)
