@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -112,3 +113,12 @@ def read_yaml(path: str | Path) -> Any:
         raise ConfigError(f"{path}:{line}: not YAML: {error.problem}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
+
+
+def check_json(model: type[M], text: str, where: str | Path) -> M:
+    """Validate JSON text, as it stands on a command line. Raises ConfigError in one line."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where}: not JSON: {error.msg} (column {error.colno})") from None
+    return check(model, value, where)

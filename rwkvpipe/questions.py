@@ -1,0 +1,96 @@
+"""Write the questions of a benchmark or of a corpus as rows that the other steps read.
+
+python -m rwkvpipe.questions --spec '{"task":"choice","synthetic":"counting.exam","limit":200}' --out exam.jsonl
+"""
+
+import argparse
+import json
+import logging
+from collections.abc import Iterator
+from itertools import islice
+
+from rwkvpipe.base.config import BenchmarkConfig, CorpusConfig
+from rwkvpipe.base.errors import ConfigError, DataError, run
+from rwkvpipe.base.files import write_jsonl
+from rwkvpipe.base.strict import check_json
+from rwkvpipe.data import corpus
+from rwkvpipe.data.document import Document
+from rwkvpipe.data.question import check_columns, words
+from rwkvpipe.data.synthetic import generate
+
+log = logging.getLogger("rwkvpipe")
+MADE = 1000  # questions of a made benchmark whose settings set no limit
+
+
+def read_spec(text: str) -> BenchmarkConfig | CorpusConfig:
+    """A benchmark's settings (they have a task) or a corpus's. Raises ConfigError for others."""
+    try:
+        benchmark = "task" in json.loads(text)
+    except (json.JSONDecodeError, TypeError):
+        benchmark = False
+    spec = check_json(BenchmarkConfig if benchmark else CorpusConfig, text, "--spec")
+    if not benchmark and spec.format != "question":
+        raise ConfigError(f"--spec: format {spec.format}; a corpus of questions has format question")
+    return spec
+
+
+def texts(file: str | None, spec: BenchmarkConfig, seed: int) -> Iterator[dict]:
+    """Rows of task bits: a whole text file is one text, of JSON rows each is one."""
+    check_columns(spec.columns)
+    if file is None:
+        for document in generate(spec.synthetic, seed, spec.limit or MADE):
+            if document.text is None:
+                raise ConfigError(f"synthetic: {spec.synthetic} makes no texts, which task bits reads")
+            yield {"text": document.text}
+    elif corpus.is_table(file):
+        for where, row in corpus.rows(file):
+            yield {"text": words(row, spec.columns.get("text", "text"), where)}
+    else:
+        whole = corpus.whole_text(file)
+        if not whole:
+            raise DataError(f"{file}: empty; task bits needs a text to read")
+        yield {"text": whole}
+
+
+def found(file: str | None, spec: BenchmarkConfig | CorpusConfig, seed: int) -> Iterator[Document]:
+    """Questions of a file or of a made corpus, each with what the task needs."""
+    choice = isinstance(spec, BenchmarkConfig) and spec.task == "choice"
+    if file is not None:
+        source = corpus.questions(file, spec.columns)
+    elif isinstance(spec, CorpusConfig):
+        source = generate(spec.synthetic, seed if spec.seed is None else spec.seed, spec.count)
+    else:
+        source = generate(spec.synthetic, seed, spec.limit or MADE)
+    for document in source:
+        if document.question is None:
+            raise ConfigError(f"synthetic: {spec.synthetic} makes no questions")
+        if choice and document.options is None:
+            raise DataError(f"{document.origin}: no options, which task choice compares; columns.options names them")
+        yield document
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write questions with answers (and options), or texts for task bits, one JSON row a line."""
+    parser = argparse.ArgumentParser(prog="rwkvpipe.questions", description=__doc__.splitlines()[0])
+    parser.add_argument("file", nargs="?", help="the questions as they came; nothing for made ones")
+    parser.add_argument("--spec", required=True, help="settings of the benchmark, or of the corpus, as JSON")
+    parser.add_argument("--seed", type=int, default=0, help="of made questions")
+    parser.add_argument("--out", required=True, help="FILE.jsonl")
+    given = parser.parse_args(argv)
+    spec = read_spec(given.spec)
+    file = given.file or spec.path
+    if (file is None) == (spec.synthetic is None):
+        raise ConfigError("--spec: synthetic makes the questions; give a file or synthetic, not both")
+    bits = isinstance(spec, BenchmarkConfig) and spec.task == "bits"
+    asked = texts(file, spec, given.seed) if bits else (each.row() for each in found(file, spec, given.seed))
+    limit = spec.limit if isinstance(spec, BenchmarkConfig) else None
+    rows = list(islice(asked, limit))
+    if not rows:
+        raise DataError(f"{file or spec.synthetic}: nothing in it; give at least one {'text' if bits else 'question'}")
+    if limit and file is not None and len(rows) < limit:
+        log.info("%s: %d rows, limit is %d", file, len(rows), limit)
+    log.info("%s: %d rows", given.out, write_jsonl(given.out, rows))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,83 @@
+"""A tokenizer's folder is made of its settings and of what the corpora hold."""
+
+import json
+
+import pytest
+
+from rwkvpipe import vocab
+from rwkvpipe.base.config import TokenizerConfig
+from rwkvpipe.base.errors import ConfigError, DataError
+from rwkvpipe.data.synthetic import generate
+from rwkvpipe.tokenizer import chat
+from rwkvpipe.tokenizer.load import load_tokenizer
+from rwkvpipe.tokenizer.trie import write_vocab
+
+
+def run(folder, *words, **spec):
+    # all defaults are filled in, as the workflow does it
+    spec = TokenizerConfig(**spec).model_dump(mode="json")
+    vocab.main([*map(str, words), "--spec", json.dumps(spec), "--out", str(folder / "out")])
+    return load_tokenizer(folder / "out")
+
+
+def test_bytes_and_numbers_need_no_file(tmp_path):
+    assert run(tmp_path, kind="bytes", offset=0).size == 256
+    assert run(tmp_path, kind="bytes").encode("a") == [98]
+    assert run(tmp_path, kind="integer", size=10).encode("9") == [10]
+    with pytest.raises(ConfigError, match="kind bytes learns from no corpus"):
+        run(tmp_path, "--synthetic", "counting.chats:1:2", kind="bytes")
+
+
+def test_characters_are_numbered_in_order(tmp_path):
+    (tmp_path / "a.txt").write_text("zebra ö")
+    tokenizer = run(tmp_path, tmp_path / "a.txt", kind="trie", corpora=["a"])
+    words = [tokenizer.entries[number].decode() for number in range(1, tokenizer.size)]
+    assert words == sorted(set("zebra ö" + "System: User: Assistant: \n"))
+    again = (tmp_path / "out/vocab.txt").read_bytes()
+    run(tmp_path, tmp_path / "a.txt", kind="trie", corpora=["a"])
+    assert (tmp_path / "out/vocab.txt").read_bytes() == again
+
+
+def test_every_made_document_can_be_encoded(tmp_path):
+    words = [word for name in ("chats:1:50", "exam:2:50") for word in ("--synthetic", f"counting.{name}")]
+    tokenizer = run(tmp_path, *words, kind="trie", corpora=["a", "b"])
+    for document in [*generate("counting.chats", 1, 50), *generate("counting.exam", 2, 50)]:
+        talk = document.talk()
+        assert tokenizer.decode(chat.render(talk, tokenizer)[0]) == chat.text(talk)
+        assert tokenizer.encode(chat.prompt(talk[:1]))
+
+
+def test_every_row_can_be_encoded_whatever_its_columns(tmp_path):
+    row = {"q": "Ä?", "choices": ["→", "x"], "gold": 1, "n": 34567}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "b.txt").write_text("Ω")
+    tokenizer = run(tmp_path, tmp_path / "a.jsonl", tmp_path / "b.txt", kind="trie", corpora=["a", "b"])
+    assert tokenizer.decode(tokenizer.encode("User: Ä? → 34567 Ω\n\n")) == "User: Ä? → 34567 Ω\n\n"
+
+
+def test_a_vocabulary_file_is_taken_over(tmp_path):
+    write_vocab(tmp_path / "words.txt", {1: b"one", 5: b"\xff"})
+    tokenizer = run(tmp_path, tmp_path / "words.txt", kind="trie", path="words.txt")
+    assert tokenizer.entries == {1: b"one", 5: b"\xff"} and tokenizer.size == 6
+    (tmp_path / "words.txt").write_text("1 one 3\n")
+    with pytest.raises(DataError, match="words.txt:1: "):
+        run(tmp_path, tmp_path / "words.txt", kind="trie", path="words.txt")
+
+
+@pytest.mark.parametrize("made", ["counting.chats", "counting.chats:1", "counting.chats:x:2", "counting.chats:1:-2"])
+def test_made_corpora_are_named_with_seed_and_count(tmp_path, made):
+    with pytest.raises(ConfigError, match="is not name:seed:count"):
+        run(tmp_path, "--synthetic", made, kind="trie", corpora=["a"])
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(DataError, match="no character"):
+        run(tmp_path, tmp_path / "a.txt", kind="trie", corpora=["a"])
+    with pytest.raises(ConfigError, match="neither a file nor --synthetic"):
+        run(tmp_path, kind="trie", corpora=["a"])
+    with pytest.raises(ConfigError, match="one vocabulary file"):
+        run(tmp_path, tmp_path / "a.txt", tmp_path / "a.txt", kind="trie", path="a.txt")
+    with pytest.raises(ConfigError, match="did you mean counting.chats"):
+        run(tmp_path, "--synthetic", "counting.chat:1:1", kind="trie", corpora=["a"])
+    assert not (tmp_path / "out").exists()
