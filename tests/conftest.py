@@ -1,8 +1,15 @@
 """What several tests share: where reference numbers and real data lie, and tiny models."""
 
+import json
+import math
+import random
 from pathlib import Path
 
 import pytest
+import yaml
+
+from rwkvpipe.base.agree import parse
+from rwkvpipe.plan import Plan
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -23,3 +30,113 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the third-party data (shared/data beside the checkout) is not here")
     return folder
+
+
+RUN = """
+run: demo
+seed: 7
+tokenizers:
+  letters: {kind: trie, corpora: [sums]}
+corpora:
+  sums: {synthetic: arithmetic.documents, count: 60000, valid: 0.01, tokenizer: letters}
+  talks: {synthetic: arithmetic.chats, count: 20000, tokenizer: letters, format: chat}
+  asked: {synthetic: arithmetic.questions, count: 4000, format: question}
+benchmarks:
+  exact: {task: answer, synthetic: arithmetic.questions, limit: 1200}
+  pick: {task: choice, synthetic: arithmetic.choices, limit: 1200}
+stages:
+  - name: base
+    kind: pretrain
+    data: sums
+    model: {n_layer: 3, n_embd: 128}
+    train: {steps: 1200, ctx_len: 128, batch: 32, lr: 2e-3, valid_every: 100}
+    bench: [exact, pick]
+    samples: &ask {prompts: ["12 + 30 =", "User: What is 7 times 8?"]}
+  - name: chat
+    kind: sft
+    data: talks
+    start: base
+    lora: {rank: 16}
+    train: {steps: 400, ctx_len: 96, batch: 32, lr: 1e-3}
+    bench: [exact, pick]
+    samples: *ask
+  - name: reason
+    kind: grpo
+    data: asked
+    start: chat
+    lora: {rank: 16}
+    train: {steps: 150, ctx_len: 96, batch: 16, lr: 2e-4, log_every: 1}
+    bench: [exact, pick]
+    samples: *ask
+"""
+SCORES = {"base": (0.412, 0.63), "chat": (0.788, 0.846), "reason": (0.943, 0.957)}
+
+
+def _jsonl(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _metrics(kind: str, steps: int, every: int) -> list[dict]:
+    """A training that goes as trainings go: steep, then flat, with noise from a seed."""
+    lots, rows = random.Random(kind), []
+    for step in sorted({1, *range(every, steps + 1, every)}):
+        part = step / steps
+        row = {"step": step, "tokens": 3000 * step, "loss": 0.6 + 2.4 * math.exp(-12 * part) + lots.gauss(0, 0.02)}
+        row |= {"lr": 2e-3 * min(1, step / 20) * 0.5 * (1 + math.cos(math.pi * part)), "seconds": 0.14 * step}
+        row |= {"grad_norm": 0.3 + 2 * math.exp(-14 * part) + abs(lots.gauss(0, 0.05))}
+        row["tokens_per_second"] = 21400 + lots.gauss(0, 400)
+        if kind == "pretrain" and step % (10 * every) == 0:
+            row["valid_loss"] = row["loss"] + 0.03
+        if kind == "grpo":
+            row |= {"loss": lots.gauss(0, 0.01), "reward": 0.7 + 0.24 * (1 - math.exp(-4 * part)) + lots.gauss(0, 0.02)}
+            row |= {"reward_std": 0.3 * math.exp(-2 * part), "kl": 0.02 * part, "clip_ratio": abs(lots.gauss(0.01, 0.01))}
+            row |= {"completion_length": 5 + lots.random(), "truncated": 0.02 * lots.random()}
+        rows.append(row)
+    return rows
+
+
+def _graded(name: str, share: float) -> list[dict]:
+    rows = []
+    for n in range(12):
+        right = n < round(12 * share)
+        row = {"question": f"What is {n + 21} plus {3 * n + 5}?", "gold": str(4 * n + 26), "correct": float(right)}
+        row["answer"] = f" The answer is {4 * n + (26 if right else 36)}." if name == "exact" else str(4 * n + 36 - 10 * right)
+        rows.append(row | ({"options": ["1", "2"], "logprobs": [-1.0, -2.0]} if name == "pick" else {"finish": "stop"}))
+    return rows
+
+
+@pytest.fixture
+def finished_run(tmp_path, monkeypatch) -> dict:
+    """The story of a run of three stages whose files lie under the working folder, numbers and all, but no model."""
+    monkeypatch.chdir(tmp_path)
+    return fabricate(Path("."))
+
+
+def fabricate(folder: Path) -> dict:
+    """Write what the steps of a run leave behind below the working folder; returns what the plan tells of it."""
+    from rwkvpipe.plot import main as plot  # matplotlib is slow to load, few tests draw
+
+    plan = Plan(parse(yaml.safe_load(RUN), "config"), "results")
+    story, lots = plan.story(), random.Random(5)
+    for subject in story["subjects"]:
+        home, stage = folder / subject["folder"], plan.stages[subject["name"]]
+        _jsonl(home / "settings.json", [plan.settings(subject["name"])])
+        _jsonl(home / "metrics.jsonl", _metrics(subject["kind"], stage.train.steps, stage.train.log_every))
+        plot([str(home / "metrics.jsonl"), "--out", str(home / "plots")])
+        texts = {"12 + 30 =": " 42\n", "User: What is 7 times 8?": "\n\nAssistant: 7 times 8 is 56."}
+        _jsonl(home / "samples.jsonl", [{"prompt": prompt, "text": text} for prompt, text in texts.items()])
+        for name, share in zip(subject["bench"], SCORES[subject["name"]], strict=True):
+            wide = 1.96 * math.sqrt(share * (1 - share) / 1200)
+            score = {"benchmark": name, "task": plan.config.benchmarks[name].task, "n": 1200, "score": share}
+            _jsonl(home / f"bench/{name}.json", [score | {"low": share - wide, "high": share + wide, "better": "higher"}])
+            _jsonl(home / f"bench/{name}.samples.jsonl", _graded(name, share))
+        if subject["corpus"]:
+            _jsonl(folder / subject["corpus"], [{"train": {"documents": 60000, "tokens": 1234567}}])
+    for job in story["steps"]:
+        if job["timing"]:
+            seconds = {"pretrain": 168.2, "sft": 58.1, "grpo": 131.4, "bench": 9.3}.get(job["rule"], 1.2)
+            _jsonl(folder / job["timing"], [{"s": seconds * lots.uniform(0.9, 1.1), "max_rss": 412.5}])
+            said = "12:00:00 device: CPU\n12:00:01 pretrain: 731,904 of 731,904 numbers are trained, for 9 steps\n"
+            (folder / job["timing"]).with_suffix(".log").write_text(said)
+    return story
