@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rwkvpipe.base.errors import ConfigError, run
 from rwkvpipe.base.files import write_jsonl
-from rwkvpipe.tokenizer.load import load_tokenizer
+from rwkvpipe.infer.engine import load_vocabulary
 from rwkvpipe.train.loop import Hooks, fit
 from rwkvpipe.train.policy import Rollout, grpo_losses
 from rwkvpipe.train.rollout import Sampler, check_fits, read_questions
@@ -33,12 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     if given.micro_batch < 1:
         raise ConfigError(f"--micro-batch: {given.micro_batch} rows at a time; 1 is the least")
     stage = open_stage(given.settings, given.model, given.out, kind="grpo")
-    tokenizer = load_tokenizer(given.tokenizer)
-    if tokenizer.size > stage.model.config.vocab_size:
-        raise ConfigError(
-            f"--tokenizer: {given.tokenizer} has {tokenizer.size} ids, the model {stage.model.config.vocab_size};"
-            " give the model's own"
-        )
+    tokenizer = load_vocabulary(given.tokenizer, stage.model.config.vocab_size, given.model)
     questions = read_questions(given.data, stage.settings.prompt, tokenizer, check_fits(stage))
     sampler = Sampler(stage, questions, tokenizer, given.micro_batch)
     settings = stage.settings

@@ -1,7 +1,10 @@
 """Batched inference: a row of state is a slot, and a slot whose text is finished takes the next prompt."""
 
+import codecs
+import logging
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +13,36 @@ from rwkvpipe.base.config import SamplingConfig
 from rwkvpipe.base.errors import ConfigError, DataError
 from rwkvpipe.infer.slots import Completion, Job, Progress, Slots, logprob
 from rwkvpipe.model.layers import State
-from rwkvpipe.tokenizer.load import Tokenizer
+from rwkvpipe.tokenizer.load import Tokenizer, load_tokenizer
+from rwkvpipe.weights import store
+
+log = logging.getLogger("rwkvpipe")
 
 CHUNK = 256  # tokens of a row read in one forward
 SLACK = 32  # tokens of padding that cost less than another group
 LOGITS = 1 << 25  # numbers of logits held at a time
+
+
+def load_vocabulary(path: str | Path, rows: int, model: str | Path) -> Tokenizer:
+    """The tokenizer at `path` for the model at `model`, whose embedding has `rows` rows.
+
+    Raises ConfigError when it has more ids than that; fewer are said in the log, they may be padding.
+    """
+    tokenizer = load_tokenizer(path)
+    if tokenizer.size > rows:
+        raise ConfigError(
+            f"--tokenizer: {path} has {tokenizer.size} ids, the model {model} only {rows};"
+            " give the tokenizer it was trained with"
+        )
+    if tokenizer.size < rows:
+        log.info("%s has %d ids, %s only %d: the others are never chosen", model, rows, path, tokenizer.size)
+    return tokenizer
+
+
+def open_engine(model: str | Path, tokenizer: str | Path, rows: int, *, device: torch.device) -> "Engine":
+    """An engine out of a checkpoint and a tokenizer's folder. Raises PipeErrors for what cannot be used."""
+    vocabulary = load_vocabulary(tokenizer, store.sizes(model).vocab_size, model)
+    return Engine(store.load_model(model, device), vocabulary, rows)
 
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -122,6 +150,21 @@ class Engine:
             if slots.rows:
                 free = slots.accept(range(slots.rows), slots.step())
                 yield from slots.finished(progress)
+
+    def stream(self, prompt: str, sampling: SamplingConfig, number: int = 0) -> Iterator[str]:
+        """Complete one prompt, giving the text piece by piece; together it is what `generate` gives."""
+        slots = Slots(self.model, self.tokenizer, sampling, 1)
+        job = next(self._jobs([self._begin(prompt)], 1, [number]))
+        told, decoder = "", codecs.getincrementaldecoder("utf-8")("replace")
+        done, sent = slots.accept([0], slots.enter([0], [job])), 0
+        while not done:
+            data = slots.written(0)
+            piece, sent = decoder.decode(data[sent:]), max(sent, len(data))
+            if piece:
+                told += piece
+                yield piece
+            done = slots.accept([0], slots.step())
+        yield slots.done[0].text[len(told) :]
 
     def _jobs(self, ids: list[list[int]], samples: int, numbers: Sequence[int]) -> Iterator[Job]:
         """Prompts as they are wanted, read a group at a time, each once for all its samples."""

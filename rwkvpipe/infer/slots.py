@@ -61,14 +61,14 @@ class Progress:
         self.what, self.total, self.done, self.tokens = what, total, 0, 0
         self.began = self.told = time.monotonic()
 
-    def add(self, done: int, tokens: int) -> None:
+    def add(self, done: int, tokens: int = 0) -> None:
         self.done, self.tokens = self.done + done, self.tokens + tokens
         now = time.monotonic()
         if now - self.told >= EVERY and self.done:
             self.told, spent = now, now - self.began
             left = spent / self.done * (self.total - self.done)
-            rate = self.tokens / spent
-            log.info("%s: %d of %d, %.0f tokens/s, %.0f s left", self.what, self.done, self.total, rate, left)
+            rate = f"{self.tokens / spent:.0f} tokens/s" if self.tokens else f"{self.done / spent:.1f}/s"
+            log.info("%s: %d of %d, %s, %.0f s left", self.what, self.done, self.total, rate, left)
 
 
 class Slots:
@@ -180,6 +180,12 @@ class Slots:
         self.done.append(Completion(job.prompt, job.sample, ids, text, logprobs, finish))
         self.jobs[slot] = None
         return True
+
+    def written(self, slot: int) -> bytes:
+        """What is written in a slot and no stop text can take back any more."""
+        held = max(map(len, self.stops), default=1) - 1
+        data = self.tokenizer.decode_bytes(self.table["ids"][slot, : int(self.table["length"][slot])].tolist())
+        return data[: max(0, len(data) - held)]
 
     def finished(self, progress: Progress) -> Iterator[Completion]:
         """Hand out what was finished since."""

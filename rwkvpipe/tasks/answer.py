@@ -197,13 +197,15 @@ class Answer:
             yield found.prompt, {"text": found.text, "tokens": len(found.ids), "finish": found.finish}
 
     def mark(self, question: dict, answer: dict) -> dict:
-        """An answer beside its question, graded."""
-        text = answer["text"]
-        found = {"question": question["question"], "gold": str(question["answer"]), "answer": text}
-        return found | {"extracted": extract(text), "correct": self.grade(question, text), "finish": answer["finish"]}
+        """An answer beside its question, graded. Raises DataError for what is no answer."""
+        text = answer.get("text")
+        if not isinstance(text, str):
+            raise DataError("no `text` that a model wrote; this is no answer to a question of task answer")
+        found = {"question": question["question"], "answer": str(question["answer"]), "text": text}
+        return found | {"extracted": extract(text), "grade": self.grade(question, text), "finish": answer.get("finish")}
 
     def summary(self, marked: Sequence[dict]) -> dict:
         """Share of right answers with its interval, and the share of answers that came to an end."""
-        score, low, high = mean_with_interval([row["correct"] for row in marked])
+        score, low, high = mean_with_interval([row["grade"] for row in marked])
         ended = sum(row["finish"] == "stop" for row in marked) / len(marked)
         return {"score": score, "low": low, "high": high, "finished": ended}

@@ -54,16 +54,18 @@ class Bits:
 
     def mark(self, question: dict, answer: dict) -> dict:
         """A text's beginning and its bits per byte (None where nothing was predicted)."""
-        windows = answer["windows"]
+        windows = answer.get("windows")
+        if not isinstance(windows, list):
+            raise DataError("no `windows` that were read; this is no answer to a text of task bits")
         nats, size = math.fsum(nats for nats, _, _ in windows), sum(size for _, _, size in windows)
         bits = nats / math.log(2) / size if size else None
         return {"text": question["text"][:SHOWN], "bytes": size, "bits": bits, "windows": windows}
 
     def summary(self, marked: Sequence[dict]) -> dict:
-        """Bits per byte over all texts with its interval; bits per token beside it."""
+        """Bits per byte over all texts with its interval, which `n` windows give; bits per token beside it."""
         windows = [window for row in marked for window in row["windows"]]
         amounts, sizes = [nats / math.log(2) for nats, _, _ in windows], [size for _, _, size in windows]
         score, low, high = ratio_with_interval(amounts, sizes)
         tokens = sum(count for _, count, _ in windows)
-        counts = {"windows": len(windows), "tokens": tokens, "bytes": sum(sizes)}
+        counts = {"n": len(windows), "texts": len(marked), "tokens": tokens, "bytes": sum(sizes)}
         return {"score": score, "low": low, "high": high, "per_token": math.fsum(amounts) / tokens, **counts}

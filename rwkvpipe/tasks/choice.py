@@ -89,8 +89,10 @@ class Choice:
                     yield n, {"logprobs": [round(value, 4) for _, value in rows], "tokens": tokens}
 
     def mark(self, question: dict, answer: dict) -> dict:
-        """An answer beside its question, graded. Raises DataError when the two do not have equally many options."""
-        options, sums, tokens = question["options"], answer["logprobs"], answer["tokens"]
+        """An answer beside its question, graded. Raises DataError for what is no answer, or one to other options."""
+        options, sums, tokens = question["options"], answer.get("logprobs"), answer.get("tokens")
+        if not isinstance(sums, list) or not isinstance(tokens, list):
+            raise DataError("no `logprobs` and `tokens` of options; this is no answer to a question of task choice")
         if not len(options) == len(sums) == len(tokens):
             raise DataError(f"{len(sums)} options were weighed, the question has {len(options)}; run bench again")
         gold, chosen = self.gold(question), best(sums)
@@ -99,17 +101,17 @@ class Choice:
         return {
             "question": question["question"],
             "options": options,
-            "gold": options[gold],
-            "answer": options[chosen],
+            "answer": options[gold],
+            "text": options[chosen],
             "logprobs": sums,
-            "correct": self.grade(question, sums),
-            "correct_by_token": float(by_token == gold),
-            "correct_by_byte": float(by_byte == gold),
+            "grade": self.grade(question, sums),
+            "grade_by_token": float(by_token == gold),
+            "grade_by_byte": float(by_byte == gold),
         }
 
     def summary(self, marked: Sequence[dict]) -> dict:
         """Share of right choices with its interval; what choosing at random and other ways to choose would give."""
-        score, low, high = mean_with_interval([row["correct"] for row in marked])
-        mean = {name: sum(row[f"correct_{name}"] for row in marked) / len(marked) for name in ("by_token", "by_byte")}
+        score, low, high = mean_with_interval([row["grade"] for row in marked])
+        mean = {name: sum(row[f"grade_{name}"] for row in marked) / len(marked) for name in ("by_token", "by_byte")}
         chance = sum(1 / len(row["options"]) for row in marked) / len(marked)
         return {"score": score, "low": low, "high": high, "chance": chance, **mean}

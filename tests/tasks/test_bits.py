@@ -40,7 +40,7 @@ def test_texts_are_measured_by_windows():
     assert [row["bits"] for row in marked] == [pytest.approx(1 / math.log(2)), None, pytest.approx(1 / math.log(2))]
     summary = Bits().summary(marked)
     assert summary["score"] == pytest.approx(1 / math.log(2)) == pytest.approx(summary["per_token"])
-    assert (summary["windows"], summary["tokens"], summary["bytes"]) == (4, 12, 12)
+    assert (summary["n"], summary["texts"], summary["tokens"], summary["bytes"]) == (4, 3, 12, 12)
 
 
 def test_what_is_done_is_not_given_again():
