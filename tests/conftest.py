@@ -38,12 +38,12 @@ seed: 7
 tokenizers:
   letters: {kind: trie, corpora: [sums]}
 corpora:
-  sums: {synthetic: arithmetic.documents, count: 60000, valid: 0.01, tokenizer: letters}
-  talks: {synthetic: arithmetic.chats, count: 20000, tokenizer: letters, format: chat}
-  asked: {synthetic: arithmetic.questions, count: 4000, format: question}
+  sums: {synthetic: counting.documents, count: 60000, valid: 0.01, tokenizer: letters}
+  talks: {synthetic: counting.chats, count: 20000, tokenizer: letters, format: chat}
+  asked: {synthetic: counting.questions, count: 4000, format: question}
 benchmarks:
-  exact: {task: answer, synthetic: arithmetic.questions, limit: 1200}
-  pick: {task: choice, synthetic: arithmetic.choices, limit: 1200}
+  exact: {task: answer, synthetic: counting.exam, limit: 1200}
+  pick: {task: choice, synthetic: counting.exam, limit: 1200}
 stages:
   - name: base
     kind: pretrain
@@ -90,7 +90,7 @@ def _metrics(kind: str, steps: int, every: int) -> list[dict]:
             row["valid_loss"] = row["loss"] + 0.03
         if kind == "grpo":
             row |= {"loss": lots.gauss(0, 0.01), "reward": 0.7 + 0.24 * (1 - math.exp(-4 * part)) + lots.gauss(0, 0.02)}
-            row |= {"reward_std": 0.3 * math.exp(-2 * part), "kl": 0.02 * part, "clip_ratio": abs(lots.gauss(0.01, 0.01))}
+            row |= {"reward_std": 0.3 * math.exp(-2 * part), "kl": 0.02 * part, "clip_ratio": 0.02 * lots.random()}
             row |= {"completion_length": 5 + lots.random(), "truncated": 0.02 * lots.random()}
         rows.append(row)
     return rows
@@ -101,8 +101,9 @@ def _graded(name: str, share: float) -> list[dict]:
     for n in range(12):
         right = n < round(12 * share)
         row = {"question": f"What is {n + 21} plus {3 * n + 5}?", "gold": str(4 * n + 26), "correct": float(right)}
-        row["answer"] = f" The answer is {4 * n + (26 if right else 36)}." if name == "exact" else str(4 * n + 36 - 10 * right)
-        rows.append(row | ({"options": ["1", "2"], "logprobs": [-1.0, -2.0]} if name == "pick" else {"finish": "stop"}))
+        said = str(4 * n + (26 if right else 36))
+        row["answer"] = f" The answer is {said}." if name == "exact" else said
+        rows.append(row)
     return rows
 
 
@@ -129,7 +130,8 @@ def fabricate(folder: Path) -> dict:
         for name, share in zip(subject["bench"], SCORES[subject["name"]], strict=True):
             wide = 1.96 * math.sqrt(share * (1 - share) / 1200)
             score = {"benchmark": name, "task": plan.config.benchmarks[name].task, "n": 1200, "score": share}
-            _jsonl(home / f"bench/{name}.json", [score | {"low": share - wide, "high": share + wide, "better": "higher"}])
+            score |= {"low": share - wide, "high": share + wide, "better": "higher"}
+            _jsonl(home / f"bench/{name}.json", [score | ({"chance": 0.25} if name == "pick" else {})])
             _jsonl(home / f"bench/{name}.samples.jsonl", _graded(name, share))
         if subject["corpus"]:
             _jsonl(folder / subject["corpus"], [{"train": {"documents": 60000, "tokens": 1234567}}])

@@ -7,12 +7,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from rwkvpipe.base.config import Settings
 from rwkvpipe.base.errors import DataError
 from rwkvpipe.base.files import read_json, read_jsonl
-from rwkvpipe.base.strict import Strict, check_json
+from rwkvpipe.base.strict import Strict, check, check_json
 from rwkvpipe.show.metrics import Metrics, read_metrics
 
-PICTURES = ("reward", "loss", "grad_norm", "lr", "throughput")
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
@@ -64,6 +64,7 @@ class Score:
     low: float
     high: float
     better: str
+    chance: float | None = None
 
     @property
     def share(self) -> bool:
@@ -73,6 +74,11 @@ class Score:
     def text(self, value: float) -> str:
         """A value on this benchmark's scale."""
         return f"{100 * value:.1f} %" if self.share else f"{value:.3f}"
+
+    @property
+    def between(self) -> str:
+        """Its interval in words."""
+        return f"{self.text(self.low).removesuffix(' %')} to {self.text(self.high)}"
 
 
 @dataclass(frozen=True)
@@ -99,9 +105,13 @@ def _object(path: str) -> dict:
     return value
 
 
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _finite(path: str, value: dict, name: str) -> float:
     number = value.get(name)
-    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+    if not _number(number):
         raise DataError(f"{path}: {name} is {number!r:.40}, a finite number is needed; score the benchmark again")
     return number
 
@@ -112,9 +122,9 @@ class Evidence:
 
     story: Story
 
-    def settings(self, subject: Subject) -> dict:
-        """What a stage was asked to do."""
-        return _object(subject.settings) if _there(subject.settings) else {}
+    def settings(self, subject: Subject) -> Settings | None:
+        """What a stage was asked to do. Raises DataError and ConfigError, naming the file."""
+        return check(Settings, _object(subject.settings), subject.settings) if _there(subject.settings) else None
 
     def metrics(self, subject: Subject) -> Metrics | None:
         """How its training went."""
@@ -123,17 +133,6 @@ class Evidence:
     def corpus(self, subject: Subject) -> dict:
         """Facts about what it learned from."""
         return _object(subject.corpus) if _there(subject.corpus) else {}
-
-    def pictures(self, subject: Subject) -> dict[str, bytes]:
-        """Its plots, by name. Raises DataError where a file is no PNG."""
-        found = {}
-        for name in PICTURES:
-            path = Path(subject.folder) / "plots" / f"{name}.png"
-            if subject.metrics is not None and path.is_file():
-                found[name] = path.read_bytes()
-                if not found[name].startswith(b"\x89PNG\r\n\x1a\n"):
-                    raise DataError(f"{path}: not a PNG picture; remove it and run again")
-        return found
 
     def samples(self, subject: Subject) -> list[dict]:
         """Texts it wrote."""
@@ -158,7 +157,10 @@ class Evidence:
                 better = str(value.get("better", "lower" if task == "bits" else "higher"))
                 score, low, high = (_finite(path, value, key) for key in ("score", "low", "high"))
                 n = int(_finite(path, value, "n"))
-                found.append(Score(subject.name, name, task, n, score, low, high, better))
+                if not low - 1e-9 <= score <= high + 1e-9:
+                    raise DataError(f"{path}: score {score} is outside its interval {low} to {high}; score it again")
+                chance = _finite(path, value, "chance") if "chance" in value else None
+                found.append(Score(subject.name, name, task, n, score, low, high, better, chance))
         return found
 
     @cached_property
@@ -168,13 +170,14 @@ class Evidence:
 
     def benchmark(self, name: str) -> dict:
         """A benchmark's entry in the config."""
-        return self._entry("benchmarks", name)
+        return self.entry("benchmarks", name)
 
     def source(self, corpus: str | None) -> dict:
         """A corpus's entry in the config."""
-        return self._entry("corpora", corpus)
+        return self.entry("corpora", corpus)
 
-    def _entry(self, section: str, name: str | None) -> dict:
+    def entry(self, section: str, name: str | None) -> dict:
+        """An entry of a section of the config; empty where there is none."""
         entries = self.story.config.get(section)
         entry = entries.get(name) if isinstance(entries, dict) else None
         return entry if isinstance(entry, dict) else {}
@@ -186,11 +189,11 @@ class Evidence:
         for job in self.story.steps:
             if not _there(job.timing):
                 continue
-            rows = list(read_jsonl(job.timing))
+            last = next(reversed(list(read_jsonl(job.timing))), {})
             # Snakemake writes NA for what it had no time to measure
-            if rows and isinstance(rows[-1].get("s"), int | float):
-                memory = rows[-1].get("max_rss")
-                found[job.id] = Timing(rows[-1]["s"], memory if isinstance(memory, int | float) else None)
+            if _number(last.get("s")):
+                memory = last.get("max_rss")
+                found[job.id] = Timing(last["s"], memory if _number(memory) else None)
         return found
 
     def said(self, subject: Subject, pattern: str) -> re.Match | None:

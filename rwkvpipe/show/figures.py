@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from rwkvpipe.base.files import atomic
-from rwkvpipe.show.metrics import Metrics
+from rwkvpipe.show.metrics import Metrics, smooth
 
 INK, MUTED, GRID = "#22303c", "#66727d", "#e3e7ea"
 BLUE, ORANGE, GREEN, PLUM = "#23709b", "#d0722a", "#3f8361", "#84568f"
@@ -65,16 +65,6 @@ def save(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG; equal figures give equal bytes."""
     with styled(), atomic(path, suffix=".png") as part:
         figure.savefig(part, format="png", dpi=DPI, metadata={"Software": None})
-
-
-def smooth(values: np.ndarray) -> np.ndarray:
-    """Moving average (N,) over about a twentieth of the points, centred; at the end it looks back only."""
-    count = len(values)
-    sums = np.concatenate(([0.0], np.cumsum(values)))
-    # the first values fall steeply: there the window is narrow
-    reach = np.minimum(np.arange(count), max(2, count // 40))
-    first, last = np.arange(count) - reach, np.minimum(np.arange(count) + reach + 1, count)
-    return (sums[last] - sums[first]) / (last - first)
 
 
 def _figure(height: float = HEIGHT) -> Figure:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rwkvpipe.show.evidence import Job, Timing
-from rwkvpipe.show.markup import Html, duration, el, join
+from rwkvpipe.show.markup import Html, brief, duration, el, join
 
-BOX, TALL, GAP, DROP, BEND, EDGE = 136, 46, 16, 44, 14, 2  # pixels
+BOX, TALL, GAP, DROP, BEND, EDGE = 140, 48, 12, 40, 14, 2  # pixels
 LETTERS = 19  # of a label that fit into a box
 KINDS = {
     "data": ("download", "convert", "vocab", "questions", "pack"),
@@ -23,6 +23,7 @@ WORDS = {
     "showing": "plots and report",
 }
 SWEEPS = 12
+READABLE = 0.78  # of its natural size
 
 
 def kind(rule: str) -> str:
@@ -148,18 +149,22 @@ def _cut(text: str) -> str:
     return text if len(text) <= LETTERS else text[: LETTERS - 1] + "…"
 
 
-def _box(job: Job, timing: Timing | None, *, x: float, y: float, width: float = BOX) -> Html:
-    """One job: kind by colour, rule, time, label; all of it as a tooltip."""
-    took = duration(timing.seconds) if timing else ""
+def _box(job: Job, timing: Timing | None, *, x: float, y: float, width: float = BOX, share: float = 0.0) -> Html:
+    """One job: kind by colour, rule, time, label; a bar for its `share` of the slowest job's time; all as a tooltip."""
+    took = duration(timing.seconds) if timing else "not measured"
     memory = f", {timing.megabytes:,.0f} MB" if timing and timing.megabytes is not None else ""
     parts = [
-        el("title", f"{job.id}: {took or 'not measured'}{memory}"),
-        el("rect", klass="box", x=f"{x:.1f}", y=y, width=f"{width:.1f}", height=TALL, rx=7),
-        el("rect", klass="mark", x=f"{x + 7:.1f}", y=y + 9, width=4, height=TALL - 18, rx=2),
-        el("text", job.rule, klass="rule", x=f"{x + 19:.1f}", y=y + 19),
-        el("text", took, klass="time", x=f"{x + width - 9:.1f}", y=y + 19, text_anchor="end"),
-        el("text", _cut(job.label), klass="label", x=f"{x + 19:.1f}", y=y + 36),
+        el("title", f"{job.id}: {took}{memory}"),
+        el("rect", klass="box", x=f"{x:.1f}", y=f"{y:.1f}", width=f"{width:.1f}", height=TALL, rx=7),
+        el("rect", klass="mark", x=f"{x + 8:.1f}", y=f"{y + 9:.1f}", width=4, height=TALL - 20, rx=2),
+        el("text", job.rule, klass="rule", x=f"{x + 20:.1f}", y=f"{y + 19:.1f}"),
+        el("text", _cut(job.label), klass="label", x=f"{x + 20:.1f}", y=f"{y + 35:.1f}"),
     ]
+    if timing:
+        parts.append(el("text", brief(timing.seconds), klass="time", x=f"{x + width - 9:.1f}", y=f"{y + 19:.1f}"))
+        long = max(2.0, share * (BOX - 16))
+        corner = {"x": f"{x + 8:.1f}", "y": f"{y + TALL - 6:.1f}"}
+        parts.append(el("rect", klass="bar", width=f"{long:.1f}", height=3, rx=1.5, **corner))
     return el("g", *parts, klass=f"job {kind(job.rule)}")
 
 
@@ -184,21 +189,29 @@ def legend(jobs: Sequence[Job]) -> Html:
 
 
 def draw(jobs: Sequence[Job], timings: dict[str, Timing]) -> Html:
-    """All jobs as one SVG of its natural size; the report, which reads every result, is a bar under them."""
+    """All jobs as one SVG; the report, which reads every result, is a bar under the others."""
     rows = _spots([job for job in jobs if job.rule != "report"])
     _order(rows)
     _place(rows)
     width = max((spot.x + spot.width / 2 for row in rows for spot in row), default=BOX) + EDGE
+    slowest = max((timing.seconds for timing in timings.values()), default=0.0) or 1.0
+    shares = {name: timing.seconds / slowest for name, timing in timings.items()}
     boxes = [
-        _box(spot.job, timings.get(spot.job.id), x=spot.x - BOX / 2, y=_y(spot.layer))
+        _box(spot.job, timings.get(name), x=spot.x - BOX / 2, y=_y(spot.layer), share=shares.get(name, 0.0))
         for row in rows
         for spot in row
-        if spot.job is not None
+        if spot.job is not None and (name := spot.job.id)
     ]
-    height = _y(len(rows))
+    height = float(_y(len(rows)) - DROP / 2 if rows else EDGE)
     for job in (job for job in jobs if job.rule == "report"):
-        told = job if job.label else job.model_copy(update={"label": "reads it all"})
-        boxes.append(_box(told, timings.get(job.id), x=EDGE, y=height - DROP / 2, width=width - 2 * EDGE))
-        height += TALL
-    size = {"width": f"{width:.0f}", "height": f"{height:.0f}", "viewBox": f"0 0 {width:.0f} {height:.0f}"}
-    return el("svg", join(_lines(rows)), join(boxes), role="img", aria_label="Jobs of the run", **size)
+        told = job if job.label else job.model_copy(update={"label": "reads every result"})
+        share = shares.get(job.id, 0.0)
+        boxes.append(_box(told, timings.get(job.id), x=EDGE, y=height, width=width - 2 * EDGE, share=share))
+        height += TALL + GAP
+    height += EDGE - GAP
+    # it shrinks with the page down to what can be read, then its frame scrolls
+    style = f"max-width:{width:.0f}px;min-width:{READABLE * width:.0f}px"
+    box = f"0 0 {width:.0f} {height:.0f}"
+    # attributes in camel case are SVG's own
+    head = Html(f'<svg viewBox="{box}" style="{style}" role="img" aria-label="Jobs of the run">')
+    return join([head, join(_lines(rows)), join(boxes), Html("</svg>")])

@@ -6,6 +6,7 @@ import platform
 import re
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("rwkvpipe", "torch", "numpy", "safetensors", "tokenizers", "pydantic", "matplotlib", "snakemake")
 
 
@@ -36,5 +37,15 @@ def software() -> dict[str, str]:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed as a package"
-    return found
+            found[name] = _found(str(ROOT / "pyproject.toml"), r'^version = "(.+)"$') if name == "rwkvpipe" else None
+    return {name: version or "not installed" for name, version in found.items()}
+
+
+def commit() -> str | None:
+    """The commit that is checked out where this program lies; None where that is no git repository."""
+    git = ROOT / ".git"
+    branch = _found(str(git / "HEAD"), r"^ref: (.+)$")
+    if branch is None:
+        return _found(str(git / "HEAD"), r"^([0-9a-f]{40})$")
+    loose = _found(str(git / branch), r"^([0-9a-f]{40})$")
+    return loose or _found(str(git / "packed-refs"), rf"^([0-9a-f]{{40}}) {re.escape(branch)}$")

@@ -50,9 +50,9 @@ def facts(pairs: dict[str, object], klass: str = "facts") -> Html:
     return el("dl", *shown, klass=klass) if shown else Html("")
 
 
-def fold(title: object, *inside: object) -> Html:
+def fold(title: object, *inside: object, opened: bool = False) -> Html:
     """Something that opens on demand."""
-    return el("details", el("summary", title), *inside)
+    return el("details", el("summary", title), *inside, open="" if opened else None)
 
 
 def count(number: float) -> str:
@@ -66,6 +66,14 @@ def rough(number: float) -> str:
         if number >= size:
             return f"{number / (1e3 if word == 'thousand' else size):.3g} {word}"
     return count(number)
+
+
+def brief(seconds: float) -> str:
+    """A time where there is little room: 0.4 s, 12 s, 3.1 min, 2.2 h."""
+    for size, word in ((3600, "h"), (60, "min")):
+        if seconds >= size - 0.5:
+            return f"{seconds / size:.1f} {word}"
+    return duration(seconds)
 
 
 def duration(seconds: float) -> str:

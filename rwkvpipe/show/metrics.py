@@ -39,6 +39,16 @@ class Metrics:
         return table(self.names, self.rows)
 
 
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Moving average (N,) over about a twentieth of the points, centred; at the end it looks back only."""
+    count = len(values)
+    sums = np.concatenate(([0.0], np.cumsum(values)))
+    # the first values fall steeply: there the window is narrow
+    reach = np.minimum(np.arange(count), max(2, count // 40))
+    first, last = np.arange(count) - reach, np.minimum(np.arange(count) + reach + 1, count)
+    return (sums[last] - sums[first]) / (last - first)
+
+
 def table(names: list[str], rows: Iterable[dict]) -> str:
     """Rows as CSV text under a head line."""
     text = io.StringIO()

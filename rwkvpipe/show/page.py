@@ -7,52 +7,62 @@ import yaml
 from rwkvpipe.base.config import PipelineConfig
 from rwkvpipe.base.strict import check
 from rwkvpipe.show import graph, machine, scores
-from rwkvpipe.show.cards import KINDS, card, learned_from, size
-from rwkvpipe.show.evidence import Evidence, Subject
+from rwkvpipe.show.cards import KINDS, amount, card, size, weights
+from rwkvpipe.show.evidence import Evidence, Score, Subject
 from rwkvpipe.show.markup import Html, anchor, count, duration, el, facts, fold, join, rough
 
 TRACKED_FILES = ["style.css"]
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+DEEDS = {"pretrain": "read", "sft": "learned to answer from", "grpo": "learned from the grades of its own answers to"}
+COMMANDS = """snakemake --configfile run.yaml --cores all
+snakemake --configfile run.yaml --cores all --report snakemake.html"""
 
 
-def _deed(evidence: Evidence, subject: Subject) -> list[object]:
-    """What happened to one subject, as part of a sentence."""
-    name = el("a", subject.name, href=f"#{anchor(subject.name)}")
-    if subject.kind == "weights":
-        return [name, " was measured as it came"]
+def _stages(evidence: Evidence) -> list[Subject]:
+    return [subject for subject in evidence.story.subjects if subject.kind != "weights"]
+
+
+def main_scores(evidence: Evidence) -> list[Score]:
+    """What the run came to: the scores of the last subject that has any."""
+    return [score for score in evidence.scores if score.subject == evidence.scores[-1].subject]
+
+
+def _headline(evidence: Evidence) -> Html:
+    """The scores of the last stage, large."""
+    if not evidence.scores:
+        return el("p", "Nothing was measured in this run.", klass="lead")
+    shown = []
+    for score in main_scores(evidence):
+        result = el("p", score.text(score.score), "" if score.share else el("small", "bits a byte"), klass="result")
+        trained = score.subject in {subject.name for subject in _stages(evidence)}
+        told = el("p", f"{score.benchmark}{' after ' if trained else ', '}{score.subject}")
+        between = el("p", f"95 % interval {score.between}; {count(score.n)} {scores.unit(score)}", klass="muted")
+        shown.append(el("div", result, told, between))
+    return el("div", *shown, klass="headline")
+
+
+def _step(evidence: Evidence, subject: Subject, number: int) -> Html:
+    """One subject of the way from the first to the last, with its score on the first benchmark."""
     settings = evidence.settings(subject)
-    model = f" ({size(settings['model'])})" if settings.get("model") else ""
-    begin = f"went on from {subject.start}" if subject.start else f"started from nothing{model}"
-    means = " with adapters" if subject.lora else ""
-    data = learned_from(evidence, subject)
-    deed = {
-        "pretrain": f" and read {data}",
-        "sft": f" and learned to answer from {data}",
-        "grpo": f" and learned from the grades of its own answers to {data}",
-    }[subject.kind]
-    return [name, f" {begin}{means}{deed}"]
-
-
-def _lead(evidence: Evidence) -> Html:
-    """The run in one paragraph."""
-    words: list[object] = []
-    for number, subject in enumerate(evidence.story.subjects):
-        words += ["; " if number else "", *_deed(evidence, subject)]
-    words.append(". ")
-    for name in evidence.benchmarks:
-        found = scores.best(scores.of(evidence, name))
-        between = f"{found.text(found.low)} to {found.text(found.high)}"
-        words += ["Best on ", name, ": ", el("strong", found.text(found.score)), f" ({found.subject}; 95 % interval {between}). "]
-    return el("p", *words, klass="lead")
+    if subject.kind == "weights":
+        deed = Html("Measured as it came.")
+    else:
+        begin = f"From {subject.start}" if subject.start else "From new weights"
+        model = f" ({size(settings.model)})" if settings and settings.model else ""
+        means = " with LoRA adapters" if subject.lora else ""
+        much = f" ({told})" if (told := amount(evidence, subject)) else ""
+        deed = join([f"{begin}{model}{means}, {DEEDS[subject.kind]} ", el("b", subject.data), f"{much}."])
+    found = next((s for s in evidence.scores if s.subject == subject.name), None)
+    score = el("p", el("b", found.text(found.score)), f" {found.benchmark}", klass="reached") if found else ""
+    head = el("p", f"{number} · {KINDS[subject.kind]}" if number else KINDS[subject.kind], klass="over")
+    name = el("h3", el("a", subject.name, href=f"#{anchor(subject.name)}"))
+    return el("li", head, name, el("p", deed, klass="muted"), score)
 
 
 def _totals(evidence: Evidence) -> Html:
-    stages = [subject for subject in evidence.story.subjects if subject.kind != "weights"]
-    found = [metrics for subject in stages if (metrics := evidence.metrics(subject)) is not None]
-    tiles: dict[str, object] = {}
-    if evidence.benchmarks:
-        score = scores.best(scores.of(evidence, evidence.benchmarks[0]))
-        tiles[f"Best on {score.benchmark}"] = score.text(score.score)
+    found = [metrics for subject in _stages(evidence) if (metrics := evidence.metrics(subject)) is not None]
+    sizes = [told[1] for subject in _stages(evidence) if (told := weights(evidence, subject))]
+    tiles: dict[str, object] = {"Weights of the model": sizes[0]} if sizes else {}
     if found:
         tiles["Tokens trained on"] = rough(sum(metrics.last("tokens") for metrics in found))
         tiles["Training time"] = duration(sum(metrics.last("seconds") for metrics in found))
@@ -61,33 +71,51 @@ def _totals(evidence: Evidence) -> Html:
     return facts(tiles, "tiles large")
 
 
+def _times(evidence: Evidence) -> Html:
+    """Steps with their times as a table that opens on demand."""
+    timings = evidence.timings
+    slow = sorted((job for job in evidence.story.steps if job.id in timings), key=lambda job: -timings[job.id].seconds)
+    if not slow:
+        return Html("")
+    rows = []
+    for job in slow:
+        memory = timings[job.id].megabytes
+        held = f"{memory:,.0f} MB" if memory is not None else "–"
+        cells = (el("td", duration(timings[job.id].seconds), klass="number"), el("td", held, klass="number"))
+        rows.append(el("tr", el("td", job.id), *cells))
+    head = el("tr", *(el("th", word, scope="col") for word in ("Step", "Time", "Most memory")))
+    return fold(f"{len(slow)} steps, slowest first", el("table", el("thead", head), el("tbody", *rows), klass="times"))
+
+
 def _graph(evidence: Evidence) -> Html:
     jobs, timings = evidence.story.steps, evidence.timings
     if not jobs:
         return Html("")
-    slow = sorted((job for job in jobs if job.id in timings), key=lambda job: -timings[job.id].seconds)
-    head = el("tr", *(el("th", word, scope="col") for word in ("Step", "Time", "Most memory")))
-    rows = [
-        el(
-            "tr",
-            el("td", job.id),
-            el("td", duration(timings[job.id].seconds), klass="number"),
-            el("td", f"{memory:,.0f} MB" if (memory := timings[job.id].megabytes) is not None else "–", klass="number"),
-        )
-        for job in slow
-    ]
-    table = fold(f"{len(slow)} steps, slowest first", el("table", el("thead", head), el("tbody", *rows), klass="times"))
-    note = "Every step with its time when it last ran. Lines lead to what needs its files; lines that others imply, and those to the report, are left out."
-    box = el("div", graph.draw(jobs, timings), klass="graph", tabindex="0", role="region", aria_label="Job graph")
-    return el("section", el("h2", "Job graph"), el("p", note, klass="muted"), graph.legend(jobs), box, table if slow else "", id="graph")
+    note = (
+        "Every step with its time when it last ran; the bar is that time beside the slowest step's. Lines lead to"
+        " what needs a step's files; lines that others imply, and those to the report, are left out."
+    )
+    unmeasured = [job for job in jobs if job.timing and job.id not in timings and job.rule != "report"]
+    told = f"{len(unmeasured)} of {len(jobs)} steps have no time: its file is not there, or holds none."
+    return el(
+        "section",
+        el("h2", "Job graph"),
+        el("p", note, klass="muted"),
+        el("p", told, klass="muted absent") if unmeasured else "",
+        graph.legend(jobs),
+        el("div", graph.draw(jobs, timings), klass="graph", tabindex="0", role="region", aria_label="Job graph"),
+        _times(evidence),
+        id="graph",
+    )
 
 
 def _machine(evidence: Evidence) -> Html:
     told = {str(name): str(value) for name, value in evidence.story.software.items()}
+    note = "As found when this page was written. The device of each stage, as its log has it, stands with the stage."
     return el(
         "section",
         el("h2", "Software and hardware"),
-        el("p", "As found when this page was written; the device of each stage, from its log, stands with the stage.", klass="muted"),
+        el("p", note, klass="muted"),
         facts(machine.hardware()),
         facts(machine.software() | told, "facts small"),
         id="machine",
@@ -104,17 +132,40 @@ def _config(evidence: Evidence) -> str:
 
 def _again(evidence: Evidence) -> Html:
     """How to make all this again."""
-    text = _config(evidence)
-    version = machine.software()["rwkvpipe"]
-    commands = "snakemake --configfile run.yaml --cores all\nsnakemake --configfile run.yaml --cores all --report snakemake.html"
+    text, commit = _config(evidence), machine.commit()
+    version = f" {machine.software()['rwkvpipe']}" + (f", commit {commit[:12]}" if commit else "")
+    first = ("Save the config below as ", el("code", "run.yaml"), f" in a checkout of rwkvpipe{version}, and run:")
+    seed = evidence.story.config.get("seed", 42)
+    note = (
+        f"Everything drawn by lot comes from seed {seed}. Times depend on the machine; micro batches, and how many"
+        " jobs run at once, change no result. A finished run is not run again: only what a change makes stale."
+    )
     return el(
         "section",
         el("h2", "How to reproduce it"),
-        el("p", "Save the config below as ", el("code", "run.yaml"), f" in a checkout of rwkvpipe (version {version}) and run:"),
-        el("pre", commands, klass="commands"),
-        el("p", f"Everything drawn by lot comes from seed {evidence.story.config.get('seed', 42)}. Times depend on the machine; micro batches and how many jobs run at once change no result. A finished run is not run again: only what a change makes stale.", klass="muted"),
-        fold("The whole config", el("pre", text, klass="commands")),
+        el("p", *first),
+        el("pre", COMMANDS, klass="commands"),
+        el("p", note, klass="muted"),
+        fold("run.yaml, the whole config", el("pre", text, klass="commands")),
         id="again",
+    )
+
+
+def _top(evidence: Evidence, numbers: dict[str, int]) -> Html:
+    story = evidence.story
+    links = [("Scores", "scores")] if evidence.scores else []
+    links += [(subject.name, anchor(subject.name)) for subject in story.subjects]
+    links += [("Job graph", "graph")] if story.steps else []
+    links += [("Machine", "machine"), ("Reproduce", "again")]
+    way = [_step(evidence, subject, numbers.get(subject.name, 0)) for subject in story.subjects]
+    return el(
+        "header",
+        el("p", "rwkvpipe report", klass="over"),
+        el("h1", story.run),
+        _headline(evidence),
+        el("ol", *way, klass="way") if way else "",
+        _totals(evidence),
+        el("nav", *(el("a", title, href=f"#{target}") for title, target in links), aria_label="Contents"),
     )
 
 
@@ -122,13 +173,9 @@ def page(evidence: Evidence) -> str:
     """The whole report as HTML text."""
     story = evidence.story
     css = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
-    numbers = {subject.name: n for n, subject in enumerate((s for s in story.subjects if s.kind != "weights"), 1)}
+    numbers = {subject.name: number for number, subject in enumerate(_stages(evidence), 1)}
     cards = [card(evidence, subject, numbers.get(subject.name, 0)) for subject in story.subjects]
     kinds = {subject.name: KINDS[subject.kind] for subject in story.subjects}
-    links = [("Scores", "scores")] if evidence.scores else []
-    links += [(subject.name, anchor(subject.name)) for subject in story.subjects]
-    links += [("Job graph", "graph")] if story.steps else []
-    links += [("Machine", "machine"), ("Reproduce", "again")]
     head = el(
         "head",
         el("meta", charset="utf-8"),
@@ -139,13 +186,6 @@ def page(evidence: Evidence) -> str:
         el("title", f"{story.run}: report"),
         el("style", Html(css)),
     )
-    top = el(
-        "header",
-        el("p", "rwkvpipe report", klass="over"),
-        el("h1", story.run),
-        _lead(evidence),
-        _totals(evidence),
-        el("nav", *(el("a", title, href=f"#{target}") for title, target in links), aria_label="Contents"),
-    )
-    body = join([scores.section(evidence, kinds), *cards, _graph(evidence), _machine(evidence), _again(evidence)])
-    return f'<!doctype html>\n<html lang="en">{head}<body>{el("main", top, body)}</body></html>\n'
+    sections = [scores.section(evidence, kinds), *cards, _graph(evidence), _machine(evidence), _again(evidence)]
+    body = el("main", _top(evidence, numbers), join(sections))
+    return f'<!doctype html>\n<html lang="en">{head}<body>{body}</body></html>\n'

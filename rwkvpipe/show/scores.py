@@ -28,12 +28,18 @@ def of(evidence: Evidence, benchmark: str) -> list[Score]:
     return [score for score in evidence.scores if score.benchmark == benchmark]
 
 
+def unit(score: Score) -> str:
+    """What a benchmark counts."""
+    return "questions" if score.share else "windows of text"
+
+
 def told(benchmark: str, scores: list[Score]) -> str:
     """What a benchmark measures, in words."""
     asked = sorted({score.n for score in scores})
     many = count(asked[0]) if len(asked) == 1 else f"{count(asked[0])} to {count(asked[-1])}"
-    unit = "questions" if scores[0].share else "parts of the text"
-    return f"{TASKS.get(scores[0].task, scores[0].task)}; {many} {unit}, {scores[0].better} is better"
+    chance = scores[0].chance
+    guess = f"; guessing gives {scores[0].text(chance)}" if chance is not None else ""
+    return f"{TASKS.get(scores[0].task, scores[0].task)}; {many} {unit(scores[0])}, {scores[0].better} is better{guess}"
 
 
 def csv(evidence: Evidence) -> str:
@@ -66,12 +72,15 @@ def figure(evidence: Evidence) -> Figure:
             for row, score in zip(rows, scores, strict=True):
                 label = score.text(score.score)
                 axes.annotate(label, (1.02, row), xycoords=("axes fraction", "data"), va="center", color=INK)
+            if scores[0].chance is not None:
+                axes.axvline(scores[0].chance, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
             axes.set_yticks(rows, [score.subject for score in scores])
             axes.set_ylim(len(scores) - 0.4, -0.6)
             low, high = span(scores)
             axes.set_xlim(low, high + 0.015 * (high - low))
             axes.xaxis.set_major_locator(MaxNLocator(5))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _, s=scores[0]: f"{100 * x:.0f} %" if s.share else f"{x:.4g}"))
+            shown = "{:.0%}" if scores[0].share else "{:.4g}"
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _, shown=shown: shown.format(value)))
             axes.grid(axis="y", visible=False)
             axes.spines["left"].set_visible(False)
             axes.tick_params(axis="y", labelcolor=INK)
@@ -87,18 +96,19 @@ def _row(score: Score, scores: list[Score], kind: str) -> Html:
         return min(100.0, max(0.0, 100 * (value - low) / (high - low)))
 
     left, right = at(score.low), at(score.high)
+    guess = score.chance
     track = el(
         "div",
+        el("i", style=f"left:{at(guess):.2f}%", klass="chance") if guess is not None else "",
         el("i", style=f"left:{left:.2f}%;width:{right - left:.2f}%", klass="interval"),
         el("b", style=f"left:{at(score.score):.2f}%", klass="dot"),
         klass="track",
     )
-    between = f"{score.text(score.low)} to {score.text(score.high)}"
     return el(
         "tr",
         el("th", score.subject, el("small", kind), scope="row"),
         el("td", track, klass="chart"),
-        el("td", el("strong", score.text(score.score)), el("small", between), klass="number"),
+        el("td", el("strong", score.text(score.score)), el("small", score.between), klass="number"),
         klass="best" if score is best(scores) and len(scores) > 1 else None,
     )
 
