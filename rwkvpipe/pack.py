@@ -47,6 +47,9 @@ class Packer:
         """Write both pairs, or neither. `validation` goes to valid; of `training`, the share that the spec says."""
         chat = self.spec.format == "chat"
         dtype = token_dtype(self.tokenizer.size)
+        for name in (*self.counts, "corpus.json"):
+            for left in self.folder.glob(f".{name}.*"):  # what a killed run was writing
+                left.unlink(missing_ok=True)
         with ExitStack() as stack:
             writers = {
                 part: stack.enter_context(BinidxWriter(self.folder / part, dtype, masked=chat)) for part in self.counts
@@ -57,6 +60,8 @@ class Packer:
             for document in validation:
                 self._add(document, writers["valid"], self.counts["valid"])
             self._check(valid=bool(self.spec.valid) or self.counts["valid"]["documents"] > 0)
+            # from here to the end files of an older pack stand beside new ones: without corpus.json it is none
+            (self.folder / "corpus.json").unlink(missing_ok=True)
 
     def _add(self, document: Document, writer: BinidxWriter, counts: Counter) -> None:
         if document.text == "":

@@ -1,11 +1,16 @@
 """A packed corpus holds every document once, in whole files, and says what is in it."""
 
 import json
+import os
+import random
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 
-from rwkvpipe import pack
+from rwkvpipe import pack, vocab
 from rwkvpipe.base.errors import ConfigError, DataError
 from rwkvpipe.data.binidx import Binidx
 from rwkvpipe.data.synthetic import generate
@@ -145,3 +150,94 @@ def test_a_corpus_of_questions_is_not_packed(tmp_path):
     spec = json.dumps({"path": "x", "format": "question"})
     with pytest.raises(ConfigError, match="format question is not packed"):
         pack.main(["--spec", spec, "--tokenizer", "bytes", "--out", str(tmp_path)])
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_kill_leaves_whole_files_and_the_next_run_gives_the_same_bytes(tmp_path):
+    lines = ({"question": f"{number}?", "answer": "word " * (1 + number % 90)} for number in range(1500))
+    path, out = rows(tmp_path / "a.jsonl", *lines), tmp_path / "out"
+    spec = json.dumps({"path": "x", "tokenizer": "t", "format": "chat", "valid": 0.1})
+    words = [str(path), "--spec", spec, "--tokenizer", "bytes", "--out", str(out)]
+
+    def writing():
+        """A process that packs, from the moment it writes."""
+        process = subprocess.Popen([sys.executable, "-m", "rwkvpipe.pack", *words], stderr=subprocess.DEVNULL)
+        while process.poll() is None and not list(out.glob(".train.bin.*")):
+            time.sleep(0.002)
+        return process
+
+    out.mkdir()
+    process, begun = writing(), time.monotonic()
+    assert process.wait() == 0
+    seconds, whole = time.monotonic() - begun, contents(out)
+    assert len(whole) == 7
+    for share in (random.uniform(0, 0.4), random.uniform(0.4, 0.8), random.uniform(0.8, 1.0)):
+        process = writing()
+        time.sleep(seconds * share)
+        process.kill()
+        process.wait()
+        left = contents(out)
+        assert {name: whole[name] for name in left if not name.startswith(".")} == {
+            name: data for name, data in left.items() if not name.startswith(".")
+        }
+        pack.main(words)
+        assert contents(out) == whole
+
+
+def test_a_pack_that_fails_at_its_end_is_no_pack(tmp_path, monkeypatch):
+    run(tmp_path, rows(tmp_path / "a.jsonl", {"text": "x"}))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pack.BinidxWriter, "_finish", full)
+    with pytest.raises(OSError, match="No space"):
+        run(tmp_path, rows(tmp_path / "a.jsonl", {"text": "other"}))
+    assert not (tmp_path / "out/corpus.json").exists() and not list((tmp_path / "out").glob(".*"))
+
+
+def test_bytes_do_not_depend_on_the_order_of_sets(tmp_path):
+    talks = ({"question": f"{chr(200 + n)} {n}?", "answer": chr(300 + n)} for n in range(40))
+    path = rows(tmp_path / "a.jsonl", *talks)
+    program = "import sys; from rwkvpipe import pack, vocab; a, b = sys.argv[1:3]; "
+    program += "vocab.main([a, '--spec', sys.argv[3], '--out', b]); "
+    program += "pack.main([a, '--spec', sys.argv[4], '--tokenizer', b, '--out', b])"
+    learned = json.dumps({"kind": "trie", "corpora": ["a"]})
+    packed = json.dumps({"path": "a", "tokenizer": "t", "format": "chat", "valid": 0.2})
+    for seed in ("1", "2"):
+        words = [sys.executable, "-c", program, str(path), str(tmp_path / seed), learned, packed]
+        subprocess.run(words, check=True, env=os.environ | {"PYTHONHASHSEED": seed})
+    assert contents(tmp_path / "1") == contents(tmp_path / "2") and len(contents(tmp_path / "1")) == 9
+
+
+def test_masks_lie_on_the_answers_tokens_whatever_the_vocabulary(tmp_path):
+    words = [*(bytes([number]) for number in range(128)), b"\n\n", b": ", b" y", b"es", b"?\n\n", b".\n"]
+    turns = ("system", "be kind"), ("user", "so?\n\n\nok?"), ("assistant", "yes."), ("user", "no?"), ("assistant", ".")
+    talk = [{"role": role, "content": content} for role, content in turns]
+    tokenizer = TrieTokenizer(dict(enumerate(words, 1)))
+    path = rows(tmp_path / "a.jsonl", {"messages": talk}, {"question": "a?", "answer": "es"})
+    train, _ = run(tmp_path, path, tokenizer=tokenizer, format="chat")
+    said = []
+    for start, end in train.documents.tolist():
+        ids, mask = train.tokens(start, end - start), train.mask(start, end - start)
+        said.append(tokenizer.decode(ids[mask == 1]))
+    assert said == [" yes.\n\n .\n\n", " es\n\n"]
+    assert tokenizer.decode(train.tokens(0, train.documents[0, 1])) == (
+        "System: be kind\n\nUser: so?\nok?\n\nAssistant: yes.\n\nUser: no?\n\nAssistant: .\n\n"
+    )
+
+
+def test_a_character_outside_a_learned_vocabulary_is_named_with_line_and_remedy(tmp_path):
+    (tmp_path / "a.txt").write_text("abc")
+    vocab.main([str(tmp_path / "a.txt"), "--spec", '{"kind": "trie", "corpora": ["a"]}', "--out", str(tmp_path / "v")])
+    path = rows(tmp_path / "b.jsonl", {"question": "a", "answer": "b"}, {"question": "a", "answer": "cab é"})
+    spec = json.dumps({"path": "x", "tokenizer": "t", "format": "chat"})
+    with pytest.raises(DataError) as caught:
+        pack.main([str(path), "--spec", spec, "--tokenizer", str(tmp_path / "v"), "--out", str(tmp_path / "out")])
+    assert str(caught.value) == (
+        f"{path}:2: the vocabulary has no 'é' (U+00E9), character 6 of ' cab é'; learn the vocabulary from this text"
+        " too, or use kind bytes"
+    )
