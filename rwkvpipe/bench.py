@@ -14,7 +14,7 @@ from rwkvpipe.base.config import BenchmarkConfig
 from rwkvpipe.base.errors import ConfigError, run
 from rwkvpipe.base.files import append_line, canonical, digest, write_jsonl
 from rwkvpipe.base.strict import check_json
-from rwkvpipe.infer.engine import open_engine
+from rwkvpipe.infer.engine import Engine, load_vocabulary
 from rwkvpipe.infer.slots import Progress
 from rwkvpipe.tasks.registry import asked, read_questions
 from rwkvpipe.train import dist
@@ -89,7 +89,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(f"--rows: {given.rows} at a time; 1 is the least")
     spec = check_json(BenchmarkConfig, given.spec, "--spec")
     task, questions = read_questions(given.questions, spec)
-    engine = open_engine(given.model, given.tokenizer, given.rows, device=dist.start().device)
+    model = store.load_model(given.model, dist.start().device)
+    engine = Engine(model, load_vocabulary(given.tokenizer, model.config.vocab_size, given.model), given.rows)
     partial = Partial(
         given.out.with_name(f"{given.out.name}.part"), mark(spec, given.model, given.tokenizer, given.questions)
     )

@@ -10,8 +10,9 @@ from rwkvpipe.base.config import SamplesConfig, SamplingConfig
 from rwkvpipe.base.errors import ConfigError, run
 from rwkvpipe.base.files import write_jsonl
 from rwkvpipe.base.strict import check, check_json
-from rwkvpipe.infer.engine import Engine, open_engine
+from rwkvpipe.infer.engine import Engine, load_vocabulary
 from rwkvpipe.train import dist
+from rwkvpipe.weights import store
 
 ROWS = 16  # prompts at a time
 
@@ -53,7 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     given = parser.parse_args(argv)
     spec = read_spec(given)
     rows = min(ROWS, len(spec.prompts)) if given.out else 1
-    engine = open_engine(given.model, given.tokenizer, rows, device=dist.start().device)
+    model = store.load_model(given.model, dist.start().device)
+    engine = Engine(model, load_vocabulary(given.tokenizer, model.config.vocab_size, given.model), rows)
     if given.out is None:
         tell(engine, spec)
         return

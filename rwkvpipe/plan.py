@@ -15,16 +15,29 @@ from pathlib import Path
 
 import yaml
 
-from rwkvpipe.base.agree import load
+from rwkvpipe.base.agree import known, load
 from rwkvpipe.base.config import CorpusConfig, PipelineConfig, RolloutConfig, Settings
 from rwkvpipe.base.errors import run
 from rwkvpipe.base.files import canonical
 from rwkvpipe.base.fingerprint import fingerprint
 from rwkvpipe.base.strict import Strict
 from rwkvpipe.base.tree import Tree, local
+from rwkvpipe.data.synthetic import SYNTHETIC
+from rwkvpipe.tasks.registry import REWARDS
 
 PROMPT = "User: {question}\n\nAssistant:"  # what grpo asks with, if the stage does not say
 TOKENS_AT_ONCE = 16384  # of a micro batch, if the profile does not say
+
+
+def check_names(config: PipelineConfig) -> None:
+    """Raise ConfigError, naming the key, for a made corpus or a reward that there is none of."""
+    for section in ("corpora", "benchmarks"):
+        for name, entry in getattr(config, section).items():
+            if entry.synthetic is not None:
+                known(f"{section}.{name}.synthetic", entry.synthetic, "made corpus", SYNTHETIC)
+    for stage in config.stages:
+        if stage.rollout is not None:
+            known(f"stages.{stage.name}.rollout.reward", stage.rollout.reward, "reward", REWARDS)
 
 
 def spec(model: Strict) -> str:
@@ -48,7 +61,14 @@ class Step:
 
 
 class Plan(Tree):
-    """Questions to a config: what decides each result, which jobs there are, what the report tells."""
+    """Questions to a config: what decides each result, which jobs there are, what the report tells.
+
+    Raises ConfigError for names that `base.agree` cannot know: those of rewards and of made corpora.
+    """
+
+    def __init__(self, config: PipelineConfig, results: str = "results"):
+        super().__init__(config, results)
+        check_names(config)
 
     # what decides a result
 

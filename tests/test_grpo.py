@@ -145,7 +145,7 @@ def test_metrics_name_what_happened(home):
 
 
 def test_what_is_rewarded_becomes_more_frequent(home):
-    settings(home, train={"steps": 12, "lr": 0.01, "batch": 4}, rollout={"sampling": SamplingConfig(max_tokens=1)})
+    settings(home, train={"steps": 24, "lr": 0.01, "batch": 4}, rollout={"sampling": SamplingConfig(max_tokens=1)})
     _, rows, _ = run(home, "a")
     assert sum(row["reward"] for row in rows[-3:]) > sum(row["reward"] for row in rows[:3]) + 0.3
 

@@ -26,13 +26,13 @@ tokenizers:
   letters: {kind: trie, corpora: [sums, asked]}
   numbers: {kind: integer, size: 10}
 corpora:
-  sums: {synthetic: arithmetic.documents, count: 100, tokenizer: letters}
+  sums: {synthetic: counting.documents, count: 100, tokenizer: letters}
   talks: {path: talks.jsonl, tokenizer: letters, format: chat}
-  asked: {synthetic: arithmetic.questions, count: 50, format: question, seed: 3}
+  asked: {synthetic: counting.questions, count: 50, format: question, seed: 3}
   text: {path: "https://example.org/text.txt", tokenizer: bytes, valid_path: valid.txt}
   rows: {path: rows.npy, tokenizer: numbers, format: array}
 benchmarks:
-  free: {task: answer, synthetic: arithmetic.questions}
+  free: {task: answer, synthetic: counting.questions}
   bits: {task: bits, path: valid.txt}
 checkpoints: {every: 5}
 stages:
@@ -103,6 +103,21 @@ def test_a_config_that_does_not_fit_is_refused_by_key(path, value, message):
     assert message in error(changed(path, value))
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("stages.reason.rollout.reward", "anwser", ".reward: there is no reward anwser; did you mean answer?"),
+        ("stages.reason.rollout.reward", "bits", "there is no reward bits; known: answer"),
+        ("corpora.sums.synthetic", "counting.document", "corpora.sums.synthetic: there is no made corpus"),
+        ("benchmarks.free.synthetic", "counting.exams", "benchmarks.free.synthetic: there is no made corpus"),
+    ],
+)
+def test_a_plan_knows_the_names_of_rewards_and_made_corpora(path, value, message):
+    with pytest.raises(ConfigError) as caught:
+        Plan(parse(changed(path, value), "c.yaml"))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_numbers_are_not_asked_in_words():
     config = changed("weights.given.bench", ["free"])
     config["weights"]["given"]["tokenizer"] = "numbers"
@@ -141,7 +156,7 @@ def test_settings_do_not_change_with_benchmarks_or_checkpoints(plan):
 def test_a_made_corpus_takes_the_run_s_seed(plan):
     assert check(CorpusConfig, yaml.safe_load(spec(plan.corpus("sums"))), "spec").seed == 7
     assert plan.corpus("asked").seed == 3
-    assert plan.made("letters") == ["arithmetic.documents:7:100", "arithmetic.questions:3:50"]
+    assert plan.made("letters") == ["counting.documents:7:100", "counting.questions:3:50"]
     assert plan.seed("free") == 7 and plan.seed("bits") == 0
 
 

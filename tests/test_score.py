@@ -41,14 +41,14 @@ def test_free_answers(tmp_path):
     assert list(facts)[:7] == ["benchmark", "task", "n", "score", "low", "high", "better"]
     assert (facts["benchmark"], facts["task"], facts["n"], facts["better"]) == ("sums", "answer", 4, "higher")
     assert facts["score"] == 0.5 and facts["low"] < 0.5 < facts["high"] and facts["finished"] == 1.0
-    assert [row["grade"] for row in rows] == [1, 1, 0, 0]
-    assert rows[2] | {"row": 3, "question": "1+2", "answer": "3", "text": "4", "extracted": "4"} == rows[2]
+    assert [row["correct"] for row in rows] == [1, 1, 0, 0]
+    assert rows[2] | {"row": 3, "question": "1+2", "gold": "3", "answer": "4", "extracted": "4"} == rows[2]
 
 
 def test_choices(tmp_path):
     facts, rows = run(tmp_path, "choice")
     assert (facts["score"], facts["chance"], facts["by_token"]) == (0.5, 0.5, 0.5)
-    assert [(row["text"], row["grade"]) for row in rows] == [("x", 0), ("x", 0), ("3", 1), ("4", 1)]
+    assert [(row["answer"], row["correct"]) for row in rows] == [("x", 0), ("x", 0), ("3", 1), ("4", 1)]
 
 
 def test_bits_count_windows(tmp_path):

@@ -61,9 +61,9 @@ tokenizers:
 corpora:
   stories: {path: data/stories.txt, tokenizer: letters}
   talks: {path: data/talks.jsonl, tokenizer: letters, format: chat}
-  sums: {synthetic: arithmetic.questions, count: 100, format: question}
+  sums: {synthetic: counting.questions, count: 100, format: question}
 benchmarks:
-  free: {task: answer, synthetic: arithmetic.questions, limit: 10}
+  free: {task: answer, synthetic: counting.questions, limit: 10}
   pick: {task: choice, path: data/pick.jsonl}
 stages:
   - name: base
@@ -223,7 +223,7 @@ def test_swapped_values_are_seen(done):
 
 
 def test_a_benchmark_added_runs_itself_alone(done):
-    more = "  more: {task: answer, synthetic: arithmetic.questions, limit: 5}\n"
+    more = "  more: {task: answer, synthetic: counting.questions, limit: 5}\n"
     done.edit("config.yaml", "  pick: {", more + "  pick: {")
     done.edit("config.yaml", "bench: [free]\n  - name: reason", "bench: [free, more]\n  - name: reason")
     assert done.plan() == ["bench chat more", "questions more", "report", "score chat more"]
@@ -319,6 +319,12 @@ def test_config_errors_are_one_line(fresh, tmp_path):
     assert "bad.yaml:3: the key run stands twice" in error("\nrun: a\nrun: b\n")
     assert "data/none.txt" in error(CONFIG.replace("data/stories.txt", "data/none.txt"))
     assert "stages.chat.start" in error(CONFIG.replace("start: base", "start: bass"))
+    assert "there is no made corpus counting.question; did you mean counting.questions?" in error(
+        CONFIG.replace("counting.questions, limit", "counting.question, limit")
+    )
+    assert "stages.reason.rollout.reward: there is no reward anwser; did you mean answer?" in error(
+        CONFIG + "    rollout: {reward: anwser}\n"
+    )
 
 
 def test_broken_yaml_is_named_by_line(done):

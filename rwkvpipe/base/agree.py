@@ -15,7 +15,7 @@ FORMATS = {"pretrain": ("text", "array"), "sft": ("chat",), "grpo": ("question",
 TAKEN = ("plots", "log", "report.html")  # what else stands in results/<run>/
 
 
-def _known(key: str, name: str, what: str, names: Iterable[str]) -> None:
+def known(key: str, name: str, what: str, names: Iterable[str]) -> None:
     """Raise ConfigError unless `name` is one of `names`; the text offers the nearest."""
     names = list(names)
     if name not in names:
@@ -49,7 +49,7 @@ def _starts(config: PipelineConfig) -> None:
     for stage in config.stages:
         key = f"stages.{stage.name}.start"
         if stage.start is not None and stage.start not in done:
-            _known(key, stage.start, "stage or entry of weights", [*starts, *config.weights])
+            known(key, stage.start, "stage or entry of weights", [*starts, *config.weights])
             chain = [stage.name]
             while (name := starts.get(chain[-1])) is not None and name not in chain:
                 chain.append(name)
@@ -73,15 +73,15 @@ def _sources(config: PipelineConfig) -> None:
     """Tokenizers and corpora name each other rightly."""
     for name, tokenizer in config.tokenizers.items():
         for corpus in tokenizer.corpora:
-            _known(f"tokenizers.{name}.corpora", corpus, "corpus", config.corpora)
+            known(f"tokenizers.{name}.corpora", corpus, "corpus", config.corpora)
             if config.corpora[corpus].format == "array":
                 raise ConfigError(f"tokenizers.{name}.corpora: {corpus} is an array of numbers and has no characters")
     for name, weights in config.weights.items():
-        _known(f"weights.{name}.tokenizer", weights.tokenizer, "tokenizer", config.tokenizers)
+        known(f"weights.{name}.tokenizer", weights.tokenizer, "tokenizer", config.tokenizers)
     for name, corpus in config.corpora.items():
         if corpus.tokenizer is None:
             continue
-        _known(f"corpora.{name}.tokenizer", corpus.tokenizer, "tokenizer", config.tokenizers)
+        known(f"corpora.{name}.tokenizer", corpus.tokenizer, "tokenizer", config.tokenizers)
         kind = config.tokenizers[corpus.tokenizer].kind
         if corpus.format == "array" and kind != "integer":
             raise ConfigError(
@@ -98,7 +98,7 @@ def _sources(config: PipelineConfig) -> None:
 def _data(config: PipelineConfig, stage: StageConfig) -> None:
     """A stage's corpus exists, suits its kind and speaks its vocabulary."""
     key = f"stages.{stage.name}.data"
-    _known(key, stage.data, "corpus", config.corpora)
+    known(key, stage.data, "corpus", config.corpora)
     corpus = config.corpora[stage.data]
     if corpus.format not in FORMATS[stage.kind]:
         raise ConfigError(
@@ -142,7 +142,7 @@ def _measures(config: PipelineConfig) -> None:
     ]:
         tokenizer = vocabulary(config, name)
         for benchmark in entry.bench:
-            _known(f"{key}.bench", benchmark, "benchmark", config.benchmarks)
+            known(f"{key}.bench", benchmark, "benchmark", config.benchmarks)
             task = config.benchmarks[benchmark].task
             if config.tokenizers[tokenizer].kind == "integer" and task != "bits":
                 raise ConfigError(

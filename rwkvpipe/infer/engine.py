@@ -14,7 +14,6 @@ from rwkvpipe.base.errors import ConfigError, DataError
 from rwkvpipe.infer.slots import Completion, Job, Progress, Slots, logprob
 from rwkvpipe.model.layers import State
 from rwkvpipe.tokenizer.load import Tokenizer, load_tokenizer
-from rwkvpipe.weights import store
 
 log = logging.getLogger("rwkvpipe")
 
@@ -37,12 +36,6 @@ def load_vocabulary(path: str | Path, rows: int, model: str | Path) -> Tokenizer
     if tokenizer.size < rows:
         log.info("%s has %d ids, %s only %d: the others are never chosen", model, rows, path, tokenizer.size)
     return tokenizer
-
-
-def open_engine(model: str | Path, tokenizer: str | Path, rows: int, *, device: torch.device) -> "Engine":
-    """An engine out of a checkpoint and a tokenizer's folder. Raises PipeErrors for what cannot be used."""
-    vocabulary = load_vocabulary(tokenizer, store.sizes(model).vocab_size, model)
-    return Engine(store.load_model(model, device), vocabulary, rows)
 
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -201,11 +201,12 @@ class Answer:
         text = answer.get("text")
         if not isinstance(text, str):
             raise DataError("no `text` that a model wrote; this is no answer to a question of task answer")
-        found = {"question": question["question"], "answer": str(question["answer"]), "text": text}
-        return found | {"extracted": extract(text), "grade": self.grade(question, text), "finish": answer.get("finish")}
+        found = {"question": question["question"], "gold": str(question["answer"]), "answer": text}
+        found |= {"extracted": extract(text), "correct": self.grade(question, text)}
+        return found | {"finish": answer.get("finish")}
 
     def summary(self, marked: Sequence[dict]) -> dict:
         """Share of right answers with its interval, and the share of answers that came to an end."""
-        score, low, high = mean_with_interval([row["grade"] for row in marked])
+        score, low, high = mean_with_interval([row["correct"] for row in marked])
         ended = sum(row["finish"] == "stop" for row in marked) / len(marked)
         return {"score": score, "low": low, "high": high, "finished": ended}

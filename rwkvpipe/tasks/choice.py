@@ -101,17 +101,17 @@ class Choice:
         return {
             "question": question["question"],
             "options": options,
-            "answer": options[gold],
-            "text": options[chosen],
+            "gold": options[gold],
+            "answer": options[chosen],
             "logprobs": sums,
-            "grade": self.grade(question, sums),
-            "grade_by_token": float(by_token == gold),
-            "grade_by_byte": float(by_byte == gold),
+            "correct": self.grade(question, sums),
+            "correct_by_token": float(by_token == gold),
+            "correct_by_byte": float(by_byte == gold),
         }
 
     def summary(self, marked: Sequence[dict]) -> dict:
         """Share of right choices with its interval; what choosing at random and other ways to choose would give."""
-        score, low, high = mean_with_interval([row["grade"] for row in marked])
-        mean = {name: sum(row[f"grade_{name}"] for row in marked) / len(marked) for name in ("by_token", "by_byte")}
+        score, low, high = mean_with_interval([row["correct"] for row in marked])
+        mean = {name: sum(row[f"correct_{name}"] for row in marked) / len(marked) for name in ("by_token", "by_byte")}
         chance = sum(1 / len(row["options"]) for row in marked) / len(marked)
         return {"score": score, "low": low, "high": high, "chance": chance, **mean}

@@ -32,8 +32,8 @@ def test_reference_scores_agree(goldens):
         question = {"question": "", "options": row["choices"], "label": row["gold"]}
         answer = {"logprobs": row["loglikelihoods"], "tokens": [1] * len(row["choices"])}
         marked = Choice().mark(question, answer)
-        assert marked["text"] == row["choices"][row["pred"]]
-        assert (marked["grade"], marked["grade_by_byte"]) == (row["acc"], row["acc_bytes"])
+        assert marked["answer"] == row["choices"][row["pred"]]
+        assert (marked["correct"], marked["correct_by_byte"]) == (row["acc"], row["acc_bytes"])
         assert Choice().grade(question, row["loglikelihoods"]) == row["acc"]
 
 
