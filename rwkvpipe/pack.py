@@ -55,7 +55,7 @@ class Packer:
                 part: stack.enter_context(BinidxWriter(self.folder / part, dtype, masked=chat)) for part in self.counts
             }
             for document in training:
-                part = "valid" if document.fraction < self.spec.valid else "train"
+                part = "valid" if self.spec.valid and document.fraction < self.spec.valid else "train"
                 self._add(document, writers[part], self.counts[part])
             for document in validation:
                 self._add(document, writers["valid"], self.counts["valid"])
@@ -67,12 +67,14 @@ class Packer:
         if document.text == "":
             self.empty += 1
             return
-        ids, mask = encoded(document, self.tokenizer)
-        writer.add(ids, mask)
+        for ids, mask in encoded(document, self.tokenizer):
+            writer.extend(ids, mask)
+            counts["tokens"] += len(ids)
+            if mask is not None:
+                counts["learned"] += sum(mask)
+        writer.end()
         counts["documents"] += 1
-        counts["tokens"] += len(ids)
-        if mask is not None:
-            counts["learned"] += sum(mask)
+        if self.spec.format == "chat":
             said = (turn["content"] for turn in document.talk() if turn["role"] == "assistant")
             self.blank_lines += any(TURN_END in words for words in said)
 

@@ -17,6 +17,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 CODES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 FLOATS = (6, 7)
 HEAD = 34  # bytes before the sizes
+LONGEST = 2**31 - 1  # tokens of a document: sizes are int32
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -43,7 +44,7 @@ class BinidxWriter:
             raise DataError(f"{self.prefix}: tokens of dtype {np.dtype(dtype)} cannot be stored; use uint16 or int32")
         self.code = known[self.dtype]
         self.sizes = array("i")
-        self.tokens = 0
+        self.tokens = self._begun = 0
         self.masked = masked
 
     def __enter__(self) -> "BinidxWriter":
@@ -65,6 +66,11 @@ class BinidxWriter:
 
         Raises DataError when an id does not fit the dtype.
         """
+        self.extend(ids, mask)
+        self.end()
+
+    def extend(self, ids, mask=None) -> None:
+        """Append a piece of a document, which `end` ends."""
         ids = np.asarray(ids, dtype=np.int64 if len(ids) == 0 else None)
         assert ids.ndim == 1 and ids.dtype.kind in "iu", f"a row of whole numbers is needed, not {ids.dtype}"
         limits = np.iinfo(self.dtype)
@@ -78,8 +84,15 @@ class BinidxWriter:
             mask = np.asarray(mask, dtype=np.uint8)
             assert mask.shape == ids.shape, f"{len(ids)} ids with {mask.size} marks"
             self._open_mask().write(mask.tobytes())
-        self.sizes.append(len(ids))
-        self.tokens += len(ids)
+        self._begun += len(ids)
+        if self._begun > LONGEST:
+            raise DataError(f"{self.prefix}: a document of over {LONGEST:,} tokens, too many for the format; cut it")
+
+    def end(self) -> None:
+        """End the document whose pieces were given."""
+        self.sizes.append(self._begun)
+        self.tokens += self._begun
+        self._begun = 0
 
     def _open_mask(self):
         if self._mask is None:
@@ -89,6 +102,7 @@ class BinidxWriter:
 
     def _finish(self) -> None:
         """Write the index and close the streams; the stack then renames all."""
+        assert not self._begun, "the last document was not ended"
         if self.masked:
             self._open_mask().close()
         self._bin.close()

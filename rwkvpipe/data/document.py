@@ -1,7 +1,7 @@
 """What corpora are made of: a text, a talk, a question with its answer, or a row of numbers."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -69,12 +69,13 @@ class Document:
         return int.from_bytes(hashlib.sha256(data).digest()[:7], "big") / 2**56
 
 
-def encoded(document: Document, tokenizer: Tokenizer) -> tuple[np.ndarray | list[int], list[int] | None]:
-    """Ids (n,) of a document and, for a talk, which of them are learned.
+def encoded(document: Document, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray | list[int], list[int] | None]]:
+    """Ids (n,) of a document, piece after piece, and for a talk, which is one piece, which of them are learned.
 
     Texts and rows of numbers end with the tokenizer's `eos`, if it has one; a talk ends with its last turn.
     Raises DataError naming the document's origin.
     """
+    end = [] if tokenizer.eos is None else [tokenizer.eos]
     if document.ids is not None:
         numbers = np.asarray(document.ids)
         if (top := int(numbers.max(initial=0))) > tokenizer.size - 2:
@@ -82,11 +83,15 @@ def encoded(document: Document, tokenizer: Tokenizer) -> tuple[np.ndarray | list
                 f"{document.origin}: holds {top}, the tokenizer's numbers end at {tokenizer.size - 2};"
                 " give it a larger size"
             )
-        return np.append(numbers.astype(np.int64) + 1, tokenizer.eos), None
+        yield numbers.astype(np.int64) + 1, None
+        yield end, None
+        return
     try:
         if document.text is None:
-            return chat.render(document.talk(), tokenizer)
-        ids = tokenizer.encode(document.text)
+            yield chat.render(document.talk(), tokenizer)
+            return
+        for piece in tokenizer.pieces(document.text):
+            yield piece, None
+        yield end, None
     except DataError as error:
         raise DataError(f"{document.origin}: {error}") from None
-    return ids + ([] if tokenizer.eos is None else [tokenizer.eos]), None

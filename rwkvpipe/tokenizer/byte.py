@@ -1,8 +1,10 @@
 """Single bytes as tokens."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from rwkvpipe.base.errors import DataError
+
+PIECE = 1 << 20  # bytes of a text whose ids are held at once
 
 
 def utf8(text: str | bytes) -> bytes:
@@ -34,6 +36,12 @@ class ByteTokenizer:
         """Ids of the bytes of a text (as UTF-8)."""
         data = utf8(text)
         return [byte + self.offset for byte in data] if self.offset else list(data)
+
+    def pieces(self, text: str | bytes) -> Iterator[list[int]]:
+        """The same ids in lists of some length, for texts whose ids would fill the memory."""
+        data = utf8(text)
+        for start in range(0, len(data), PIECE):
+            yield self.encode(data[start : start + PIECE])
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of ids; the end of a document gives none. Raises DataError for an id outside the vocabulary."""

@@ -1,6 +1,6 @@
 """Whole numbers as tokens."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from rwkvpipe.base.errors import DataError
 
@@ -35,6 +35,10 @@ class IntegerTokenizer:
                 )
             found.append(value + 1)
         return found
+
+    def pieces(self, text: str | bytes) -> Iterator[list[int]]:
+        """The same ids as the one list that they are; long rows of numbers come as arrays."""
+        yield self.encode(text)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The text of ids as bytes."""

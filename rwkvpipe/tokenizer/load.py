@@ -1,6 +1,6 @@
 """The door to all tokenizers: a folder, a vocabulary file or a name becomes one."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,9 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str | bytes) -> list[int]:
         """Ids of a text. Raises DataError for what the vocabulary does not know."""
+
+    def pieces(self, text: str | bytes) -> Iterator[list[int]]:
+        """The same ids, list after list."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; `eos` gives nothing, invalid UTF-8 becomes U+FFFD."""

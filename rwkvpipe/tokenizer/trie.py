@@ -2,12 +2,12 @@
 
 import ast
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rwkvpipe.base.errors import DataError
 from rwkvpipe.base.files import write_text
-from rwkvpipe.tokenizer.byte import unknown, utf8
+from rwkvpipe.tokenizer.byte import PIECE, unknown, utf8
 
 
 class TrieTokenizer:
@@ -37,7 +37,18 @@ class TrieTokenizer:
     def encode(self, text: str | bytes) -> list[int]:
         """Ids of a text (as UTF-8). Raises DataError naming the first character that no entry fits."""
         data = utf8(text)
-        ids, lengths, found, place, end = self.ids, self._lengths, [], 0, len(data)
+        return self._part(data, 0, len(data))[0]
+
+    def pieces(self, text: str | bytes) -> Iterator[list[int]]:
+        """The same ids in lists of some length, for texts whose ids would fill the memory."""
+        data, place = utf8(text), 0
+        while place < len(data):
+            found, place = self._part(data, place, place + PIECE)
+            yield found
+
+    def _part(self, data: bytes, place: int, stop: int) -> tuple[list[int], int]:
+        """Ids of entries that begin before `stop`, and where the next one begins: the same whatever `stop` is."""
+        ids, lengths, found, end = self.ids, self._lengths, [], min(stop, len(data))
         while place < end:
             for length in lengths.get(data[place : place + 2], (1,)):
                 number = ids.get(data[place : place + length])
@@ -47,7 +58,7 @@ class TrieTokenizer:
                 raise self._missing(data, place)
             found.append(number)
             place += length
-        return found
+        return found, place
 
     def _missing(self, data: bytes, place: int) -> DataError:
         start = place
@@ -56,8 +67,10 @@ class TrieTokenizer:
         character = data[start : start + 4].decode("utf-8", "ignore")[:1]
         shown = f"{character!r} (U+{ord(character):04X})" if character else f"the byte 0x{data[place]:02x}"
         before = data[:start].decode("utf-8", "replace")
+        lines, _, line = before.rpartition("\n")
+        where = f"line {before.count(chr(10)) + 1}, " if lines else ""
         return DataError(
-            f"the vocabulary has no {shown}, character {len(before) + 1} of {(before + character)[-30:]!r};"
+            f"the vocabulary has no {shown}, {where}character {len(line) + 1} of {(line + character)[-30:]!r};"
             " learn the vocabulary from this text too, or use kind bytes"
         )
 

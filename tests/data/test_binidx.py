@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rwkvpipe.base.errors import DataError
+from rwkvpipe.data import binidx
 from rwkvpipe.data.binidx import HEAD, Binidx, BinidxWriter, token_dtype
 
 DOCUMENTS = [[5, 6, 7], [], [1], [9, 65535]]
@@ -45,6 +46,22 @@ def test_an_empty_corpus_is_a_valid_pair(tmp_path):
         pass
     data = Binidx(tmp_path / "a")
     assert len(data) == 0 and data.documents.shape == (0, 2) and data.mask(0, 0).size == 0
+
+
+def test_a_document_may_come_in_pieces(tmp_path, monkeypatch):
+    with BinidxWriter(tmp_path / "a", np.uint16) as writer:
+        writer.extend([5, 6])
+        writer.extend([])
+        writer.extend([7])
+        writer.end()
+        for ids in DOCUMENTS[1:]:
+            writer.add(ids)
+    write(tmp_path / "b")
+    for suffix in ("bin", "idx"):
+        assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
+    monkeypatch.setattr(binidx, "LONGEST", 3)
+    with pytest.raises(DataError, match="a document of over 3 tokens, too many for the format; cut it"):
+        write(tmp_path / "c", [[1, 2, 3], [1, 2, 3, 4]])
 
 
 def test_a_failed_writer_leaves_nothing(tmp_path):
