@@ -1,6 +1,7 @@
 """Corpora that are made, not downloaded: name to a function of seed and count.
 
-Here stands the smallest one, counting in words; what it examines is never drawn for its training corpora.
+Here stands the smallest one, counting in words; what it examines is never drawn for its training corpora. Larger ones
+have modules of their own.
 """
 
 import difflib
@@ -8,6 +9,7 @@ import random
 from collections.abc import Callable, Iterator
 
 from rwkvpipe.base.errors import ConfigError
+from rwkvpipe.data.arithmetic import ARITHMETIC
 from rwkvpipe.data.document import Document
 
 Generate = Callable[[int, int], Iterator[Document]]
@@ -92,6 +94,7 @@ SYNTHETIC: dict[str, Generate] = {
     "counting.chats": counting_chats,
     "counting.questions": counting_questions,
     "counting.exam": counting_exam,
+    **ARITHMETIC,
 }
 
 
