@@ -116,15 +116,12 @@ def finished_run(tmp_path, monkeypatch) -> dict:
 
 def fabricate(folder: Path) -> dict:
     """Write what the steps of a run leave behind below the working folder; returns what the plan tells of it."""
-    from rwkvpipe.plot import main as plot  # matplotlib is slow to load, few tests draw
-
     plan = Plan(parse(yaml.safe_load(RUN), "config"), "results")
     story, lots = plan.story(), random.Random(5)
     for subject in story["subjects"]:
         home, stage = folder / subject["folder"], plan.stages[subject["name"]]
         _jsonl(home / "settings.json", [plan.settings(subject["name"])])
         _jsonl(home / "metrics.jsonl", _metrics(subject["kind"], stage.train.steps, stage.train.log_every))
-        plot([str(home / "metrics.jsonl"), "--out", str(home / "plots")])
         texts = {"12 + 30 =": " 42\n", "User: What is 7 times 8?": "\n\nAssistant: 7 times 8 is 56."}
         _jsonl(home / "samples.jsonl", [{"prompt": prompt, "text": text} for prompt, text in texts.items()])
         for name, share in zip(subject["bench"], SCORES[subject["name"]], strict=True):

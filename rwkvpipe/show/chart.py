@@ -1,6 +1,7 @@
 """Lines over steps inside the page: curves are SVG that stretches, words are text that does not, colours the page's."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from rwkvpipe.show.metrics import Metrics, smooth
 MANY = 40  # points; more are drawn faint, with a smoothed line over them
 BUCKETS = 240  # of more points than twice this, the lowest and highest of each bucket are drawn
 SPREAD = 8.0  # positive numbers that differ by more than this factor stand on a logarithmic axis
+FLAT = 1e-9
 SIDE = 1000  # units of the drawing, both ways
 
 
@@ -45,7 +47,9 @@ COMMON = (
 )
 TRAINING = (Chart("Loss", "nats a token", LOSS, log=True, wide=True), *COMMON)
 POLICY = (
-    Chart("Reward", "mean of the completions, ± standard deviation within groups", (Series("reward", "green", spread="reward_std"),), wide=True),
+    Chart(
+        "Reward", "mean, ± standard deviation in a group", (Series("reward", "green", spread="reward_std"),), wide=True
+    ),
     Chart("Policy loss", "nats a token", (Series("loss", "blue"),)),
     Chart("KL from the start", "nats a token", (Series("kl", "plum"),)),
     Chart("Length of completions", "tokens", (Series("completion_length", "blue"),)),
@@ -91,20 +95,22 @@ def thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 class _Axis:
-    """Numbers to places along a side, 0 to 1."""
+    """Numbers to places along a side, 0 to 1; `tight` leaves no room at the ends, `zero` begins there."""
 
-    def __init__(self, values: np.ndarray, chart: Chart):
+    def __init__(self, values: np.ndarray, *, zero: bool = False, log: bool = False, tight: bool = False):
         low, high = float(values.min()), float(values.max())
-        self.log = chart.log and low > 0 and high / low > SPREAD
+        if high - low < FLAT * max(abs(low), abs(high)):
+            high = low  # differences in the last digits are no curve
+        self.log = log and low > 0 and high / low > SPREAD
         if self.log:
             self.low, self.high = low / 1.15, high * 1.15
         else:
-            low = min(low, 0.0) if chart.zero else low
-            room = 0.07 * (high - low) or 0.1 * abs(high) or 1.0
-            self.low, self.high = low - (0.0 if chart.zero and low == 0 else room), high + room
+            low = min(low, 0.0) if zero else low
+            room = 0.0 if tight else 0.07 * (high - low) or 0.1 * abs(high) or 1.0
+            self.low, self.high = low - (0.0 if zero and low == 0 else room), high + room
         self.ticks = log_ticks(self.low, self.high) if self.log else ticks(self.low, self.high)
 
-    def __call__(self, values):
+    def __call__(self, values: np.ndarray | float) -> np.ndarray:
         if self.log:
             return np.log(np.asarray(values) / self.low) / math.log(self.high / self.low)
         return (np.asarray(values) - self.low) / (self.high - self.low)
@@ -127,64 +133,62 @@ def _points(x: np.ndarray, y: np.ndarray) -> str:
     return " ".join(f"{a:.0f},{b:.1f}" for a, b in zip(SIDE * x, SIDE * (1 - y), strict=True))
 
 
-def _curve(metrics: Metrics, series: Series, x_axis, y_axis: _Axis) -> tuple[list[Html], Html]:
-    """The shapes of one series, and a dot at its end."""
+def _drawn(metrics: Metrics, series: Series) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Steps and values (N,) of the line that stands for a series, and whether it is smoothed."""
     steps, values = metrics.column(series.column)
     many = len(values) > MANY and series.column != "lr"
-    soft = smooth(values) if many else values
-    shapes, stroke = [], f"c-{series.color}"
-    if (spread := _spread(metrics, series)) is not None:
+    return steps, smooth(values) if many else values, many
+
+
+def _shapes(metrics: Metrics, series: Series, x_axis: _Axis, y_axis: _Axis) -> Iterator[Html]:
+    """Spread, points and line of one series."""
+    (steps, line, many), color = _drawn(metrics, series), f"c-{series.color}"
+    spread = _spread(metrics, series)
+    if spread is not None:
         around = smooth(spread) if many else spread
-        upper, lower = (_points(x_axis(steps), np.clip(y_axis(soft + sign * around), 0, 1)) for sign in (1, -1))
-        back = " ".join(reversed(lower.split(" ")))
-        shapes.append(el("path", klass=f"band {stroke}", d=f"M{upper} L{back}Z"))
+        upper, lower = (_points(x_axis(steps), y_axis(line + sign * around)) for sign in (1, -1))
+        yield el("path", klass=f"band {color}", d=f"M{upper} L{' '.join(reversed(lower.split(' ')))}Z")
     if many:
-        at, raw = thin(steps, values)
-        shapes.append(el("path", klass=f"raw {stroke}", d=f"M{_points(x_axis(at), y_axis(raw))}"))
-    at, drawn = thin(steps, soft)
-    shapes.append(el("path", klass=f"curve {stroke}", d=f"M{_points(x_axis(at), y_axis(drawn))}"))
-    place = f"left:{100 * x_axis(steps[-1]):.2f}%;top:{100 * (1 - float(y_axis(soft[-1]))):.2f}%"
-    return shapes, el("i", klass=f"end c-{series.color}", style=place)
+        at, raw = thin(steps, metrics.column(series.column)[1])
+        yield el("path", klass=f"raw {color}", d=f"M{_points(x_axis(at), y_axis(raw))}")
+    at, line = thin(steps, line)
+    yield el("path", klass=f"curve {color}", d=f"M{_points(x_axis(at), y_axis(line))}")
+
+
+def _percent(part: float) -> str:
+    return f"{100 * float(part):.2f}%"
 
 
 def draw(metrics: Metrics, chart: Chart) -> Html:
-    """A figure with title, last values, axes and curves; nothing where no column of it is there."""
+    """A figure with title, values at the end, axes and curves; nothing where no column of it is there."""
     shown = [series for series in chart.series if len(metrics.column(series.column)[0])]
     if not shown:
         return Html("")
-    columns = {series: metrics.column(series.column) for series in shown}
-    y_axis = _Axis(np.concatenate([_reach(metrics, series) for series in shown]), chart)
+    y_axis = _Axis(np.concatenate([_reach(metrics, series) for series in shown]), zero=chart.zero, log=chart.log)
     first, last = metrics.rows[0]["step"], metrics.rows[-1]["step"]
-    first, last = (first - 1, last + 1) if first == last else (min(first, 0 if last > 10 else first), last)
-
-    def x_axis(steps):
-        return (np.asarray(steps) - first) / (last - first)
-
-    drawn = [_curve(metrics, series, x_axis, y_axis) for series in shown]
-    ends = [
-        el(
-            "span",
-            series.label if len(shown) > 1 or chart.peak else "",
-            el("b", number(values.max() if chart.peak else values[-1])),
-            klass=f"last c-{series.color}",
-        )
-        for series, (_, values) in columns.items()
-    ]
+    x_axis = _Axis(np.array([0 if last > 10 else first, last]), tight=first < last)
+    shapes = join(shape for series in shown for shape in _shapes(metrics, series, x_axis, y_axis))
+    ends, dots = [], []
+    for series in shown:
+        steps, line, _ = _drawn(metrics, series)
+        label, value = series.label if len(shown) > 1 or chart.peak else "", line.max() if chart.peak else line[-1]
+        ends.append(el("span", label, el("b", number(value)), klass=f"last c-{series.color}"))
+        place = f"left:{_percent(x_axis(steps[-1]))};top:{_percent(1 - y_axis(line[-1]))}"
+        dots.append(el("i", klass=f"end c-{series.color}", style=place))
     grid = [
-        el("i", el("span", number(tick)), klass="grid", style=f"top:{100 * (1 - float(y_axis(tick))):.2f}%")
+        el("i", el("span", number(tick)), klass="grid", style=f"top:{_percent(1 - y_axis(tick))}")
         for tick in y_axis.ticks
     ]
-    names = [tick for tick in ticks(first, last) if tick == int(tick)]
-    below = [el("span", count(tick), style=f"left:{100 * float(x_axis(tick)):.2f}%") for tick in names]
-    begin, end = (number(columns[shown[0]][1][place]) for place in (0, -1))
+    whole = [tick for tick in x_axis.ticks if tick == int(tick)]
+    below = [el("span", count(tick), style=f"left:{_percent(x_axis(tick))}") for tick in whole]
+    begin, end = (number(_drawn(metrics, shown[0])[1][place]) for place in (0, -1))
     label = escape(f"{chart.title} by step, {begin} at first, {end} at last")
-    shapes = join(shape for shapes, _ in drawn for shape in shapes)
     # attributes in camel case are SVG's own
     head = f'<svg viewBox="0 0 {SIDE} {SIDE}" preserveAspectRatio="none" role="img" aria-label="{label}">'
     return el(
         "figure",
         el("figcaption", el("b", chart.title), el("small", chart.unit), el("span", *ends, klass="lasts")),
-        el("div", *grid, Html(f"{head}{shapes}</svg>"), *(dot for _, dot in drawn), klass="area"),
+        el("div", *grid, Html(f"{head}{shapes}</svg>"), *dots, klass="area"),
         el("div", *below, klass="steps", aria_hidden="true"),
         klass="plot wide" if chart.wide else "plot",
     )

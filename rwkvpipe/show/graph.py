@@ -162,7 +162,8 @@ def _box(job: Job, timing: Timing | None, *, x: float, y: float, width: float = 
     ]
     if timing:
         parts.append(el("text", brief(timing.seconds), klass="time", x=f"{x + width - 9:.1f}", y=f"{y + 19:.1f}"))
-        long = max(2.0, share * (BOX - 16))
+    if share * BOX > EDGE:
+        long = share * (BOX - 16)
         corner = {"x": f"{x + 8:.1f}", "y": f"{y + TALL - 6:.1f}"}
         parts.append(el("rect", klass="bar", width=f"{long:.1f}", height=3, rx=1.5, **corner))
     return el("g", *parts, klass=f"job {kind(job.rule)}")

@@ -56,6 +56,10 @@ def span(scores: list[Score]) -> tuple[float, float]:
     return low - room, high + room
 
 
+def _tick(score: Score, value: float) -> str:
+    return f"{100 * value:.0f} %" if score.share else f"{value:.4g}"
+
+
 def figure(evidence: Evidence) -> Figure:
     """One panel a benchmark, one row a subject: a dot with its 95 % interval."""
     groups = [(name, of(evidence, name)) for name in evidence.benchmarks]
@@ -79,8 +83,7 @@ def figure(evidence: Evidence) -> Figure:
             low, high = span(scores)
             axes.set_xlim(low, high + 0.015 * (high - low))
             axes.xaxis.set_major_locator(MaxNLocator(5))
-            shown = "{:.0%}" if scores[0].share else "{:.4g}"
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _, shown=shown: shown.format(value)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _, score=scores[0]: _tick(score, value)))
             axes.grid(axis="y", visible=False)
             axes.spines["left"].set_visible(False)
             axes.tick_params(axis="y", labelcolor=INK)
