@@ -9,6 +9,8 @@ from pathlib import Path
 from rwkvpipe.base.errors import ConfigError, run
 from rwkvpipe.base.files import write_jsonl
 from rwkvpipe.infer.engine import load_vocabulary
+from rwkvpipe.tasks.answer import PROMPT
+from rwkvpipe.tasks.registry import grader
 from rwkvpipe.train.loop import Hooks, fit
 from rwkvpipe.train.policy import Rollout, grpo_losses
 from rwkvpipe.train.rollout import Sampler, check_fits, read_questions
@@ -34,9 +36,10 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(f"--micro-batch: {given.micro_batch} rows at a time; 1 is the least")
     stage = open_stage(given.settings, given.model, given.out, kind="grpo")
     tokenizer = load_vocabulary(given.tokenizer, stage.model.config.vocab_size, given.model)
-    questions = read_questions(given.data, stage.settings.prompt, tokenizer, check_fits(stage))
-    sampler = Sampler(stage, questions, tokenizer, given.micro_batch)
     settings = stage.settings
+    task = grader(settings.rollout.reward)(settings.prompt or PROMPT)
+    questions = read_questions(given.data, task, tokenizer, check_fits(stage))
+    sampler = Sampler(stage, questions, tokenizer, given.micro_batch)
     losses = grpo_losses(
         settings.rollout, given.micro_batch, precision=settings.train.precision, report=sampler.parts.append
     )

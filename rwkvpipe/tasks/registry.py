@@ -68,10 +68,15 @@ def asked(task: Task, question: dict) -> str:
     return hashlib.sha256(canonical(read).encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
-def reward(name: str) -> Callable[[dict, str], float | None]:
-    """Grade (row of the question, text written) of a task as a reward. Raises ConfigError if the name has none."""
+def grader(name: str) -> type[Answer]:
+    """The task whose grade is the reward of this name. Raises ConfigError if the name has none."""
     if name not in REWARDS:
         near = difflib.get_close_matches(name, REWARDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(REWARDS)}"
         raise ConfigError(f"rollout.reward: {name} grades no written text; {hint}")
-    return REWARDS[name]().grade
+    return REWARDS[name]
+
+
+def reward(name: str) -> Callable[[dict, str], float | None]:
+    """Grade (row of the question, text written) of a task as a reward. Raises ConfigError if the name has none."""
+    return grader(name)().grade

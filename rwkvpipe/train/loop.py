@@ -218,9 +218,10 @@ class _Training:
         checkpoint.prune(self.run.folder)
         self.saved = self.progress.step
 
-    def advance(self, batch: Any, losses: Callable) -> None:
-        """Make one step."""
+    def advance(self, stream: Iterator, losses: Callable) -> None:
+        """Make one step; the time that its batch takes (for grpo, to sample it) is part of it."""
         begin, step = time.monotonic(), self.progress.step
+        batch = next(stream)
         set_rate(self.optimizer, lr_at(self.config, step))
         torch.manual_seed(step_seed(self.run.seed, step))
         try:
@@ -264,7 +265,7 @@ def fit(
         training.line()  # told to stop after a step and before its line, a run still owes it
         stream = batches(first, carried)
         while training.progress.step < config.steps:
-            training.advance(next(stream), losses)
+            training.advance(stream, losses)
             row = training.line()
             now, done = time.monotonic(), training.progress.step
             if row and (now - said > SECONDS_BETWEEN_WORDS or done == config.steps):

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rwkvpipe.base.config import BenchmarkConfig, TrainConfig
+from rwkvpipe.base.config import TrainConfig
 from rwkvpipe.base.errors import ConfigError, DataError
 from rwkvpipe.base.files import read_jsonl
 from rwkvpipe.infer.engine import Completion, Engine
-from rwkvpipe.tasks.registry import reward
+from rwkvpipe.tasks.registry import Task, reward
 from rwkvpipe.tokenizer.load import Tokenizer
 from rwkvpipe.train.loop import Log, step_seed
 from rwkvpipe.train.policy import Rollout, advantages, completion_logprobs
@@ -34,14 +34,15 @@ class Question:
     ids: list[int]
 
 
-def read_questions(path: Path, template: str | None, tokenizer: Tokenizer, longest: int) -> list[Question]:
+def read_questions(path: Path, task: Task, tokenizer: Tokenizer, longest: int) -> list[Question]:
     """Questions as prompts of at most `longest` tokens. Raises DataError naming the line of one that does not do."""
-    template = BenchmarkConfig.model_fields["prompt"].default if template is None else template
     found = []
     for number, row in enumerate(read_jsonl(path), 1):
-        if not isinstance(row.get("question"), str):
-            raise DataError(f"{path}:{number}: no text under `question`")
-        prompt = template.replace("{question}", row["question"])
+        try:
+            task.check(row)
+        except DataError as error:
+            raise DataError(f"{path}:{number}: {error}") from None
+        prompt = task.prompt(row)
         ids = tokenizer.encode(prompt)
         if not 1 <= len(ids) <= longest:
             raise DataError(
