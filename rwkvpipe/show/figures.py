@@ -17,6 +17,7 @@ from rwkvpipe.show.metrics import Metrics, smooth
 INK, MUTED, GRID = "#22303c", "#66727d", "#e3e7ea"
 BLUE, ORANGE, GREEN, PLUM = "#23709b", "#d0722a", "#3f8361", "#84568f"
 WIDTH, HEIGHT, DPI = 4.8, 3.0, 200  # inches; two beside each other fill a page, one fills a phone
+ROUND = [1, 2, 2.5, 5, 10]  # of the distance between ticks
 POINTS = 40  # fewer are drawn with markers, more with a smoothed line over them
 SPREAD = 8.0  # positive numbers that differ by more than this factor stand on a logarithmic axis
 STYLE = {
@@ -88,10 +89,10 @@ def _dress(axes: Axes, title: str, unit: str, *, step_axis: bool = True) -> None
     axes.set_ylabel(unit)
     axes.yaxis.set_major_formatter(FuncFormatter(_short))
     if axes.get_yscale() == "linear":
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
     if step_axis:
         axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=ROUND))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
@@ -188,7 +189,7 @@ def reward_figure(metrics: Metrics) -> Figure:
         steps, values = metrics.column(name)
         _line(axes, steps, values, color)
         _dress(axes, title, unit, step_axis=number == len(shown))
-        axes.yaxis.set_major_locator(MaxNLocator(3))
+        axes.yaxis.set_major_locator(MaxNLocator(3, steps=ROUND))
     return figure
 
 
