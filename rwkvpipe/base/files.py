@@ -76,6 +76,14 @@ def read_json(path: str | Path) -> Any:
         raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg} (column {error.colno})") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: {_unreadable(error)}") from None
+
+
+def _unreadable(error: Exception) -> str:
+    """What Python refuses to read though it is JSON."""
+    deep = isinstance(error, RecursionError)
+    return "brackets too deep to be read; flatten it" if deep else "a number with too many digits; write it as text"
 
 
 def read_jsonl(path: str | Path) -> Iterator[dict]:
@@ -90,6 +98,8 @@ def read_jsonl(path: str | Path) -> Iterator[dict]:
                 raise DataError(f"{path}:{number}: not JSON: {error.msg} (column {error.colno})") from None
             except UnicodeDecodeError as error:
                 raise DataError(f"{path}:{number}: not UTF-8 at byte {error.start} of the line") from None
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}:{number}: {_unreadable(error)}") from None
             if not isinstance(row, dict):
                 raise DataError(f"{path}:{number}: a JSON object is needed, this is a {type(row).__name__}")
             yield row

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from tokenize import TokenError  # numpy reads an array's head as Python
 
 import numpy as np
 
@@ -88,7 +89,7 @@ def _array(path: Path) -> np.ndarray:
         raise DataError(f"{path}: it is no .npy file, or damaged; save whole numbers with numpy.save(path, array)")
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, SyntaxError, OverflowError, TokenError) as error:
         objects = "Python object" in str(error)  # the one thing wrong with a file whose head is whole
         reason = "it holds Python objects" if objects else "it is cut short or damaged"
         raise DataError(f"{path}: {reason}; save whole numbers with numpy.save(path, array)") from None

@@ -30,6 +30,14 @@ def test_rows_of_json_are_documents(tmp_path):
     assert [d.text for d in documents(path, spec(field="body"))] == ["one"]
 
 
+def test_documents_are_read_one_by_one(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"text": "one"}\n{"text"')
+    found = documents(path, spec())
+    assert next(found).text == "one"
+    with pytest.raises(DataError, match="a.jsonl:2: not JSON"):
+        next(found)
+
+
 def test_a_json_list_is_documents_too(tmp_path):
     path = write(tmp_path / "a.json", b'\xef\xbb\xbf [{"text": "one"}, {"text": "two"}]')
     path = write(tmp_path / "a.json", '[{"text": "one"}, {"text": "two"}]')
@@ -54,6 +62,9 @@ def test_a_text_file_is_one_document_as_it_stands(tmp_path):
         ("a.jsonl", '{"text": "x"}\n["y"]\n', {}, "a.jsonl:2: a JSON object is needed"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', {}, "a.jsonl:2: not UTF-8"),
         ("a.jsonl", '{"text": "\\ud800"}\n', {}, "a.jsonl:1: `text` has half a surrogate"),
+        pytest.param("a.jsonl", '{"n": ' + "9" * 5000, {}, "a.jsonl:1: a number with too many digits", id="digits"),
+        pytest.param("a.jsonl", '\n{"n": ' + "[" * 10**5, {}, "a.jsonl:2: brackets too deep", id="brackets"),
+        pytest.param("a.json", "[" * 10**5, {}, "a.json: brackets too deep", id="brackets of a list"),
         ("a.json", '[{"text": "x"}, 5]', {}, "a.json: item 2: a JSON object"),
         ("a.jsonl", "\n", {}, "a.jsonl: no documents in it"),
         ("a.txt", b"one\ntwo\xff\n", {}, "a.txt:2: not UTF-8 at byte 7"),
@@ -140,6 +151,8 @@ def test_damaged_and_foreign_arrays_are_named(tmp_path):
         list(documents(write(tmp_path / "g.npy", whole[:9]), spec(format="array")))
     with pytest.raises(DataError, match="cut short or damaged"):
         list(documents(write(tmp_path / "h.npy", whole[:30]), spec(format="array")))
+    with pytest.raises(DataError, match="cut short or damaged"):
+        list(documents(write(tmp_path / "i.npy", whole.replace(b"}", b"{")), spec(format="array")))
     np.savez(tmp_path / "e.npz", a=np.arange(3))
     (tmp_path / "e.npz").rename(tmp_path / "e.npy")
     with pytest.raises(DataError, match="an archive of arrays"):
