@@ -205,7 +205,9 @@ def _why(error: Exception) -> str:
         return "no answer in time"
     if isinstance(error, ConnectionError) and error.errno is None and error.args:
         return f"the connection was {error.args[0]}" if str(error.args[0]).startswith("closed") else "connection lost"
-    return getattr(error, "strerror", None) or "the connection was closed in the middle"
+    if isinstance(error, HTTPException):
+        return "the connection was closed in the middle"
+    return getattr(error, "strerror", None) or f"no connection ({type(error).__name__})"
 
 
 def _pause(error: Exception, failures: int) -> float:
