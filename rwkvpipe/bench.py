@@ -11,12 +11,12 @@ import logging
 from pathlib import Path
 
 from rwkvpipe.base.config import BenchmarkConfig
-from rwkvpipe.base.errors import ConfigError, run
+from rwkvpipe.base.errors import ConfigError, DataError, run
 from rwkvpipe.base.files import append_line, canonical, digest, write_jsonl
 from rwkvpipe.base.strict import check_json
 from rwkvpipe.infer.engine import Engine, load_vocabulary
 from rwkvpipe.infer.slots import Progress
-from rwkvpipe.tasks.registry import asked, read_questions
+from rwkvpipe.tasks.registry import Task, asked, read_questions
 from rwkvpipe.train import dist
 from rwkvpipe.weights import store
 
@@ -75,6 +75,17 @@ class Partial:
         return count
 
 
+def named(error: DataError, engine: Engine, task: Task, questions: list[dict], path: str) -> DataError:
+    """The same error with file and line, if it is that the vocabulary lacks what a question is made of."""
+    for number, question in enumerate(questions, 1):
+        try:
+            for text in (task.prompt(question), *(question.get("options") or ())):
+                engine.tokenizer.encode(text)
+        except DataError as found:
+            return DataError(f"{path}:{number}: {found}")
+    return error
+
+
 def main(argv: list[str] | None = None) -> None:
     """Write one answer a line in the order of the questions; goes on where a stopped run was."""
     parser = argparse.ArgumentParser(prog="rwkvpipe.bench", description=__doc__.splitlines()[0])
@@ -100,9 +111,12 @@ def main(argv: list[str] | None = None) -> None:
         log.info("going on: %d of %d are answered", len(done), len(questions))
     log.info("task %s: %d questions, %d rows at a time, precision fp32", spec.task, left, given.rows)
     progress = Progress("answered", left)
-    for number, answer in task.ask(engine, questions, spec, done):
-        partial.add({"row": number + 1, "asked": asked(task, questions[number]), **answer})
-        progress.add(1)
+    try:
+        for number, answer in task.ask(engine, questions, spec, done):
+            partial.add({"row": number + 1, "asked": asked(task, questions[number]), **answer})
+            progress.add(1)
+    except DataError as error:
+        raise named(error, engine, task, questions, given.questions) from None
     log.info("%s: %d answers", given.out, partial.finish(given.out))
 
 

@@ -4,6 +4,7 @@ python -m rwkvpipe.launch 0 generate --model m.pth --tokenizer bytes --prompt 'O
 """
 
 import argparse
+import logging
 import sys
 
 from rwkvpipe.base.config import SamplesConfig, SamplingConfig
@@ -14,6 +15,7 @@ from rwkvpipe.infer.engine import Engine, load_vocabulary
 from rwkvpipe.train import dist
 from rwkvpipe.weights import store
 
+log = logging.getLogger("rwkvpipe")
 ROWS = 16  # prompts at a time
 
 
@@ -33,8 +35,10 @@ def read_spec(given: argparse.Namespace) -> SamplesConfig:
 def tell(engine: Engine, spec: SamplesConfig) -> None:
     """Print each prompt and what the model goes on with, piece by piece."""
     for number, prompt in enumerate(spec.prompts):
-        sys.stdout.write("\n" * bool(number) + prompt)
-        for piece in engine.stream(prompt, spec.sampling, number):
+        pieces = engine.stream(prompt, spec.sampling, number)
+        first = next(pieces)  # a prompt that cannot be read is not printed either
+        sys.stdout.write("\n" * bool(number) + prompt + first)
+        for piece in pieces:
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write("\n")
@@ -60,7 +64,8 @@ def main(argv: list[str] | None = None) -> None:
         tell(engine, spec)
         return
     texts = {found.prompt: found.text for found in engine.generate(spec.prompts, spec.sampling)}
-    write_jsonl(given.out, ({"prompt": prompt, "text": texts[n]} for n, prompt in enumerate(spec.prompts)))
+    count = write_jsonl(given.out, ({"prompt": prompt, "text": texts[n]} for n, prompt in enumerate(spec.prompts)))
+    log.info("%s: %d texts", given.out, count)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from rwkvpipe.model.family import build
 from rwkvpipe.tasks import bits, choice
 from rwkvpipe.tokenizer.byte import ByteTokenizer
 from rwkvpipe.tokenizer.load import save_tokenizer
+from rwkvpipe.tokenizer.trie import TrieTokenizer
 from rwkvpipe.weights import store
 
 CONFIG = RwkvConfig(n_layer=2, n_embd=32, head_size=16, vocab_size=257)
@@ -157,6 +158,16 @@ def test_a_question_that_cannot_be_asked_is_named_by_its_line(home):
     write_jsonl(home / "q.jsonl", [*rows, {"question": "?", "answer": "x", "options": ["a", "b"]}])
     with pytest.raises(DataError, match=r"q\.jsonl:9: `answer` 'x' is not one of the options"):
         run(home, "choice")
+
+
+@pytest.mark.parametrize("task", SPECS)
+def test_what_the_vocabulary_lacks_is_named_by_its_line(home, task):
+    save_tokenizer(home / "tokens", TrieTokenizer({n: bytes([n]) for n in range(1, 128)}))
+    rows = list(read_jsonl(home / "q.jsonl"))
+    rows[6] |= {"question": "\u00e9", "options": ["\u00e9", "2"], "text": "\u00e9"}
+    write_jsonl(home / "q.jsonl", rows)
+    with pytest.raises(DataError, match=r"q\.jsonl:7: the vocabulary has no"):
+        run(home, task)
 
 
 def test_device_and_precision_are_said(home, caplog):
