@@ -7,7 +7,7 @@ import pytest
 from rwkvpipe import vocab
 from rwkvpipe.base.config import TokenizerConfig
 from rwkvpipe.base.errors import ConfigError, DataError
-from rwkvpipe.data.synthetic import generate
+from rwkvpipe.data.synthetic import SYNTHETIC, generate
 from rwkvpipe.tokenizer import chat
 from rwkvpipe.tokenizer.load import load_tokenizer
 from rwkvpipe.tokenizer.trie import write_vocab
@@ -38,13 +38,19 @@ def test_characters_are_numbered_in_order(tmp_path):
     assert (tmp_path / "out/vocab.txt").read_bytes() == again
 
 
-def test_every_made_document_can_be_encoded(tmp_path):
-    words = [word for name in ("chats:1:50", "exam:2:50") for word in ("--synthetic", f"counting.{name}")]
-    tokenizer = run(tmp_path, *words, kind="trie", corpora=["a", "b"])
-    for document in [*generate("counting.chats", 1, 50), *generate("counting.exam", 2, 50)]:
-        talk = document.talk()
-        assert tokenizer.decode(chat.render(talk, tokenizer)[0]) == chat.text(talk)
-        assert tokenizer.encode(chat.prompt(talk[:1]))
+@pytest.mark.parametrize("family", sorted({name.partition(".")[0] for name in SYNTHETIC}))
+def test_what_is_learned_from_made_corpora_writes_their_talks_and_other_exams(tmp_path, family):
+    names = [name for name in SYNTHETIC if name.startswith(f"{family}.") and not name.endswith(".exam")]
+    words = [word for name in names for word in ("--synthetic", f"{name}:1:300")]
+    tokenizer = run(tmp_path, *words, kind="trie", corpora=["a"])
+    for name in (*names, f"{family}.exam"):
+        for document in generate(name, 2, 100):
+            if document.text is not None:
+                assert tokenizer.decode(tokenizer.encode(document.text)) == document.text
+                continue
+            ids, mask = chat.render(document.talk(), tokenizer)
+            assert tokenizer.decode(ids) == chat.text(document.talk()) and len(mask) == len(ids)
+            tokenizer.encode(chat.prompt(document.talk()[:1]) + "".join(f" {o}" for o in document.options or ()))
 
 
 def test_every_row_can_be_encoded_whatever_its_columns(tmp_path):

@@ -334,6 +334,4 @@ def test_progress_says_how_much_how_fast_and_how_long(caplog, monkeypatch):
     progress = transfer._Progress("a.bin", 0, 4_000_000)
     progress.tell(100)
     progress.tell(1_000_000)
-    assert [record.message for record in caplog.records] == [
-        "a.bin: 1.0 MB of 4.0 MB (25 %), 100.0 kB/s, 0:00:30 left"
-    ]
+    assert [record.message for record in caplog.records] == ["a.bin: 1.0 MB of 4.0 MB (25 %), 100.0 kB/s, 0:00:30 left"]
