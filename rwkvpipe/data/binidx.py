@@ -6,6 +6,7 @@ document index, little-endian). A mask beside them, PREFIX.mask, is ours: one ui
 
 from array import array
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 CODES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 FLOATS = (6, 7)
 HEAD = 34  # bytes before the sizes
+BLOCK = 1 << 20  # items of an index that are checked at once
 LONGEST = 2**31 - 1  # tokens of a document: sizes are int32
 
 
@@ -120,18 +122,23 @@ class BinidxWriter:
 class Binidx:
     """A binidx pair, memory-mapped: `len` is the number of tokens.
 
-    `documents` is an array (n, 2) of the first token of each document and the one after its last; `dtype` is the
-    tokens'. Raises DataError naming the file that is missing or damaged, and how.
+    `dtype` is the tokens'. The index of a corpus of many millions of documents is checked block by block and stays on
+    disk until `documents` is asked for. Raises DataError naming the file that is missing or damaged, and how.
     """
 
     def __init__(self, path: str | Path):
         self.prefix = _prefix(path)
-        self.dtype, items, ends = self._index(Path(f"{self.prefix}.idx"))
-        borders = np.concatenate(([0], np.cumsum(items, dtype=np.int64)))  # tokens before each item
-        self._tokens = _mapped(Path(f"{self.prefix}.bin"), self.dtype, int(borders[-1]))
+        self.dtype, self._sizes, self._ends = self._index(Path(f"{self.prefix}.idx"))
+        count = int(self._sizes.sum(dtype=np.int64))
+        self._tokens = _mapped(Path(f"{self.prefix}.bin"), self.dtype, count)
         self._marks: np.ndarray | None = None
-        starts = borders[ends]
-        self.documents = np.stack([starts[:-1], starts[1:]], axis=1)  # (n, 2)
+
+    @cached_property
+    def documents(self) -> np.ndarray:
+        """The first token of each document and the one after its last (n, 2)."""
+        borders = np.concatenate(([0], np.cumsum(self._sizes, dtype=np.int64)))  # tokens before each item
+        starts = borders[self._ends]
+        return np.stack([starts[:-1], starts[1:]], axis=1)  # (n, 2)
 
     @staticmethod
     def _index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
@@ -160,10 +167,9 @@ class Binidx:
         pointers = raw[HEAD + 4 * count : HEAD + 12 * count].view("<i8")
         ends = raw[HEAD + 12 * count :].view("<i8")
         dtype = np.dtype(CODES[code])
-        before = np.cumsum(sizes, dtype=np.int64) - sizes  # tokens before each item
-        if count and (sizes.min() < 0 or not np.array_equal(pointers, before * dtype.itemsize)):
+        if not _adjacent(sizes, pointers, dtype.itemsize):
             raise DataError(f"{path}: damaged: sizes and pointers of its items do not fit together; make it again")
-        if not documents or ends[0] != 0 or ends[-1] != count or (np.diff(ends) < 0).any():
+        if not documents or ends[0] != 0 or ends[-1] != count or (ends[1:] < ends[:-1]).any():
             raise DataError(f"{path}: damaged: the document index does not lead from 0 to {count}; make it again")
         return dtype, sizes, ends
 
@@ -181,6 +187,18 @@ class Binidx:
             self._marks = _mapped(Path(f"{self.prefix}.mask"), np.dtype(np.uint8), len(self))
         assert start >= 0 and start + count <= len(self), f"{self.prefix}: {start} + {count} of {len(self)} marks"
         return self._marks[start : start + count]
+
+
+def _adjacent(sizes: np.ndarray, pointers: np.ndarray, width: int) -> bool:
+    """Whether each item (n,) of tokens of `width` bytes begins where the one before it ends."""
+    before = 0
+    for first in range(0, len(sizes), BLOCK):
+        block = sizes[first : first + BLOCK]
+        after = before + np.cumsum(block, dtype=np.int64)
+        if block.min() < 0 or not np.array_equal(pointers[first : first + BLOCK], (after - block) * width):
+            return False
+        before = int(after[-1])
+    return True
 
 
 def _mapped(path: Path, dtype: np.dtype, count: int | None) -> np.ndarray:

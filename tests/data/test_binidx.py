@@ -125,6 +125,16 @@ def test_damage_is_named(tmp_path, suffix, change, problem):
     assert str(caught.value).startswith(f"{tmp_path}/a.{suffix}: ") and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("block", [1, 2, 3, 4])
+def test_an_index_is_checked_in_every_block(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(binidx, "BLOCK", block)
+    assert len(Binidx(write(tmp_path / "a"))) == 6
+    for item in range(len(DOCUMENTS)):
+        _edit(write(tmp_path / "a").with_suffix(".idx"), HEAD + 4 * len(DOCUMENTS) + 8 * item, b"\1")
+        with pytest.raises(DataError, match="sizes and pointers"):
+            Binidx(tmp_path / "a")
+
+
 def test_a_mask_of_another_corpus_is_refused(tmp_path):
     write(tmp_path / "a", [[1, 2]], masks=[[1, 1]])
     (tmp_path / "a.mask").write_bytes(b"\1")
