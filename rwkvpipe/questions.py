@@ -7,7 +7,7 @@ import argparse
 import json
 import logging
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 
 from rwkvpipe.base.config import BenchmarkConfig, CorpusConfig
 from rwkvpipe.base.errors import ConfigError, DataError, run
@@ -84,12 +84,13 @@ def main(argv: list[str] | None = None) -> None:
     bits = isinstance(spec, BenchmarkConfig) and spec.task == "bits"
     asked = texts(file, spec, given.seed) if bits else (each.row() for each in found(file, spec, given.seed))
     limit = spec.limit if isinstance(spec, BenchmarkConfig) else None
-    rows = list(islice(asked, limit))
-    if not rows:
+    rows = islice(asked, limit)
+    if (first := next(rows, None)) is None:
         raise DataError(f"{file or spec.synthetic}: nothing in it; give at least one {'text' if bits else 'question'}")
-    if limit and file is not None and len(rows) < limit:
-        log.info("%s: %d rows, limit is %d", file, len(rows), limit)
-    log.info("%s: %d rows", given.out, write_jsonl(given.out, rows))
+    count = write_jsonl(given.out, chain([first], rows))
+    if limit and file is not None and count < limit:
+        log.info("%s: %d rows, limit is %d", file, count, limit)
+    log.info("%s: %d rows", given.out, count)
 
 
 if __name__ == "__main__":

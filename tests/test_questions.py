@@ -71,6 +71,7 @@ def test_a_shorter_file_than_the_limit_is_spoken_of(tmp_path, caplog):
         ("", {"task": "answer"}, DataError, "no documents in it"),
         ('{"question": "?"}', {"task": "answer"}, DataError, "a.jsonl:1: no `answer`"),
         ("{", {"task": "answer"}, DataError, "a.jsonl:1: not JSON"),
+        ('{"question": "?", "answer": "x"}\n{', {"task": "answer"}, DataError, "a.jsonl:2: not JSON"),
         ("", {"task": "bits"}, DataError, "nothing in it"),
         ("", {"task": "answr"}, ConfigError, "task"),
         ("", {"format": "text", "tokenizer": "t"}, ConfigError, "has format question"),
