@@ -59,16 +59,19 @@ class Progress:
 
     def __init__(self, what: str, total: int):
         self.what, self.total, self.done, self.tokens = what, total, 0, 0
-        self.began = self.told = time.monotonic()
+        self.began = self.told = self.last = time.monotonic()
 
     def add(self, done: int, tokens: int = 0) -> None:
-        self.done, self.tokens = self.done + done, self.tokens + tokens
+        """Count what was just done. Things that are done together come in bursts: a line tells of those before."""
         now = time.monotonic()
-        if now - self.told >= EVERY and self.done:
-            self.told, spent = now, now - self.began
-            left = spent / self.done * (self.total - self.done)
+        if not self.done:
+            self.told = now
+        elif now - self.told >= EVERY:
+            self.told, spent = now, max(self.last - self.began, 1e-9)
+            left = max(0.0, spent / self.done * (self.total - self.done) - (now - self.last))
             rate = f"{self.tokens / spent:.0f} tokens/s" if self.tokens else f"{self.done / spent:.1f}/s"
             log.info("%s: %d of %d, %s, %.0f s left", self.what, self.done, self.total, rate, left)
+        self.done, self.tokens, self.last = self.done + done, self.tokens + tokens, now
 
 
 class Slots:

@@ -175,10 +175,14 @@ class Answer:
 
     def grade(self, question: dict, text: str) -> float:
         """1 if the answer in the text is the right one, else 0. Raises DataError for a row without `answer`."""
+        return float(self._right(self.gold(question), extract(text), text))
+
+    def gold(self, question: dict) -> str:
+        """The right answer: what `answer` holds, of a worked solution (GSM8K's) what follows `####`."""
         gold = question.get("answer")
         if gold is None:
             raise DataError("a question has no `answer` to compare the model's with")
-        return float(self._right(str(gold), extract(text), text))
+        return extract(gold) if "####" in str(gold) else str(gold)
 
     def _right(self, gold: str, found: str, text: str) -> bool:
         value = number(gold)
@@ -201,7 +205,7 @@ class Answer:
         text = answer.get("text")
         if not isinstance(text, str):
             raise DataError("no `text` that a model wrote; this is no answer to a question of task answer")
-        found = {"question": question["question"], "gold": str(question["answer"]), "answer": text}
+        found = {"question": question["question"], "gold": self.gold(question), "answer": text}
         found |= {"extracted": extract(text), "correct": self.grade(question, text)}
         return found | {"finish": answer.get("finish")}
 

@@ -6,6 +6,7 @@ import torch
 
 from rwkvpipe.base.config import RwkvConfig, SamplingConfig
 from rwkvpipe.base.errors import ConfigError, DataError, WeightsError
+from rwkvpipe.infer import slots
 from rwkvpipe.infer.engine import Engine
 from rwkvpipe.model.family import build, detect
 from rwkvpipe.tokenizer.byte import ByteTokenizer
@@ -231,3 +232,15 @@ def test_a_caller_between_completions_may_still_train(network):
     for _ in engine(network).generate(["a", "b"], SamplingConfig(max_tokens=2)):
         assert not torch.is_inference_mode_enabled()
         assert network(torch.tensor([[1]]))[0].requires_grad
+
+
+def test_progress_tells_of_whole_bursts(monkeypatch, caplog):
+    now = [0.0]
+    monkeypatch.setattr(slots.time, "monotonic", lambda: now[0])
+    progress = slots.Progress("answered", 40)
+    with caplog.at_level("INFO"):
+        for burst in range(1, 4):
+            now[0] = 15.0 * burst
+            for _ in range(10):
+                progress.add(1)
+    assert caplog.messages == ["answered: 10 of 40, 0.7/s, 30 s left", "answered: 20 of 40, 0.7/s, 15 s left"]

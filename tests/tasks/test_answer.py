@@ -62,6 +62,12 @@ def test_words_are_answers_too():
     assert grade({"question": "", "answer": "3/4"}, "It is 0.75") == 1
 
 
+def test_of_a_worked_solution_the_end_counts():
+    row = {"question": "", "answer": "She has 16 - 3 = <<16-3=13>>13.\nThat is 2 * 13 = $26.\n#### 1,026"}
+    assert [Answer().grade(row, text) for text in ("so 1026.", "26", "#### 1026")] == [1, 0, 1]
+    assert Answer().mark(row, {"text": "so 1026."})["gold"] == "1,026"
+
+
 def test_equal_numbers_are_the_same():
     for gold, answer in [("1786", "1,786"), ("1786", "1786.0"), ("0.5", "1/2"), ("-3", "\u22123"), ("7/3", "2 1/3")]:
         assert same(gold, answer) and same(answer, gold)
