@@ -25,11 +25,12 @@ log = logging.getLogger("rwkvpipe")
 
 def mark(spec: BenchmarkConfig, model: str, tokenizer: str, questions: str) -> str:
     """What decides the answers, as one short text: settings, weights, vocabulary, questions."""
-    folder = Path(tokenizer)
-    words = sorted(folder.glob("*")) if folder.is_dir() else [folder] if folder.is_file() else []
-    files = [digest(path) for path in (store.find(model), Path(questions), *words) if path.is_file()]
-    name = "" if words else tokenizer
-    return hashlib.sha256(canonical([spec.model_dump(mode="json"), name, files]).encode()).hexdigest()[:32]
+    given = Path(tokenizer)
+    folder = given.parent if given.suffix == ".json" else given
+    words = [path for path in (folder / "tokenizer.json", folder / "vocab.txt", given) if path.is_file()]
+    parts = [spec.model_dump(mode="json"), "" if words else tokenizer]
+    parts += [digest(path) for path in (store.find(model), Path(questions), *words)]
+    return hashlib.sha256(canonical(parts).encode()).hexdigest()[:32]
 
 
 class Partial:
