@@ -136,6 +136,8 @@ def fabricate(folder: Path) -> dict:
         if job["timing"]:
             seconds = {"pretrain": 168.2, "sft": 58.1, "grpo": 131.4, "bench": 9.3}.get(job["rule"], 1.2)
             _jsonl(folder / job["timing"], [{"s": seconds * lots.uniform(0.9, 1.1), "max_rss": 412.5}])
-            said = "12:00:00 device: CPU\n12:00:01 pretrain: 731,904 of 731,904 numbers are trained, for 9 steps\n"
+            said = "12:00:00 device: CPU\n12:00:01 device cpu, 2 threads, torch 2.9.0\n"
+            said += f"12:00:02 {job['rule']}: {'41,472 of 773,376' if job['label'] != 'base' else '731,904 of 731,904'}"
+            said += " numbers are trained, for 9 steps\n"
             (folder / job["timing"]).with_suffix(".log").write_text(said)
     return story

@@ -56,6 +56,14 @@ def weights(evidence: Evidence, subject: Subject) -> tuple[str, str] | None:
     return (found[1], found[2]) if found else None
 
 
+def _device(evidence: Evidence, subject: Subject) -> str | None:
+    """On what a subject was trained, or measured, as the log says."""
+    device = evidence.said(subject, r"device: (.+)$")
+    more = evidence.said(subject, r"device \w+, (\d+) threads, (torch \S+)$")
+    threads = f"{more[1]} thread{'s' if more[1] != '1' else ''}" if more else None
+    return ", ".join(part for part in (device and device[1], threads, more and more[2]) if part) or None
+
+
 def _data(evidence: Evidence, subject: Subject) -> Html:
     source = evidence.source(subject.data)
     origin = f"made by {source['synthetic']}" if source.get("synthetic") else source.get("path")
@@ -66,7 +74,6 @@ def _data(evidence: Evidence, subject: Subject) -> Html:
 def _training(evidence: Evidence, subject: Subject, settings: Settings) -> dict[str, object]:
     """What was asked for, in a dozen words."""
     train, trained = settings.train, weights(evidence, subject)
-    device = evidence.said(subject, r"device: (.+)$")
     rows = "prompts" if subject.kind == "grpo" else "rows"
     final = f" to {train.lr_final:g}" if train.lr_final else ""
     return {
@@ -81,7 +88,7 @@ def _training(evidence: Evidence, subject: Subject, settings: Settings) -> dict[
         if settings.rollout
         else None,
         "Arithmetic": train.precision,
-        "Device": device[1] if device else None,
+        "Device": _device(evidence, subject),
         "Seed": str(settings.seed),
     }
 
@@ -149,9 +156,8 @@ def card(evidence: Evidence, subject: Subject, number: int) -> Html:
     ]
     if subject.kind == "weights":
         entry = evidence.entry("weights", subject.name)
-        device = evidence.said(subject, r"device: (.+)$")
         words = {"Checkpoint": entry.get("path"), "Tokenizer": entry.get("tokenizer"), "sha256": entry.get("sha256")}
-        parts.append(facts(words | {"Device": device[1] if device else None}))
+        parts.append(facts(words | {"Device": _device(evidence, subject)}))
     else:
         absent = el("p", "Its settings are not there.", klass="muted absent")
         parts.append(facts(_training(evidence, subject, settings)) if settings else absent)

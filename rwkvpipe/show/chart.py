@@ -63,8 +63,8 @@ def number(value: float) -> str:
     """A number in few signs: 12,000, 0.05, and 3e-5 where zeros would fill the place."""
     if value == 0 or 1e-3 <= abs(value) < 1e6:
         return count(value) if abs(value) >= 1000 else f"{value:.4g}"
-    head, _, power = f"{value:.3g}".partition("e")
-    return f"{head}e{int(power)}" if power else head
+    head, _, power = f"{value:.2e}".partition("e")
+    return f"{float(head):g}e{int(power)}"
 
 
 def ticks(low: float, high: float, about: int = 4) -> list[float]:

@@ -61,10 +61,10 @@ def count(number: float) -> str:
 
 
 def rough(number: float) -> str:
-    """About how many, in words: 950, 12.3 thousand, 1.24 million."""
-    for size, word in ((1e9, "billion"), (1e6, "million"), (1e4, "thousand")):
-        if number >= size:
-            return f"{number / (1e3 if word == 'thousand' else size):.3g} {word}"
+    """About how many: 950, 12,300, 1.24 million."""
+    for size, word in ((1e9, "billion"), (1e6, "million")):
+        if number >= 0.9995 * size:
+            return f"{number / size:.3g} {word}"
     return count(number)
 
 

@@ -67,11 +67,5 @@ def test_ticks_are_round_and_few():
 
 
 def test_numbers_take_little_room():
-    assert [number(n) for n in (0, 0.05, 12000, 3e-5, 1.23456, -2e7)] == [
-        "0",
-        "0.05",
-        "12,000",
-        "3e-5",
-        "1.235",
-        "-2e7",
-    ]
+    found = [number(n) for n in (0, 0.05, 12000, 3e-5, 7.5e-4, 1.23456, -2e7)]
+    assert found == ["0", "0.05", "12,000", "3e-5", "7.5e-4", "1.235", "-2e7"]

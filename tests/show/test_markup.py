@@ -63,4 +63,10 @@ def test_times_are_told_as_people_tell_them():
 
 
 def test_numbers_are_rounded_to_words():
-    assert [rough(n) for n in (950, 12345, 1_240_000, 3e9)] == ["950", "12.3 thousand", "1.24 million", "3 billion"]
+    assert [rough(n) for n in (950, 12345, 1_240_000, 999_900_000, 3e9)] == [
+        "950",
+        "12,345",
+        "1.24 million",
+        "1 billion",
+        "3 billion",
+    ]

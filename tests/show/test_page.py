@@ -97,6 +97,7 @@ def test_each_stage_has_its_curves_samples_and_graded_answers(finished_run):
         for title in ("Learning rate", "Gradient norm", "Throughput", "Reward" if name == "reason" else "Loss"):
             assert f"<b>{title}</b>" in text
         assert "<b>12 + 30 =</b><span> 42\n</span>" in text
+        assert "CPU, 2 threads, torch 2.9.0" in text
         assert ">right</span>" in text and ">wrong</span>" in text
 
 
