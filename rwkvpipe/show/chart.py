@@ -170,10 +170,10 @@ def draw(metrics: Metrics, chart: Chart) -> Html:
     shapes = join(shape for series in shown for shape in _shapes(metrics, series, x_axis, y_axis))
     ends, dots = [], []
     for series in shown:
-        steps, line, _ = _drawn(metrics, series)
-        label, value = series.label if len(shown) > 1 or chart.peak else "", line.max() if chart.peak else line[-1]
+        steps, values = metrics.column(series.column)
+        label, value = series.label if len(shown) > 1 or chart.peak else "", values.max() if chart.peak else values[-1]
         ends.append(el("span", label, el("b", number(value)), klass=f"last c-{series.color}"))
-        place = f"left:{_percent(x_axis(steps[-1]))};top:{_percent(1 - y_axis(line[-1]))}"
+        place = f"left:{_percent(x_axis(steps[-1]))};top:{_percent(1 - y_axis(values[-1]))}"
         dots.append(el("i", klass=f"end c-{series.color}", style=place))
     grid = [
         el("i", el("span", number(tick)), klass="grid", style=f"top:{_percent(1 - y_axis(tick))}")
@@ -181,7 +181,7 @@ def draw(metrics: Metrics, chart: Chart) -> Html:
     ]
     whole = [tick for tick in x_axis.ticks if tick == int(tick)]
     below = [el("span", count(tick), style=f"left:{_percent(x_axis(tick))}") for tick in whole]
-    begin, end = (number(_drawn(metrics, shown[0])[1][place]) for place in (0, -1))
+    begin, end = (number(metrics.column(shown[0].column)[1][place]) for place in (0, -1))
     label = escape(f"{chart.title} by step, {begin} at first, {end} at last")
     # attributes in camel case are SVG's own
     head = f'<svg viewBox="0 0 {SIDE} {SIDE}" preserveAspectRatio="none" role="img" aria-label="{label}">'

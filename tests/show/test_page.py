@@ -101,6 +101,15 @@ def test_each_stage_has_its_curves_samples_and_graded_answers(finished_run):
         assert ">right</span>" in text and ">wrong</span>" in text
 
 
+def test_the_numbers_at_the_ends_of_curves_are_those_of_the_metrics(finished_run):
+    text = told(finished_run)
+    for stage in ("base", "chat"):
+        last = json.loads(Path(f"results/demo/{stage}/metrics.jsonl").read_text().splitlines()[-1])
+        card = re.search(rf'<section id="at-{stage}".*?</section>', text, re.S)[0]
+        assert card.count(f">{last['loss']:.4g}<") == 2 and f"<b>{last['grad_norm']:.4g}</b>" in card
+        assert f"<b>{last['tokens_per_second']:,.0f}</b>" in card
+
+
 def test_the_config_on_the_page_gives_the_same_run_again(finished_run):
     text = re.search(r"the whole config</summary><pre[^>]*>(.*?)</pre>", told(finished_run), re.S)[1]
     again = Plan(parse(yaml.safe_load(read(text).text), "config"), "results").story()
