@@ -9,8 +9,6 @@ s reaches token t with the factor exp(c_t - c_s), which is split at the middle m
 exp(c_m - c_s). Neither half can overflow, because the chunk is made the shorter the faster the state decays.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -74,27 +72,6 @@ def _step(r, w, k, v, a, b, S):
     return (S @ r[..., None])[..., 0][:, None], S
 
 
-@dataclass
-class _Chunks:
-    """What forward and backward share. Every tensor is (chunks, B H, ., .)."""
-
-    ar: Tensor
-    """a, then r (2C rows), times their half factors."""
-    bk: Tensor
-    """b, then k (2C rows), times theirs."""
-    near: Tensor
-    """exp(c_t - c_m), what r was multiplied by."""
-    before: Tensor
-    """exp(c_{t-1} - c_m), a's."""
-    far: Tensor
-    """exp(c_m - c_t), k's and b's."""
-    log_decay: Tensor
-    first: Tensor
-    """exp(c_m): what the state entering a chunk is multiplied by to meet them (1 row)."""
-    last: Tensor
-    """exp(c_C - c_m): what the state is multiplied by to leave it (1 row)."""
-
-
 def _length(w: Tensor) -> int:
     """Tokens in a chunk: a power of two, short enough for the half factors of these decays, no longer than needed."""
     steepest = float(w.max().exp().clamp(max=STEEPEST))
@@ -106,35 +83,47 @@ def _length(w: Tensor) -> int:
     return size
 
 
-def _cut(x: Tensor, size: int, fill: float = 0.0) -> Tensor:
-    """(B, T, H, N) as (chunks, B H, size, N), the last chunk filled up."""
-    B, T, H, N = x.shape
-    if T % size:
-        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, size - T % size), value=fill)
-    return x.reshape(B, -1, size, H, N).permute(1, 0, 3, 2, 4).reshape(-1, B * H, size, N)
+def _fill(x: Tensor, size: int, value: float = 0.0) -> Tensor:
+    """(B, T, H, N) as (B, chunks, size, H, N), the last chunk filled up."""
+    if x.shape[1] % size:
+        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, size - x.shape[1] % size), value=value)
+    return x.unflatten(1, (-1, size))
 
 
-def _join(x: Tensor, B: int, T: int) -> Tensor:
-    """The way back."""
-    chunks, BH, size, N = x.shape
-    return x.view(chunks, B, BH // B, size, N).permute(1, 0, 3, 2, 4).reshape(B, chunks * size, BH // B, N)[:, :T]
+def _chunked(like: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """An empty (chunks, B H, rows, N), chunk after chunk, and its view as (B, chunks, rows, H, N)."""
+    B, chunks, _, H, N = like.shape
+    x = like.new_empty(chunks, B * H, rows, N)
+    return x, x.view(chunks, B, H, rows, N).permute(1, 0, 3, 2, 4)
 
 
-def _scaled(r, w, k, a, b, size: int) -> _Chunks:
-    r, k, a, b = (_cut(x, size) for x in (r, k, a, b))
-    log_decay = -_cut(w, size, -torch.inf).exp().clamp_(max=STEEPEST)
-    c = log_decay.cumsum(-2)
-    middle = c[..., size // 2 - 1 : size // 2, :]
-    from_middle = c - middle
-    near, far = from_middle.exp(), from_middle.neg().exp_()
-    before = (from_middle - log_decay).exp_()
-    ar, bk = torch.cat((a * before, r * near), -2), torch.cat((b * far, k * far), -2)
-    return _Chunks(ar, bk, near, before, far, log_decay, middle.exp(), near[..., -1:, :])
+def _unchunked(x: Tensor, B: int) -> Tensor:
+    """(chunks, B H, size, N) seen as (B, chunks, size, H, N)."""
+    return x.unflatten(1, (B, -1)).permute(1, 0, 3, 2, 4)
 
 
-def _causal(size: int, device: torch.device) -> Tensor:
-    """(2C, 2C): a sees what came before it (the state before its token), r what came until it."""
-    lower = torch.ones(size, size, dtype=torch.bool, device=device).tril()
+def _half_factors(w: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """near = exp(c_t - c_m) (B, chunks, size, H, N); first = exp(c_m), (B, chunks, H, N); and the log decays."""
+    log_decay = _fill(w, size, -torch.inf).exp().clamp_(max=STEEPEST).neg_()
+    c = log_decay.cumsum(2)
+    middle = c[:, :, size // 2 - 1].clone()
+    return c.sub_(middle[:, :, None]).exp_(), middle.exp_(), log_decay
+
+
+def _by_before(x: Tensor, near: Tensor, first: Tensor, out: Tensor) -> None:
+    """x_t exp(c_{t-1} - c_m): the factor of the token before, which for the first one is 1 / first."""
+    torch.mul(x[:, :, 1:], near[:, :, :-1], out=out[:, :, 1:])
+    torch.div(x[:, :, 0], first, out=out[:, :, 0])
+
+
+def _columns(x: Tensor) -> Tensor:
+    """(B, chunks, H, N) as factors of the rows of transposed states, (chunks, B H, N, 1)."""
+    return x.permute(1, 0, 2, 3).reshape(x.shape[1], -1, x.shape[3], 1)
+
+
+def _causal(size: int, like: Tensor) -> Tensor:
+    """(2C, 2C) of 0 and 1: a sees what came before it (the state before its token), r what came until it."""
+    lower = torch.ones(size, size, dtype=like.dtype, device=like.device).tril_()
     return torch.cat((lower.tril(-1).repeat(1, 2), lower.repeat(1, 2)))
 
 
@@ -153,27 +142,43 @@ def _unit_inverse(A: Tensor) -> Tensor:
 
 
 class _Chunked(torch.autograd.Function):
+    """Matrices are (chunks, B H, ., .). States are kept transposed, [key, value]: then hardly a product needs its
+    second factor transposed, which libraries do at half speed.
+
+    With ~ for "times its half factor" and f_i = last_i first_{i+1}, chunk i takes the state P_i to
+    P_{i+1} = f_i (P_i + b~^T U_i + k~^T V_i), where U_i = M (a~ P_i + A_ak V_i) holds the u of its tokens.
+    """
+
     @staticmethod
     def forward(ctx, r, w, k, v, a, b, S):
         B, T, H, N = r.shape
         size = _length(w)
-        at = _scaled(r, w, k, a, b, size)
-        A = torch.where(_causal(size, r.device), at.ar @ at.bk.mT, 0)
+        near, first, log_decay = _half_factors(w, size)
+        ar, at = _chunked(near, 2 * size)
+        _by_before(_fill(a, size), near, first, at[:, :, :size])
+        torch.mul(_fill(r, size), near, out=at[:, :, size:])
+        bk, at = _chunked(near, 2 * size)
+        torch.div(_fill(b, size), near, out=at[:, :, :size])
+        torch.div(_fill(k, size), near, out=at[:, :, size:])
+        V, at = _chunked(near, size)
+        at.copy_(_fill(v, size))
+        A = (ar @ bk.mT).mul_(_causal(size, ar))
         M = _unit_inverse(A[..., :size, :size])
-        V = _cut(v, size)
-        W = M @ at.ar[..., :size, :]
-        U0 = M @ (A[..., :size, size:] @ V)
-        UV = torch.cat((U0, V), -2)
-        states = torch.empty(len(UV), B * H, N, N, dtype=r.dtype, device=r.device)
-        S = S.reshape(B * H, N, N)
-        for i in range(len(UV)):
-            torch.mul(S, at.first[i], out=states[i])
-            UV[i, :, :size].baddbmm_(W[i], states[i].mT)
-            S = torch.baddbmm(states[i], UV[i].mT, at.bk[i]).mul_(at.last[i])
-        Y = at.ar[..., size:, :] @ states.mT + A[..., size:, :] @ UV
-        ctx.save_for_backward(r, w, k, a, b, A, M, W, UV, states)
-        ctx.size = size
-        return _join(Y, B, T), S.view(B, H, N, N)
+        W = M @ ar[..., :size, :]
+        U = M @ (A[..., :size, size:] @ V)
+        passed = _columns(torch.cat((first[:, 1:], torch.ones_like(first[:, :1])), 1).mul_(near[:, :, -1]))
+        states = torch.empty(len(U) + 1, B * H, N, N, dtype=r.dtype, device=r.device)
+        torch.mul(S.reshape(B * H, N, N).mT, _columns(first[:, :1])[0], out=states[0])
+        written = bk[..., size:, :].mT @ V
+        for i in range(len(U)):
+            U[i].baddbmm_(W[i], states[i])
+            written[i].baddbmm_(bk[i, :, :size].mT, U[i]).add_(states[i])
+            torch.mul(written[i], passed[i], out=states[i + 1])
+        UV = torch.cat((U, V), -2)
+        Y = A[..., size:, :] @ UV
+        Y += ar[..., size:, :] @ states[:-1]
+        ctx.save_for_backward(r, k, a, b, near, first, log_decay, ar, bk, A, M, W, UV, states, passed)
+        return _unchunked(Y, B).flatten(1, 2)[:, :T], states[-1].mT.reshape(B, H, N, N)
 
     @staticmethod
     @once_differentiable
@@ -183,39 +188,39 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx, dy, dS):
-        r, w, k, a, b, A, M, W, UV, states = ctx.saved_tensors
-        B, T, H, N = r.shape
-        size = ctx.size
-        at = _scaled(r, w, k, a, b, size)
-        dY = _cut(dy, size)
-        dUV = A[..., size:, :].mT @ dY
-        grads = dY.mT @ at.ar[..., size:, :]  # of `states`, from y; below, of the states that leave the chunks
-        G = dS.reshape(B * H, N, N)
-        for i in reversed(range(len(UV))):
-            leaving = G * at.last[i]
-            dUV[i].baddbmm_(at.bk[i], leaving.mT)
-            G = torch.baddbmm(grads[i], dUV[i, :, :size].mT, W[i]).add_(leaving).mul_(at.first[i])
+        r, k, a, b, near, first, log_decay, ar, bk, A, M, W, UV, states, passed = ctx.saved_tensors
+        B, _, size, H, N = near.shape
+        dY, at = _chunked(near, size)
+        at.copy_(_fill(dy, size))
+        dU = A[..., size:, :size].mT @ dY
+        grads = ar[..., size:, :].mT @ dY  # of each P_i, from y; below, of P_{i+1}, times f_i
+        G = dS.reshape(B * H, N, N).mT
+        for i in reversed(range(len(dU))):
+            leaving = G * passed[i]
+            dU[i].baddbmm_(bk[i, :, :size], leaving)
+            G = torch.baddbmm(grads[i], W[i].mT, dU[i]).add_(leaving)
             grads[i] = leaving
-        Z = M.mT @ dUV[..., :size, :]
-        dV = dUV[..., size:, :] + A[..., :size, size:].mT @ Z
+        Z = M.mT @ dU
         ZdY = torch.cat((Z, dY), -2)
-        dA = torch.where(_causal(size, r.device), ZdY @ UV.mT, 0)
-        d_ar = dA @ at.bk + ZdY @ states
-        from_state = UV @ grads
-        d_bk = dA.mT @ at.ar + from_state
-        dw = _decay_gradient(at, d_ar, d_bk, (at.bk * from_state).sum(-2) + (states * grads).sum(-2))
-        da, dr = d_ar[..., :size, :] * at.before, d_ar[..., size:, :] * at.near
-        db, dk = d_bk[..., :size, :] * at.far, d_bk[..., size:, :] * at.far
-        found = [_join(x, B, T) for x in (dr, dw, dk, dV, da, db)]
-        return (*found, G.view(B, H, N, N))
-
-
-def _decay_gradient(at: _Chunks, d_ar: Tensor, d_bk: Tensor, at_end: Tensor) -> Tensor:
-    """dw from what c_t moves: r_t, a_{t+1}, b_t, k_t and, for the last t, the state that leaves the chunk."""
-    size = at.near.shape[-2]
-    a_part, r_part = (d_ar * at.ar).split(size, -2)
-    b_part, k_part = (d_bk * at.bk).split(size, -2)
-    moved = r_part - b_part - k_part
-    moved[..., :-1, :] += a_part[..., 1:, :]
-    moved[..., -1, :] += at_end
-    return moved.flip(-2).cumsum(-2).flip(-2) * at.log_decay
+        dV = A[..., size:].mT @ ZdY
+        dV += bk[..., size:, :] @ grads
+        dA = (ZdY @ UV.mT).mul_(_causal(size, ar))
+        d_ar = dA @ bk
+        d_ar += ZdY @ states[:-1].mT
+        d_bk = UV @ grads.mT
+        at_end = (bk * d_bk).sum(-2).add_((states[:-1] * grads).sum(-1))
+        d_bk += dA.mT @ ar
+        a, r, b, k = (_fill(x, size) for x in (a, r, b, k))
+        da, dr, db, dk = (torch.empty_like(near) for _ in range(4))
+        d_ar, d_bk = _unchunked(d_ar, B), _unchunked(d_bk, B)
+        _by_before(d_ar[:, :, :size], near, first, da)
+        torch.mul(d_ar[:, :, size:], near, out=dr)
+        torch.div(d_bk[:, :, :size], near, out=db)
+        torch.div(d_bk[:, :, size:], near, out=dk)
+        # what c_t moves: r_t, a_{t+1}, b_t, k_t and, for the last t, the state that leaves the chunk
+        moved = (dr * r).addcmul_(db, b, value=-1).addcmul_(dk, k, value=-1)
+        moved[:, :, :-1].addcmul_(da[:, :, 1:], a[:, :, 1:])
+        moved[:, :, -1] += at_end.unflatten(1, (B, H)).transpose(0, 1)
+        dw = moved.flip(2).cumsum(2).flip(2).mul_(log_decay)
+        found = (x.flatten(1, 2)[:, : dy.shape[1]] for x in (dr, dw, dk, _unchunked(dV, B), da, db))
+        return *found, (G * _columns(first[:, :1])[0]).mT.reshape(B, H, N, N)

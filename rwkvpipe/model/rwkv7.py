@@ -83,7 +83,10 @@ class TimeMix(nn.Module):
         r, w, v, a, kk = (self._heads(y) for y in (r, w, v, a, k * self.k_k))
         kk = F.normalize(kk, dim=-1)
         k = self._heads(k) * (1 + (a - 1) * self._heads(self.k_a))
-        y, memory = self._remember(r, w, k, v, kk, a, memory, lengths)
+        b = kk * a
+        if lengths is not None:
+            w, k, b = _forgotten(w, k, b, lengths)
+        y, memory = wkv7(r, w, k, v, -kk, b, memory)
         bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v
         y = self.ln_x(y) + bonus.flatten(-2)
         return self.output(y * g), v_first, last, memory
@@ -91,15 +94,12 @@ class TimeMix(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_size))
 
-    def _remember(self, r, w, k, v, kk, a, memory, lengths) -> tuple[Tensor, Tensor]:
-        """The recurrence; tokens beyond a row's length leave the memory as it is."""
-        b = kk * a
-        if lengths is not None:
-            beyond = torch.arange(r.shape[1], device=r.device)[None, :] >= lengths.to(r.device)[:, None]
-            beyond = beyond[:, :, None, None]
-            w = w.masked_fill(beyond, -torch.inf)
-            k, b = k.masked_fill(beyond, 0), b.masked_fill(beyond, 0)
-        return wkv7(r, w, k, v, -kk, b, memory)
+
+def _forgotten(w: Tensor, k: Tensor, b: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """w, k and b (B, T, H, N) such that tokens beyond a row's length leave its memory as it is."""
+    beyond = torch.arange(w.shape[1], device=w.device)[None, :] >= lengths.to(w.device)[:, None]
+    beyond = beyond[:, :, None, None]
+    return w.masked_fill(beyond, -torch.inf), k.masked_fill(beyond, 0), b.masked_fill(beyond, 0)
 
 
 class Block(nn.Module):

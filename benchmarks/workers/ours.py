@@ -1,0 +1,37 @@
+"""Steps of rwkvpipe, on demand."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from rwkvpipe.base.config import TrainConfig
+from rwkvpipe.data.batches import Batch
+from rwkvpipe.train.loss import lm_losses
+from rwkvpipe.train.optim import adamw
+from rwkvpipe.weights.store import load_model
+
+folder = Path(sys.argv[1])
+case = json.loads((folder / "case.json").read_text())
+torch.set_num_threads(1)
+model = load_model(folder / "model.safetensors").train()
+ids = load_file(folder / "ids.safetensors")["ids"]
+config = TrainConfig(steps=1000, lr=case["lr"], ctx_len=case["ctx_len"], batch=case["batch"])
+optimizer = adamw(model, config)
+losses, batch = lm_losses(case["batch"], config), Batch(ids[:, :-1], ids[:, 1:])
+for order in sys.stdin:
+    if order.strip() == "loss":
+        with torch.no_grad():
+            answer = {"loss": float(sum(losses(model, batch)))}
+    else:
+        begin = time.process_time()
+        model.zero_grad(set_to_none=True)
+        for part in losses(model, batch):
+            part.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimizer.step()
+        answer = {"cpu_seconds": time.process_time() - begin}
+    print(json.dumps(answer), flush=True)
