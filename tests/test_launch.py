@@ -52,6 +52,15 @@ def test_no_device_hides_all_and_says_cpu(door, monkeypatch):
     assert env == {"CUDA_VISIBLE_DEVICES": "", "RWKVPIPE_DEVICE": "cpu"}
 
 
+def test_threads_wait_awake_only_briefly_unless_the_user_says_otherwise(door, monkeypatch):
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    door("0", "sft", "s.json")
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    door("0", "sft", "s.json")
+    assert os.environ["GOMP_SPINCOUNT"] == launch.SPIN
+
+
 def test_one_device_is_one_of_the_pool(door, monkeypatch):
     monkeypatch.setenv("RWKVPIPE_GPUS", "4,7")
     assert door("1", "sft", "s.json")[1]["CUDA_VISIBLE_DEVICES"] == "4"
