@@ -4,14 +4,13 @@ python -m rwkvpipe.launch 0 bench --spec '{"task":"choice","path":"e.jsonl"}' --
     --questions e.jsonl --out e.answers.jsonl
 """
 
-import argparse
 import hashlib
 import json
 import logging
 from pathlib import Path
 
 from rwkvpipe.base.config import BenchmarkConfig
-from rwkvpipe.base.errors import ConfigError, DataError, run
+from rwkvpipe.base.errors import ConfigError, DataError, Parser, run
 from rwkvpipe.base.files import append_line, canonical, digest, write_jsonl
 from rwkvpipe.base.strict import check_json
 from rwkvpipe.infer.engine import Engine, load_vocabulary
@@ -89,7 +88,7 @@ def named(error: DataError, engine: Engine, task: Task, questions: list[dict], p
 
 def main(argv: list[str] | None = None) -> None:
     """Write one answer a line in the order of the questions; goes on where a stopped run was."""
-    parser = argparse.ArgumentParser(prog="rwkvpipe.bench", description=__doc__.splitlines()[0])
+    parser = Parser(prog="rwkvpipe.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--spec", required=True, help="the benchmark's settings as JSON")
     parser.add_argument("--model", required=True, help="the weights that answer")
     parser.add_argument("--tokenizer", required=True, help="their vocabulary: a folder, or `bytes`")

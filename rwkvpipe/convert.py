@@ -3,10 +3,9 @@
 python -m rwkvpipe.convert RWKV-x070-World-0.1B.pth --out results/shared/weights/world/model.safetensors
 """
 
-import argparse
 import logging
 
-from rwkvpipe.base.errors import run
+from rwkvpipe.base.errors import Parser, run
 from rwkvpipe.weights import store
 
 log = logging.getLogger("rwkvpipe")
@@ -14,7 +13,7 @@ log = logging.getLogger("rwkvpipe")
 
 def main(argv: list[str] | None = None) -> None:
     """Convert one checkpoint; dtypes and bits of its tensors are kept."""
-    parser = argparse.ArgumentParser(prog="rwkvpipe.convert", description=__doc__.splitlines()[0])
+    parser = Parser(prog="rwkvpipe.convert", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="a .pth or .safetensors file, or a folder that holds one")
     parser.add_argument("--out", required=True, help="model.safetensors")
     given = parser.parse_args(argv)

@@ -3,16 +3,15 @@
 python -m rwkvpipe.download https://example.org/model.pth --out model.pth
 """
 
-import argparse
 from pathlib import Path
 
-from rwkvpipe.base.errors import run
+from rwkvpipe.base.errors import Parser, run
 from rwkvpipe.weights.hub import fetch
 
 
 def main(argv: list[str] | None = None) -> None:
     """Fetch one file."""
-    parser = argparse.ArgumentParser(prog="rwkvpipe.download", description=__doc__.splitlines()[0])
+    parser = Parser(prog="rwkvpipe.download", description=__doc__.splitlines()[0])
     parser.add_argument("source", help="a path, or an address of file://, http:// or https://")
     parser.add_argument("--sha256", help="digest that the file must have, in hex")
     parser.add_argument("--out", required=True, type=Path, help="the file to write")

@@ -8,7 +8,7 @@ import logging
 import sys
 
 from rwkvpipe.base.config import SamplesConfig, SamplingConfig
-from rwkvpipe.base.errors import ConfigError, run
+from rwkvpipe.base.errors import ConfigError, Parser, run
 from rwkvpipe.base.files import write_jsonl
 from rwkvpipe.base.strict import check, check_json
 from rwkvpipe.infer.engine import Engine, load_vocabulary
@@ -46,7 +46,7 @@ def tell(engine: Engine, spec: SamplesConfig) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Write samples.jsonl (prompt and text), or print both; the same seed gives the same texts."""
-    parser = argparse.ArgumentParser(prog="rwkvpipe.generate", description=__doc__.splitlines()[0])
+    parser = Parser(prog="rwkvpipe.generate", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="the weights that write")
     parser.add_argument("--tokenizer", required=True, help="their vocabulary: a folder, or `bytes`")
     parser.add_argument("--spec", help="prompts and sampling as JSON")

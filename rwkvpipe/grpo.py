@@ -3,10 +3,9 @@
 python -m rwkvpipe.launch 0 grpo settings.json --model m.pth --tokenizer bytes --data q.jsonl --out a.safetensors
 """
 
-import argparse
 from pathlib import Path
 
-from rwkvpipe.base.errors import ConfigError, run
+from rwkvpipe.base.errors import ConfigError, Parser, run
 from rwkvpipe.base.files import write_jsonl
 from rwkvpipe.infer.engine import load_vocabulary
 from rwkvpipe.tasks.answer import PROMPT
@@ -23,7 +22,7 @@ def _tokens(rollout: Rollout) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     """Sample, grade, learn; writes the model or adapter, metrics.jsonl and rollouts.jsonl."""
-    parser = argparse.ArgumentParser(prog="rwkvpipe.grpo", description=__doc__.splitlines()[0])
+    parser = Parser(prog="rwkvpipe.grpo", description=__doc__.splitlines()[0])
     parser.add_argument("settings", help="settings.json of the stage")
     parser.add_argument("--model", required=True, help="the weights it starts from")
     parser.add_argument("--tokenizer", required=True, help="their vocabulary: a folder, or `bytes`")

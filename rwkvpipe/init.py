@@ -3,11 +3,10 @@
 python -m rwkvpipe.init settings.json --tokenizer results/shared/tokenizers/digits --out init.safetensors
 """
 
-import argparse
 import logging
 
 from rwkvpipe.base.config import read_settings
-from rwkvpipe.base.errors import ConfigError, run
+from rwkvpipe.base.errors import ConfigError, Parser, run
 from rwkvpipe.base.files import canonical
 from rwkvpipe.model.family import build, complete
 from rwkvpipe.tokenizer.load import load_tokenizer
@@ -18,7 +17,7 @@ log = logging.getLogger("rwkvpipe")
 
 def main(argv: list[str] | None = None) -> None:
     """Initialise the model of the settings; the same seed gives the same weights."""
-    parser = argparse.ArgumentParser(prog="rwkvpipe.init", description=__doc__.splitlines()[0])
+    parser = Parser(prog="rwkvpipe.init", description=__doc__.splitlines()[0])
     parser.add_argument("settings", help="settings.json of the stage")
     parser.add_argument("--tokenizer", required=True, help="its vocabulary: a folder, or `bytes`")
     parser.add_argument("--out", required=True, help="init.safetensors")

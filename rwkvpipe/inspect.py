@@ -3,12 +3,11 @@
 python -m rwkvpipe.inspect results/demo/base/model.safetensors --json
 """
 
-import argparse
 import json
 import sys
 from collections import Counter
 
-from rwkvpipe.base.errors import run
+from rwkvpipe.base.errors import Parser, run
 from rwkvpipe.weights import store
 
 
@@ -32,7 +31,7 @@ def describe(path: str) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the facts as a table, or as JSON."""
-    parser = argparse.ArgumentParser(prog="rwkvpipe.inspect", description=__doc__.splitlines()[0])
+    parser = Parser(prog="rwkvpipe.inspect", description=__doc__.splitlines()[0])
     parser.add_argument("file", help="a .safetensors or .pth file, or a folder that holds one")
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     given = parser.parse_args(argv)

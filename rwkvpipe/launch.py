@@ -21,7 +21,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from rwkvpipe.base.errors import ConfigError, run
+from rwkvpipe.base.errors import ConfigError, Parser, run
 from rwkvpipe.base.fingerprint import check_planned
 
 log = logging.getLogger("rwkvpipe")
@@ -165,7 +165,7 @@ def _claim(words: list[str]) -> None:
 
 def main(argv=None) -> None:
     """Take what the job needs and become the verb; returns only by raising."""
-    parser = argparse.ArgumentParser(prog="python -m rwkvpipe.launch", description="Start a verb on a device.")
+    parser = Parser(prog="python -m rwkvpipe.launch", description="Start a verb on a device.")
     parser.add_argument("count", type=int, choices=range(0, 1025), metavar="N", help="GPUs: 1, or 0 for the CPU")
     parser.add_argument("--code", help="refuse to start if the verb's code is not the one planned (verb@digest)")
     parser.add_argument("verb", help="a module of rwkvpipe")

@@ -3,10 +3,9 @@
 python -m rwkvpipe.merge --model base/model.safetensors --adapter chat/adapter.safetensors --out chat/model.safetensors
 """
 
-import argparse
 import logging
 
-from rwkvpipe.base.errors import WeightsError, run
+from rwkvpipe.base.errors import Parser, WeightsError, run
 from rwkvpipe.base.files import digest
 from rwkvpipe.train.stage import read_adapter
 from rwkvpipe.weights import lora, store
@@ -16,7 +15,7 @@ log = logging.getLogger("rwkvpipe")
 
 def main(argv: list[str] | None = None) -> None:
     """Merge: W + s B A in fp64, rounded once to the dtype of W; tensors without adapter stay as they are."""
-    parser = argparse.ArgumentParser(prog="rwkvpipe.merge", description=__doc__.splitlines()[0])
+    parser = Parser(prog="rwkvpipe.merge", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="the weights that training started from")
     parser.add_argument("--adapter", required=True, help="adapter.safetensors")
     parser.add_argument("--out", required=True, help="model.safetensors")

@@ -3,7 +3,6 @@
 python -m rwkvpipe.pack --spec '{"synthetic":"counting.documents","count":1000,"tokenizer":"b"}' --tokenizer bytes --out c
 """  # noqa: E501
 
-import argparse
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -11,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from rwkvpipe.base.config import CorpusConfig
-from rwkvpipe.base.errors import ConfigError, DataError, run
+from rwkvpipe.base.errors import ConfigError, DataError, Parser, run
 from rwkvpipe.base.files import write_json
 from rwkvpipe.base.strict import check_json
 from rwkvpipe.data.binidx import BinidxWriter, token_dtype
@@ -107,7 +106,7 @@ class Packer:
 
 def main(argv: list[str] | None = None) -> None:
     """Pack a file or a made corpus; writes train and valid pairs and, last of all, corpus.json."""
-    parser = argparse.ArgumentParser(prog="rwkvpipe.pack", description=__doc__.splitlines()[0])
+    parser = Parser(prog="rwkvpipe.pack", description=__doc__.splitlines()[0])
     parser.add_argument("file", nargs="?", help="the corpus; nothing for a made one")
     parser.add_argument("--spec", required=True, help="the corpus's settings as JSON")
     parser.add_argument("--tokenizer", required=True, help="its vocabulary: a folder, or `bytes`")

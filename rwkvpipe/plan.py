@@ -6,7 +6,6 @@ schema of config.yaml, for editors.
     python -m rwkvpipe.plan --schema > workflow/schemas/config.schema.yaml
 """
 
-import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import yaml
 
 from rwkvpipe.base.agree import known, load
 from rwkvpipe.base.config import CorpusConfig, PipelineConfig, RolloutConfig, Settings
-from rwkvpipe.base.errors import run
+from rwkvpipe.base.errors import Parser, run
 from rwkvpipe.base.files import canonical
 from rwkvpipe.base.fingerprint import fingerprint
 from rwkvpipe.base.strict import Strict
@@ -273,7 +272,7 @@ def schema() -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the schema, or read a config and say what it comes to."""
-    parser = argparse.ArgumentParser(prog="python -m rwkvpipe.plan", description=__doc__.splitlines()[0])
+    parser = Parser(prog="rwkvpipe.plan", description=__doc__.splitlines()[0])
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--schema", action="store_true", help="print the schema of config.yaml")
     asked.add_argument("--check", metavar="CONFIG", help="read a config and list its jobs")

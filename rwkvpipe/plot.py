@@ -3,11 +3,10 @@
 python -m rwkvpipe.plot results/demo/base/metrics.jsonl --out results/demo/base/plots
 """
 
-import argparse
 import logging
 from pathlib import Path
 
-from rwkvpipe.base.errors import run
+from rwkvpipe.base.errors import Parser, run
 from rwkvpipe.base.files import write_text
 from rwkvpipe.show.figures import curves, save
 from rwkvpipe.show.metrics import read_metrics
@@ -17,7 +16,7 @@ log = logging.getLogger("rwkvpipe")
 
 def main(argv: list[str] | None = None) -> None:
     """Write a PNG for each figure, and metrics.csv with every column."""
-    parser = argparse.ArgumentParser(prog="rwkvpipe.plot", description=__doc__.splitlines()[0])
+    parser = Parser(prog="rwkvpipe.plot", description=__doc__.splitlines()[0])
     parser.add_argument("metrics", help="metrics.jsonl")
     parser.add_argument("--out", required=True, help="folder for the figures")
     given = parser.parse_args(argv)

@@ -3,10 +3,9 @@
 python -m rwkvpipe.launch 0 pretrain settings.json --model init.safetensors --data sums --out base/model.safetensors
 """
 
-import argparse
 from pathlib import Path
 
-from rwkvpipe.base.errors import run
+from rwkvpipe.base.errors import Parser, run
 from rwkvpipe.data.batches import token_batches
 from rwkvpipe.train.corpus import train
 from rwkvpipe.train.stage import open_stage
@@ -14,7 +13,7 @@ from rwkvpipe.train.stage import open_stage
 
 def main(argv: list[str] | None = None) -> None:
     """Train; writes the model (with lora: the adapter) and metrics.jsonl, and goes on where a stopped run was."""
-    parser = argparse.ArgumentParser(prog="rwkvpipe.pretrain", description=__doc__.splitlines()[0])
+    parser = Parser(prog="rwkvpipe.pretrain", description=__doc__.splitlines()[0])
     parser.add_argument("settings", help="settings.json of the stage")
     parser.add_argument("--model", required=True, help="the weights it starts from")
     parser.add_argument("--data", type=Path, required=True, help="folder of the packed corpus")

@@ -3,14 +3,13 @@
 python -m rwkvpipe.questions --spec '{"task":"choice","synthetic":"counting.exam","limit":200}' --out exam.jsonl
 """
 
-import argparse
 import json
 import logging
 from collections.abc import Iterator
 from itertools import chain, islice
 
 from rwkvpipe.base.config import BenchmarkConfig, CorpusConfig
-from rwkvpipe.base.errors import ConfigError, DataError, run
+from rwkvpipe.base.errors import ConfigError, DataError, Parser, run
 from rwkvpipe.base.files import write_jsonl
 from rwkvpipe.base.strict import check_json
 from rwkvpipe.data import corpus
@@ -71,7 +70,7 @@ def found(file: str | None, spec: BenchmarkConfig | CorpusConfig, seed: int) -> 
 
 def main(argv: list[str] | None = None) -> None:
     """Write questions with answers (and options), or texts for task bits, one JSON row a line."""
-    parser = argparse.ArgumentParser(prog="rwkvpipe.questions", description=__doc__.splitlines()[0])
+    parser = Parser(prog="rwkvpipe.questions", description=__doc__.splitlines()[0])
     parser.add_argument("file", nargs="?", help="the questions as they came; nothing for made ones")
     parser.add_argument("--spec", required=True, help="settings of the benchmark, or of the corpus, as JSON")
     parser.add_argument("--seed", type=int, default=0, help="of made questions")

@@ -3,11 +3,10 @@
 python -m rwkvpipe.report --spec '{"run":"demo","config":{"run":"demo"},"subjects":[]}' --out results/demo/report.html
 """
 
-import argparse
 import logging
 from pathlib import Path
 
-from rwkvpipe.base.errors import run
+from rwkvpipe.base.errors import Parser, run
 from rwkvpipe.base.files import write_text
 from rwkvpipe.show import scores
 from rwkvpipe.show.evidence import Evidence, read_story
@@ -19,7 +18,7 @@ log = logging.getLogger("rwkvpipe")
 
 def main(argv: list[str] | None = None) -> None:
     """Write the page, and plots/scores.png and .csv beside it where anything is measured."""
-    parser = argparse.ArgumentParser(prog="rwkvpipe.report", description=__doc__.splitlines()[0])
+    parser = Parser(prog="rwkvpipe.report", description=__doc__.splitlines()[0])
     parser.add_argument("--spec", required=True, help="what the plan tells of the run, as JSON")
     parser.add_argument("--out", required=True, help="report.html")
     given = parser.parse_args(argv)

@@ -3,13 +3,12 @@
 python -m rwkvpipe.score e.answers.jsonl --spec '{"task":"choice","path":"e.jsonl"}' --questions e.jsonl --out e.json
 """
 
-import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from rwkvpipe.base.config import BenchmarkConfig
-from rwkvpipe.base.errors import DataError, run
+from rwkvpipe.base.errors import DataError, Parser, run
 from rwkvpipe.base.files import read_jsonl, write_json, write_jsonl
 from rwkvpipe.base.strict import check_json
 from rwkvpipe.tasks.registry import Task, asked, read_questions
@@ -40,7 +39,7 @@ def graded(task: Task, questions: Sequence[dict], answers: Path) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> None:
     """Write the score, and beside it NAME.samples.jsonl: what was asked, answered and wanted, and the grade."""
-    parser = argparse.ArgumentParser(prog="rwkvpipe.score", description=__doc__.splitlines()[0])
+    parser = Parser(prog="rwkvpipe.score", description=__doc__.splitlines()[0])
     parser.add_argument("answers", type=Path, help="NAME.answers.jsonl, as rwkvpipe.bench writes it")
     parser.add_argument("--spec", required=True, help="the benchmark's settings as JSON")
     parser.add_argument("--questions", required=True, help="the questions that were asked")

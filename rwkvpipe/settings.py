@@ -3,17 +3,16 @@
 python -m rwkvpipe.settings --spec '{"kind":"pretrain","seed":42,"model":{"n_layer":2},"train":{"steps":100}}' --out settings.json
 """  # noqa: E501
 
-import argparse
 import json
 
 from rwkvpipe.base.config import Settings, check
-from rwkvpipe.base.errors import ConfigError, run
+from rwkvpipe.base.errors import ConfigError, Parser, run
 from rwkvpipe.base.files import write_json
 
 
 def main(argv: list[str] | None = None) -> None:
     """Check the given settings and write them with every default filled in."""
-    parser = argparse.ArgumentParser(prog="rwkvpipe.settings", description=__doc__.splitlines()[0])
+    parser = Parser(prog="rwkvpipe.settings", description=__doc__.splitlines()[0])
     parser.add_argument("--spec", required=True, help="settings as JSON")
     parser.add_argument("--out", required=True, help="settings.json")
     given = parser.parse_args(argv)

@@ -3,13 +3,12 @@
 python -m rwkvpipe.vocab --spec '{"kind":"trie","corpora":["c"]}' --synthetic counting.chats:42:1000 --out tokenizer
 """
 
-import argparse
 import logging
 from collections.abc import Iterable
 from pathlib import Path
 
 from rwkvpipe.base.config import TokenizerConfig
-from rwkvpipe.base.errors import ConfigError, DataError, run
+from rwkvpipe.base.errors import ConfigError, DataError, Parser, run
 from rwkvpipe.base.strict import check_json
 from rwkvpipe.data.corpus import texts
 from rwkvpipe.data.synthetic import generate
@@ -69,7 +68,7 @@ def make(spec: TokenizerConfig, files: list[str], made: list[str]) -> Tokenizer:
 
 def main(argv: list[str] | None = None) -> None:
     """Write the tokenizer's folder."""
-    parser = argparse.ArgumentParser(prog="rwkvpipe.vocab", description=__doc__.splitlines()[0])
+    parser = Parser(prog="rwkvpipe.vocab", description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", help="the vocabulary file, or corpora whose characters are taken")
     parser.add_argument("--spec", required=True, help="the tokenizer's settings as JSON")
     parser.add_argument("--synthetic", action="append", default=[], metavar="NAME:SEED:COUNT", help="a made corpus")

@@ -3,14 +3,19 @@
 Anything that is not a `PipeError` is a bug of ours and keeps its traceback.
 """
 
+import argparse
+import difflib
+import errno
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 log = logging.getLogger("rwkvpipe")
 
+BAD_INPUT = 2
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again, it goes on
 
 
@@ -38,38 +43,102 @@ class Stopped(PipeError):
     """The process was told to stop (Ctrl-C, SIGTERM) and has kept its work."""
 
 
+REMEDIES = {
+    errno.ENOENT: "mend the path, or make it first",
+    errno.EISDIR: "name a file",
+    errno.ENOTDIR: "a part of the path is a file; name a folder",
+    errno.EACCES: "mend its rights, or choose another place",
+    errno.EPERM: "mend its rights, or choose another place",
+    errno.EROFS: "choose another place",
+    errno.ENOSPC: "make room, then run the same command again",
+    errno.EDQUOT: "make room, then run the same command again",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """The command line of a verb: what is wrong with it is a ConfigError, in one line, that names the nearest option.
+
+    Options are written out: an abbreviation would change its meaning with the next option that is added.
+    """
+
+    def __init__(self, **given):
+        super().__init__(allow_abbrev=False, **given)
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse; raises ConfigError."""
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            known = [option for action in self._actions for option in action.option_strings]
+            near = difflib.get_close_matches(rest[0].partition("=")[0], known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            raise ConfigError(f"{rest[0]}: no such argument; {hint}")
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError instead of printing the usage."""
+        name, found, problem = message.removeprefix("argument ").partition(": ")
+        raise ConfigError(f"{f'{name}: {problem}' if found else message}; see python -m {self.prog} --help")
+
+
+def explain(error: PipeError | OSError) -> str:
+    """What went wrong in one line without control characters: of the system's refusals the file, and what to do."""
+    if isinstance(error, PipeError):
+        text = str(error)
+    else:
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        remedy = REMEDIES.get(error.errno or 0)
+        text = f"{where}{error.strerror or error}" + (f"; {remedy}" if remedy else "")
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+class _Lines(logging.Formatter):
+    """Events begin with the time; an error is the line `error: ...` and nothing else."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return record.getMessage() if record.levelno >= logging.ERROR else super().format(record)
+
+
 def start_logging() -> None:
     """Plain lines on standard error, one an event."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Lines("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
 def _on_stop(number: int, frame) -> None:
     raise KeyboardInterrupt(signal.Signals(number).name)
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Run a verb's `main`: logging on, errors in one line, then leave with the exit status.
+def outcome(main: Callable[[], int | None]) -> int:
+    """Run a verb's `main` and return its exit status, what went wrong said in one line.
 
-    Status 0 is done, 2 is bad input, 75 is stopped on request; a bug keeps its traceback (1).
+    Status 0 is done, 2 is bad input, 75 is stopped on request; a bug raises.
     """
-    start_logging()
-    signal.signal(signal.SIGTERM, _on_stop)
     try:
-        status = main() or 0
+        return main() or 0
     except Stopped as stop:
         log.info("%s", stop)
-        status = STOPPED
-    except PipeError as error:
-        log.error("error: %s", error)
-        status = 2
+        return STOPPED
     except KeyboardInterrupt as stop:
         log.info("stopped (%s); run the same command again to go on", stop or "SIGINT")
-        status = STOPPED
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        log.error("error: %s%s", where, error.strerror or error)
-        status = 2
+        return STOPPED
+    except (PipeError, OSError) as error:
+        log.error("error: %s", explain(error))
+        return BAD_INPUT
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a verb's `main`: logging on, errors in one line, then leave with the exit status (see `outcome`)."""
+
+    def whole() -> int | None:
+        status = main()
+        sys.stdout.flush()  # a reader that is gone is an error like any other
+        return status
+
+    start_logging()
+    signal.signal(signal.SIGTERM, _on_stop)
+    status = outcome(whole)
     sys.stderr.flush()
-    sys.stdout.flush()
     # not sys.exit: a torch worker thread at interpreter teardown must not change the status
     os._exit(status)

@@ -11,7 +11,7 @@ if (ROOT / "rwkvpipe").is_dir() and str(ROOT) not in sys.path:
 
 from rwkvpipe import launch
 from rwkvpipe.base import agree
-from rwkvpipe.base.errors import ConfigError
+from rwkvpipe.base.errors import BAD_INPUT, ConfigError, PipeError, explain
 from rwkvpipe.base.files import canonical
 from rwkvpipe.base.tree import any_of
 from rwkvpipe.plan import Plan, spec
@@ -32,9 +32,10 @@ try:
     absent = None if used_as_module else story.absent()
     if absent:
         raise ConfigError(f"{absent[0]}: there is no file {absent[1]}")
-except ConfigError as error:
+except (PipeError, OSError) as error:
     # one line; an exception would bring Snakemake's own words with it
-    sys.exit(f"error: {error}")
+    sys.stderr.write(f"error: {explain(error)}\n")
+    sys.exit(BAD_INPUT)
 
 if not used_as_module:
     config.update(settled.model_dump(mode="json"))
