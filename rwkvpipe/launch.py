@@ -9,7 +9,6 @@ beside the file named by --out, lets only one process at a time work on a result
 """
 
 import argparse
-import fcntl
 import logging
 import os
 import random
@@ -21,12 +20,15 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from rwkvpipe.base.errors import ConfigError, Parser, run
+from rwkvpipe.base.agree import known
+from rwkvpipe.base.errors import ConfigError, Parser, Stopped, run
 from rwkvpipe.base.fingerprint import check_planned
+from rwkvpipe.base.lock import claim, lock
 
 log = logging.getLogger("rwkvpipe")
 
 SCHEDULERS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID", "KUBERNETES_SERVICE_HOST")
+VERBS = sorted({file.stem for file in Path(__file__).parent.glob("*.py")} - {"__init__", "launch", "plan"})
 POLL = 0.5  # seconds between looks at devices that are all taken
 # how long threads that are done wait awake for the others. Two programs that share the cores lose all but a fiftieth
 # of their speed at GNU's default of 300,000, and none of it at this; alone, this costs some per cent
@@ -93,31 +95,6 @@ def _locks() -> Path:
     return folder
 
 
-def lock(path: Path, waiting: str | None = None) -> int | None:
-    """An inheritable descriptor that holds an exclusive lock on a file made for it.
-
-    Taken by somebody else, it is waited for with the line `waiting` in the log, or given up (None) without one.
-    """
-    try:  # another user's file in a folder with the sticky bit may be opened, but not with O_CREAT
-        handle = os.open(path, os.O_RDWR)
-    except FileNotFoundError:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        os.fchmod(handle, 0o666)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if waiting is None:
-            os.close(handle)
-            return None
-        holder = os.pread(handle, 20, 0).decode(errors="replace").strip() or "another process"
-        log.info("%s (held by process %s); waiting", waiting, holder)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
-    os.set_inheritable(handle, True)
-    return handle
-
-
 def take(devices: list[str], locks: Path) -> str:
     """Lock one of the devices and name it; jobs that wait are served in the order in which they came."""
     queue = lock(locks / "queue", waiting="other jobs wait for a device already")
@@ -135,8 +112,6 @@ def take(devices: list[str], locks: Path) -> str:
 
 def choose(count: int) -> dict[str, str]:
     """Environment that gives the verb its device. Raises ConfigError where there is none or several are asked for."""
-    if count > 1:
-        raise ConfigError(f"{count} devices asked for, and a job takes one device; set the resource gpu to 1 or 0")
     if count == 0:
         log.info("device: CPU")
         return {"CUDA_VISIBLE_DEVICES": "", "RWKVPIPE_DEVICE": "cpu"}
@@ -152,30 +127,23 @@ def choose(count: int) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": name, "CUDA_DEVICE_ORDER": order, "RWKVPIPE_DEVICE": "cuda"}
 
 
-def _claim(words: list[str]) -> None:
-    """Lock the result that the verb's --out names, so that no second process works on it."""
-    for number, word in enumerate(words):
-        out = words[number + 1] if word == "--out" and number + 1 < len(words) else word.removeprefix("--out=")
-        if out != word:
-            path = Path(out)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock(path.parent / f".{path.name}.lock", waiting=f"{path} is in work")
-            return
-
-
 def main(argv=None) -> None:
     """Take what the job needs and become the verb; returns only by raising."""
-    parser = Parser(prog="python -m rwkvpipe.launch", description="Start a verb on a device.")
+    parser = Parser(prog="rwkvpipe.launch", description="Start a verb on a device.")
     parser.add_argument("count", type=int, choices=range(0, 1025), metavar="N", help="GPUs: 1, or 0 for the CPU")
     parser.add_argument("--code", help="refuse to start if the verb's code is not the one planned (verb@digest)")
     parser.add_argument("verb", help="a module of rwkvpipe")
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="the verb's own arguments")
     args = parser.parse_args(argv)
-    if not (Path(__file__).parent / f"{args.verb}.py").is_file() or args.verb in ("launch", "plan"):
-        raise ConfigError(f"{args.verb} is no verb that launch can start")
+    known("the command line", args.verb, "verb", VERBS)
+    if args.count > 1:
+        raise ConfigError(f"{args.count} devices asked for, and a job takes one device; set the resource gpu to 1 or 0")
+    asked = os.getppid()
+    claim(args.words)  # before the device: a job that waits here must not hold one
+    if os.getppid() != asked:
+        raise Stopped("whoever started this is gone, and the result was in work: left to whom starts it next")
     if args.code and args.code != "off":
         check_planned(args.code)
-    _claim(args.words)  # before the device: a job that waits here must not hold one
     os.environ.update(choose(args.count))
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN)
     sys.stderr.flush()

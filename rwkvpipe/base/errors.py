@@ -4,6 +4,7 @@ Anything that is not a `PipeError` is a bug of ours and keeps its traceback.
 """
 
 import argparse
+import contextlib
 import difflib
 import errno
 import logging
@@ -12,6 +13,8 @@ import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
+
+from rwkvpipe.base.lock import claim, release
 
 log = logging.getLogger("rwkvpipe")
 
@@ -52,6 +55,7 @@ REMEDIES = {
     errno.EROFS: "choose another place",
     errno.ENOSPC: "make room, then run the same command again",
     errno.EDQUOT: "make room, then run the same command again",
+    errno.EFBIG: "the limit on the size of files is too low (ulimit -f); raise it, then run the same command again",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
 
@@ -104,6 +108,7 @@ def start_logging() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.raiseExceptions = False  # a log on a full disk is no reason to stop, nor for a traceback a line
 
 
 def _on_stop(number: int, frame) -> None:
@@ -132,13 +137,20 @@ def run(main: Callable[[], int | None]) -> None:
     """Run a verb's `main`: logging on, errors in one line, then leave with the exit status (see `outcome`)."""
 
     def whole() -> int | None:
-        status = main()
+        held = claim(sys.argv[1:])
+        try:
+            status = main()
+        finally:
+            release(held)
         sys.stdout.flush()  # a reader that is gone is an error like any other
         return status
 
     start_logging()
     signal.signal(signal.SIGTERM, _on_stop)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a terminal that closes; nohup ignores it
+        signal.signal(signal.SIGHUP, _on_stop)
     status = outcome(whole)
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # the log may lie on a full disk; the status says it too
+        sys.stderr.flush()
     # not sys.exit: a torch worker thread at interpreter teardown must not change the status
     os._exit(status)

@@ -37,19 +37,19 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], mark: str, *, note
     """Write a resume point: the tensors, then the JSON that vouches for them; both flushed to disk and renamed."""
     data, card = _paths(folder, step)
     write_tensors(data, tensors)
-    described = {"step": step, "mark": mark, "bytes": data.stat().st_size, "sha256": digest(data)}
-    write_json(card, described | {"notes": notes or {}})
+    described = {"step": step, "mark": mark, "sha256": digest(data), "notes": notes or {}}
+    write_json(card, described | {"check": fingerprint(described)})
 
 
 def _card(path: Path) -> dict | None:
     """What a card says; None, said aloud, if it cannot be read."""
     try:
         found = read_json(path)
-        if isinstance(found, dict) and {"step", "mark", "sha256", "notes"} <= found.keys():
+        if isinstance(found, dict) and found.pop("check", None) == fingerprint(found):
             return found
-        log.warning("%s says nothing of a checkpoint: left out", path)
-    except (DataError, OSError) as error:
-        log.warning("checkpoint left out: %s", error)
+        log.warning("%s is damaged (what it says does not fit its digest)", path)
+    except DataError as error:
+        log.warning("damaged: %s", error)
     return None
 
 
@@ -61,7 +61,8 @@ def _remove(card: Path) -> None:
 def latest(folder: Path, mark: str) -> Checkpoint | None:
     """The newest whole resume point with this mark, or None.
 
-    Points with another mark are removed, damaged ones left out; both are said in the log.
+    Points with another mark are removed, and damaged ones, which would outlive the good ones before them; both are
+    said in the log. Raises OSError for what is there and may not be read: it may be whole.
     """
     cards = [(path, _card(path)) for path in sorted(folder.glob("step-*.json"), reverse=True)]
     foreign = [path for path, card in cards if card is not None and card["mark"] != mark]
@@ -70,15 +71,24 @@ def latest(folder: Path, mark: str) -> Checkpoint | None:
         for path in foreign:
             _remove(path)
     for path, card in cards:
-        if card is None or path in foreign:
+        if path in foreign:
             continue
-        data = path.with_suffix(".safetensors")
-        try:
-            if digest(data) == card["sha256"]:
-                return Checkpoint(card["step"], read_tensors(data)[0], card["notes"])
-            log.warning("%s is damaged (its digest differs): going back to the one before", data)
-        except (OSError, WeightsError) as error:
-            log.warning("checkpoint left out: %s", error)
+        tensors = None if card is None else _tensors(path.with_suffix(".safetensors"), card["sha256"])
+        if tensors is not None:
+            return Checkpoint(card["step"], tensors, card["notes"])
+        log.warning("resume point %s is removed; going back to the one before, if there is one", path.stem)
+        _remove(path)
+    return None
+
+
+def _tensors(data: Path, wanted: str) -> dict[str, Tensor] | None:
+    """The tensors of a resume point; None, said aloud, if they are not those that were saved."""
+    try:
+        if digest(data) == wanted:
+            return read_tensors(data)[0]
+        log.warning("%s is damaged (its digest differs)", data)
+    except (FileNotFoundError, WeightsError) as error:
+        log.warning("damaged: %s", error)
     return None
 
 
@@ -94,5 +104,8 @@ def prune(folder: Path, keep: int = 2) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Remove all resume points: the results they led to are written."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Remove all resume points, at once or not at all: the results they led to are written."""
+    gone = folder.with_name(f".{folder.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)

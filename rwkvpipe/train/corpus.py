@@ -19,9 +19,15 @@ def _files(folder: Path, part: str, masked: bool) -> list[Path]:
 
 
 def _fits(stage: Stage, folder: Path) -> None:
-    """Raise DataError if the corpus has ids that the model has no row for."""
-    size = read_json(folder / "corpus.json").get("vocab_size")
-    if size is not None and size > stage.model.config.vocab_size:
+    """Raise DataError if the corpus is no whole one, or has ids that the model has no row for."""
+    described = folder / "corpus.json"
+    if not described.is_file():  # written last of all
+        raise DataError(f"{described}: no such file, so packing came to no end; make the corpus with rwkvpipe.pack")
+    found = read_json(described)
+    size = found.get("vocab_size", 0) if isinstance(found, dict) else None
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise DataError(f"{described}: no vocab_size that is a whole number; make the corpus with rwkvpipe.pack")
+    if size > stage.model.config.vocab_size:
         raise DataError(
             f"{folder}: was packed with a vocabulary of {size}, the model has {stage.model.config.vocab_size} rows;"
             " give the corpus the model's tokenizer"
@@ -41,12 +47,14 @@ def train(stage: Stage, folder: Path, batches: Callable[..., Iterator], *, micro
         raise DataError(f"{folder}: no packed corpus for {stage.settings.kind} in it; make it with rwkvpipe.pack")
     _fits(stage, folder)
     config = stage.settings.train.model_copy(update={"seed": stage.seed})
-    data = Binidx(folder / "train")
+    rows = stage.model.config.vocab_size
+    data = Binidx(folder / "train", rows)
     valid = _files(folder, "valid", masked)
-    validate = held_out_loss(Binidx(folder / "valid"), config, micro_batch, masked=masked) if valid else None
+    validate = held_out_loss(Binidx(folder / "valid", rows), config, micro_batch, masked=masked) if valid else None
+    stream = batches(data, config, stage.rank, 0)  # judges the corpus before anything is written
     metrics = fit(
         stage.model,
-        lambda first, carried: batches(data, config, stage.rank, first),
+        lambda first, carried: batches(data, config, stage.rank, first) if first else stream,
         lm_losses(micro_batch, config),
         config=config,
         run=run_of(stage, inputs + valid, save_every),

@@ -10,6 +10,8 @@ from rwkvpipe.base.errors import ConfigError
 
 log = logging.getLogger("rwkvpipe")
 
+PARENT = os.getppid()
+
 
 @dataclass(frozen=True)
 class Rank:
@@ -18,6 +20,11 @@ class Rank:
     index: int
     count: int
     device: torch.device
+
+
+def deserted() -> bool:
+    """Whether whoever started this process is gone, so that nobody waits for what it does."""
+    return os.getppid() != PARENT
 
 
 def start() -> Rank:

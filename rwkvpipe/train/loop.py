@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from rwkvpipe.base.config import TrainConfig
-from rwkvpipe.base.errors import PipeError, Stopped
-from rwkvpipe.base.files import append_line, write_jsonl
+from rwkvpipe.base.errors import DataError, PipeError, Stopped
+from rwkvpipe.base.files import append_line, settle, write_jsonl
 from rwkvpipe.train import checkpoint
 from rwkvpipe.train.optim import adamw, lr_at, set_rate
 
@@ -61,21 +61,29 @@ class Log:
         self.path = path
 
     def add(self, row: dict) -> None:
-        """Append a row."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """Append a row; `cut` has begun the file. Raises DataError if it vanished since."""
         append_line(self.path, row)
 
+    def settle(self) -> None:
+        """Have it on disk, so that no resume point outlives the rows before it. Raises DataError if it vanished."""
+        settle(self.path)
+
     def rows(self) -> list[dict]:
-        """All rows; a last line that a kill has torn is none."""
+        """All rows; a last line that a kill has torn is none. Raises DataError for a line that is broken otherwise."""
         if not self.path.exists():
             return []
-        lines = self.path.read_bytes().split(b"\n")[:-1]  # what follows the last line end is torn or empty
-        return [json.loads(line) for line in lines]
+        whole, rows = self.path.read_bytes().rpartition(b"\n")[0], []
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                row = json.loads(line)
+                rows.append(row | {"step": int(row["step"])})
+            except (ValueError, TypeError, KeyError):
+                raise DataError(f"{self.path}:{number}: damaged, no row of metrics; remove the line") from None
+        return rows
 
     def cut(self, step: int) -> None:
-        """Keep the rows up to and with `step`."""
-        if self.path.exists():
-            write_jsonl(self.path, [row for row in self.rows() if row["step"] <= step])
+        """Begin, or go on with the rows up to and with `step`."""
+        write_jsonl(self.path, [row for row in self.rows() if row["step"] <= step])
 
 
 @dataclass
@@ -112,13 +120,16 @@ class Progress:
 
 
 @contextmanager
-def _held() -> Iterator[None]:
-    """Stop signals wait until the end of the block: weights are never caught between two steps."""
+def _held(*, stopping: bool = False) -> Iterator[None]:
+    """Stop signals wait until the end of the block: weights are never caught between two steps.
+
+    To a process that is `stopping` anyway they say nothing new.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     came: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     for number in before:
         signal.signal(number, lambda got, frame: came.append(got))
     try:
@@ -126,7 +137,7 @@ def _held() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
-        if came:
+        if came and not stopping:
             signal.raise_signal(came[0])
 
 
@@ -206,6 +217,8 @@ class _Training:
             self.progress = Progress(**found.notes)
             self.saved = found.step
             log.info("going on after step %d of %d", found.step, self.config.steps)
+            if not any(row["step"] == 1 for row in self.log.rows()):  # every log begins with step 1
+                log.warning("%s: earlier lines are gone; metrics begin after step %d", self.log.path, found.step)
         self.log.cut(self.progress.step)
         return carried
 
@@ -213,6 +226,7 @@ class _Training:
         """Write a resume point at the present step."""
         if self.saved == self.progress.step:
             return
+        self.log.settle()
         tensors = _pack(self.model, self.optimizer, self.hooks.carry())
         checkpoint.save(self.run.folder, self.progress.step, tensors, self.run.mark, notes=vars(self.progress))
         checkpoint.prune(self.run.folder)
@@ -274,7 +288,8 @@ def fit(
             if done % run.save_every == 0 or done == config.steps:
                 training.save()
     except KeyboardInterrupt:
-        training.save()
+        with _held(stopping=True):  # whoever presses Ctrl-C twice loses nothing
+            training.save()
         done = training.progress.step
         raise Stopped(f"stopped after step {done} of {config.steps}; the same command goes on from there") from None
     model.eval()

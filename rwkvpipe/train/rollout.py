@@ -40,10 +40,10 @@ def read_questions(path: Path, task: Task, tokenizer: Tokenizer, longest: int) -
     for number, row in enumerate(read_jsonl(path), 1):
         try:
             task.check(row)
+            prompt = task.prompt(row)
+            ids = tokenizer.encode(prompt)
         except DataError as error:
             raise DataError(f"{path}:{number}: {error}") from None
-        prompt = task.prompt(row)
-        ids = tokenizer.encode(prompt)
         if not 1 <= len(ids) <= longest:
             raise DataError(
                 f"{path}:{number}: the prompt has {len(ids)} tokens; 1 to {longest} leave room for the completion"

@@ -71,14 +71,21 @@ def run_of(stage: Stage, inputs: list[Path], save_every: int) -> Run:
 
 
 def finish(stage: Stage, metrics: Log) -> None:
-    """Write metrics.jsonl, then the model or the adapter; resume points have served and go."""
+    """Write metrics.jsonl, then the model or the adapter; resume points have served and go.
+
+    They stay where the one who asked is gone: the next one may begin by deleting results that it saw nobody finish, as
+    Snakemake does, and then makes them from the last point.
+    """
     write_jsonl(stage.out.parent / "metrics.jsonl", metrics.rows())
     if stage.settings.lora is not None:
         write_adapter(stage.out, stage.model, stage.settings.lora, base=stage.base)
     else:
         store.write(stage.out, stage.model.config, stage.model.state_dict())
-    checkpoint.clear(stage.folder)
     log.info("wrote %s", stage.out)
+    if dist.deserted():
+        log.info("whoever started this is gone: %s stays, for whom starts it next", stage.folder)
+    else:
+        checkpoint.clear(stage.folder)
 
 
 def write_adapter(path: Path, model: nn.Module, config: LoraConfig, *, base: str) -> None:

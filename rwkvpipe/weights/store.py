@@ -5,7 +5,6 @@ import pickle
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -15,32 +14,33 @@ from rwkvpipe.base.files import atomic, canonical, read_json, write_json
 from rwkvpipe.model.family import build, detect
 
 PREFIXES = ("_forward_module.", "model.")  # of DeepSpeed and RWKV-PEFT
+DTYPES = {
+    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
+    **{torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"},
+}  # as the format spells them
 DEAD = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")  # layer 0 has no value residual; never read
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as safetensors, whole or not at all; dtype and bits are kept."""
-    ready = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    seen: dict[int, str] = {}
-    for name, value in ready.items():  # the format refuses memory shared by two names
-        if value.numel() and value.data_ptr() in seen:
-            ready[name] = value.clone()
-        seen[value.data_ptr()] = name
-    with atomic(path) as part:
-        safetensors.torch.save_file(ready, part, metadata={"format": "pt", **(metadata or {})})
-        _sort_metadata(part)
+    """Write tensors as safetensors, whole or not at all; dtype and bits are kept, equal weights are equal files.
 
-
-def _sort_metadata(path: Path) -> None:
-    """Put the metadata of a fresh file in order: the library's is random, and equal weights must be equal files."""
-    with open(path, "rb+") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= length:  # the format lets spaces follow the header
-            file.seek(8)
-            file.write(text.ljust(length))
+    Not through the library: its order of metadata is random, and what it writes beside the file outlives a kill.
+    """
+    header: dict[str, dict] = {"__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))}
+    names, end = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)), 0
+    for name in names:  # wide dtypes first, so that each tensor is aligned
+        value = tensors[name]
+        if value.dtype not in DTYPES:
+            raise WeightsError(f"{path}: {name} has numbers of {value.dtype}, which safetensors has no room for")
+        start, end = end, end + value.numel() * value.element_size()
+        header[name] = {"dtype": DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic(path) as part, open(part, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -62,7 +62,7 @@ def _read_pth(path: Path, device: str) -> dict[str, Tensor]:
             raise WeightsError(f"{path}: holds Python objects, which are not run; save its tensors alone") from None
         raise WeightsError(f"{path}: not a checkpoint, or damaged; fetch it again") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:  # what torch raises on half a file
-        reason = (str(error).splitlines() or ["it is empty"])[0]
+        reason = (str(error).splitlines() or ["it is empty"])[0].partition(". ")[0]
         raise WeightsError(f"{path}: damaged or cut short ({reason}); fetch it again") from None
     return found
 
@@ -146,9 +146,12 @@ def _square(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) ->
             if value.numel() % size:
                 raise WeightsError(f"{path}: {name} has {value.numel()} values, no multiple of head size {size}")
             tensors[name] = value.reshape(-1, size)
+    try:
+        config = detect(tensors)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from None
     if "blocks.0.ln0.weight" not in tensors:
         raise WeightsError(f"{path}: blocks.0.ln0.weight is missing; weights with ln0 folded into emb cannot be used")
-    config = detect(tensors)
     with torch.device("meta"):
         wanted = build(config).state_dict()
     for name in DEAD:
@@ -202,6 +205,9 @@ def write(path: str | Path, config: RwkvConfig, tensors: dict[str, Tensor]) -> N
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     """A model with the weights of a checkpoint, in fp32, ready to compute (eval mode)."""
     config, tensors = read(path)
+    for name, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise WeightsError(f"{path}: {name} holds NaN or infinity; fetch or train these weights again")
     model = build(config)
     model.load_state_dict(tensors)  # copies, so bf16 becomes fp32
     return model.to(device).eval()

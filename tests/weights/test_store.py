@@ -1,5 +1,6 @@
 """Weights come back bit for bit, in any naming, and what is not whole is refused in one line."""
 
+import errno
 import json
 import pickle
 
@@ -170,12 +171,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, tensors, monkeypatch):
     store.write(path, CONFIG, tensors)
     before = path.read_bytes()
 
-    def fails(*args, **kwargs):
-        raise OSError("disk full")
+    def fails(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store.safetensors.torch, "save_file", fails)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr("os.fsync", fails)
+    with pytest.raises(OSError, match=r"No space left.*model\.safetensors"):
         store.write(path, CONFIG, tensors)
+    with pytest.raises(WeightsError, match="complex"):
+        store.write(path, CONFIG, tensors | {"more": torch.zeros(2, dtype=torch.complex64)})
     assert path.read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
