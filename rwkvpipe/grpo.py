@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rwkvpipe.base.errors import ConfigError, Parser, run
 from rwkvpipe.base.files import write_jsonl
+from rwkvpipe.data.batches import check_batch
 from rwkvpipe.infer.engine import load_vocabulary
 from rwkvpipe.tasks.answer import PROMPT
 from rwkvpipe.tasks.registry import grader
@@ -38,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = stage.settings
     task = grader(settings.rollout.reward)(settings.prompt or PROMPT)
     questions = read_questions(given.data, task, tokenizer, check_fits(stage))
+    check_batch(given.data, len(questions), "questions", settings.train)
     sampler = Sampler(stage, questions, tokenizer, given.micro_batch)
     losses = grpo_losses(
         settings.rollout, given.micro_batch, precision=settings.train.precision, report=sampler.parts.append

@@ -37,8 +37,9 @@ def _made(spec: CorpusConfig, seed: int) -> Iterator[Document]:
 class Packer:
     """Writes documents to the train or the valid pair and counts what it sees."""
 
-    def __init__(self, folder: Path, spec: CorpusConfig, tokenizer: Tokenizer):
+    def __init__(self, folder: Path, spec: CorpusConfig, tokenizer: Tokenizer, *, source: str | None = None):
         self.folder, self.spec, self.tokenizer = folder, spec, tokenizer
+        self.source = source or spec.path or spec.synthetic
         self.counts = {part: Counter() for part in ("train", "valid")}
         self.empty = self.blank_lines = 0
 
@@ -80,15 +81,20 @@ class Packer:
     def _check(self, valid: bool) -> None:
         found = {part: counts["documents"] for part, counts in self.counts.items()}
         if not found["train"] and not found["valid"]:
-            raise DataError(f"no documents to train on ({self.empty} empty ones left out); give some text")
+            raise DataError(
+                f"{self.source}: no documents to train on ({self.empty} empty ones left out); give some text"
+            )
         if not found["train"] or (valid and not found["valid"]):
             lacking = "train" if not found["train"] else "valid"
             raise DataError(
-                f"valid: a share of {self.spec.valid} of {sum(found.values())} documents leaves none to {lacking};"
-                " documents are held out whole: give more of them, another share, or valid_path"
+                f"{self.source}: valid: a share of {self.spec.valid} of {sum(found.values())} documents leaves none"
+                f" to {lacking}; documents are held out whole: give more of them, another share, or valid_path"
             )
         if self.spec.format == "chat" and not self.counts["train"]["learned"]:
-            raise DataError("no talk has words of the assistant, so there is nothing to learn; check columns and roles")
+            raise DataError(
+                f"{self.source}: no talk has words of the assistant, so there is nothing to learn;"
+                " check columns and roles"
+            )
 
     def describe(self) -> dict:
         """What corpus.json says."""
@@ -125,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     if (file is None) == (spec.synthetic is None):
         raise ConfigError("--spec: synthetic makes the corpus; give a file or synthetic, not both")
     training = _made(spec, given.seed) if file is None else documents(file, spec)
-    packer = Packer(given.out, spec, tokenizer)
+    packer = Packer(given.out, spec, tokenizer, source=given.file)
     packer.pack(training, documents(valid, spec) if valid else ())
     described = packer.describe()
     write_json(given.out / "corpus.json", described)

@@ -3,7 +3,6 @@
 python -m rwkvpipe.questions --spec '{"task":"choice","synthetic":"counting.exam","limit":200}' --out exam.jsonl
 """
 
-import json
 import logging
 from collections.abc import Iterator
 from itertools import chain, islice
@@ -11,7 +10,7 @@ from itertools import chain, islice
 from rwkvpipe.base.config import BenchmarkConfig, CorpusConfig
 from rwkvpipe.base.errors import ConfigError, DataError, Parser, run
 from rwkvpipe.base.files import write_jsonl
-from rwkvpipe.base.strict import check_json
+from rwkvpipe.base.strict import check, given_json
 from rwkvpipe.data import corpus
 from rwkvpipe.data.document import Document
 from rwkvpipe.data.question import check_columns, words
@@ -23,11 +22,9 @@ MADE = 1000  # questions of a made benchmark whose settings set no limit
 
 def read_spec(text: str) -> BenchmarkConfig | CorpusConfig:
     """A benchmark's settings (they have a task) or a corpus's. Raises ConfigError for others."""
-    try:
-        benchmark = "task" in json.loads(text)
-    except (json.JSONDecodeError, TypeError):
-        benchmark = False
-    spec = check_json(BenchmarkConfig if benchmark else CorpusConfig, text, "--spec")
+    value = given_json(text, "--spec")
+    benchmark = isinstance(value, dict) and "task" in value
+    spec = check(BenchmarkConfig if benchmark else CorpusConfig, value, "--spec")
     if not benchmark and spec.format != "question":
         raise ConfigError(f"--spec: format {spec.format}; a corpus of questions has format question")
     return spec

@@ -3,11 +3,10 @@
 python -m rwkvpipe.settings --spec '{"kind":"pretrain","seed":42,"model":{"n_layer":2},"train":{"steps":100}}' --out settings.json
 """  # noqa: E501
 
-import json
-
-from rwkvpipe.base.config import Settings, check
-from rwkvpipe.base.errors import ConfigError, Parser, run
+from rwkvpipe.base.config import Settings
+from rwkvpipe.base.errors import Parser, run
 from rwkvpipe.base.files import write_json
+from rwkvpipe.base.strict import check_json
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -16,11 +15,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--spec", required=True, help="settings as JSON")
     parser.add_argument("--out", required=True, help="settings.json")
     given = parser.parse_args(argv)
-    try:
-        asked = json.loads(given.spec)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"--spec: not JSON: {error.msg} (column {error.colno})") from None
-    write_json(given.out, check(Settings, asked, "--spec").model_dump(mode="json"))
+    write_json(given.out, check_json(Settings, given.spec, "--spec").model_dump(mode="json"))
 
 
 if __name__ == "__main__":

@@ -4,14 +4,17 @@ The models of `base.config` judge each key by itself; this judges them together,
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
 
 from rwkvpipe.base.config import PipelineConfig, StageConfig
 from rwkvpipe.base.errors import ConfigError
 from rwkvpipe.base.strict import check, read_yaml
 
 FORMATS = {"pretrain": ("text", "array"), "sft": ("chat",), "grpo": ("question",)}
+SECRETS = re.compile("token|secret|passw|key|sig|auth|credential", re.I)  # in names of an address's query
 TAKEN = ("plots", "log", "report.html")  # what else stands in results/<run>/
 
 
@@ -153,8 +156,29 @@ def _measures(config: PipelineConfig) -> None:
             raise ConfigError(f"{key}.bench: a benchmark stands twice; remove one")
 
 
+def _addresses(config: PipelineConfig) -> None:
+    """No address has a secret in it: what the config says stands in commands, logs and reports."""
+    for section in ("weights", "tokenizers", "corpora", "benchmarks"):
+        for name, entry in getattr(config, section).items():
+            for field in ("path", "valid_path"):
+                key, source = f"{section}.{name}.{field}", getattr(entry, field, None) or ""
+                if "://" not in source:
+                    continue
+                try:
+                    parts = urlsplit(source)
+                    asked = [word for word, _ in parse_qsl(parts.query, keep_blank_values=True)]
+                except ValueError:  # its text would repeat parts of the address
+                    raise ConfigError(f"{key}: an address that cannot be read; mend it") from None
+                if "@" in parts.netloc or any(map(SECRETS.search, asked)):
+                    raise ConfigError(
+                        f"{key}: an address with a password or a token, which logs and reports would show; fetch the"
+                        " file with python -m rwkvpipe.download ADDRESS --out FILE, and give FILE"
+                    )
+
+
 def agree(config: PipelineConfig) -> None:
     """Raise ConfigError, naming the key, where parts of a config do not fit each other."""
+    _addresses(config)
     _names(config)
     _starts(config)
     _sources(config)

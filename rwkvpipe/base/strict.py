@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -10,7 +9,8 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from rwkvpipe.base.errors import ConfigError
+from rwkvpipe.base.errors import ConfigError, DataError
+from rwkvpipe.base.files import parse_json
 
 M = TypeVar("M", bound=BaseModel)
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
@@ -70,10 +70,27 @@ def _line(model: type[BaseModel], value: Any, problem: dict) -> str:
         near = difflib.get_close_matches(parts[-1], known := _known(model, problem["loc"][:-1]), n=1)
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
         return f"{key}: no such key; {hint}"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = _wanted(problem)
     given = problem.get("input")
-    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) or given is None else ""
+    shown = f" (got {_short(given)})" if isinstance(given, str | int | float | bool) or given is None else ""
     return f"{key}: {message}{shown}" if key else message
+
+
+def _short(value: Any) -> str:
+    text = repr(value) if not isinstance(value, int) or value.bit_length() < 200 else "a number of many digits"
+    return text if len(text) < 80 else f"{text[:60]}..."
+
+
+def _wanted(problem: dict) -> str:
+    """What pydantic asks for, in words of a config."""
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "string_pattern_mismatch" and context.get("pattern") == NAME:
+        return "a name is made of letters, digits, dots, dashes and underscores and begins with a letter or digit"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return f"a mapping of keys is needed, this is {type(problem['input']).__name__}"
+    if kind in ("tuple_type", "list_type"):
+        return f"a list is needed, this is {type(problem['input']).__name__}"
+    return problem["msg"].removeprefix("Value error, ")
 
 
 def check(model: type[M], value: Any, where: str | Path) -> M:
@@ -83,13 +100,28 @@ def check(model: type[M], value: Any, where: str | Path) -> M:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        problems = error.errors(include_url=False)
+        # a misspelt key is why another one is missing
+        problems = sorted(error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden")
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ConfigError(f"{where}: {_line(model, value, problems[0])}{more}") from None
 
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML that refuses a key given twice."""
+
+    def __init__(self, text: str, name: str):
+        super().__init__(text)
+        self.name = name
+
+    def construct_object(self, node, deep=False):
+        """As YAML, but what looks like a date or a number and is none is an error of its line."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, OverflowError):
+            shown = f"{node.value!s:.40}"
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{shown} is no value that can be read; put quotes around a text", node.start_mark
+            ) from None
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -105,20 +137,30 @@ class _Loader(yaml.SafeLoader):
 
 def read_yaml(path: str | Path) -> Any:
     """Read a YAML file. Raises ConfigError naming the line of broken YAML or of a doubled key."""
+    data = Path(path).read_bytes()
     try:
-        with open(path, encoding="utf-8") as file:
-            return yaml.load(file, _Loader)  # a SafeLoader
+        return yaml.load(str(data, "utf-8-sig"), lambda text: _Loader(text, str(path)))  # a SafeLoader
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{path}:{line}: not YAML: {error.problem}") from None
+        raise ConfigError(f"{path}:{line}: not YAML: {error.problem}; mend it") from None
+    except yaml.reader.ReaderError as error:
+        line = data.decode()[: error.position].count("\n") + 1
+        raise ConfigError(f"{path}:{line}: not YAML: the character {error.character:#x} may not stand there") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}:{line}: not UTF-8 at byte {error.start + 1} of the file; save it as UTF-8") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: brackets too deep to be read; flatten it") from None
+
+
+def given_json(text: str, where: str | Path) -> Any:
+    """The value of JSON text, as it stands on a command line. Raises ConfigError in one line."""
+    try:
+        return parse_json(text, where, lines=False)
+    except DataError as error:
+        raise ConfigError(str(error)) from None
 
 
 def check_json(model: type[M], text: str, where: str | Path) -> M:
     """Validate JSON text, as it stands on a command line. Raises ConfigError in one line."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: not JSON: {error.msg} (column {error.colno})") from None
-    return check(model, value, where)
+    return check(model, given_json(text, where), where)

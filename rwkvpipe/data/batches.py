@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -78,25 +79,36 @@ def _check_share(config: TrainConfig, rank: Share) -> None:
         raise ConfigError(f"train.batch: {config.batch} rows a step for {rank.count} devices; each needs one at least")
 
 
-def _chunk_order(tokens: int, config: TrainConfig) -> Callable[[int], int]:
+def check_batch(where: str | Path, found: int, what: str, config: TrainConfig) -> None:
+    """Raise DataError where a step would have to take one thing twice."""
+    if found < config.batch:
+        raise DataError(
+            f"{where}: {found} {what} are fewer than the {config.batch} that a step takes (train.batch);"
+            " give more of them, or a smaller batch"
+        )
+
+
+def _chunk_order(data: Binidx, config: TrainConfig) -> Callable[[int], int]:
     """Function from a running number to a chunk. Raises DataError when there are too few."""
-    ctx_len = config.ctx_len
+    tokens, ctx_len = len(data), config.ctx_len
     if tokens < ctx_len + 1:
         raise DataError(
-            f"the corpus has {tokens} tokens, one row takes {ctx_len + 1} (train.ctx_len {ctx_len} and the last"
-            " target); give more text or a smaller ctx_len"
+            f"{data.prefix}: the corpus has {tokens} tokens, one row takes {ctx_len + 1} (train.ctx_len {ctx_len}"
+            " and the last target); give more text or a smaller ctx_len"
         )
     if config.order != "magic":
         count = (tokens - 1) // ctx_len  # neighbours share a token: target of one, input of the next
+        check_batch(data.prefix, count, f"rows of {ctx_len} tokens", config)
         return _shuffled(count, config.seed or 0) if config.order == "shuffled" else lambda number: number % count
     chunks = tokens // ctx_len
     prime = magic_prime(chunks)
     if prime is None or prime <= 0.9 * chunks:
         raise DataError(
-            f"train.order magic: {tokens} tokens are {chunks} chunks of {ctx_len}, and the largest fitting prime is"
-            f" {prime or 'missing'}, which reads too small a part of them (RWKV-LM asks for over 0.9);"
+            f"{data.prefix}: train.order magic: {tokens} tokens are {chunks} chunks of {ctx_len}, and the largest"
+            f" fitting prime is {prime or 'missing'}, which reads too small a part of them (RWKV-LM asks for over 0.9);"
             " choose order shuffled, a smaller ctx_len, or more text"
         )
+    check_batch(data.prefix, chunks, f"rows of {ctx_len} tokens", config)
     log.info("order magic: %d chunks of %d tokens, prime %d", chunks, ctx_len, prime)
     return lambda number: place(number, 0, prime)
 
@@ -108,7 +120,7 @@ def token_batches(data: Binidx, config: TrainConfig, rank: Share, first_step: in
     Raises DataError when the corpus is too short for the order asked for.
     """
     _check_share(config, rank)
-    chunk = _chunk_order(len(data), config)
+    chunk = _chunk_order(data, config)
     width = config.ctx_len
 
     def batches() -> Iterator[Batch]:
@@ -142,6 +154,7 @@ def _learnable(data: Binidx, config: TrainConfig, rank: Share) -> np.ndarray:
             f"{data.prefix}: none of {len(data.documents)} documents has a token to learn within train.ctx_len"
             f" {config.ctx_len}; give talks with answers, or a larger ctx_len"
         )
+    check_batch(data.prefix, len(found), "documents with something to learn", config)
     return np.asarray(found)
 
 
@@ -163,8 +176,8 @@ def _padded(data: Binidx, spans: list[tuple[int, int]]) -> Batch:
 def masked_batches(data: Binidx, config: TrainConfig, rank: Share, first_step: int) -> Iterator[Batch]:
     """Batches (b, T) of whole documents from step `first_step` on, without end; T is the longest of this share.
 
-    The mask marks the targets to learn. Documents are cut at ctx_len; those without a token to learn are left out,
-    and fewer documents than rows come again. Raises ConfigError for order magic, DataError when nothing is left.
+    The mask marks the targets to learn. Documents are cut at ctx_len; those without a token to learn are left out.
+    Raises ConfigError for order magic, DataError when less than a batch is left.
     """
     _check_share(config, rank)
     if config.order == "magic":

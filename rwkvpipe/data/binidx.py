@@ -123,11 +123,12 @@ class Binidx:
     """A binidx pair, memory-mapped: `len` is the number of tokens.
 
     `dtype` is the tokens'. The index of a corpus of many millions of documents is checked block by block and stays on
-    disk until `documents` is asked for. Raises DataError naming the file that is missing or damaged, and how.
+    disk until `documents` is asked for. Raises DataError naming the file that is missing or damaged, and how; with
+    `rows`, also for an id that a model of so many rows has none for, when it is read.
     """
 
-    def __init__(self, path: str | Path):
-        self.prefix = _prefix(path)
+    def __init__(self, path: str | Path, rows: int | None = None):
+        self.prefix, self.rows = _prefix(path), rows
         self.dtype, self._sizes, self._ends = self._index(Path(f"{self.prefix}.idx"))
         count = int(self._sizes.sum(dtype=np.int64))
         self._tokens = _mapped(Path(f"{self.prefix}.bin"), self.dtype, count)
@@ -179,7 +180,14 @@ class Binidx:
     def tokens(self, start: int, count: int) -> np.ndarray:
         """`count` tokens (count,) from token `start` on, across the borders of documents; a view of the file."""
         assert start >= 0 and start + count <= len(self), f"{self.prefix}: {start} + {count} of {len(self)} tokens"
-        return self._tokens[start : start + count]
+        found = self._tokens[start : start + count]
+        if self.rows is not None and count and (found.min() < 0 or found.max() >= self.rows):
+            wrong = found[(found < 0) | (found >= self.rows)][0]
+            raise DataError(
+                f"{self.prefix}.bin: holds the id {wrong} near token {start}, the model has {self.rows} rows;"
+                " pack the corpus with the model's tokenizer"
+            )
+        return found
 
     def mask(self, start: int, count: int) -> np.ndarray:
         """The marks (count,) uint8 of those tokens. Raises DataError when there is no mask file."""

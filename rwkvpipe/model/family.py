@@ -46,8 +46,8 @@ def detect(tensors: dict[str, Tensor]) -> RwkvConfig:
         try:
             found = family.module.detect(tensors)
         except (KeyError, IndexError, ValueError) as error:  # names like a member's, shapes or tensors not
-            raise WeightsError(f"not a whole {family.model.__name__} checkpoint: {error}") from None
+            raise WeightsError(f"not a whole {family.model.__name__} checkpoint ({error}); fetch it again") from None
         if found is not None:
             return found
     kind = next((text for part, text in OTHERS if any(part in name for name in tensors)), "no RWKV checkpoint")
-    raise WeightsError(f"this is {kind} (families known here: {', '.join(FAMILIES)})")
+    raise WeightsError(f"this is {kind}; give a model of a family known here: {', '.join(FAMILIES)}")

@@ -204,7 +204,7 @@ class Answer:
         """An answer beside its question, graded. Raises DataError for what is no answer."""
         text = answer.get("text")
         if not isinstance(text, str):
-            raise DataError("no `text` that a model wrote; this is no answer to a question of task answer")
+            raise DataError("no `text` that a model wrote; no answer to a question of task answer: run bench again")
         found = {"question": question["question"], "gold": self.gold(question), "answer": text}
         found |= {"extracted": extract(text), "correct": self.grade(question, text)}
         return found | {"finish": answer.get("finish")}

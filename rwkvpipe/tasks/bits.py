@@ -56,7 +56,7 @@ class Bits:
         """A text's beginning and its bits per byte (None where nothing was predicted)."""
         windows = answer.get("windows")
         if not isinstance(windows, list):
-            raise DataError("no `windows` that were read; this is no answer to a text of task bits")
+            raise DataError("no `windows` that were read; no answer to a text of task bits: run bench again")
         nats, size = math.fsum(nats for nats, _, _ in windows), sum(size for _, _, size in windows)
         bits = nats / math.log(2) / size if size else None
         return {"text": question["text"][:SHOWN], "bytes": size, "bits": bits, "windows": windows}

@@ -92,7 +92,7 @@ class Choice:
         """An answer beside its question, graded. Raises DataError for what is no answer, or one to other options."""
         options, sums, tokens = question["options"], answer.get("logprobs"), answer.get("tokens")
         if not isinstance(sums, list) or not isinstance(tokens, list):
-            raise DataError("no `logprobs` and `tokens` of options; this is no answer to a question of task choice")
+            raise DataError("no `logprobs` and `tokens`; no answer to a question of task choice: run bench again")
         if not len(options) == len(sums) == len(tokens):
             raise DataError(f"{len(sums)} options were weighed, the question has {len(options)}; run bench again")
         gold, chosen = self.gold(question), best(sums)

@@ -123,7 +123,9 @@ def test_sequential_rows_stand_as_the_corpus_does(tmp_path):
 def test_one_chunk_is_enough_but_for_the_magic_order(tmp_path):
     data = corpus(tmp_path, 9)
     for order in ("shuffled", "sequential"):
-        assert starts(take(token_batches(data, config(order=order), Share(), 0), 1)) == [0, 0, 0, 0]
+        assert starts(take(token_batches(data, config(order=order, batch=1), Share(), 0), 2)) == [0, 0]
+        with pytest.raises(DataError, match=r"1 rows of 8 tokens are fewer than the 4 .* \(train.batch\)"):
+            token_batches(data, config(order=order), Share(), 0)
     with pytest.raises(DataError, match="9 tokens are 1 chunks of 8"):
         token_batches(data, config(order="magic"), Share(), 0)
 
@@ -168,8 +170,8 @@ def test_only_marked_targets_are_learned(tmp_path, caplog):
 def test_long_documents_are_cut_and_counted(tmp_path, caplog):
     caplog.set_level("INFO")
     data = talks(tmp_path, [(list(range(1, 12)), [0, 1] + [0] * 8 + [1]), (list(range(1, 12)), [0] * 10 + [1])])
-    batch = next(masked_batches(data, config(ctx_len=4), Share(), 0))
-    assert batch.ids.shape == (4, 4) and batch.mask.sum() == 4
+    batch = next(masked_batches(data, config(ctx_len=4, batch=1), Share(), 0))
+    assert batch.ids.shape == (1, 4) and batch.mask.sum() == 1
     assert "2 documents; 1 cut at train.ctx_len 4, 1 left out" in caplog.text
     assert len(caplog.records) == 1
 

@@ -116,7 +116,7 @@ def test_a_wrong_digest_leaves_nothing(tmp_path, server):
     for source in (str(tmp_path / "in/a"), server.url()):
         line = refused(source, tmp_path / "out/a", "0" * 64)
         assert f"sha256 is {sha(DATA)}, wanted is {'0' * 64}" in line
-        assert only(tmp_path / "out") == []
+        assert not (tmp_path / "out").exists() or only(tmp_path / "out") == []
 
 
 @pytest.mark.parametrize(
