@@ -3,6 +3,9 @@
 About one question in seven is kept for the exam. Which one is a function of the question alone, whatever its wording
 and the order of its operands where order does not matter; so no seed and no corpus ever teaches what is examined, not
 even as a step of something longer.
+
+The texts are right. The talks are those of people in a hurry, who forget to carry two times in five: who only imitates
+them, errs as they do, and who practises with somebody to tell right from wrong can do better.
 """
 
 import hashlib
@@ -18,17 +21,14 @@ TOP = 99
 LEAST_FACTOR = 11
 LEAST_EXAMINED = 10  # smaller operands occur as steps of larger questions
 EXAMINED = 0.15  # share of the questions that are kept for the exam
-SYMBOLIC = 0.7  # share of the texts that use signs; the others use words
+SYMBOLIC = 0.5  # share of the texts that use signs; the others are exercises with their answers
+SLIPS = 0.4  # share of the talks about sums with a carry in which it is forgotten
 
-TEXTS = {
-    "+": ("{a}+{b}={c}", "{a} plus {b} is {c}", "the sum of {a} and {b} is {c}"),
-    "-": ("{a}-{b}={c}", "{a} minus {b} is {c}", "{b} taken from {a} leaves {c}"),
-    "*": ("{a}*{b}: {c}", "{a} times {b}: {c}", "the product of {a} and {b}: {c}"),
-}
+SIGNS = {"+": "{a}+{b}={c}", "-": "{a}-{b}={c}", "*": "{a}*{b}: {c}"}
 WORDINGS = {
-    "+": ("What is {a}+{b}?", "What is {a} plus {b}?", "What is the sum of {a} and {b}?", "Add {b} to {a}."),
-    "-": ("What is {a}-{b}?", "What is {a} minus {b}?", "What is left of {a} without {b}?", "Take {b} from {a}."),
-    "*": ("What is {a}*{b}?", "What is {a} times {b}?", "What is the product of {a} and {b}?", "Multiply {a} by {b}."),
+    "+": ("What is {a}+{b}?", "What is {a} plus {b}?", "What is the sum of {a} and {b}?"),
+    "-": ("What is {a}-{b}?", "What is {a} minus {b}?", "What is left of {a} without {b}?"),
+    "*": ("What is {a}*{b}?", "What is {a} times {b}?", "What is the product of {a} and {b}?"),
 }
 
 
@@ -70,15 +70,29 @@ class Sum:
         """Whether it may be trained on: neither it nor a step of it is examined."""
         return not any(part.examined for part in (self, *self.steps()))
 
-    def worked(self) -> str:
-        """The result; for a multiplication with the way to it."""
-        steps = " ".join(f"{step.a}{step.op}{step.b}={step.result}" for step in self.steps())
-        return f"{steps}: {self.result}" if steps else str(self.result)
+    def worked(self, slip: int = 0) -> str:
+        """The result; for a multiplication with the way to it. The last sum comes out wrong by `slip`."""
+        if self.op != "*":
+            return str(self.result + slip)
+        low, high, last = self.steps()
+        tens = last.result + slip
+        return f"{low.shown()} {high.shown()} {last.a}+{last.b}={tens}: {10 * tens + low.result % 10}"
+
+    def shown(self) -> str:
+        """The sum in signs, with its result."""
+        return f"{self.a}{self.op}{self.b}={self.result}"
+
+    def forgotten(self) -> int:
+        """What the last sum is wrong by if its first carry is forgotten; 0 where there is none."""
+        last = self.steps()[-1] if self.op == "*" else self
+        if last.op == "+":
+            return -10 if last.a % 10 + last.b % 10 > 9 else 0
+        return 10 if last.a % 10 < last.b % 10 else 0
 
 
 def drawn(stream: random.Random) -> Sum:
-    """Any sum; subtractions twice as often as others, for they are learned last."""
-    op = stream.choice("+--*")
+    """Any sum; multiplications, whose texts are long, half as often as subtractions, which are learned last."""
+    op = stream.choice("+++----**")
     a, b = (stream.randint(LEAST_FACTOR if op == "*" else 0, TOP) for _ in "ab")
     return Sum(op, max(a, b), min(a, b)) if op == "-" else Sum(op, a, b)
 
@@ -104,25 +118,11 @@ def _taught(seed: int, count: int, name: str) -> Iterator[tuple[Sum, random.Rand
 
 
 def _wrong(right: Sum, stream: random.Random) -> list[str]:
-    """Three answers as they come from slips: a digit beside the right one, in the result or in a step."""
-    found: list[str] = []
-    while len(found) < 3:
-        slip = stream.choice((-20, -10, -2, -1, 1, 2, 10, 20))
-        if right.op != "*":
-            text = str(right.result + slip)
-        else:
-            # one product is wrong, and what follows from it is reckoned rightly
-            low, high, _ = right.steps()
-            first = stream.random() < 0.5
-            lows, highs = low.result + slip * first, high.result + slip * (not first)
-            last = Sum("+", highs, lows // 10)
-            if min(lows, highs) < 0 or last.examined:
-                continue
-            shown = f"{low.a}*{low.b}={lows} {high.a}*{high.b}={highs} {last.a}+{last.b}={last.result}"
-            text = f"{shown}: {10 * last.result + lows % 10}"
-        if not text.startswith("-") and text != right.worked() and text not in found:
-            found.append(text)
-    return found
+    """Three answers as they come from slips in the last sum, a forgotten carry before all others."""
+    slips = [slip for slip in (-20, -10, -2, -1, 1, 2, 10, 20) if right.result + slip * 10 ** (right.op == "*") >= 0]
+    stream.shuffle(slips)
+    slips.sort(key=lambda slip: slip != right.forgotten())
+    return [right.worked(slip) for slip in slips[:3]]
 
 
 def _asked(of: Sum, stream: random.Random, origin: str) -> Document:
@@ -138,16 +138,16 @@ def _asked(of: Sum, stream: random.Random, origin: str) -> Document:
 def documents(seed: int, count: int) -> Iterator[Document]:
     """Sums with their results as short texts, most of them in signs."""
     for of, stream, origin in _taught(seed, count, "documents"):
-        plain, *worded = TEXTS[of.op]
-        form = plain if stream.random() < SYMBOLIC else stream.choice(worded)
+        form = SIGNS[of.op] if stream.random() < SYMBOLIC else f"{stream.choice(WORDINGS[of.op])} {{c}}"
         yield Document(text=form.format(a=of.a, b=of.b, c=of.worked()), origin=origin)
 
 
 def chats(seed: int, count: int) -> Iterator[Document]:
-    """Talks: a question in words, and an answer that shows the way where there is one."""
+    """Talks: a question, and an answer that shows the way where there is one, and may have forgotten a carry."""
     for of, stream, origin in _taught(seed, count, "chats"):
         question = stream.choice(WORDINGS[of.op]).format(a=of.a, b=of.b)
-        talk = ({"role": "user", "content": question}, {"role": "assistant", "content": of.worked()})
+        answer = of.worked(of.forgotten() if stream.random() < SLIPS else 0)
+        talk = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
         yield Document(messages=talk, origin=origin)
 
 

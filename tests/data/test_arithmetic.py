@@ -12,15 +12,9 @@ from rwkvpipe.tokenizer import chat
 
 # told apart by words that the generator does not know of, so that a new wording has to be entered here too
 SAID = {
-    "+": (r"(\d+) ?\+ ?(\d+)", r"(\d+) plus (\d+)", r"sum of (\d+) and (\d+)", r"[Aa]dd (\d+) to (\d+)"),
-    "-": (
-        r"(\d+) ?- ?(\d+)",
-        r"(\d+) minus (\d+)",
-        r"left of (\d+) without (\d+)",
-        r"[Tt]ake (?P<b>\d+) from (?P<a>\d+)",
-        r"(?P<b>\d+) taken from (?P<a>\d+)",
-    ),
-    "*": (r"(\d+) ?\* ?(\d+)", r"(\d+) times (\d+)", r"product of (\d+) and (\d+)", r"[Mm]ultiply (\d+) by (\d+)"),
+    "+": (r"(\d+) ?\+ ?(\d+)", r"(\d+) plus (\d+)", r"sum of (\d+) and (\d+)"),
+    "-": (r"(\d+) ?- ?(\d+)", r"(\d+) minus (\d+)", r"left of (\d+) without (\d+)"),
+    "*": (r"(\d+) ?\* ?(\d+)", r"(\d+) times (\d+)", r"product of (\d+) and (\d+)"),
 }
 
 
@@ -30,8 +24,7 @@ def sums(text: str) -> list[tuple[str, int, int]]:
     for op, patterns in SAID.items():
         for pattern in patterns:
             for match in re.finditer(pattern, text):
-                named = match.groupdict()
-                a, b = (int(named["a"]), int(named["b"])) if named else map(int, match.groups())
+                a, b = map(int, match.groups())
                 key = (op, a, b) if op == "-" else (op, min(a, b), max(a, b))
                 found.append((match.start(), key))
     return [key for _, key in sorted(found)]
@@ -86,13 +79,41 @@ def test_steps_of_multiplications_are_right_and_come_to_the_result():
         assert same(str(Sum(op, a, b).result), extract(document.text)), document.text
 
 
+def test_talks_forget_carries_now_and_then_and_err_in_nothing_else():
+    carries = slips = 0
+    for document in generate("arithmetic.chats", 3, 3000):
+        question, answer = (turn["content"] for turn in document.messages)
+        op, *operands = sums(question)[0]
+        first = int(re.search(r"\d+", answer)[0])  # the way to a product starts with the operand that it multiplies
+        asked = Sum(op, *(reversed(operands) if op == "*" and operands[0] != first else operands))
+        carries += asked.forgotten() != 0
+        slips += answer != asked.worked()
+        assert answer in (asked.worked(), asked.worked(asked.forgotten())), (question, answer)
+    assert 1000 < carries < 1600 and 0.35 < slips / carries < 0.45
+
+
+@pytest.mark.parametrize(
+    ("of", "answer"),
+    [
+        (Sum("+", 47, 38), "75"),
+        (Sum("+", 41, 38), "79"),
+        (Sum("-", 82, 47), "45"),
+        (Sum("-", 87, 42), "45"),
+        (Sum("*", 47, 38), "47*8=376 47*3=141 141+37=178: 1786"),
+        (Sum("*", 48, 38), "48*8=384 48*3=144 144+38=172: 1724"),
+    ],
+)
+def test_a_forgotten_carry_is_a_ten_too_much_or_too_little(of, answer):
+    assert of.worked(of.forgotten()) == answer
+
+
 def test_operands_reach_99_and_every_wording_occurs():
     asked = [document.question for document in generate("arithmetic.questions", 1, 3000)]
     assert {0, 99} <= {int(number) for text in asked for number in re.findall(r"\d+", text)}
     wordings = [re.escape(wording) for of in WORDINGS.values() for wording in of]
-    assert len(wordings) == 12
+    assert len(wordings) == 9
     for pattern in (w.replace(r"\{a\}", r"\d+").replace(r"\{b\}", r"\d+") for w in wordings):
-        assert sum(re.fullmatch(pattern, text) is not None for text in asked) > 150
+        assert sum(re.fullmatch(pattern, text) is not None for text in asked) > 100
 
 
 @pytest.mark.parametrize("name", ["arithmetic.questions", "arithmetic.exam"])
