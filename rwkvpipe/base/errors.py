@@ -9,9 +9,11 @@ import difflib
 import errno
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from rwkvpipe.base.lock import claim, release
@@ -19,6 +21,7 @@ from rwkvpipe.base.lock import claim, release
 log = logging.getLogger("rwkvpipe")
 
 BAD_INPUT = 2
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a scheduler, a terminal that closes
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again, it goes on
 
 
@@ -60,6 +63,14 @@ REMEDIES = {
 }
 
 
+def new_file(text: str) -> Path:
+    """The type of an option that names a file to write: known to be none that cannot be one, before days of work."""
+    path = Path(text)
+    if not path.name or path.name == ".." or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text or 'nothing'} is a folder; name the file to write")
+    return path
+
+
 class Parser(argparse.ArgumentParser):
     """The command line of a verb: what is wrong with it is a ConfigError, in one line, that names the nearest option.
 
@@ -76,7 +87,10 @@ class Parser(argparse.ArgumentParser):
             known = [option for action in self._actions for option in action.option_strings]
             near = difflib.get_close_matches(rest[0].partition("=")[0], known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            raise ConfigError(f"{rest[0]}: no such argument; {hint}")
+            raise ConfigError(f"{rest[0] or 'an empty word'}: no such argument; {hint}")
+        for action in self._actions:
+            if action.option_strings and getattr(found, action.dest, None) == "":
+                raise ConfigError(f"{action.option_strings[-1]}: is empty; leave it out or give a value")
         return found
 
     def error(self, message: str) -> NoReturn:
@@ -112,6 +126,8 @@ def start_logging() -> None:
 
 
 def _on_stop(number: int, frame) -> None:
+    for each in STOPS:  # a second one must not break into what the first one makes us keep
+        signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt(signal.Signals(number).name)
 
 
@@ -131,6 +147,15 @@ def outcome(main: Callable[[], int | None]) -> int:
     except (PipeError, OSError) as error:
         log.error("error: %s", explain(error))
         return BAD_INPUT
+    except (MemoryError, RuntimeError) as error:
+        # torch has a class of its own for GPUs only
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        log.error(
+            "error: out of memory; give fewer rows at a time (--micro-batch, --rows; in a profile micro_batch, rows),"
+            " a smaller batch, context or model, or a machine with more"
+        )
+        return BAD_INPUT
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -146,9 +171,9 @@ def run(main: Callable[[], int | None]) -> None:
         return status
 
     start_logging()
-    signal.signal(signal.SIGTERM, _on_stop)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a terminal that closes; nohup ignores it
-        signal.signal(signal.SIGHUP, _on_stop)
+    for number in STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and shells ask for jobs in the background
+            signal.signal(number, _on_stop)
     status = outcome(whole)
     with contextlib.suppress(OSError):  # the log may lie on a full disk; the status says it too
         sys.stderr.flush()
