@@ -5,14 +5,19 @@ One server process loads torch once and forks a process for each run. That count
 killed from outside after a random time.
 """
 
+import ctypes
 import json
 import os
 import random
+import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -39,7 +44,9 @@ def serve() -> None:
         asked = json.loads(line)
         reader, writer = os.pipe()
         began, pid = time.monotonic(), os.fork()
-        if not pid:
+        second = os.fork() if pid and "beside" in asked else None
+        if not pid or second == 0:
+            asked["log"] = asked["beside"] if second == 0 else asked["log"]
             dist.PARENT = os.getppid()  # as if it had started like any program
             play(asked, writer, loop, rollout)
         os.close(writer)
@@ -47,6 +54,8 @@ def serve() -> None:
             time.sleep(asked["after"])
             os.kill(pid, asked.get("signal", signal.SIGKILL))
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if second:
+            status = status or os.waitstatus_to_exitcode(os.waitpid(second, 0)[1])
         told = os.read(reader, 100).split()
         os.close(reader)
         answer = {"status": status, "seconds": time.monotonic() - began, "told": [float(word) for word in told]}
@@ -54,17 +63,24 @@ def serve() -> None:
 
 
 def play(asked: dict, writer: int, loop, rollout) -> None:
-    """Be a verb; at moment number `asked["event"]` send a signal to itself. Tells moments and time after the signal."""
+    """Be a verb; at the moments `asked["events"]` meet what is asked. Tells moments and seconds after them."""
     from rwkvpipe.base.errors import run
 
-    count, signalled, leave = 0, 0.0, os._exit
+    count, signalled, leave, busy = 0, 0.0, os._exit, False
 
     def tick(*_) -> None:
-        nonlocal count, signalled
+        nonlocal count, signalled, busy
+        if busy:
+            return
         count += 1
-        if count == asked.get("event"):
-            signalled = time.monotonic()
-            os.kill(os.getpid(), asked.get("signal", signal.SIGKILL))
+        if count in asked.get("events", ()):
+            signalled = signalled or time.monotonic()
+            if "vanish" in asked:
+                busy = True
+                shutil.rmtree(asked["vanish"], ignore_errors=True)
+                busy = False
+            else:
+                os.kill(os.getpid(), asked.get("signal", signal.SIGKILL))
 
     def ticked(function):
         def counted(*args, **kwargs):
@@ -88,6 +104,11 @@ def play(asked: dict, writer: int, loop, rollout) -> None:
         os.dup2(log, stream)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = [asked["verb"], *asked["words"]]
+    if "limit" in asked:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (asked["limit"], resource.RLIM_INFINITY))
+    if asked.get("humble"):  # rights of files count for root too
+        call = ctypes.CDLL(None).capset
+        call((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
     sys.addaudithook(lambda event, _: tick() if event in WATCHED else None)
     run(sys.modules[f"rwkvpipe.{asked['verb']}"].main)
 
@@ -128,7 +149,11 @@ TRAIN = {"ctx_len": 16, "batch": 4, "lr": 0.01, "warmup": 1}
 LORA = {"rank": 2, "full": ["ln1"]}
 STAGES = {
     "pretrain": {"kind": "pretrain", "train": TRAIN | {"steps": 14, "log_every": 3, "valid_every": 7}},
-    "sft": {"kind": "sft", "train": TRAIN | {"steps": 12, "ctx_len": 64, "log_every": 1}, "lora": LORA | {"dropout": 0.1}},
+    "sft": {
+        "kind": "sft",
+        "train": TRAIN | {"steps": 12, "ctx_len": 64, "log_every": 1},
+        "lora": LORA | {"dropout": 0.1},
+    },
     "grpo": {
         "kind": "grpo",
         "train": TRAIN | {"steps": 6, "ctx_len": 40, "batch": 2, "log_every": 1},
@@ -174,7 +199,7 @@ def ground(tmp_path_factory) -> Path:
     save_tokenizer(home / "t", ByteTokenizer(1))
     for name, spec in {"talks": TALK, "texts": TALK | {"synthetic": "counting.documents", "format": "text"}}.items():
         pack.main(["--spec", json.dumps(spec), "--tokenizer", str(home / "t"), "--out", str(home / name)])
-    rows = [{"question": f"{n}+{n * n}", "answer": str(n + 4), "options": ["2", "three", str(n + 4)]} for n in range(16)]
+    rows = [{"question": f"{n}+{n * n}", "answer": str(n + 4), "options": ["two", str(n + 4)]} for n in range(16)]
     write_jsonl(home / "q.jsonl", rows)
     for name, settings in STAGES.items():
         write_json(home / f"{name}.json", settings | {"seed": 5})
@@ -219,31 +244,199 @@ def harvest(out: Path) -> dict[str, object]:
 CASES = [*STAGES, "merge", "pack", "bench_answer", "bench_choice"]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_killed_at_random_moments_it_ends_in_the_same_bytes(server, ground, tmp_path, case):
-    verb, line = words(ground, case, tmp_path / "whole")
-    whole = server.run(verb, line, tmp_path / "log")
-    assert whole["status"] == 0, whole["said"]
-    wanted, moments = harvest(tmp_path / "whole"), int(whole["told"][0])
-    lots = random.Random(case)
+class Case:
+    """One case of CASES: its undisturbed run, and runs that are disturbed."""
+
+    def __init__(self, server: Server, ground: Path, folder: Path, name: str):
+        self.server, self.ground, self.folder, self.name = server, ground, folder, name
+        whole = self.run(folder / "whole")
+        assert whole["status"] == 0, whole["said"]
+        self.wanted, self.moments, self.seconds = harvest(folder / "whole"), int(whole["told"][0]), whole["seconds"]
+        self.lots = random.Random(name)
+
+    def run(self, out: Path, **how) -> dict:
+        return self.server.run(*words(self.ground, self.name, out), self.folder / "log", **how)
+
+    def moment(self, part: int = 0, parts: int = 1) -> int:
+        """A random moment within one of `parts` equal parts of the run."""
+        return 1 + int((part + self.lots.random()) * self.moments / parts)
+
+    def same(self, out: Path, what: object) -> str:
+        """Run to the end; everything is as if nothing had happened. Returns what that run said."""
+        again = self.run(out)
+        assert again["status"] == 0, (what, again["said"])
+        found = harvest(out)
+        assert found.keys() == self.wanted.keys(), what
+        for name, value in self.wanted.items():
+            assert found[name] == value, (what, name)
+        return again["said"]
+
+
+@pytest.fixture(scope="module")
+def cases(server, ground, tmp_path_factory):
+    """The cases by name, each begun when it is first asked for."""
+    known: dict[str, Case] = {}
+
+    def get(name: str) -> Case:
+        if name not in known:
+            known[name] = Case(server, ground, tmp_path_factory.mktemp(name), name)
+        return known[name]
+
+    return get
+
+
+def error(said: str) -> str:
+    """The one line that says what is wrong; what came before it are events, which begin with the time."""
+    lines = said.splitlines()
+    assert lines and lines[-1].startswith("error: "), said
+    assert all(line[:9].count(":") == 2 for line in lines[:-1]), said
+    return lines[-1]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_killed_at_random_moments_it_ends_in_the_same_bytes(cases, tmp_path, name):
+    case, hit = cases(name), 0
     # one in each of as many parts of the run, so that they are spread
-    kills = [{"event": 1 + int((n + lots.random()) * moments / EVENTS)} for n in range(EVENTS)]
-    kills += [{"after": 0.01 + lots.random() * whole["seconds"]} for _ in range(TIMES)]
-    hit = 0
+    kills = [{"events": [case.moment(part, EVENTS)]} for part in range(EVENTS)]
+    kills += [{"after": 0.01 + case.lots.random() * case.seconds} for _ in range(TIMES)]
     for number, kill in enumerate(kills):
         out = tmp_path / str(number)
-        verb, line = words(ground, case, out)
-        first = server.run(verb, line, tmp_path / "log", **kill)
-        hit += first["status"] == -signal.SIGKILL
+        hit += case.run(out, **kill)["status"] == -signal.SIGKILL
         if number % 3 == 2:  # and once more on the way
-            server.run(verb, line, tmp_path / "log", event=1 + int(lots.random() * moments))
-        again = server.run(verb, line, tmp_path / "log")
-        assert again["status"] == 0, (kill, again["said"])
-        found = harvest(out)
-        assert found.keys() == wanted.keys(), kill
-        for name, value in wanted.items():
-            assert found[name] == value, (kill, name)
+            case.run(out, events=[case.moment()])
+        case.same(out, kill)
     assert hit >= EVENTS - 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name)
+@pytest.mark.parametrize("name", ["pretrain", "grpo_again", "bench_answer", "pack"])
+def test_told_to_stop_it_ends_soon_and_keeps_all(cases, tmp_path, name, number):
+    case = cases(name)
+    first = case.moment(int(number) % 3, 3)
+    # whoever presses the keys again while it saves loses nothing
+    stopped = case.run(tmp_path / "a", events=[first, first + 2, first + 4, first + 6], signal=number)
+    if stopped["status"] == 0:  # there was nothing left to stop
+        assert harvest(tmp_path / "a") == case.wanted
+        return
+    assert stopped["status"] == 75, stopped["said"]
+    assert stopped["told"][1] < 5 and "Traceback" not in stopped["said"]
+    said = case.same(tmp_path / "a", first)
+    if found := re.search(r"stopped after step (\d+) of", stopped["said"]):
+        assert found[1] == "0" or f"going on after step {found[1]} of" in said
+    elif "step 1/" in stopped["said"]:  # while it wrote what it had learned
+        steps = STAGES[name]["train"]["steps"]
+        assert f"going on after step {steps} of {steps}" in said
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "gone", "card"])
+def test_a_damaged_newest_point_falls_back_to_the_one_before_and_says_so(cases, tmp_path, damage):
+    case = cases("pretrain")
+    killed = case.run(tmp_path, events=[int(0.85 * case.moments)])
+    assert killed["status"] == -signal.SIGKILL
+    points = sorted((tmp_path / "checkpoints").glob("step-*.safetensors"))
+    newest, raw = points[-1], bytearray(points[-1].read_bytes())
+    raw[len(raw) // 2] ^= 4
+    if damage == "gone":
+        newest.unlink()
+    elif damage == "card":
+        card = newest.with_suffix(".json")
+        card.write_text(card.read_text().replace('"step": ', '"step": 1', 1))
+    else:
+        newest.write_bytes({"flip": bytes(raw), "cut": raw[: len(raw) // 2], "empty": b""}[damage])
+    said = case.same(tmp_path, damage)
+    assert "damaged" in said and f"resume point {newest.stem} is removed" in said
+    assert f"going on after step {int(points[-2].stem[5:])} of" in said
+
+
+@contextmanager
+def small_disk(folder: Path, kilobytes: int) -> Iterator[bool]:
+    """A file system of that size at `folder`; False where none may be mounted."""
+    folder.mkdir()
+    call = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "rwkvpipe-test", str(folder)]
+    mounted = os.geteuid() == 0 and shutil.which("mount") and not subprocess.run(call, capture_output=True).returncode
+    try:
+        yield bool(mounted)
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(folder)], check=True)
+
+
+def remount(folder: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(cases, tmp_path, name):
+    case, full = cases(name), 0
+    largest = sum(len(value) for value in case.wanted.values() if isinstance(value, bytes)) // 1024
+    for number in range(3):
+        size = max(8, int(largest * case.lots.uniform(0.1, 1.4)))
+        with small_disk(tmp_path / f"{number}", size) as mounted:
+            out = tmp_path / f"{number}" / "out"
+            how = {} if mounted else {"limit": 1024 * size}
+            ended = case.run(out, **how)
+            if ended["status"]:
+                full += 1
+                assert ended["status"] == 2, ended["said"]
+                assert "make room" in error(ended["said"]) or "ulimit" in error(ended["said"])
+                assert str(out) in error(ended["said"]) and not list(out.rglob(".*.new-*"))
+            if mounted:
+                remount(tmp_path / f"{number}", "size=64m")
+            case.same(out, size)
+    assert full
+
+
+@pytest.mark.parametrize("name", ["pretrain", "grpo", "bench_choice", "pack", "merge"])
+def test_a_place_that_may_not_be_written_is_one_line(cases, tmp_path, name):
+    case = cases(name)
+    (tmp_path / "out").mkdir(mode=0o555)
+    refused = case.run(tmp_path / "out", humble=True)
+    assert refused["status"] == 2 and "Permission denied; mend its rights" in error(refused["said"])
+    assert not list((tmp_path / "out").iterdir())
+    (tmp_path / "out").chmod(0o755)
+    case.same(tmp_path / "out", "rights")
+
+
+@pytest.mark.parametrize("name", ["pretrain", "grpo", "bench_choice", "merge"])
+def test_a_file_that_may_not_be_read_is_one_line(cases, ground, tmp_path, name):
+    file = ground / ("texts/train.bin" if name == "pretrain" else "q.jsonl" if name != "merge" else "start.safetensors")
+    file.chmod(0)
+    refused = cases(name).run(tmp_path / "out", humble=True)
+    file.chmod(0o644)
+    assert refused["status"] == 2 and f"{file}: " in error(refused["said"]), refused["said"]
+
+
+def test_a_resume_point_that_may_not_be_read_is_not_thrown_away(cases, tmp_path):
+    case = cases("pretrain")
+    case.run(tmp_path, events=[int(0.85 * case.moments)])
+    newest = sorted((tmp_path / "checkpoints").glob("step-*.safetensors"))[-1]
+    newest.chmod(0)
+    refused = case.run(tmp_path, humble=True)
+    assert refused["status"] == 2 and str(newest) in error(refused["said"])
+    newest.chmod(0o644)
+    assert f"going on after step {int(newest.stem[5:])} of" in case.same(tmp_path, "rights")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_folder_that_vanishes_is_one_line_and_the_rerun_makes_all(cases, tmp_path, name):
+    case = cases(name)
+    for part in range(4):
+        out = tmp_path / f"{part}"
+        ended = case.run(out, events=[case.moment(part, 4)], vanish=str(out))
+        if ended["status"]:
+            assert ended["status"] == 2, ended["said"]
+            assert str(out) in error(ended["said"])
+        case.same(out, part)
+
+
+@pytest.mark.parametrize("name", ["pretrain", "grpo_again", "pack", "merge", "bench_answer"])
+def test_of_two_on_one_result_the_second_waits(cases, tmp_path, name):
+    case = cases(name)
+    both = case.run(tmp_path / "out", beside=str(tmp_path / "beside"))
+    said = both["said"] + (tmp_path / "beside").read_text()
+    assert both["status"] == 0, said
+    assert "is in work (held by process" in said
+    assert harvest(tmp_path / "out") == case.wanted
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from rwkvpipe.base.lock import claim, release
 log = logging.getLogger("rwkvpipe")
 
 BAD_INPUT = 2
+LINE = 600  # characters of an error at most
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a scheduler, a terminal that closes
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again, it goes on
 
@@ -107,7 +108,8 @@ def explain(error: PipeError | OSError) -> str:
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
         remedy = REMEDIES.get(error.errno or 0)
         text = f"{where}{error.strerror or error}" + (f"; {remedy}" if remedy else "")
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+    text = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+    return text if len(text) <= LINE else f"{text[: LINE - 150]} ... {text[-145:]}"  # the place first, the way out last
 
 
 class _Lines(logging.Formatter):
@@ -125,9 +127,13 @@ def start_logging() -> None:
     logging.raiseExceptions = False  # a log on a full disk is no reason to stop, nor for a traceback a line
 
 
+def _ignore_stops() -> None:
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _on_stop(number: int, frame) -> None:
-    for each in STOPS:  # a second one must not break into what the first one makes us keep
-        signal.signal(each, signal.SIG_IGN)
+    _ignore_stops()  # a second one must not break into what the first one makes us keep
     raise KeyboardInterrupt(signal.Signals(number).name)
 
 
@@ -165,6 +171,7 @@ def run(main: Callable[[], int | None]) -> None:
         held = claim(sys.argv[1:])
         try:
             status = main()
+            _ignore_stops()  # what is done cannot be stopped
         finally:
             release(held)
         sys.stdout.flush()  # a reader that is gone is an error like any other

@@ -120,7 +120,7 @@ class Progress:
 
 
 @contextmanager
-def _held(*, stopping: bool = False) -> Iterator[None]:
+def held(*, stopping: bool = False) -> Iterator[None]:
     """Stop signals wait until the end of the block: weights are never caught between two steps.
 
     To a process that is `stopping` anyway they say nothing new.
@@ -242,7 +242,7 @@ class _Training:
             loss, norm = _gradient(self.model, losses(self.model, batch), self.config.clip)
         except PipeError as error:
             raise type(error)(f"step {step + 1}: {error}") from None
-        with _held():
+        with held():
             self.optimizer.step()
             values = {"loss": loss, "grad_norm": norm} | self.hooks.measures()
             self.progress.add(values, self.hooks.tokens(batch), time.monotonic() - begin)
@@ -256,7 +256,7 @@ class _Training:
         if not due or not self.progress.sums:
             return None
         held_out = {"valid_loss": self.hooks.validate(self.model)} if valid else {}
-        with _held():
+        with held():
             row = self.progress.row(lr_at(config, number - 1)) | held_out
             self.log.add(row)
         return row
@@ -288,7 +288,7 @@ def fit(
             if done % run.save_every == 0 or done == config.steps:
                 training.save()
     except KeyboardInterrupt:
-        with _held(stopping=True):  # whoever presses Ctrl-C twice loses nothing
+        with held(stopping=True):  # whoever presses Ctrl-C twice loses nothing
             training.save()
         done = training.progress.step
         raise Stopped(f"stopped after step {done} of {config.steps}; the same command goes on from there") from None

@@ -11,7 +11,7 @@ from rwkvpipe.base.config import LoraConfig, RolloutConfig, Settings, check, rea
 from rwkvpipe.base.errors import ConfigError, WeightsError
 from rwkvpipe.base.files import canonical, digest, write_jsonl
 from rwkvpipe.train import checkpoint, dist
-from rwkvpipe.train.loop import Log, Run
+from rwkvpipe.train.loop import Log, Run, held
 from rwkvpipe.weights import lora, store
 
 log = logging.getLogger("rwkvpipe")
@@ -85,7 +85,8 @@ def finish(stage: Stage, metrics: Log) -> None:
     if dist.deserted():
         log.info("whoever started this is gone: %s stays, for whom starts it next", stage.folder)
     else:
-        checkpoint.clear(stage.folder)
+        with held(stopping=True):  # stopped here, a finished run would look like one that is to be made again
+            checkpoint.clear(stage.folder)
 
 
 def write_adapter(path: Path, model: nn.Module, config: LoraConfig, *, base: str) -> None:
