@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 
 from rwkvpipe.base.config import BenchmarkConfig
-from rwkvpipe.base.errors import ConfigError, DataError, Parser, run
+from rwkvpipe.base.errors import ConfigError, DataError, Parser, new_file, run
 from rwkvpipe.base.files import append_line, canonical, digest, write_jsonl
 from rwkvpipe.base.strict import check_json
 from rwkvpipe.infer.engine import Engine, load_vocabulary
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer", required=True, help="their vocabulary: a folder, or `bytes`")
     parser.add_argument("--questions", required=True, help="FILE.jsonl, as rwkvpipe.questions writes it")
     parser.add_argument("--rows", type=int, default=64, help="rows at a time; decides memory, no result")
-    parser.add_argument("--out", required=True, type=Path, help="NAME.answers.jsonl")
+    parser.add_argument("--out", required=True, type=new_file, help="NAME.answers.jsonl")
     given = parser.parse_args(argv)
     if given.rows < 1:
         raise ConfigError(f"--rows: {given.rows} at a time; 1 is the least")

@@ -5,7 +5,7 @@ python -m rwkvpipe.convert RWKV-x070-World-0.1B.pth --out results/shared/weights
 
 import logging
 
-from rwkvpipe.base.errors import Parser, run
+from rwkvpipe.base.errors import Parser, new_file, run
 from rwkvpipe.weights import store
 
 log = logging.getLogger("rwkvpipe")
@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> None:
     """Convert one checkpoint; dtypes and bits of its tensors are kept."""
     parser = Parser(prog="rwkvpipe.convert", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="a .pth or .safetensors file, or a folder that holds one")
-    parser.add_argument("--out", required=True, help="model.safetensors")
+    parser.add_argument("--out", required=True, type=new_file, help="model.safetensors")
     given = parser.parse_args(argv)
     config, tensors = store.read(given.checkpoint)
     store.write(given.out, config, tensors)

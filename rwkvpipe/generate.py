@@ -8,7 +8,7 @@ import logging
 import sys
 
 from rwkvpipe.base.config import SamplesConfig, SamplingConfig
-from rwkvpipe.base.errors import ConfigError, Parser, run
+from rwkvpipe.base.errors import ConfigError, Parser, new_file, run
 from rwkvpipe.base.files import write_jsonl
 from rwkvpipe.base.strict import check, check_json
 from rwkvpipe.infer.engine import Engine, load_vocabulary
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, help="with --prompt; 0 is the likeliest token")
     parser.add_argument("--max-tokens", type=int, help="with --prompt: longest continuation")
     parser.add_argument("--seed", type=int, help="with --prompt: of all that is drawn by lot")
-    parser.add_argument("--out", help="samples.jsonl; nothing for the terminal")
+    parser.add_argument("--out", type=new_file, help="samples.jsonl; nothing for the terminal")
     given = parser.parse_args(argv)
     spec = read_spec(given)
     rows = min(ROWS, len(spec.prompts)) if given.out else 1

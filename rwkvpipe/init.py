@@ -6,7 +6,7 @@ python -m rwkvpipe.init settings.json --tokenizer results/shared/tokenizers/digi
 import logging
 
 from rwkvpipe.base.config import read_settings
-from rwkvpipe.base.errors import ConfigError, Parser, run
+from rwkvpipe.base.errors import ConfigError, Parser, new_file, run
 from rwkvpipe.base.files import canonical
 from rwkvpipe.model.family import build, complete
 from rwkvpipe.tokenizer.load import load_tokenizer
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="rwkvpipe.init", description=__doc__.splitlines()[0])
     parser.add_argument("settings", help="settings.json of the stage")
     parser.add_argument("--tokenizer", required=True, help="its vocabulary: a folder, or `bytes`")
-    parser.add_argument("--out", required=True, help="init.safetensors")
+    parser.add_argument("--out", required=True, type=new_file, help="init.safetensors")
     given = parser.parse_args(argv)
     settings = read_settings(given.settings)
     if settings.model is None:

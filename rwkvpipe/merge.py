@@ -5,7 +5,7 @@ python -m rwkvpipe.merge --model base/model.safetensors --adapter chat/adapter.s
 
 import logging
 
-from rwkvpipe.base.errors import Parser, WeightsError, run
+from rwkvpipe.base.errors import Parser, WeightsError, new_file, run
 from rwkvpipe.base.files import digest
 from rwkvpipe.train.stage import read_adapter
 from rwkvpipe.weights import lora, store
@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="rwkvpipe.merge", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="the weights that training started from")
     parser.add_argument("--adapter", required=True, help="adapter.safetensors")
-    parser.add_argument("--out", required=True, help="model.safetensors")
+    parser.add_argument("--out", required=True, type=new_file, help="model.safetensors")
     given = parser.parse_args(argv)
     adapter, settings, base = read_adapter(given.adapter)
     config, tensors = store.read(given.model)

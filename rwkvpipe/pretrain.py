@@ -5,7 +5,7 @@ python -m rwkvpipe.launch 0 pretrain settings.json --model init.safetensors --da
 
 from pathlib import Path
 
-from rwkvpipe.base.errors import Parser, run
+from rwkvpipe.base.errors import Parser, new_file, run
 from rwkvpipe.data.batches import token_batches
 from rwkvpipe.train.corpus import train
 from rwkvpipe.train.stage import open_stage
@@ -19,7 +19,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the packed corpus")
     parser.add_argument("--micro-batch", type=int, default=8, help="rows at a time; decides memory, no result")
     parser.add_argument("--save-every", type=int, default=100, help="steps between resume points")
-    parser.add_argument("--out", required=True, help="model.safetensors, or adapter.safetensors with lora")
+    parser.add_argument(
+        "--out", required=True, type=new_file, help="model.safetensors; with lora adapter.safetensors"
+    )
     given = parser.parse_args(argv)
     stage = open_stage(given.settings, given.model, given.out, kind="pretrain")
     train(stage, given.data, token_batches, micro_batch=given.micro_batch, save_every=given.save_every)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from itertools import chain, islice
 
 from rwkvpipe.base.config import BenchmarkConfig, CorpusConfig
-from rwkvpipe.base.errors import ConfigError, DataError, Parser, run
+from rwkvpipe.base.errors import ConfigError, DataError, Parser, new_file, run
 from rwkvpipe.base.files import write_jsonl
 from rwkvpipe.base.strict import check, given_json
 from rwkvpipe.data import corpus
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("file", nargs="?", help="the questions as they came; nothing for made ones")
     parser.add_argument("--spec", required=True, help="settings of the benchmark, or of the corpus, as JSON")
     parser.add_argument("--seed", type=int, default=0, help="of made questions")
-    parser.add_argument("--out", required=True, help="FILE.jsonl")
+    parser.add_argument("--out", required=True, type=new_file, help="FILE.jsonl")
     given = parser.parse_args(argv)
     spec = read_spec(given.spec)
     file = given.file or spec.path

@@ -6,7 +6,7 @@ python -m rwkvpipe.report --spec '{"run":"demo","config":{"run":"demo"},"subject
 import logging
 from pathlib import Path
 
-from rwkvpipe.base.errors import Parser, run
+from rwkvpipe.base.errors import Parser, new_file, run
 from rwkvpipe.base.files import write_text
 from rwkvpipe.show import scores
 from rwkvpipe.show.evidence import Evidence, read_story
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     """Write the page, and plots/scores.png and .csv beside it where anything is measured."""
     parser = Parser(prog="rwkvpipe.report", description=__doc__.splitlines()[0])
     parser.add_argument("--spec", required=True, help="what the plan tells of the run, as JSON")
-    parser.add_argument("--out", required=True, help="report.html")
+    parser.add_argument("--out", required=True, type=new_file, help="report.html")
     given = parser.parse_args(argv)
     evidence = Evidence(read_story(given.spec))
     text, plots = page(evidence), Path(given.out).parent / "plots"

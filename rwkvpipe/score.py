@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rwkvpipe.base.config import BenchmarkConfig
-from rwkvpipe.base.errors import DataError, Parser, run
+from rwkvpipe.base.errors import DataError, Parser, new_file, run
 from rwkvpipe.base.files import read_jsonl, write_json, write_jsonl
 from rwkvpipe.base.strict import check_json
 from rwkvpipe.tasks.registry import Task, asked, read_questions
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("answers", type=Path, help="NAME.answers.jsonl, as rwkvpipe.bench writes it")
     parser.add_argument("--spec", required=True, help="the benchmark's settings as JSON")
     parser.add_argument("--questions", required=True, help="the questions that were asked")
-    parser.add_argument("--out", required=True, type=Path, help="NAME.json")
+    parser.add_argument("--out", required=True, type=new_file, help="NAME.json")
     given = parser.parse_args(argv)
     spec = check_json(BenchmarkConfig, given.spec, "--spec")
     task, questions = read_questions(given.questions, spec)

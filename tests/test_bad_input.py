@@ -414,6 +414,25 @@ case(
     files={"words.json": "{}"},
 )
 
+case(
+    "a folder for the result",
+    "places to write",
+    "pretrain",
+    "--out: docs is a folder",
+    "name the file to write",
+    words={"--out": "docs"},
+)
+case("nothing for the result", "places to write", "score", "--out: nothing is a folder", "name", words={"--out": ""})
+case(
+    "a file for the folder of the result",
+    "places to write",
+    "init",
+    "docs.txt",
+    "a file stands where a folder is needed",
+    words={"--out": "docs.txt/m.safetensors"},
+)
+case("an empty option", "both of two", "generate", "--tokenizer: is empty", "leave it out", words={"--tokenizer": ""})
+
 # rows of data
 
 case(
@@ -545,6 +564,28 @@ case(
 )
 
 # numbers
+
+case(
+    "a window that is none",
+    "answers",
+    "score",
+    "answers.jsonl:1",
+    "run bench again",
+    words=spec(task="bits", path="t.jsonl") | {"--questions": "t.jsonl"},
+    files={"t.jsonl": '{"text": "a"}\n', "answers.jsonl": '{"windows": [[1.5, 2]]}\n'},
+)
+case(
+    "a probability that is none",
+    "answers",
+    "score",
+    "answers.jsonl:1",
+    "run bench again",
+    words=spec(**PICK) | {"--questions": "p.jsonl"},
+    files={
+        "p.jsonl": '{"question": "a", "options": ["b", "c"], "label": 1}\n',
+        "answers.jsonl": '{"logprobs": [NaN, -1], "tokens": [1, 1]}\n',
+    },
+)
 
 case(
     "NaN in an array",
@@ -1034,7 +1075,7 @@ def command(verb: str, changes: dict) -> list[str]:
             place = words.index(name)
             words[place : place + 2] = [] if value is None else [name, value]
         else:
-            words += [*([name] if name else []), *value.split()]
+            words += [*([name] if name else []), *(value.split() or [""])]
     return words
 
 
@@ -1130,6 +1171,26 @@ def test_the_table_is_wide():
     """Many sorts of faults rather than many faults of one sort."""
     assert len(CASES) >= 60
     assert max(Counter(row.sort for row in CASES.values()).values()) <= 4
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("CUDA out of memory. Tried"), RuntimeError("CPU: can't allocate memory")]
+)
+def test_too_little_memory_is_one_line(error, caplog):
+    def main():
+        raise error
+
+    assert outcome(main) == BAD_INPUT
+    (line,) = caplog.messages
+    assert line.startswith("error: out of memory") and "--micro-batch" in line
+
+
+def test_a_bug_is_not_taken_for_bad_input():
+    def main():
+        raise RuntimeError("sizes differ")
+
+    with pytest.raises(RuntimeError, match="sizes differ"):
+        outcome(main)
 
 
 def call(*words: str, cwd: Path) -> subprocess.CompletedProcess:

@@ -135,7 +135,7 @@ class SamplingConfig(Strict):
     """Added to the logits of these ids."""
     ban: tuple[int, ...] = ()
     """Ids that never come."""
-    max_tokens: Count = 64
+    max_tokens: Annotated[int, Field(ge=1, le=2**20, strict=True)] = 64
     """Longest completion."""
     stop: tuple[str, ...] = ("\n\n",)
     """Texts that end a completion; they do not belong to it."""

@@ -53,6 +53,7 @@ class Stopped(PipeError):
 REMEDIES = {
     errno.ENOENT: "mend the path, or make it first",
     errno.EISDIR: "name a file",
+    errno.EEXIST: "a file stands where a folder is needed; choose another place",
     errno.ENOTDIR: "a part of the path is a file; name a folder",
     errno.EACCES: "mend its rights, or choose another place",
     errno.EPERM: "mend its rights, or choose another place",

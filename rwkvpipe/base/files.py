@@ -16,6 +16,8 @@ from rwkvpipe.base.errors import DataError
 
 log = logging.getLogger("rwkvpipe")
 
+HALF = "backslashreplace"  # half a surrogate pair, which UTF-8 cannot say, is written as JSON escapes it
+
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
@@ -96,7 +98,7 @@ def _hold(handle: int) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text, whole or not at all."""
     with atomic(path) as part:
-        part.write_text(text, encoding="utf-8", newline="\n")
+        part.write_text(text, encoding="utf-8", errors=HALF, newline="\n")
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
@@ -118,7 +120,7 @@ def write_json(path: str | Path, value: Any) -> None:
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> int:
     """Write one JSON object a line and return how many."""
     count = 0
-    with atomic(path) as part, open(part, "w", encoding="utf-8", newline="\n") as file:
+    with atomic(path) as part, open(part, "w", encoding="utf-8", errors=HALF, newline="\n") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
             count += 1
@@ -170,7 +172,7 @@ def append_line(path: str | Path, row: dict) -> None:
 
     Raises DataError for a file that is not there: made anew, it would lack its first lines.
     """
-    line = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    line = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", HALF)
     with naming(path), open(path, "ab", buffering=0, opener=_no_new) as file:
         end, left = os.fstat(file.fileno()).st_size, memoryview(line)
         try:

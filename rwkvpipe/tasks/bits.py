@@ -6,10 +6,17 @@ from typing import Any
 
 from rwkvpipe.base.config import BenchmarkConfig
 from rwkvpipe.base.errors import DataError
-from rwkvpipe.tasks.metrics import ratio_with_interval
+from rwkvpipe.tasks.metrics import finite, ratio_with_interval
 
 BLOCK = 64  # texts read before their numbers are handed out
 SHOWN = 200  # characters of a text that are kept beside its grade
+
+
+def _window(value: object) -> bool:
+    """Whether it is [nats, tokens, bytes] of a window."""
+    if not isinstance(value, list) or len(value) != 3:
+        return False
+    return finite(value) and all(isinstance(count, int) and count >= 0 for count in value[1:])
 
 
 class Bits:
@@ -55,7 +62,7 @@ class Bits:
     def mark(self, question: dict, answer: dict) -> dict:
         """A text's beginning and its bits per byte (None where nothing was predicted)."""
         windows = answer.get("windows")
-        if not isinstance(windows, list):
+        if not isinstance(windows, list) or not all(map(_window, windows)):
             raise DataError("no `windows` that were read; no answer to a text of task bits: run bench again")
         nats, size = math.fsum(nats for nats, _, _ in windows), sum(size for _, _, size in windows)
         bits = nats / math.log(2) / size if size else None

@@ -6,7 +6,7 @@ from typing import Any
 
 from rwkvpipe.base.config import BenchmarkConfig
 from rwkvpipe.base.errors import DataError
-from rwkvpipe.tasks.metrics import mean_with_interval
+from rwkvpipe.tasks.metrics import finite, mean_with_interval
 
 PROMPT = BenchmarkConfig.model_fields["prompt"].default
 BLOCK = 128  # questions weighed before their answers are handed out
@@ -91,7 +91,7 @@ class Choice:
     def mark(self, question: dict, answer: dict) -> dict:
         """An answer beside its question, graded. Raises DataError for what is no answer, or one to other options."""
         options, sums, tokens = question["options"], answer.get("logprobs"), answer.get("tokens")
-        if not isinstance(sums, list) or not isinstance(tokens, list):
+        if not (isinstance(sums, list) and isinstance(tokens, list) and finite([*sums, *tokens])):
             raise DataError("no `logprobs` and `tokens`; no answer to a question of task choice: run bench again")
         if not len(options) == len(sums) == len(tokens):
             raise DataError(f"{len(sums)} options were weighed, the question has {len(options)}; run bench again")

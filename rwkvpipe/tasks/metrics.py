@@ -8,6 +8,13 @@ from rwkvpipe.base.errors import DataError
 Z = 1.959963984540054  # 97.5 % of the normal distribution lie below
 
 
+def finite(values: Sequence[object]) -> bool:
+    """Whether all are numbers that can be reckoned with."""
+    return all(
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 for value in values
+    )
+
+
 def mean_with_interval(grades: Sequence[float]) -> tuple[float, float, float]:
     """Mean and the ends of its 95 % interval: Wilson's where all grades are 0 or 1, else the normal one.
 

@@ -140,7 +140,9 @@ def merged(tensors: dict[str, Tensor], adapter: dict[str, Tensor], config: LoraC
         if kind == "lora_A":
             other = adapter[f"{path}.lora_B"]
             if (other.shape[0], value.shape[1]) != tuple(old.shape) or other.shape[1] != value.shape[0]:
-                raise WeightsError(f"adapter: {path} is of another size than {base} {tuple(old.shape)}")
+                raise WeightsError(
+                    f"adapter: {path} is of another size than {base} {tuple(old.shape)}; give the weights it belongs to"
+                )
             result[base] = (old.double() + scaling(config) * (other.double() @ value.double())).to(old.dtype)
         else:
             if value.numel() != old.numel():

@@ -43,6 +43,12 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
             file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
+def _said(error: Exception) -> str:
+    """The first sentence of what a library says."""
+    text = (str(error).splitlines() or ["it is empty"])[0].partition(". ")[0]
+    return text if len(text) <= 160 else f"{text[:160]}..."
+
+
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file. Raises WeightsError when it is damaged."""
     try:
@@ -51,7 +57,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except FileNotFoundError:
         raise WeightsError(f"{path}: no such file") from None
     except safetensors.SafetensorError as error:
-        raise WeightsError(f"{path}: damaged or cut short ({error}); fetch it again") from None
+        raise WeightsError(f"{path}: damaged or cut short ({_said(error)}); fetch it again") from None
 
 
 def _read_pth(path: Path, device: str) -> dict[str, Tensor]:
@@ -62,8 +68,7 @@ def _read_pth(path: Path, device: str) -> dict[str, Tensor]:
             raise WeightsError(f"{path}: holds Python objects, which are not run; save its tensors alone") from None
         raise WeightsError(f"{path}: not a checkpoint, or damaged; fetch it again") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:  # what torch raises on half a file
-        reason = (str(error).splitlines() or ["it is empty"])[0].partition(". ")[0]
-        raise WeightsError(f"{path}: damaged or cut short ({reason}); fetch it again") from None
+        raise WeightsError(f"{path}: damaged or cut short ({_said(error)}); fetch it again") from None
     return found
 
 
@@ -112,7 +117,7 @@ def _shapes(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 found[name] = torch.empty(piece.get_shape(), dtype=kind, device="meta")
             return found, dict(file.metadata() or {})
     except safetensors.SafetensorError as error:
-        raise WeightsError(f"{path}: damaged or cut short ({error}); fetch it again") from None
+        raise WeightsError(f"{path}: damaged or cut short ({_said(error)}); fetch it again") from None
 
 
 def _without_prefix(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
