@@ -13,9 +13,11 @@ import logging
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -93,6 +95,36 @@ def _locks() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o1777)
     return folder
+
+
+def _stop_verbs(reader: int) -> None:
+    """Wait for a stop signal, then tell every verb below this process, also those that still start, to stop."""
+    import psutil  # Snakemake brings it; a job that only starts its verb need not load it
+
+    while not {signal.SIGINT, signal.SIGTERM} & set(os.read(reader, 64)):
+        pass
+    told: set[int] = set()
+    while True:
+        for child in psutil.Process().children(recursive=True):
+            try:
+                if child.pid not in told and any(word.startswith("rwkvpipe.") for word in child.cmdline()):
+                    told.add(child.pid)
+                    child.terminate()
+            except psutil.Error as error:  # it ended meanwhile
+                log.debug("%s", error)
+        time.sleep(POLL)
+
+
+def pass_on_stops() -> None:
+    """Let a stop signal that this process gets reach the verbs below it, which keep their work and end.
+
+    Snakemake, told to stop by a signal to itself alone, waits for its jobs, however many days they take.
+    """
+    if threading.current_thread() is threading.main_thread():
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=_stop_verbs, args=(reader,), daemon=True).start()
 
 
 def take(devices: list[str], locks: Path) -> str:

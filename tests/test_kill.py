@@ -439,5 +439,83 @@ def test_of_two_on_one_result_the_second_waits(cases, tmp_path, name):
     assert harvest(tmp_path / "out") == case.wanted
 
 
+CONFIG = {
+    "run": "k",
+    "tokenizers": {"b": {"kind": "bytes"}},
+    "corpora": {"sums": {"synthetic": "counting.documents", "count": 300, "valid": 0.1, "tokenizer": "b"}},
+    "checkpoints": {"every": 5},
+    "stages": [
+        {
+            "name": "base",
+            "kind": "pretrain",
+            "data": "sums",
+            "model": {"n_layer": 2, "n_embd": 64, "head_size": 32},
+            "train": {"steps": 120, "ctx_len": 32, "batch": 8, "log_every": 1},
+        }
+    ],
+}
+
+
+class Workflow:
+    """Snakemake on a run of one stage, in a folder of its own."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.stage, self.target = folder, folder / "results/k/base", "results/k/base/model.safetensors"
+        self.log = self.stage / "log/pretrain.log"
+        (folder / "config.yaml").write_text(json.dumps(CONFIG))
+
+    def call(self, *words: str) -> subprocess.Popen:
+        line = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--cores", "1", "--nocolor", *words]
+        env = {**os.environ, "RWKVPIPE_GPUS": "", "GOMP_SPINCOUNT": "0"}
+        with open(self.folder / "said", "w") as said:
+            return subprocess.Popen(line, cwd=self.folder, env=env, stdout=said, stderr=said, start_new_session=True)
+
+    def at(self, step: int) -> subprocess.Popen:
+        """Start, and wait until so many steps are made."""
+        process = self.call(self.target)
+        self.until(process, lambda: self.step() >= step)
+        return process
+
+    def step(self) -> int:
+        path = self.stage / "checkpoints/log.jsonl"
+        return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+    def until(self, process: subprocess.Popen, reached) -> None:
+        end = time.monotonic() + 90
+        while not reached():
+            assert process.poll() is None and time.monotonic() < end, (self.folder / "said").read_text()
+            time.sleep(0.05)
+
+
+def test_snakemake_stopped_or_killed_alone_costs_nothing(server, tmp_path):
+    flow = Workflow(tmp_path)
+    for step, number in ((10, signal.SIGTERM), (30, signal.SIGINT)):
+        process = flow.at(step)
+        began = time.monotonic()
+        process.send_signal(number)  # to Snakemake alone; it would wait for its jobs
+        assert process.wait(30) and time.monotonic() - began < 10
+        assert re.search(r"stopped after step \d+ of 120", flow.log.read_text())
+    process = flow.at(50)
+    trainer = int((flow.stage / ".model.safetensors.lock").read_text())
+    process.kill()
+    process.wait()
+    os.kill(trainer, signal.SIGSTOP)  # it lives on; what follows must find it at work, however fast it is
+    assert flow.call("--unlock").wait(60) == 0
+    process, made = flow.call(flow.target), flow.step()
+    flow.until(process, lambda: flow.log.is_file() and f"held by process {trainer}" in flow.log.read_text())
+    time.sleep(0.5)
+    assert flow.step() == made  # nobody else works on the stage
+    os.kill(trainer, signal.SIGCONT)
+    assert process.wait(90) == 0, (tmp_path / "said").read_text()
+    assert "going on after step 120 of 120" in flow.log.read_text()  # nothing was trained twice
+    rows = [json.loads(line)["step"] for line in (flow.stage / "metrics.jsonl").read_text().splitlines()]
+    assert rows == list(range(1, 121))
+    given = [flow.stage / "settings.json", "--model", flow.stage / "init.safetensors", "--save-every", 500]
+    given += ["--data", tmp_path / "results/shared/corpora/sums", "--out", tmp_path / "whole/model.safetensors"]
+    whole = server.run("pretrain", given, tmp_path / "log")
+    assert whole["status"] == 0, whole["said"]
+    assert (tmp_path / "whole/model.safetensors").read_bytes() == (tmp_path / flow.target).read_bytes()
+
+
 if __name__ == "__main__":
     serve()

@@ -45,6 +45,7 @@ if devices and "gpu" not in workflow.global_resources and workflow.global_resour
     workflow.register_resource("gpu", len(devices))
 if workflow.exec_mode == ExecMode.DEFAULT:
     logger.info(launch.describe(devices, workflow.global_resources))
+    launch.pass_on_stops()
 GPU = 1 if devices else 0
 ENVIRONMENT = "../../envs/cuda.yaml" if devices else "../../envs/cpu.yaml"
 
