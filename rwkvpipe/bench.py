@@ -116,6 +116,8 @@ def main(argv: list[str] | None = None) -> None:
             partial.add({"row": number + 1, "asked": asked(task, questions[number]), **answer})
             progress.add(1)
     except DataError as error:
+        if not partial.answers:
+            partial.path.unlink(missing_ok=True)
         raise named(error, engine, task, questions, given.questions) from None
     log.info("%s: %d answers", given.out, partial.finish(given.out))
 

@@ -1053,6 +1053,34 @@ case(
     words={"--tokenizer": "docs.txt"},
 )
 case(
+    "a question that cannot be spelled",
+    "unspelled",
+    "bench",
+    "exam.jsonl:1: the vocabulary has no 'U'",
+    "kind bytes",
+    words={"--tokenizer": "v.txt"},
+    files={"v.txt": "1 'a' 1\n"},
+    leaves=("out",),
+)
+case(
+    "a reward that cannot be spelled",
+    "unspelled",
+    "grpo",
+    "exam.jsonl:1: the vocabulary has no '1'",
+    "kind bytes",
+    words={"--tokenizer": "v.txt"},
+    files={"v.txt": "1 'a' 1\n"},
+)
+case(
+    "a talk that cannot be spelled",
+    "unspelled",
+    "pack",
+    "docs.txt:1: the vocabulary has no 'T'",
+    "learn",
+    words={"--tokenizer": "v.txt"},
+    files={"v.txt": "1 'a' 1\n"},
+)
+case(
     "a prompt that cannot be spelled",
     "vocabulary file",
     "generate",

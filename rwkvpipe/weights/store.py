@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import struct
 from pathlib import Path
 
 import safetensors
@@ -19,6 +20,11 @@ DTYPES = {
     **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
     **{torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"},
 }  # as the format spells them
+# what torch raises on one: its reader of pickles trusts them to be whole
+HALF_A_FILE = (
+    *(RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError),
+    *(ArithmeticError, struct.error),
+)
 DEAD = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")  # layer 0 has no value residual; never read
 
 
@@ -67,7 +73,7 @@ def _read_pth(path: Path, device: str) -> dict[str, Tensor]:
         if "Weights only load failed" in str(error) and "Unsupported" in str(error):
             raise WeightsError(f"{path}: holds Python objects, which are not run; save its tensors alone") from None
         raise WeightsError(f"{path}: not a checkpoint, or damaged; fetch it again") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:  # what torch raises on half a file
+    except HALF_A_FILE as error:
         raise WeightsError(f"{path}: damaged or cut short ({_said(error)}); fetch it again") from None
     return found
 
