@@ -6,6 +6,7 @@ schema of config.yaml, for editors.
     python -m rwkvpipe.plan --schema > workflow/schemas/config.schema.yaml
 """
 
+import base64
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -201,6 +202,20 @@ class Plan(Tree):
                 for path in step.reads:
                     if path not in made and not Path(path).exists():
                         return self._key(path), path
+        return None
+
+    def unrecorded(self, store: Path) -> str | None:
+        """A stage's settings of which Snakemake's folder `store` does not know how they were made; None without any.
+
+        Snakemake takes such results for fresh, whatever the config says by now.
+        """
+        if (store / "metadata.db").exists():
+            return None
+        for path in (path for step in self.steps if step.rule == "settings" for path in step.writes):
+            name = base64.urlsafe_b64encode(path.encode()).decode()  # as Snakemake names its record of a file
+            known = len(name) > 200 or any((store / kind / name).exists() for kind in ("metadata", "incomplete"))
+            if Path(path).exists() and not known:
+                return path
         return None
 
     def _key(self, path: str) -> str:

@@ -422,6 +422,15 @@ def test_an_edit_can_be_accepted_without_running(done):
     assert done.plan() == []
 
 
+def test_results_whose_records_are_gone_are_not_taken_for_fresh(done):
+    shutil.rmtree(done.path / ".snakemake")
+    done.edit("config.yaml", "lr: 1e-4", "lr: 2e-4")
+    refused = done.call("-n")
+    assert refused.returncode == 2 and "settings.json: .snakemake, which knows" in refused.stdout
+    done.run("--touch", "--forceall")
+    assert done.plan() == []
+
+
 def test_a_failed_step_says_why_and_leaves_no_result(fresh, tmp_path):
     work = fresh.copy(tmp_path / "work")
     work.edit("config.yaml", "1+1=", "Fail")

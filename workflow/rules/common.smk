@@ -32,6 +32,12 @@ try:
     absent = None if used_as_module else story.absent()
     if absent:
         raise ConfigError(f"{absent[0]}: there is no file {absent[1]}")
+    unknown = None if used_as_module or workflow.exec_mode != ExecMode.DEFAULT else story.unrecorded(Path(".snakemake"))
+    if unknown and not {"--touch", "-t"} & set(sys.argv):
+        raise ConfigError(
+            f"{unknown}: .snakemake, which knows from what results are made, knows nothing of it; bring .snakemake back,"
+            f" or remove {Path(unknown).parent}, or take all as it is: snakemake --touch --forceall --cores 1"
+        )
 except (PipeError, OSError) as error:
     # one line; an exception would bring Snakemake's own words with it
     sys.stderr.write(f"error: {explain(error)}\n")
