@@ -23,8 +23,9 @@ import numpy as np
 import pytest
 import torch
 
+import rwkvpipe
 from rwkvpipe.base.config import LoraConfig, RwkvConfig
-from rwkvpipe.base.errors import BAD_INPUT, outcome
+from rwkvpipe.base.errors import BAD_INPUT, ConfigError, outcome
 from rwkvpipe.base.files import digest
 from rwkvpipe.model.family import build
 from rwkvpipe.train.stage import write_adapter
@@ -1276,7 +1277,7 @@ def snakemake(home: Path, *words: str) -> tuple[int, list[str]]:
     "name",
     [
         *("YAML without an end", "a key given twice", "a misspelt key of a stage", "a start in a circle"),
-        *("a config that is not UTF-8", "a Python object in YAML", "a made corpus there is none of"),
+        "a config that is not UTF-8",
     ],
 )
 def test_snakemake_leaves_with_status_2_and_one_line(name, home):
@@ -1293,9 +1294,20 @@ def test_a_source_that_is_not_there_stops_snakemake_before_any_job(home):
     assert snakemake(home) == (BAD_INPUT, ["error: corpora.sums.path: there is no file docs.txt"])
 
 
-def test_a_failed_job_ends_snakemake_with_1_and_its_line(home):
+def test_a_failed_job_ends_snakemake_with_1_and_its_line(home, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
     (home / "talks.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": \n')
     status, lines = snakemake(home, "results/shared/corpora/talks/corpus.json")
     assert status == 1
     assert sum("error: talks.jsonl:2: not JSON" in line for line in lines) == 1, lines
     assert not list((home / "results").rglob("corpus.json")) and not list((home / "results").rglob("*.bin"))
+    written = [path for path in home.rglob("*") if path.is_file() and b"hf_secret" in path.read_bytes()]
+    assert not written and not any("hf_secret" in line for line in lines)
+
+
+def test_python_runs_no_template_in_a_config(home):
+    code = "__use_yte__: true\n__definitions__:\n  - open('hurt', 'w')\n"
+    (home / "config.yaml").write_text(CONFIG + code)
+    with pytest.raises(ConfigError, match="__use_yte__: no such key"):
+        rwkvpipe.run("config.yaml", directory=home)
+    assert not (home / "hurt").exists()
