@@ -22,6 +22,7 @@ LEAST_FACTOR = 11
 LEAST_EXAMINED = 10  # smaller operands occur as steps of larger questions
 EXAMINED = 0.15  # share of the questions that are kept for the exam
 SYMBOLIC = 0.5  # share of the texts that use signs; the others are exercises with their answers
+CLOSE = 0.4  # share of the subtractions whose numbers are drawn close together: few digits are learned late
 SLIPS = 0.4  # share of the talks about sums with a carry in which it is forgotten
 
 SIGNS = {"+": "{a}+{b}={c}", "-": "{a}-{b}={c}", "*": "{a}*{b}: {c}"}
@@ -94,6 +95,8 @@ def drawn(stream: random.Random) -> Sum:
     """Any sum; multiplications, whose texts are long, half as often as subtractions, which are learned last."""
     op = stream.choice("+++----**")
     a, b = (stream.randint(LEAST_FACTOR if op == "*" else 0, TOP) for _ in "ab")
+    if op == "-" and stream.random() < CLOSE:
+        b = max(0, a - stream.randint(0, 12))
     return Sum(op, max(a, b), min(a, b)) if op == "-" else Sum(op, a, b)
 
 
