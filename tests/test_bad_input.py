@@ -25,9 +25,10 @@ import torch
 
 import rwkvpipe
 from rwkvpipe.base.config import LoraConfig, RwkvConfig
-from rwkvpipe.base.errors import BAD_INPUT, ConfigError, outcome
+from rwkvpipe.base.errors import BAD_INPUT, ConfigError, DataError, outcome
 from rwkvpipe.base.files import digest
 from rwkvpipe.model.family import build
+from rwkvpipe.tokenizer.trie import read_vocab
 from rwkvpipe.train.stage import write_adapter
 from rwkvpipe.weights import lora, store
 
@@ -1220,6 +1221,15 @@ def test_a_bug_is_not_taken_for_bad_input():
 
     with pytest.raises(RuntimeError, match="sizes differ"):
         outcome(main)
+
+
+@pytest.mark.parametrize(
+    "line", ["1 " + "[" * 9000 + " 1", "1 'a' " + "9" * 5000, "9" * 5000 + " 'a' 1", "1 'a" + "\\" * 99]
+)
+def test_vocabularies_that_overwhelm_python_are_named_by_line(line, tmp_path):
+    (tmp_path / "v.txt").write_text(f"{line}\n")
+    with pytest.raises(DataError, match="v.txt:1: "):
+        read_vocab(tmp_path / "v.txt")
 
 
 def call(*words: str, cwd: Path) -> subprocess.CompletedProcess:

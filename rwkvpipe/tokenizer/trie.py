@@ -98,11 +98,11 @@ def _entry(line: str, where: str) -> tuple[int, bytes]:
     """One line, `id literal length`: the literal may hold spaces, so it ends at the last one."""
     number, _, rest = line.partition(" ")
     literal, _, length = rest.rpartition(" ")
-    if not (number.isascii() and number.isdigit() and length.isascii() and length.isdigit() and len(number) < 10):
+    if not all(word.isascii() and word.isdigit() and len(word) < 10 for word in (number, length)):
         raise DataError(f"{where}: not `id 'text' length`, as RWKV-LM's vocabulary files have it; mend or remove it")
     try:
         word = ast.literal_eval(literal.strip())
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last two of brackets in brackets
         word = None
     if not isinstance(word, str | bytes):
         raise DataError(f"{where}: {literal[:40]} is no Python text or bytes literal; write 'text' or b'\\xff'")
