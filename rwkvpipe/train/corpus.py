@@ -51,10 +51,11 @@ def train(stage: Stage, folder: Path, batches: Callable[..., Iterator], *, micro
     data = Binidx(folder / "train", rows)
     valid = _files(folder, "valid", masked)
     validate = held_out_loss(Binidx(folder / "valid", rows), config, micro_batch, masked=masked) if valid else None
-    stream = batches(data, config, stage.rank, 0)  # judges the corpus before anything is written
+    begun = any(stage.folder.glob("step-*.json"))
+    stream = None if begun else batches(data, config, stage.rank, 0)  # judges the corpus before anything is written
     metrics = fit(
         stage.model,
-        lambda first, carried: batches(data, config, stage.rank, first) if first else stream,
+        lambda first, carried: stream if stream and not first else batches(data, config, stage.rank, first),
         lm_losses(micro_batch, config),
         config=config,
         run=run_of(stage, inputs + valid, save_every),
