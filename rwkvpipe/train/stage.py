@@ -1,15 +1,15 @@
 """One training stage from its files to its files: what pretrain, sft and grpo have in common."""
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from rwkvpipe.base.config import LoraConfig, RolloutConfig, Settings, check, read_settings
+from rwkvpipe.base.config import LoraConfig, RolloutConfig, Settings, read_settings
 from rwkvpipe.base.errors import ConfigError, WeightsError
 from rwkvpipe.base.files import canonical, digest, write_jsonl
+from rwkvpipe.base.strict import check_json
 from rwkvpipe.train import checkpoint, dist
 from rwkvpipe.train.loop import Log, Run, held
 from rwkvpipe.weights import lora, store
@@ -100,4 +100,4 @@ def read_adapter(path: str | Path) -> tuple[dict, LoraConfig, str]:
     tensors, metadata = store.read_tensors(path)
     if "lora" not in metadata:
         raise WeightsError(f"{path}: no adapter (its metadata has no `lora`); give the file that sft or grpo wrote")
-    return tensors, check(LoraConfig, json.loads(metadata["lora"]), path), metadata.get("base", "")
+    return tensors, check_json(LoraConfig, metadata["lora"], path), metadata.get("base", "")

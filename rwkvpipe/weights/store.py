@@ -142,7 +142,10 @@ def _without_prefix(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]
 def _head_size(path: Path, metadata: dict[str, str]) -> int:
     """Width of a head as the file or the config.json beside it says; 64 as in every released model otherwise."""
     if "config" in metadata:
-        return int(json.loads(metadata["config"])["head_size"])
+        try:
+            return int(json.loads(metadata["config"])["head_size"])
+        except (ValueError, TypeError, KeyError):
+            raise WeightsError(f"{path}: damaged: its metadata names no head_size; fetch it again") from None
     beside = path.with_name("config.json")
     given = read_json(beside) if beside.is_file() else {}  # a stranger's file: read leniently
     return int(given.get("head_size") or given.get("head_size_a") or 64) if isinstance(given, dict) else 64
