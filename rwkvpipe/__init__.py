@@ -59,9 +59,14 @@ def _follow(command: list[str]) -> None:
     """Run a command, its lines into the log. Raises RunError with the line that says why it failed."""
     lines = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        for line in process.stdout or ():
-            lines.append(line.rstrip())
-            log.info("%s", lines[-1])
+        try:
+            for line in process.stdout or ():
+                lines.append(line.rstrip())
+                log.info("%s", lines[-1])
+        except KeyboardInterrupt:
+            process.terminate()  # its jobs keep their work
+            process.wait()
+            raise
     if process.returncode:
         said = [line.partition("error: ")[2] for line in lines if "error: " in line]
         rest = [line.strip() for line in lines if line.strip()]
