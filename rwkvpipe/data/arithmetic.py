@@ -4,13 +4,13 @@ About one question in seven is kept for the exam. Which one is a function of the
 and the order of its operands where order does not matter; so no seed and no corpus ever teaches what is examined, not
 even as a step of something longer.
 
-The texts are right. The talks are those of people in a hurry, who forget to carry two times in five: who only imitates
-them, errs as they do, and who practises with somebody to tell right from wrong can do better.
+The texts are right. The talks are those of people in a hurry, who forget to carry about one time in three: who only
+imitates them, errs as they do, and who practises with somebody to tell right from wrong can do better.
 """
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -23,7 +23,7 @@ LEAST_EXAMINED = 10  # smaller operands occur as steps of larger questions
 EXAMINED = 0.15  # share of the questions that are kept for the exam
 SYMBOLIC = 0.5  # share of the texts that use signs; the others are exercises with their answers
 CLOSE = 0.4  # share of the subtractions whose numbers are drawn close together: few digits are learned late
-SLIPS = 0.4  # share of the talks about sums with a carry in which it is forgotten
+SLIPS = 0.3  # share of the talks about sums with a carry in which it is forgotten
 
 SIGNS = {"+": "{a}+{b}={c}", "-": "{a}-{b}={c}", "*": "{a}*{b}: {c}"}
 WORDINGS = {
@@ -92,12 +92,23 @@ class Sum:
 
 
 def drawn(stream: random.Random) -> Sum:
-    """Any sum; multiplications, whose texts are long, half as often as subtractions, which are learned last."""
-    op = stream.choice("+++----**")
+    """Any sum, each operation as often as the others."""
+    op = stream.choice("+-*")
     a, b = (stream.randint(LEAST_FACTOR if op == "*" else 0, TOP) for _ in "ab")
-    if op == "-" and stream.random() < CLOSE:
-        b = max(0, a - stream.randint(0, 12))
     return Sum(op, max(a, b), min(a, b)) if op == "-" else Sum(op, a, b)
+
+
+def for_lessons(stream: random.Random) -> Sum:
+    """A sum to learn from: more of what is learned last, subtractions and small differences."""
+    op = stream.choice("+++----**")
+    while (found := drawn(stream)).op != op:
+        pass
+    if op == "-" and stream.random() < CLOSE:
+        return Sum(op, found.a, max(0, found.a - stream.randint(0, 12)))
+    return found
+
+
+Draw = Callable[[random.Random], Sum]
 
 
 @cache
@@ -109,12 +120,12 @@ def exam() -> tuple[Sum, ...]:
     return tuple(s for s in sums if s.examined and (s.op != "*" or s.a >= LEAST_FACTOR))
 
 
-def _taught(seed: int, count: int, name: str) -> Iterator[tuple[Sum, random.Random, str]]:
+def _taught(seed: int, count: int, name: str, draw: Draw = drawn) -> Iterator[tuple[Sum, random.Random, str]]:
     """Sums that may be trained on, with the stream of chance they came from and where they stand."""
     stream = random.Random(f"{name} {seed}")
     number = 0
     while number < count:
-        found = drawn(stream)
+        found = draw(stream)
         if found.teaches():
             number += 1
             yield found, stream, f"arithmetic.{name}:{number}"
@@ -140,7 +151,7 @@ def _asked(of: Sum, stream: random.Random, origin: str) -> Document:
 
 def documents(seed: int, count: int) -> Iterator[Document]:
     """Sums with their results as short texts, most of them in signs."""
-    for of, stream, origin in _taught(seed, count, "documents"):
+    for of, stream, origin in _taught(seed, count, "documents", for_lessons):
         form = SIGNS[of.op] if stream.random() < SYMBOLIC else f"{stream.choice(WORDINGS[of.op])} {{c}}"
         yield Document(text=form.format(a=of.a, b=of.b, c=of.worked()), origin=origin)
 
