@@ -4,7 +4,7 @@ About one question in seven is kept for the exam. Which one is a function of the
 and the order of its operands where order does not matter; so no seed and no corpus ever teaches what is examined, not
 even as a step of something longer.
 
-The texts are right. The talks are those of people in a hurry, who forget to carry about one time in three: who only
+The texts are right. The talks are those of people in a hurry, who forget to carry about one time in five: who only
 imitates them, errs as they do, and who practises with somebody to tell right from wrong can do better.
 """
 
@@ -23,7 +23,7 @@ LEAST_EXAMINED = 10  # smaller operands occur as steps of larger questions
 EXAMINED = 0.15  # share of the questions that are kept for the exam
 SYMBOLIC = 0.5  # share of the texts that use signs; the others are exercises with their answers
 CLOSE = 0.4  # share of the subtractions whose numbers are drawn close together: few digits are learned late
-SLIPS = 0.3  # share of the talks about sums with a carry in which it is forgotten
+SLIPS = 0.2  # share of the talks about sums with a carry in which it is forgotten
 
 SIGNS = {"+": "{a}+{b}={c}", "-": "{a}-{b}={c}", "*": "{a}*{b}: {c}"}
 WORDINGS = {
