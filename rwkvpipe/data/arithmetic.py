@@ -4,13 +4,13 @@ About one question in seven is kept for the exam. Which one is a function of the
 and the order of its operands where order does not matter; so no seed and no corpus ever teaches what is examined, not
 even as a step of something longer.
 
-The texts are right. The talks are those of people in a hurry, who forget to carry about one time in five: who only
+The texts are right. The talks are those of people in a hurry, who forget to carry about one time in four: who only
 imitates them, errs as they do, and who practises with somebody to tell right from wrong can do better.
 """
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -23,7 +23,8 @@ LEAST_EXAMINED = 10  # smaller operands occur as steps of larger questions
 EXAMINED = 0.15  # share of the questions that are kept for the exam
 SYMBOLIC = 0.5  # share of the texts that use signs; the others are exercises with their answers
 CLOSE = 0.4  # share of the subtractions whose numbers are drawn close together: few digits are learned late
-SLIPS = 0.2  # share of the talks about sums with a carry in which it is forgotten
+LESSONS = "+++----**"  # what is learned last comes most often, and what has long texts least
+SLIPS = 0.25  # share of the talks about sums with a carry in which it is forgotten
 
 SIGNS = {"+": "{a}+{b}={c}", "-": "{a}-{b}={c}", "*": "{a}*{b}: {c}"}
 WORDINGS = {
@@ -91,24 +92,14 @@ class Sum:
         return 10 if last.a % 10 < last.b % 10 else 0
 
 
-def drawn(stream: random.Random) -> Sum:
-    """Any sum, each operation as often as the others."""
-    op = stream.choice("+-*")
+def drawn(stream: random.Random, ops: str = "+-*", close: float = 0.0) -> Sum:
+    """Any sum of these operations; of the subtractions, a share of `close` has numbers close together."""
+    op = stream.choice(ops)
     a, b = (stream.randint(LEAST_FACTOR if op == "*" else 0, TOP) for _ in "ab")
-    return Sum(op, max(a, b), min(a, b)) if op == "-" else Sum(op, a, b)
-
-
-def for_lessons(stream: random.Random) -> Sum:
-    """A sum to learn from: more of what is learned last, subtractions and small differences."""
-    op = stream.choice("+++----**")
-    while (found := drawn(stream)).op != op:
-        pass
-    if op == "-" and stream.random() < CLOSE:
-        return Sum(op, found.a, max(0, found.a - stream.randint(0, 12)))
-    return found
-
-
-Draw = Callable[[random.Random], Sum]
+    if op == "-":
+        b = max(0, a - stream.randint(0, 12)) if stream.random() < close else b
+        return Sum(op, max(a, b), min(a, b))
+    return Sum(op, a, b)
 
 
 @cache
@@ -120,12 +111,12 @@ def exam() -> tuple[Sum, ...]:
     return tuple(s for s in sums if s.examined and (s.op != "*" or s.a >= LEAST_FACTOR))
 
 
-def _taught(seed: int, count: int, name: str, draw: Draw = drawn) -> Iterator[tuple[Sum, random.Random, str]]:
+def _taught(seed: int, count: int, name: str, ops: str = "+-*") -> Iterator[tuple[Sum, random.Random, str]]:
     """Sums that may be trained on, with the stream of chance they came from and where they stand."""
     stream = random.Random(f"{name} {seed}")
     number = 0
     while number < count:
-        found = draw(stream)
+        found = drawn(stream, ops, CLOSE)
         if found.teaches():
             number += 1
             yield found, stream, f"arithmetic.{name}:{number}"
@@ -151,7 +142,7 @@ def _asked(of: Sum, stream: random.Random, origin: str) -> Document:
 
 def documents(seed: int, count: int) -> Iterator[Document]:
     """Sums with their results as short texts, most of them in signs."""
-    for of, stream, origin in _taught(seed, count, "documents", for_lessons):
+    for of, stream, origin in _taught(seed, count, "documents", LESSONS):
         form = SIGNS[of.op] if stream.random() < SYMBOLIC else f"{stream.choice(WORDINGS[of.op])} {{c}}"
         yield Document(text=form.format(a=of.a, b=of.b, c=of.worked()), origin=origin)
 

@@ -89,7 +89,7 @@ def test_talks_forget_carries_now_and_then_and_err_in_nothing_else():
         carries += asked.forgotten() != 0
         slips += answer != asked.worked()
         assert answer in (asked.worked(), asked.worked(asked.forgotten())), (question, answer)
-    assert 1000 < carries < 1600 and 0.15 < slips / carries < 0.25
+    assert 1000 < carries < 1600 and 0.2 < slips / carries < 0.3
 
 
 @pytest.mark.parametrize(
