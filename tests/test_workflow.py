@@ -258,7 +258,7 @@ def test_untracked_code_makes_nothing_stale(fresh, tmp_path):
     with open(work.path / "config.yaml", "a") as file:
         file.write("code_tracking: off\n")
     work.run()
-    work.edit("rwkvpipe/pretrain.py", "import argparse", "import argparse\nimport math")
+    work.edit("rwkvpipe/pretrain.py", "if __name__ ==", "import math\n\nif __name__ ==")
     assert work.plan() == []
 
 
