@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import yaml
 from rwkvpipe.base.agree import parse
 from rwkvpipe.plan import Plan
 
+# set before torch is imported: the models are tiny, and tests start programs that would fight over the cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
