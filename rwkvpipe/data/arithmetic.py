@@ -22,8 +22,8 @@ LEAST_FACTOR = 11
 LEAST_EXAMINED = 10  # smaller operands occur as steps of larger questions
 EXAMINED = 0.15  # share of the questions that are kept for the exam
 SYMBOLIC = 0.5  # share of the texts that use signs; the others are exercises with their answers
+CLOSEST = 12  # how far apart close pairs may be
 CLOSE = 0.4  # share of the subtractions whose numbers are drawn close together: few digits are learned late
-LESSONS = "+++----**"  # what is learned last comes most often, and what has long texts least
 SLIPS = 0.25  # share of the talks about sums with a carry in which it is forgotten
 
 SIGNS = {"+": "{a}+{b}={c}", "-": "{a}-{b}={c}", "*": "{a}*{b}: {c}"}
@@ -92,14 +92,25 @@ class Sum:
         return 10 if last.a % 10 < last.b % 10 else 0
 
 
-def drawn(stream: random.Random, ops: str = "+-*", close: float = 0.0) -> Sum:
-    """Any sum of these operations; of the subtractions, a share of `close` has numbers close together."""
-    op = stream.choice(ops)
+def drawn(stream: random.Random, close: float = 0.0) -> Sum:
+    """Any sum, each operation as often as the others; `close` is the share of close pairs among subtractions."""
+    op = stream.choice("+-*")
     a, b = (stream.randint(LEAST_FACTOR if op == "*" else 0, TOP) for _ in "ab")
-    if op == "-":
-        b = max(0, a - stream.randint(0, 12)) if stream.random() < close else b
-        return Sum(op, max(a, b), min(a, b))
-    return Sum(op, a, b)
+    if op != "-":
+        return Sum(op, a, b)
+    if close and stream.random() < close:
+        b = max(0, a - stream.randint(0, CLOSEST))
+    return Sum(op, max(a, b), min(a, b))
+
+
+def drawn_for_lessons(stream: random.Random) -> Sum:
+    """A sum to read: what is learned last comes most often, and what has long texts least."""
+    op = stream.choice("+++----**")
+    while (found := drawn(stream)).op != op:
+        pass
+    if op == "-" and stream.random() < CLOSE:
+        return Sum(op, found.a, max(0, found.a - stream.randint(0, CLOSEST)))
+    return found
 
 
 @cache
@@ -111,12 +122,12 @@ def exam() -> tuple[Sum, ...]:
     return tuple(s for s in sums if s.examined and (s.op != "*" or s.a >= LEAST_FACTOR))
 
 
-def _taught(seed: int, count: int, name: str, ops: str = "+-*") -> Iterator[tuple[Sum, random.Random, str]]:
+def _taught(seed: int, count: int, name: str) -> Iterator[tuple[Sum, random.Random, str]]:
     """Sums that may be trained on, with the stream of chance they came from and where they stand."""
     stream = random.Random(f"{name} {seed}")
     number = 0
     while number < count:
-        found = drawn(stream, ops, CLOSE)
+        found = drawn_for_lessons(stream) if name == "documents" else drawn(stream, CLOSE)
         if found.teaches():
             number += 1
             yield found, stream, f"arithmetic.{name}:{number}"
@@ -142,7 +153,7 @@ def _asked(of: Sum, stream: random.Random, origin: str) -> Document:
 
 def documents(seed: int, count: int) -> Iterator[Document]:
     """Sums with their results as short texts, most of them in signs."""
-    for of, stream, origin in _taught(seed, count, "documents", LESSONS):
+    for of, stream, origin in _taught(seed, count, "documents"):
         form = SIGNS[of.op] if stream.random() < SYMBOLIC else f"{stream.choice(WORDINGS[of.op])} {{c}}"
         yield Document(text=form.format(a=of.a, b=of.b, c=of.worked()), origin=origin)
 
