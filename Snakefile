@@ -11,4 +11,5 @@ rule default:
 
 
 onsuccess:
-    logger.info(f"the report is {story.home}/report.html")
+    made = story.targets()[0]
+    logger.info(f"the report is {made}" if story.subjects else f"the first tokenizer is {made}")

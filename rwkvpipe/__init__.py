@@ -32,11 +32,13 @@ def run(
 ) -> Path:
     """Run a config (a file, or its content) with Snakemake and return the path of the report.
 
+    Of a config that only makes tokenizers, it is the path of the first one.
+
     `targets` are files to make instead of all; `cores` are all if left out; paths in the config count from
     `directory`, which is the current one if left out; `options` are further words for Snakemake (`["--dry-run"]`).
     Snakemake's lines go to the logger `rwkvpipe`. Raises ConfigError or RunError in one line.
     """
-    from rwkvpipe.base import agree, files
+    from rwkvpipe.base import agree, files, tree
 
     if not SNAKEFILE.is_file():
         raise ConfigError(f"{SNAKEFILE}: no workflow beside the package; install it with pip install -e CHECKOUT")
@@ -52,7 +54,7 @@ def run(
         words = ["--snakefile", str(SNAKEFILE), "--configfile", str(file), "--directory", str(home), "--nocolor"]
         words += ["--cores", str(cores or "all"), *options, "--", *targets]
         _follow([sys.executable, "-m", "snakemake", *words])
-    return home / "results" / settled.run / "report.html"
+    return home / tree.Tree(settled).targets()[0]
 
 
 def _follow(command: list[str]) -> None:

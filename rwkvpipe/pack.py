@@ -17,9 +17,10 @@ from rwkvpipe.data.binidx import BinidxWriter, token_dtype
 from rwkvpipe.data.corpus import documents
 from rwkvpipe.data.document import Document, encoded
 from rwkvpipe.data.synthetic import generate
-from rwkvpipe.tokenizer.chat import TURN_END
+from rwkvpipe.tokenizer import chat
 from rwkvpipe.tokenizer.integer import IntegerTokenizer
 from rwkvpipe.tokenizer.load import Tokenizer, load_tokenizer
+from rwkvpipe.tokenizer.template import load_template
 
 log = logging.getLogger("rwkvpipe")
 
@@ -40,6 +41,7 @@ class Packer:
     def __init__(self, folder: Path, spec: CorpusConfig, tokenizer: Tokenizer, *, source: str | None = None):
         self.folder, self.spec, self.tokenizer = folder, spec, tokenizer
         self.source = source or spec.path or spec.synthetic
+        self.render = load_template(spec.template).render if spec.template else chat.render
         self.counts = {part: Counter() for part in ("train", "valid")}
         self.empty = self.blank_lines = 0
 
@@ -67,7 +69,7 @@ class Packer:
         if document.text == "":
             self.empty += 1
             return
-        for ids, mask in encoded(document, self.tokenizer):
+        for ids, mask in encoded(document, self.tokenizer, self.render):
             writer.extend(ids, mask)
             counts["tokens"] += len(ids)
             if mask is not None:
@@ -76,7 +78,7 @@ class Packer:
         counts["documents"] += 1
         if self.spec.format == "chat":
             said = (turn["content"] for turn in document.talk() if turn["role"] == "assistant")
-            self.blank_lines += any(TURN_END in words for words in said)
+            self.blank_lines += any(chat.TURN_END in words for words in said)
 
     def _check(self, valid: bool) -> None:
         found = {part: counts["documents"] for part, counts in self.counts.items()}

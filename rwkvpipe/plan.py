@@ -128,7 +128,7 @@ class Plan(Tree):
         tokenizers |= {config.corpora[name].tokenizer for name in corpora}
         return {
             "weights": weights,
-            "tokenizers": [name for name in config.tokenizers if name in tokenizers],
+            "tokenizers": [name for name in config.tokenizers if name in tokenizers or not self.subjects],
             "corpora": corpora,
             "benchmarks": list(dict.fromkeys(name for subject in self.subjects for name in self.bench(subject))),
         }
@@ -144,6 +144,8 @@ class Plan(Tree):
             for name in self.downloads
             if (path := f"{self.shared}/downloads/{name}") in read
         ]
+        if not self.subjects:  # tokenizers alone
+            return [*fetches, *found]
         page, timing = f"{self.home}/report.html", f"{self.home}/log/report.jsonl"
         return [*fetches, *found, Step("report", "", tuple(self.evidence()), (page,), timing)]
 
@@ -157,6 +159,7 @@ class Plan(Tree):
             yield Step("vocab", name, reads, writes, f"{shared}/log/vocab-{name}.jsonl")
         for name in self.used["corpora"]:
             files, tokenizer = self.corpus_file(name) + self.valid_file(name), self.config.corpora[name].tokenizer
+            files += self.template_file(name)
             if tokenizer is None:
                 timing = f"{shared}/log/questions-{name}-corpus.jsonl"
                 yield Step("questions", name, tuple(files), (f"{shared}/corpora/{name}.jsonl",), timing)
@@ -222,7 +225,7 @@ class Plan(Tree):
         """The key of the config that names a local file."""
         for section in ("weights", "tokenizers", "corpora", "benchmarks"):
             for name, entry in getattr(self.config, section).items():
-                for field in ("path", "valid_path"):
+                for field in ("path", "valid_path", "template"):
                     if (given := getattr(entry, field, None)) and path == local(given):
                         return f"{section}.{name}.{field}"
         return "config"

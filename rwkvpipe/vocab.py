@@ -1,22 +1,26 @@
-"""Make a tokenizer: bytes, whole numbers, a vocabulary file's, or the characters of corpora.
+"""Make a tokenizer: bytes, whole numbers, RWKV World, a file's, your own class, or one learned from corpora.
 
 python -m rwkvpipe.vocab --spec '{"kind":"trie","corpora":["c"]}' --synthetic counting.chats:42:1000 --out tokenizer
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rwkvpipe.base.config import TokenizerConfig
 from rwkvpipe.base.errors import ConfigError, DataError, Parser, run
+from rwkvpipe.base.files import write_text
 from rwkvpipe.base.strict import check_json
 from rwkvpipe.data.corpus import texts
 from rwkvpipe.data.synthetic import generate
+from rwkvpipe.tokenizer.bpe import BpeTokenizer, learn
 from rwkvpipe.tokenizer.byte import ByteTokenizer
 from rwkvpipe.tokenizer.chat import ROLES, TURN_END
 from rwkvpipe.tokenizer.integer import IntegerTokenizer
-from rwkvpipe.tokenizer.load import Tokenizer, save_tokenizer
-from rwkvpipe.tokenizer.trie import TrieTokenizer, read_vocab
+from rwkvpipe.tokenizer.load import MERGES, Tokenizer, save_tokenizer
+from rwkvpipe.tokenizer.own import OwnTokenizer
+from rwkvpipe.tokenizer.trie import TrieTokenizer
+from rwkvpipe.tokenizer.world import load_vocabulary, load_world
 
 log = logging.getLogger("rwkvpipe")
 TALK = "".join(f"{name}: {TURN_END}" for name in ROLES.values())  # what turns are made of besides their words
@@ -31,50 +35,66 @@ def parse_made(made: str) -> tuple[str, int, int]:
     return name, int(seed), int(count)
 
 
-def learned(files: Iterable[str], made: Iterable[str]) -> TrieTokenizer:
-    """A vocabulary of all characters that occur, ordered by code point, with those that turns of talk are made of.
-
-    Of JSON rows every text counts, whatever its column is called. Raises DataError when there is no text.
-    """
-    characters: set[str] = set()
+def corpora(files: Iterable[str], made: Iterable[str]) -> Iterator[str]:
+    """Every text that a model may read because of these; of JSON rows all, whatever their columns are called."""
     for file in files:
-        for text in texts(file):
-            characters.update(text)
+        yield from texts(file)
     for name, seed, count in map(parse_made, made):
         for document in generate(name, seed, count):
-            for text in document.words():
-                characters.update(text)
-    if not characters:
+            yield from document.words()
+
+
+def characters(found: Iterable[str]) -> TrieTokenizer:
+    """A vocabulary of all characters that occur, ordered by code point, with those that turns of talk are made of.
+
+    Raises DataError when there is no text.
+    """
+    seen: set[str] = set()
+    for text in found:
+        seen.update(text)
+    if not seen:
         raise DataError("no character in the corpora to make a vocabulary of; give some text")
-    characters.update(TALK)
-    words = (character.encode("utf-8") for character in sorted(characters))
+    seen.update(TALK)
+    words = (character.encode("utf-8") for character in sorted(seen))
     return TrieTokenizer(dict(enumerate(words, 1)))
 
 
-def make(spec: TokenizerConfig, files: list[str], made: list[str]) -> Tokenizer:
+def pairs(found: Iterable[str], vocab_size: int, out: Path) -> BpeTokenizer:
+    """Byte pair encoding learned from texts. Raises DataError when there is none, or vocab_size is too small."""
+    write_text(out / MERGES, learn(found, vocab_size))
+    return BpeTokenizer(out / MERGES)
+
+
+def make(spec: TokenizerConfig, files: list[str], made: list[str], out: Path) -> Tokenizer:
     """The tokenizer that the settings ask for. Raises ConfigError when the files do not suit them."""
-    if spec.kind != "trie":
+    if spec.corpora and not files and not made:
+        raise ConfigError("--spec: corpora are named, but neither a file nor --synthetic is given")
+    if spec.corpora:
+        found = corpora(files, made)
+        return characters(found) if spec.kind == "trie" else pairs(found, spec.vocab_size, out)
+    if spec.kind == "own":  # a file is the class's own, named so that an edit of it is seen
+        return OwnTokenizer(spec.import_path, spec.options)
+    if spec.kind in ("bytes", "integer"):
         if files or made:
-            raise ConfigError(f"--spec: kind {spec.kind} learns from no corpus; give no files, or kind trie")
+            raise ConfigError(f"--spec: kind {spec.kind} learns from no corpus; give no files, or kind trie or bpe")
         return ByteTokenizer(spec.offset) if spec.kind == "bytes" else IntegerTokenizer(spec.size)
-    if spec.path is None:
-        if not files and not made:
-            raise ConfigError("--spec: corpora are named, but neither a file nor --synthetic is given")
-        return learned(files, made)
     if made or len(files) > 1:
         raise ConfigError("--spec: path names one vocabulary file; give that file and nothing else")
-    return TrieTokenizer(read_vocab(files[0] if files else spec.path))
+    file = files[0] if files else spec.path
+    if spec.kind == "bpe":
+        return BpeTokenizer(file, spec.end)
+    return load_world(file) if spec.kind == "world" else load_vocabulary(file)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Write the tokenizer's folder."""
     parser = Parser(prog="rwkvpipe.vocab", description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="*", help="the vocabulary file, or corpora whose characters are taken")
+    parser.add_argument("files", nargs="*", help="the vocabulary file, or corpora to learn from")
     parser.add_argument("--spec", required=True, help="the tokenizer's settings as JSON")
     parser.add_argument("--synthetic", action="append", default=[], metavar="NAME:SEED:COUNT", help="a made corpus")
     parser.add_argument("--out", required=True, type=Path, help="folder of the tokenizer")
     given = parser.parse_args(argv)
-    tokenizer = make(check_json(TokenizerConfig, given.spec, "--spec"), given.files, given.synthetic)
+    tokenizer = make(check_json(TokenizerConfig, given.spec, "--spec"), given.files, given.synthetic, given.out)
     save_tokenizer(given.out, tokenizer)
     log.info("%s: %d ids", given.out, tokenizer.size)
 

@@ -284,3 +284,41 @@ def test_the_program_prints_schema_and_jobs(capsys, tmp_path):
 def test_planning_does_not_load_torch():
     code = "import sys, rwkvpipe.plan, rwkvpipe.launch; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_config_of_tokenizers_alone_makes_them_and_nothing_else():
+    config = {
+        "run": "words",
+        "tokenizers": {
+            "w": {"kind": "world"},
+            "b": {"kind": "bpe", "corpora": ["mine"], "vocab_size": 500},
+            "o": {"kind": "own", "import_path": "a.b:C"},
+        },
+        "corpora": {"mine": {"path": "mine.jsonl", "tokenizer": "b"}},
+    }
+    plan = Plan(parse(config, "config"))
+    shared = "results/shared/tokenizers"
+    assert plan.targets() == [
+        *(f"{shared}/w/{name}" for name in ("tokenizer.json", "vocab.txt")),
+        *(f"{shared}/b/{name}" for name in ("tokenizer.json", "bpe.json")),
+        f"{shared}/o/tokenizer.json",
+    ]
+    assert [step.rule for step in plan.steps] == ["vocab"] * 3
+    assert plan.vocabulary_files("b") == ["mine.jsonl"]
+
+
+def test_the_file_of_a_user_s_class_and_a_chat_template_are_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = {
+        "run": "r",
+        "tokenizers": {"o": {"kind": "own", "import_path": "a.b:C"}},
+        "corpora": {"c": {"path": "c.jsonl", "tokenizer": "o", "format": "chat", "template": "hub"}},
+    }
+    plan = Plan(parse(config, "config"))
+    assert plan.vocabulary_files("o") == [] and plan.template_file("c") == ["hub"]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/b.py").touch()
+    (tmp_path / "hub").mkdir()
+    assert plan.vocabulary_files("o") == ["a/b.py"] and plan.template_file("c") == ["hub/chat_template.jinja"]
+    (tmp_path / "hub/tokenizer_config.json").touch()
+    assert plan.template_file("c") == ["hub/tokenizer_config.json"]

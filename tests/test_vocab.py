@@ -87,3 +87,50 @@ def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="did you mean counting.chats"):
         run(tmp_path, "--synthetic", "counting.chat:1:1", kind="trie", corpora=["a"])
     assert not (tmp_path / "out").exists()
+
+
+def test_world_is_taken_from_the_package_or_a_file_and_checked(tmp_path):
+    tokenizer = run(tmp_path, kind="world")
+    assert tokenizer.size == 65536 and tokenizer.encode("Hello world") == [33155, 40213]
+    write_vocab(tmp_path / "w.txt", tokenizer.entries)
+    assert run(tmp_path, tmp_path / "w.txt", kind="world", path="w.txt").size == 65536
+    write_vocab(tmp_path / "w.txt", {1: b"a"})
+    with pytest.raises(DataError, match="not the RWKV World vocabulary"):
+        run(tmp_path, tmp_path / "w.txt", kind="world", path="w.txt")
+
+
+def test_pairs_are_learned_from_files_and_made_corpora(tmp_path):
+    (tmp_path / "a.txt").write_text("abab abab abab " * 9)
+    spec = {"kind": "bpe", "corpora": ["a"], "vocab_size": 300}
+    tokenizer = run(tmp_path, tmp_path / "a.txt", "--synthetic", "counting.documents:1:50", **spec)
+    assert tokenizer.size <= 300 and len(tokenizer.encode(" abab")) == 1
+    first = (tmp_path / "out/bpe.json").read_bytes()
+    run(tmp_path, tmp_path / "a.txt", "--synthetic", "counting.documents:1:50", **spec)
+    assert (tmp_path / "out/bpe.json").read_bytes() == first
+    again = run(tmp_path, tmp_path / "out/bpe.json", kind="bpe", path="bpe.json", end="<|endoftext|>")
+    assert again.encode("abab") == tokenizer.encode("abab")
+
+
+@pytest.mark.parametrize(
+    "spec, problem",
+    [
+        ({"kind": "bpe"}, "kind bpe needs one of path and corpora"),
+        ({"kind": "bpe", "corpora": ["a"]}, "vocab_size belongs to a bpe learned"),
+        ({"kind": "bpe", "path": "a", "vocab_size": 300}, "vocab_size belongs to a bpe learned"),
+        ({"kind": "trie", "path": "a", "vocab_size": 300}, "vocab_size belongs to kind bpe, this is trie"),
+        ({"kind": "own"}, "needs import_path"),
+        ({"kind": "world", "corpora": ["a"]}, "corpora belongs to kind trie or bpe"),
+        ({"kind": "bytes", "options": {"a": 1}}, "options belongs to kind own"),
+    ],
+)
+def test_keys_belong_to_their_kinds(tmp_path, spec, problem):
+    with pytest.raises(ConfigError, match=problem):
+        vocab.main(["--spec", json.dumps(spec), "--out", str(tmp_path / "out")])
+
+
+def test_a_class_of_the_user_s_is_written_down_by_name(tmp_path, monkeypatch):
+    code = "class Bits:\n    size, eos = 2, None\n    encode = staticmethod(lambda text: [int(c) for c in text])\n"
+    (tmp_path / "own_bits.py").write_text(code + "    decode = staticmethod(lambda ids: ''.join(map(str, ids)))\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert run(tmp_path, kind="own", import_path="own_bits:Bits").encode("0110") == [0, 1, 1, 0]
+    assert json.loads((tmp_path / "out/tokenizer.json").read_text())["import_path"] == "own_bits:Bits"

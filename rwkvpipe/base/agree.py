@@ -41,8 +41,9 @@ def _names(config: PipelineConfig) -> None:
         for name in names:
             if name in TAKEN:
                 raise ConfigError(f"{key}.{name}: {name} stands in the run's folder already; choose another name")
-    if not config.stages and not any(entry.bench or entry.samples for entry in config.weights.values()):
-        raise ConfigError("stages: nothing to do: no stage, and no entry of weights with bench or samples")
+    measured = any(entry.bench or entry.samples for entry in config.weights.values())
+    if not config.stages and not measured and not config.tokenizers:
+        raise ConfigError("stages: nothing to do: no stage, no entry of weights with bench or samples, no tokenizer")
 
 
 def _starts(config: PipelineConfig) -> None:

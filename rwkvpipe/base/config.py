@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from rwkvpipe.base.files import read_json
 from rwkvpipe.base.strict import Count, Name, NotNegative, Positive, Real, Share, Strict, Whole, check
+from rwkvpipe.base.vocabulary import TokenizerConfig
 
 
 def _off(value: Any) -> Any:
@@ -218,35 +219,6 @@ class WeightsConfig(Strict):
     """Text to sample from it."""
 
 
-class TokenizerConfig(Strict):
-    """A vocabulary."""
-
-    kind: Literal["bytes", "integer", "trie"]
-    """Single bytes; whole numbers; longest match in a vocabulary."""
-    offset: Annotated[int, Field(ge=0, le=1, strict=True)] = 1
-    """bytes: id of byte 0. With 1, id 0 ends a document; with 0 nothing does."""
-    size: Count | None = None
-    """integer: numbers run from 0 to size - 1 (id = number + 1, id 0 ends a document)."""
-    path: str | None = None
-    """trie: a vocabulary file in RWKV-LM's format, or a URL."""
-    corpora: tuple[Name, ...] = ()
-    """trie: or the corpora whose characters become the vocabulary."""
-
-    @model_validator(mode="after")
-    def _fields(self):
-        if self.kind == "integer" and self.size is None:
-            raise ValueError("kind integer needs size: how many different numbers there are")
-        if self.kind != "integer" and self.size is not None:
-            raise ValueError(f"size belongs to kind integer, this is {self.kind}")
-        if self.kind == "trie" and (self.path is None) == (not self.corpora):
-            raise ValueError("kind trie needs one of path and corpora")
-        if self.kind != "trie" and (self.path or self.corpora):
-            raise ValueError(f"path and corpora belong to kind trie, this is {self.kind}")
-        if self.kind != "bytes" and self.offset != 1:
-            raise ValueError(f"offset belongs to kind bytes, this is {self.kind}")
-        return self
-
-
 class CorpusConfig(Strict):
     """Documents, and how they become tokens."""
 
@@ -267,6 +239,8 @@ class CorpusConfig(Strict):
     """text: the JSONL column that holds the document."""
     columns: dict[str, str] = {}
     """chat, question: our name to the file's."""
+    template: str | None = None
+    """chat: a Jinja template (a file, or a hub's folder) that lays talks out; left out, the form of released models."""
     cut: Count | None = None
     """array: a one-dimensional array is cut into documents of this length."""
     valid: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -284,6 +258,8 @@ class CorpusConfig(Strict):
             raise ValueError("seed belongs to synthetic")
         if (self.format == "question") != (self.tokenizer is None):
             raise ValueError("every format but question needs a tokenizer, and question takes none")
+        if self.template is not None and (self.format != "chat" or "://" in self.template):
+            raise ValueError("template is a local file or folder, and belongs to format chat")
         if self.cut is not None and self.format != "array":
             raise ValueError("cut belongs to format array")
         if self.field != "text" and self.format != "text":

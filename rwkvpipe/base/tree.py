@@ -5,11 +5,13 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from rwkvpipe.base.agree import agree, vocabulary
 from rwkvpipe.base.config import PipelineConfig, SamplesConfig, StageConfig
 
+TEMPLATES = ("chat_template.jinja", "tokenizer_config.json")  # where a hub's folder keeps a chat template
 PLOTS = ("loss", "lr", "grad_norm", "throughput")
 
 
@@ -120,6 +122,14 @@ class Tree:
         path = self.config.corpora[name].valid_path
         return [self.fetched(path)] if path else []
 
+    def template_file(self, name: str) -> list[str]:
+        """The chat template that lays a corpus out."""
+        path = self.config.corpora[name].template
+        if path is None or not Path(path).is_dir():
+            return [path] if path else []
+        files = [f"{path}/{name}" for name in TEMPLATES if Path(path, name).is_file()]
+        return files or [f"{path}/{TEMPLATES[0]}"]
+
     def benchmark_file(self, name: str) -> list[str]:
         path = self.config.benchmarks[name].path
         return [self.fetched(path)] if path else []
@@ -129,13 +139,18 @@ class Tree:
         entry = self.config.tokenizers[name]
         if entry.path:
             return [self.fetched(entry.path)]
+        if entry.import_path:
+            # a module that lies in the folder of the call, so that an edit of it makes the tokenizer stale
+            source = Path(entry.import_path.partition(":")[0].replace(".", "/") + ".py")
+            return [str(source)] if source.is_file() else []
         return [file for corpus in entry.corpora for file in self.corpus_file(corpus)]
 
     def tokenizer_files(self, name: str) -> list[str]:
         """The tokenizer's folder, file by file; tokenizer.json comes first."""
         folder = f"{self.shared}/tokenizers/{name}"
-        words = [f"{folder}/vocab.txt"] if self.config.tokenizers[name].kind == "trie" else []
-        return [f"{folder}/tokenizer.json", *words]
+        beside = {"trie": ["vocab.txt"], "world": ["vocab.txt"], "bpe": ["bpe.json"]}
+        words = beside.get(self.config.tokenizers[name].kind, [])
+        return [f"{folder}/tokenizer.json", *(f"{folder}/{word}" for word in words)]
 
     def vocabulary(self, subject: str) -> list[str]:
         """Files of the tokenizer that a subject speaks."""
@@ -187,7 +202,9 @@ class Tree:
         return list(dict.fromkeys(files))
 
     def targets(self) -> list[str]:
-        """What a run is for: the report, and the weights that no further stage starts from."""
+        """What a run is for: the report, and the weights that no further stage starts from; or else its tokenizers."""
+        if not self.subjects:
+            return [path for name in self.config.tokenizers for path in self.tokenizer_files(name)]
         used = {stage.start for stage in self.stages.values()}
         return [f"{self.home}/report.html", *(self.model(name) for name in self.stages if name not in used)]
 

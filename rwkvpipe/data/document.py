@@ -1,7 +1,7 @@
 """What corpora are made of: a text, a talk, a question with its answer, or a row of numbers."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,6 +11,8 @@ from rwkvpipe.base.errors import DataError
 from rwkvpipe.base.files import canonical
 from rwkvpipe.tokenizer import chat
 from rwkvpipe.tokenizer.load import Tokenizer
+
+Render = Callable[[Sequence[dict], Tokenizer], tuple[list[int], list[int]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,10 +71,13 @@ class Document:
         return int.from_bytes(hashlib.sha256(data).digest()[:7], "big") / 2**56
 
 
-def encoded(document: Document, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray | list[int], list[int] | None]]:
+def encoded(
+    document: Document, tokenizer: Tokenizer, render: Render = chat.render
+) -> Iterator[tuple[np.ndarray | list[int], list[int] | None]]:
     """Ids (n,) of a document, piece after piece, and for a talk, which is one piece, which of them are learned.
 
-    Texts and rows of numbers end with the tokenizer's `eos`, if it has one; a talk ends with its last turn.
+    Texts and rows of numbers end with the tokenizer's `eos`, if it has one; a talk ends with its last turn, laid out
+    by `render`.
     Raises DataError naming the document's origin.
     """
     end = [] if tokenizer.eos is None else [tokenizer.eos]
@@ -88,7 +93,7 @@ def encoded(document: Document, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarr
         return
     try:
         if document.text is None:
-            yield chat.render(document.talk(), tokenizer)
+            yield render(document.talk(), tokenizer)
             return
         for piece in tokenizer.pieces(document.text):
             yield piece, None

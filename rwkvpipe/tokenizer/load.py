@@ -6,11 +6,16 @@ from typing import Any, Protocol
 
 from rwkvpipe.base.errors import DataError
 from rwkvpipe.base.files import read_json, write_json
+from rwkvpipe.tokenizer.bpe import BpeTokenizer
 from rwkvpipe.tokenizer.byte import ByteTokenizer
 from rwkvpipe.tokenizer.integer import IntegerTokenizer
+from rwkvpipe.tokenizer.own import OwnTokenizer
 from rwkvpipe.tokenizer.trie import TrieTokenizer, read_vocab, write_vocab
+from rwkvpipe.tokenizer.world import WorldTokenizer, load_vocabulary, load_world
 
-KINDS = ("bytes", "integer", "trie")
+KINDS = ("bytes", "integer", "world", "trie", "bpe", "own")
+WORDS, MERGES = "vocab.txt", "bpe.json"  # what lies beside tokenizer.json
+HUB = (WORDS, "rwkv_vocab_v20230424.txt")  # where folders of hubs keep a vocabulary in RWKV-LM's format
 
 
 class Tokenizer(Protocol):
@@ -41,41 +46,75 @@ def _whole(value: Any, least: int, most: float, where: str) -> int:
     return value
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """A tokenizer out of its folder (tokenizer.json), out of a vocabulary file, or by name.
-
-    The one name is `bytes`: id = byte, nothing ends a document. Raises DataError when there is none, or a damaged one.
-    """
-    folder = Path(path)
-    if str(path) == "bytes":
-        return ByteTokenizer(0)
-    if folder.is_file() and folder.suffix != ".json":
-        return TrieTokenizer(read_vocab(folder))
-    file = folder if folder.is_file() else folder / "tokenizer.json"
-    if not file.is_file():
-        raise DataError(
-            f"{path}: no tokenizer there; give a folder with tokenizer.json (rwkvpipe.vocab makes one),"
-            " a vocabulary file, or the name bytes"
-        )
-    described = read_json(file)
-    kind = described.get("kind") if isinstance(described, dict) else None
+def _read(described: dict, folder: Path, file: Path) -> Tokenizer:
+    """The tokenizer that our own tokenizer.json describes."""
+    kind = described.get("kind")
     if kind not in KINDS:
         raise DataError(f"{file}: kind is {kind!r}; known: {', '.join(KINDS)}")
     if kind == "bytes":
         return ByteTokenizer(_whole(described.get("offset"), 0, 1, f"{file}: offset"))
     if kind == "integer":
         return IntegerTokenizer(_whole(described.get("size"), 1, float("inf"), f"{file}: size"))
-    return TrieTokenizer(read_vocab(file.parent / "vocab.txt"))
+    if kind == "bpe":
+        return BpeTokenizer(folder / MERGES, described.get("end"))
+    if kind == "own":
+        return _own(described, file)
+    return load_world(folder / WORDS) if kind == "world" else TrieTokenizer(read_vocab(folder / WORDS))
+
+
+def _own(described: dict, file: Path) -> OwnTokenizer:
+    """A user's class; the one that tokenizer.json was made with, as the digest of its file says."""
+    import_path, options = described.get("import_path"), described.get("options", {})
+    if not isinstance(import_path, str) or not isinstance(options, dict):
+        raise DataError(f"{file}: import_path is a text, options are a mapping; make it with rwkvpipe.vocab")
+    found = OwnTokenizer(import_path, options)
+    if found.source() != described.get("source"):
+        raise DataError(f"{file}: the code of {import_path} has changed since; make it again with rwkvpipe.vocab")
+    return found
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """A tokenizer out of its folder, out of a vocabulary file or a tokenizer.json, or by name.
+
+    The names are `bytes` (id = byte, nothing ends a document) and `world` (RWKV World, from the package rwkv). A
+    folder is one that rwkvpipe.vocab made, or a hub's. Raises DataError when there is none, or a damaged one.
+    """
+    folder = Path(path)
+    if str(path) == "bytes":
+        return ByteTokenizer(0)
+    if str(path) == "world" and not folder.exists():
+        return load_world()
+    if folder.is_file() and folder.suffix != ".json":
+        return load_vocabulary(folder)
+    file = folder if folder.is_file() else folder / "tokenizer.json"
+    if not file.is_file():
+        words = [folder / name for name in HUB if (folder / name).is_file()]
+        if words:
+            return load_vocabulary(words[0])
+        raise DataError(
+            f"{path}: no tokenizer there; give a folder with tokenizer.json (rwkvpipe.vocab makes one),"
+            " a vocabulary file, or one of the names bytes and world"
+        )
+    described = read_json(file)
+    if isinstance(described, dict) and "kind" not in described and "model" in described:
+        return BpeTokenizer(file)
+    return _read(described if isinstance(described, dict) else {}, file.parent, file)
 
 
 def save_tokenizer(folder: str | Path, tokenizer: Tokenizer) -> None:
-    """Write tokenizer.json (and for a trie vocab.txt), from which `load_tokenizer` makes an equal tokenizer."""
+    """Write tokenizer.json and what belongs beside it, from which `load_tokenizer` makes an equal tokenizer."""
     folder = Path(folder)
     if isinstance(tokenizer, ByteTokenizer):
         described: dict[str, Any] = {"kind": "bytes", "offset": tokenizer.offset}
     elif isinstance(tokenizer, IntegerTokenizer):
         described = {"kind": "integer", "size": tokenizer.numbers}
+    elif isinstance(tokenizer, BpeTokenizer):
+        described = {"kind": "bpe", "end": tokenizer.end}
+        tokenizer.write(folder / MERGES)
+    elif isinstance(tokenizer, OwnTokenizer):
+        described = {"kind": "own", "import_path": tokenizer.import_path, "options": tokenizer.options}
+        described["source"] = tokenizer.source()
     else:
-        described = {"kind": "trie"}
-        write_vocab(folder / "vocab.txt", tokenizer.entries)
+        described = {"kind": "world" if isinstance(tokenizer, WorldTokenizer) else "trie"}
+        write_vocab(folder / WORDS, tokenizer.entries)
     write_json(folder / "tokenizer.json", described | {"ids": tokenizer.size, "eos": tokenizer.eos})

@@ -1,13 +1,20 @@
 """Longest match over bytes: own vocabularies and those in RWKV-LM's file format."""
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from rwkvpipe.base.errors import DataError
 from rwkvpipe.base.files import write_text
 from rwkvpipe.tokenizer.byte import PIECE, unknown, utf8
+
+BOM = b"\xef\xbb\xbf"
+# most lines need no parser: a literal without an escape is its own text, and in bytes literals there is ASCII alone
+PLAIN = re.compile(rb"(\d{1,9}) (b?)(?:'(?=[^'\\]*' \d+$)|\"(?=[^\"\\]*\" \d+$))([^\\]*)['\"] (\d{1,9})")
+ENDS = (b"\0", b"<|endoftext|>", b"</s>")  # what trainers write as the text of id 0
 
 
 class TrieTokenizer:
@@ -115,23 +122,36 @@ def _entry(line: str, where: str) -> tuple[int, bytes]:
     return int(number), word
 
 
+def _lines(path: str | Path) -> Iterator[tuple[str, int, bytes]]:
+    """(place, id, entry) of each line that has one. Raises DataError naming file and line."""
+    # not splitlines: an entry may hold a character that Python takes for a line end
+    for count, raw in enumerate(Path(path).read_bytes().removeprefix(BOM).split(b"\n"), 1):
+        raw, where = raw.rstrip(b"\r"), f"{path}:{count}"
+        plain = PLAIN.fullmatch(raw)
+        if plain and len(plain[3]) == int(plain[4]) and (not plain[2] or plain[3].isascii()):
+            with suppress(UnicodeDecodeError):
+                plain[3].decode("utf-8")
+                yield where, int(plain[1]), plain[3]
+                continue
+        try:
+            line = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: not UTF-8 at byte {error.start} of the line; is it a vocabulary file?") from None
+        if line.strip() and not line.startswith("#"):
+            yield where, *_entry(line, where)
+
+
 def read_vocab(path: str | Path) -> dict[int, bytes]:
     """Read a vocabulary file: a line `id 'text' length` or `id b'bytes' length` for each entry.
 
-    Both kinds of line end are read, blank lines skipped. Raises DataError naming file and line.
+    Both kinds of line end are read; blank lines and those that begin with # are skipped, and so is id 0 where its
+    text only marks the end of a document. Nothing in the file is run. Raises DataError naming file and line.
     """
     entries: dict[int, bytes] = {}
     places: dict[bytes, int] = {}
-    # not splitlines: an entry may hold a character that Python takes for a line end
-    for count, raw in enumerate(Path(path).read_bytes().split(b"\n"), 1):
-        where = f"{path}:{count}"
-        try:
-            line = raw.rstrip(b"\r").decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where}: not UTF-8 at byte {error.start} of the line; is it a vocabulary file?") from None
-        if not line.strip():
+    for where, number, word in _lines(path):
+        if number == 0 and word in ENDS:
             continue
-        number, word = _entry(line, where)
         if number == 0:
             raise DataError(f"{where}: id 0 ends a document and can have no text; number the entries from 1")
         if not word:

@@ -102,7 +102,7 @@ def test_the_reference_s_rows_become_its_texts(goldens):
         ({"messages": []}, "list of turns"),
         ({"messages": "x"}, "list of turns"),
         ({"messages": ["x"]}, "turn 1 of `messages` is no object"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "turn 1: role is 'tool'; known: system, user, assistant"),
+        ({"messages": [{"role": "ghost", "content": "x"}]}, "turn 1: role is 'ghost'; known: system, user, assistant"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "turn 1: role is"),
         ({"messages": [{"role": "user"}]}, "turn 1: no `content`"),
         ({"messages": [*TALK, {"role": "user", "content": None}]}, "turn 3: `content` is null"),

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from rwkvpipe.base.config import BenchmarkConfig, SamplingConfig
+from rwkvpipe.base.errors import DataError
 from rwkvpipe.tokenizer import chat
 from rwkvpipe.tokenizer.byte import ByteTokenizer
 from rwkvpipe.tokenizer.load import load_tokenizer
@@ -57,11 +58,40 @@ def test_the_reference_s_ids_and_marks(goldens, shared_data):
         seen += 1
     assert seen >= 3
     for row in given["generation_prompts"]:
-        if row["mode"] == "plain":
-            assert chat.prompt(row["messages"]) == row["text"]
-            assert world.encode(row["text"]) == row["ids"]
+        assert chat.prompt(row["messages"], row["mode"]) == row["text"]
+        assert world.encode(row["text"]) == row["ids"]
 
 
 @pytest.mark.parametrize("role", ["user", "system"])
 def test_nothing_is_learned_where_nobody_answers(role):
     assert not any(chat.render([{"role": role, "content": "Hi"}], ByteTokenizer(1))[1])
+
+
+def test_how_long_to_think_is_said_in_the_user_s_last_words():
+    talk = [*TALK, {"role": "user", "content": "And 3+3?\n\nQuick."}]
+    assert chat.prompt(talk, "think_a_lot").endswith("User: And 3+3?\nQuick. think a lot\n\nAssistant: <think")
+    assert chat.prompt(talk, "think_a_bit").endswith(" think a bit\n\nAssistant: <think")
+    assert chat.prompt(talk, "think_some").endswith("Quick. think\n\nAssistant: <think")
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(DataError, match="mode: 'loud' is none of plain, think"):
+        chat.prompt(TALK[:1], "loud")
+
+
+def test_tools_are_listed_first_and_their_results_are_the_user_s_turns():
+    talk = [{"role": "system", "content": "Be brief."}, TALK[0], {"role": "tool", "content": "4"}]
+    asked = chat.prompt(chat.with_tools(talk, [{"name": "add"}]), "tools")
+    assert asked.startswith('System: Be brief.\nTools:\n{"name": "add"}\nReturn only a JSON function call.\n\nUser: ')
+    assert asked.endswith("User: Function output:\n4\n\nAssistant: ```json")
+
+
+def test_an_instruction_stands_before_its_input():
+    assert chat.instruction("Translate\n\nit", "good") == "Instruction: Translate\nit\n\nInput: good\n\nResponse:"
+    assert chat.instruction("Sing", " ") == "Instruction: Sing\n\nResponse:"
+
+
+def test_a_blank_line_after_a_chinese_full_stop_is_still_the_turn_s_end(shared_data):
+    world = load_tokenizer(shared_data / "rwkv_vocab_v20230424.txt")
+    ids, _ = chat.render([{"role": "user", "content": "好。"}], world)
+    assert ids[-1] == 261 and 261 not in world.encode("好。\n\n")

@@ -45,7 +45,7 @@ def test_a_vocabulary_file_is_a_tokenizer(tmp_path):
 @pytest.mark.parametrize(
     "text, problem",
     [
-        ('{"kind": "words"}', "kind is 'words'; known: bytes, integer, trie"),
+        ('{"kind": "words"}', "kind is 'words'; known: bytes, integer, world, trie, bpe, own"),
         ("[]", "kind is None"),
         ('{"kind": "integer", "size": "8"}', "size: a whole number"),
         ('{"kind": "integer"}', "size: a whole number"),

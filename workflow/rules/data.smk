@@ -8,7 +8,7 @@ rule vocab:
     benchmark:
         "<results>/shared/log/vocab-{tokenizer}.jsonl"
     wildcard_constraints:
-        tokenizer=plan.tokenizers_of("bytes", "integer"),
+        tokenizer=plan.tokenizers_of("bytes", "integer", "own"),
     conda:
         ENVIRONMENT
     params:
@@ -26,13 +26,22 @@ use rule vocab as vocab_trie with:
         tokenizer="<results>/shared/tokenizers/{tokenizer}/tokenizer.json",
         words="<results>/shared/tokenizers/{tokenizer}/vocab.txt",
     wildcard_constraints:
-        tokenizer=plan.tokenizers_of("trie"),
+        tokenizer=plan.tokenizers_of("trie", "world"),
+
+
+use rule vocab as vocab_bpe with:
+    output:
+        tokenizer="<results>/shared/tokenizers/{tokenizer}/tokenizer.json",
+        merges="<results>/shared/tokenizers/{tokenizer}/bpe.json",
+    wildcard_constraints:
+        tokenizer=plan.tokenizers_of("bpe"),
 
 
 rule pack:
     input:
         file=lambda wildcards: plan.corpus_file(wildcards.corpus),
         valid=lambda wildcards: plan.valid_file(wildcards.corpus),
+        template=lambda wildcards: plan.template_file(wildcards.corpus),
         tokenizer=lambda wildcards: plan.tokenizer_files(settled.corpora[wildcards.corpus].tokenizer),
     output:
         info="<results>/shared/corpora/{corpus}/corpus.json",

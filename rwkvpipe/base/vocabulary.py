@@ -1,0 +1,61 @@
+"""The settings of a vocabulary: which kind, and what each kind is made of."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from rwkvpipe.base.strict import Count, Name, Strict
+
+# which kinds of tokenizer a key is for
+TOKENIZER_FIELDS = {
+    "offset": ("bytes",),
+    "size": ("integer",),
+    "path": ("world", "trie", "bpe"),
+    "corpora": ("trie", "bpe"),
+    "vocab_size": ("bpe",),
+    "end": ("bpe",),
+    "import_path": ("own",),
+    "options": ("own",),
+}
+
+
+class TokenizerConfig(Strict):
+    """A vocabulary."""
+
+    kind: Literal["bytes", "integer", "world", "trie", "bpe", "own"]
+    """Single bytes; whole numbers; RWKV World; longest match in a vocabulary; byte pair encoding; a class of yours."""
+    offset: Annotated[int, Field(ge=0, le=1, strict=True)] = 1
+    """bytes: id of byte 0. With 1, id 0 ends a document; with 0 nothing does."""
+    size: Count | None = None
+    """integer: numbers run from 0 to size - 1 (id = number + 1, id 0 ends a document)."""
+    path: str | None = None
+    """trie: a vocabulary file in RWKV-LM's format, or a URL; bpe: a tokenizer.json; world: left out, the file in the
+    package rwkv."""
+    corpora: tuple[Name, ...] = ()
+    """trie: or the corpora whose characters become the vocabulary; bpe: or those it is learned from."""
+    vocab_size: Count | None = None
+    """bpe, learned: how many ids at most; id 0 ends a document, every byte has one."""
+    end: str | None = None
+    """bpe, from a file: the token that ends a document; left out, what it is usually called."""
+    import_path: str | None = None
+    """own: `module:Class`. Here alone code of yours runs: rwkvpipe/tokenizer/own.py says what the class must have."""
+    options: dict[str, Any] = {}
+    """own: what the class is made with."""
+
+    @model_validator(mode="after")
+    def _fields(self):
+        for field, kinds in TOKENIZER_FIELDS.items():
+            default = type(self).model_fields[field].default
+            if self.kind not in kinds and getattr(self, field) != default:
+                raise ValueError(f"{field} belongs to kind {' or '.join(kinds)}, this is {self.kind}")
+        if self.kind == "integer" and self.size is None:
+            raise ValueError("kind integer needs size: how many different numbers there are")
+        if self.kind in ("trie", "bpe") and (self.path is None) == (not self.corpora):
+            raise ValueError(f"kind {self.kind} needs one of path and corpora")
+        if self.kind == "bpe" and (self.vocab_size is None) != (not self.corpora):
+            raise ValueError("vocab_size belongs to a bpe learned from corpora, and that needs it")
+        if self.corpora and self.end is not None:
+            raise ValueError("end belongs to a bpe from a file; one learned here ends documents with id 0")
+        if self.kind == "own" and self.import_path is None:
+            raise ValueError("kind own needs import_path: module:Class")
+        return self

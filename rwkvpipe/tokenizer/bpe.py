@@ -1,0 +1,175 @@
+"""Byte pair encoding: learned here, or read from the tokenizer.json of another model (library tokenizers)."""
+
+import logging
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from rwkvpipe.base.errors import DataError
+from rwkvpipe.base.files import parse_json, read_json, write_text
+from rwkvpipe.tokenizer.byte import unknown, utf8
+
+log = logging.getLogger("rwkvpipe")
+
+END = "<|endoftext|>"  # id 0 of what is learned here
+ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")  # what others call it
+PIECE = 1 << 20  # characters of a text whose ids are held at once
+LEAST = 257  # every byte, and the end of a document
+
+
+def _letters() -> dict[str, int]:
+    """The character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+
+
+LETTERS = _letters()
+
+
+def learn(texts: Iterable[str], vocab_size: int) -> str:
+    """The JSON of a byte-level BPE with at most `vocab_size` ids: id 0 ends a document, then come the bytes.
+
+    Equal texts give equal JSON. Raises DataError when there is no text, or no room for every byte.
+    """
+    if vocab_size < LEAST:
+        raise DataError(f"vocab_size: {vocab_size} is too small; the bytes and the end of a document alone are {LEAST}")
+    found = tokenizers.Tokenizer(tokenizers.models.BPE())
+    found.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    found.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END], initial_alphabet=sorted(LETTERS), show_progress=False
+    )
+    seen = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal seen
+        for text in texts:
+            seen += bool(text)
+            yield text
+
+    found.train_from_iterator(counted(), trainer)
+    if not seen:
+        raise DataError("no text in the corpora to learn a vocabulary from; give some")
+    if found.get_vocab_size() < vocab_size:
+        log.info("the texts hold %d ids' worth of pairs, fewer than vocab_size %d", found.get_vocab_size(), vocab_size)
+    return found.to_str(pretty=True) + "\n"
+
+
+def _kinds(part: Any) -> set[str]:
+    """The types that a part of tokenizer.json is made of."""
+    if isinstance(part, dict):
+        return {str(part.get("type"))}.union(*map(_kinds, part.values()))
+    return set().union(*map(_kinds, part)) if isinstance(part, list) else set()
+
+
+class BpeTokenizer:
+    """A tokenizer.json with a BPE model. `end` is the token that ends a document, the likeliest name if left out.
+
+    Text that looks like a special token is text: it never becomes that token's id. A byte-level vocabulary takes any
+    bytes and gives them back. Raises DataError for a file that is no such tokenizer.
+    """
+
+    def __init__(self, path: str | Path, end: str | None = None):
+        self.path = Path(path)
+        self.json = self.path.read_text(encoding="utf-8", errors="replace")
+        described = parse_json(self.json, path)
+        model = described.get("model") if isinstance(described, dict) else None
+        kind = model.get("type", "BPE" if "merges" in model else None) if isinstance(model, dict) else None
+        if kind != "BPE":
+            raise DataError(f"{path}: a model of type {kind}, BPE is needed; give a tokenizer.json with merges")
+        try:
+            self._inner = tokenizers.Tokenizer.from_str(self.json)
+        except Exception as error:  # the library raises nothing narrower
+            raise DataError(f"{path}: the library tokenizers cannot read it ({error}); mend it") from None
+        self._inner.encode_special_tokens = True
+        self._inner.no_truncation()
+        self._inner.no_padding()
+        self.byte_level = "ByteLevel" in _kinds(described.get("decoder"))
+        if not self.byte_level:
+            log.info("%s: not a byte-level vocabulary; text it does not know may not come back as it was", path)
+        self.vocabulary = self._inner.get_vocab(with_added_tokens=True)
+        self.size = max(self.vocabulary.values(), default=0) + 1
+        self.end = self._end(end)
+        self.eos = None if self.end is None else self.vocabulary[self.end]
+
+    def _end(self, wanted: str | None) -> str | None:
+        if wanted is None:
+            beside = self.path.with_name("tokenizer_config.json")
+            told = read_json(beside).get("eos_token") if beside.is_file() else None
+            told = told.get("content") if isinstance(told, dict) else told
+            found = [word for word in (told, *ENDS) if word in self.vocabulary]
+            return found[0] if found else None
+        if wanted not in self.vocabulary:
+            raise DataError(f"end: {self.path} has no token {wanted!r}; give one that it has")
+        return wanted
+
+    @cached_property
+    def _words(self) -> dict[int, bytes]:
+        """Bytes of each id of a byte-level vocabulary."""
+        added = self._inner.get_added_tokens_decoder()
+        found = {number: token.content.encode("utf-8") for number, token in added.items()}
+        for word, number in self.vocabulary.items():
+            if number not in found:
+                bytes_of = [LETTERS.get(letter) for letter in word]
+                found[number] = word.encode("utf-8") if None in bytes_of else bytes(bytes_of)  # type: ignore[arg-type]
+        return found
+
+    @cached_property
+    def _single(self) -> dict[int, int]:
+        """Id of each byte."""
+        return {byte: self.vocabulary[letter] for letter, byte in LETTERS.items() if letter in self.vocabulary}
+
+    def _text(self, text: str) -> list[int]:
+        ids = self._inner.encode(text, add_special_tokens=False).ids
+        silent = self._inner.model.unk_token
+        if silent is not None and self.vocabulary.get(silent) in ids:
+            raise DataError(f"{self.path}: the vocabulary knows only a part of {text[:30]!r}; use another")
+        return ids
+
+    def encode(self, text: str | bytes) -> list[int]:
+        """Ids of a text; of bytes, those that are no UTF-8 one by one. Raises DataError for what has no id."""
+        if isinstance(text, str):
+            utf8(text)
+            return self._text(text)
+        found, data = [], bytes(text)
+        while data:
+            try:
+                return found + self._text(data.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                found += self._text(data[: error.start].decode("utf-8"))
+                for byte in data[error.start : error.end]:
+                    if not self.byte_level or byte not in self._single:
+                        raise DataError(f"the vocabulary of {self.path} has no byte 0x{byte:02x}; give UTF-8") from None
+                    found.append(self._single[byte])
+                data = data[error.end :]
+        return found
+
+    def pieces(self, text: str | bytes) -> Iterator[list[int]]:
+        """The same ids as one list: where a text could be cut without other ids is known to the library alone."""
+        yield self.encode(text)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of ids; the end of a document gives none. Raises DataError for an id without a token."""
+        numbers = [number for number in map(int, ids) if number != self.eos]
+        for number in numbers:
+            if not self.owns(number):
+                raise unknown(number, self.size)
+        if self.byte_level:
+            return b"".join(self._words[number] for number in numbers)
+        return self._inner.decode(numbers, skip_special_tokens=False).encode("utf-8")
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; what is not UTF-8 becomes U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def owns(self, number: int) -> bool:
+        """Whether an id has a token."""
+        return number != self.eos and number >= 0 and self._inner.id_to_token(number) is not None
+
+    def write(self, path: str | Path) -> None:
+        """Write the tokenizer.json that it was read from."""
+        write_text(path, self.json)
