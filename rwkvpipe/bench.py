@@ -28,7 +28,7 @@ def mark(spec: BenchmarkConfig, model: str, tokenizer: str, questions: str) -> s
     folder = given.parent if given.suffix == ".json" else given
     words = [path for path in (folder / "tokenizer.json", folder / "vocab.txt", given) if path.is_file()]
     parts = [spec.model_dump(mode="json"), "" if words else tokenizer]
-    parts += [digest(path) for path in (store.find(model), Path(questions), *words)]
+    parts += [store.mark(model), *(digest(path) for path in (Path(questions), *words))]
     return hashlib.sha256(canonical(parts).encode()).hexdigest()[:32]
 
 

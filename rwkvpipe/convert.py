@@ -12,13 +12,14 @@ log = logging.getLogger("rwkvpipe")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Convert one checkpoint; dtypes and bits of its tensors are kept."""
+    """Convert one checkpoint, tensor by tensor; dtypes and bits are kept."""
     parser = Parser(prog="rwkvpipe.convert", description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", help="a .pth or .safetensors file, or a folder that holds one")
+    parser.add_argument("checkpoint", help="a .pth or .safetensors file, an index of shards, or a folder with one")
     parser.add_argument("--out", required=True, type=new_file, help="model.safetensors")
     given = parser.parse_args(argv)
-    config, tensors = store.read(given.checkpoint)
-    store.write(given.out, config, tensors)
+    found = store.open_model(given.checkpoint)
+    config = found.config
+    store.write(given.out, config, found.tensors)
     log.info("%s: %s, %d layers, width %d", given.out, config.family, config.n_layer, config.n_embd)
 
 

@@ -1,4 +1,4 @@
-"""Say what is in a checkpoint: family, sizes, dtype, parameters, vocabulary.
+"""Say what is in a checkpoint: format, layout, family, sizes, dtype, parameters, vocabulary.
 
 python -m rwkvpipe.inspect results/demo/base/model.safetensors --json
 """
@@ -9,30 +9,35 @@ from collections import Counter
 
 from rwkvpipe.base.errors import Parser, run
 from rwkvpipe.weights import store
+from rwkvpipe.weights.source import open_source
 
 
 def describe(path: str) -> dict:
-    """Facts about a checkpoint or an adapter; the data of safetensors is not read."""
-    tensors, metadata = store.describe(path)
-    kinds = Counter(str(value.dtype).removeprefix("torch.") for value in tensors.values())
+    """Facts about a checkpoint or an adapter; the tensors' data is not read."""
+    source = open_source(path)
+    like = source.tensors.like
+    kinds = Counter(str(value.dtype).removeprefix("torch.") for value in like.values())
     facts = {
-        "file": str(path),
+        "file": str(source.path),
+        "format": source.format,
+        "bytes": sum(file.stat().st_size for file in source.files),
         "dtype": ", ".join(name for name, _ in kinds.most_common()),
-        "tensors": len(tensors),
-        "parameters": sum(value.numel() for value in tensors.values()),
+        "tensors": len(like),
+        "parameters": sum(value.numel() for value in like.values()),
     }
-    if "lora" in metadata:
-        settings = json.loads(metadata["lora"])
-        full = sorted({name for name in tensors if not name.endswith((".lora_A", ".lora_B"))})
-        return facts | {"adapter": settings | {"full_tensors": full}, "base_sha256": metadata.get("base", "")}
-    config = store.sizes(path)
-    return facts | {"vocabulary": config.vocab_size} | config.model_dump(exclude={"vocab_size"})
+    if "lora" in source.metadata:
+        settings = json.loads(source.metadata["lora"])
+        full = sorted({name for name in like if not name.endswith((".lora_A", ".lora_B"))})
+        return facts | {"adapter": settings | {"full_tensors": full}, "base_sha256": source.metadata.get("base", "")}
+    found = store.open_model(path)
+    facts |= {"layout": found.layout, "never_read": sum(found.tensors.like[n].numel() for n in found.unread)}
+    return facts | {"vocabulary": found.config.vocab_size} | found.config.model_dump(exclude={"vocab_size"})
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print the facts as a table, or as JSON."""
     parser = Parser(prog="rwkvpipe.inspect", description=__doc__.splitlines()[0])
-    parser.add_argument("file", help="a .safetensors or .pth file, or a folder that holds one")
+    parser.add_argument("file", help="a .pth or .safetensors file, an index of shards, or a folder with one")
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     given = parser.parse_args(argv)
     facts = describe(given.file)
@@ -41,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     width = max(map(len, facts))
     for name, value in facts.items():
-        shown = f"{value:,}" if isinstance(value, int) else value
+        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
         sys.stdout.write(f"{name:<{width}}  {shown}\n")
 
 

@@ -6,7 +6,6 @@ python -m rwkvpipe.merge --model base/model.safetensors --adapter chat/adapter.s
 import logging
 
 from rwkvpipe.base.errors import Parser, WeightsError, new_file, run
-from rwkvpipe.base.files import digest
 from rwkvpipe.train.stage import read_adapter
 from rwkvpipe.weights import lora, store
 
@@ -22,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     given = parser.parse_args(argv)
     adapter, settings, base = read_adapter(given.adapter)
     config, tensors = store.read(given.model)
-    if base and base != digest(store.find(given.model)):
+    if base and base != store.mark(given.model):
         raise WeightsError(f"{given.adapter}: was trained beside other weights than {given.model}; give those")
     store.write(given.out, config, lora.merged(tensors, adapter, settings))
     log.info("%s: %d tensors of the adapter merged", given.out, len(adapter))

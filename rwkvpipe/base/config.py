@@ -41,6 +41,8 @@ class RwkvConfig(Strict):
     """Rank of the value residual's."""
     d_gate: Count | None = None
     """Rank of the gate's."""
+    ln0: bool = True
+    """Whether the embedding is normalised; checkpoints that have that folded into it go without."""
 
     @model_validator(mode="after")
     def _heads(self):

@@ -32,7 +32,10 @@ OTHERS = (
 
 def build(config: RwkvConfig) -> nn.Module:
     """A model of these sizes; its weights are those the modules start with (see `initialise`)."""
-    return FAMILIES[config.family].model(config)
+    model = FAMILIES[config.family].model(config)
+    if not config.ln0:
+        model.blocks[0].ln0 = nn.Identity()
+    return model
 
 
 def complete(config: RwkvConfig) -> RwkvConfig:

@@ -188,8 +188,8 @@ def _orthogonal(matrix: Tensor, gain: float, stream: torch.Generator) -> None:
 
 
 def _initial_norms(block: Block, depth: float) -> None:
-    for name, norm in block.named_children():
-        if name.startswith("ln"):
+    for norm in block.children():
+        if isinstance(norm, nn.LayerNorm):
             norm.reset_parameters()
     block.att.ln_x.weight.fill_(depth**0.7)
     block.att.ln_x.bias.zero_()

@@ -51,7 +51,7 @@ def open_stage(settings: str | Path, model: str | Path, out: str | Path, *, kind
     if kind == "grpo" and asked.rollout is None:
         asked = asked.model_copy(update={"rollout": RolloutConfig()})
     rank = dist.start()
-    base = digest(store.find(model))
+    base = store.mark(model)
     network = store.load_model(model, rank.device)
     stage = Stage(asked, network, rank, Path(out), base)
     if asked.lora is not None:

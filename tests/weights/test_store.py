@@ -74,6 +74,26 @@ def test_a_flat_bonus_is_cut_into_heads_of_the_size_beside_it(tmp_path, tensors)
     same(store.read(path)[1], tensors)
 
 
+def test_a_folded_embedding_gives_the_same_logits(tmp_path, tensors):
+    whole = build(CONFIG)
+    whole.load_state_dict(tensors)
+    ids = torch.arange(11)[None]
+    folded = {name: value for name, value in tensors.items() if "ln0" not in name}
+    with torch.no_grad():
+        folded["emb.weight"] = whole.blocks[0].ln0(tensors["emb.weight"])
+        model = store.load_model(saved(tmp_path / "a.pth", folded))
+        assert torch.equal(model(ids)[0], whole(ids)[0])
+    assert not model.config.ln0
+    store.write(tmp_path / "model.safetensors", model.config, model.state_dict())
+    same(store.read(tmp_path / "model.safetensors")[1], folded)
+
+
+def test_half_an_embedding_norm_is_refused(tmp_path, tensors):
+    half = {name: value for name, value in tensors.items() if name != "blocks.0.ln0.bias"}
+    with pytest.raises(WeightsError, match=r"blocks\.0\.ln0\.bias is missing"):
+        store.read(saved(tmp_path / "a.pth", half))
+
+
 def test_the_dead_tensors_of_layer_0_may_be_there_or_not(tmp_path, tensors):
     without = {name: value for name, value in tensors.items() if name not in DEAD}
     rank = tensors["blocks.1.att.v1"].shape[1]
@@ -83,6 +103,8 @@ def test_the_dead_tensors_of_layer_0_may_be_there_or_not(tmp_path, tensors):
         found = store.read(saved(tmp_path / "a.pth", kind))[1]
         assert found.keys() == tensors.keys()
         build(CONFIG).load_state_dict(found)
+    store.write_tensors(tmp_path / "b.safetensors", store.open_model(tmp_path / "a.pth").tensors)
+    same(dict(store.open_model(tmp_path / "b.safetensors").tensors), with_them)
 
 
 def test_a_missing_and_a_left_over_tensor_are_named(tmp_path, tensors):
@@ -92,9 +114,6 @@ def test_a_missing_and_a_left_over_tensor_are_named(tmp_path, tensors):
     for name in ("ffn.extra", "blocks.0.att.key.base_layer.weight"):
         with pytest.raises(WeightsError, match=f"{name} is unknown"):
             store.read(saved(tmp_path / "a.pth", tensors | {name: torch.ones(2)}))
-    folded = {name: value for name, value in tensors.items() if "ln0" not in name}
-    with pytest.raises(WeightsError, match="ln0"):
-        store.read(saved(tmp_path / "a.pth", folded))
 
 
 def test_a_tensor_of_another_size_is_named(tmp_path, tensors):
