@@ -851,7 +851,7 @@ case(
     "foreign weights",
     "convert",
     "m.pth: this is a transformer",
-    "known here: rwkv7",
+    "known here: rwkv5, rwkv6, rwkv7",
     words={0: "m.pth"},
     files={
         "m.pth": saved(
@@ -863,8 +863,8 @@ case(
     "RWKV-6",
     "foreign weights",
     "convert",
-    "m.pth: this is an RWKV-6 checkpoint",
-    "known here: rwkv7",
+    "m.pth: this is a part of an RWKV-6 checkpoint",
+    "known here: rwkv5, rwkv6, rwkv7",
     words={0: "m.pth"},
     files={"m.pth": saved({"blocks.0.ln0.weight": torch.zeros(2), "blocks.0.att.time_maa_x": torch.zeros(2)})},
 )

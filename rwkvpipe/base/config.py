@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from rwkvpipe.base.files import read_json
+from rwkvpipe.base.sizes import RwkvConfig
 from rwkvpipe.base.strict import Count, Name, NotNegative, Positive, Real, Share, Strict, Whole, check
 from rwkvpipe.base.vocabulary import TokenizerConfig
 
@@ -16,39 +17,6 @@ from rwkvpipe.base.vocabulary import TokenizerConfig
 def _off(value: Any) -> Any:
     # YAML 1.1 reads a bare off as false
     return "off" if value is False else value
-
-
-class RwkvConfig(Strict):
-    """The sizes of an RWKV language model."""
-
-    family: Literal["rwkv7"] = "rwkv7"
-    """Architecture."""
-    n_layer: Count = 12
-    """Layers (2 at least to start from nothing: initial values divide by n_layer - 1)."""
-    n_embd: Count = 768
-    """Width; a multiple of head_size."""
-    head_size: Count = 64
-    """Width of a head."""
-    vocab_size: Count | None = None
-    """Rows of the embedding; left out, the tokenizer's size."""
-    dim_ffn: Count | None = None
-    """Width of the channel mix; left out, 4 n_embd."""
-    d_decay: Count | None = None
-    """Rank of the decay's low-rank matrices; left out, RWKV-LM's rule (so for the next three)."""
-    d_aaa: Count | None = None
-    """Rank of the in-context learning rate's."""
-    d_mv: Count | None = None
-    """Rank of the value residual's."""
-    d_gate: Count | None = None
-    """Rank of the gate's."""
-    ln0: bool = True
-    """Whether the embedding is normalised; checkpoints that have that folded into it go without."""
-
-    @model_validator(mode="after")
-    def _heads(self):
-        if self.n_embd % self.head_size:
-            raise ValueError(f"n_embd {self.n_embd} is not a multiple of head_size {self.head_size}")
-        return self
 
 
 class TrainConfig(Strict):
@@ -104,15 +72,10 @@ class LoraConfig(Strict):
     """Share of the adapter's inputs set to zero while training."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead."""
-    targets: tuple[str, ...] = (
-        "att.receptance",
-        "att.key",
-        "att.value",
-        "att.output",
-        "ffn.key",
-        "ffn.value",
-    )
-    """Matrices that get an adapter, by the last parts of their path."""
+    targets: tuple[str, ...] | None = None
+    """Matrices that get an adapter, by the last parts of their path (`att.key`, `ffn.value`); left out, every matrix
+    of the blocks: receptance, key, value and output of the time mix, key and value of the channel mix, and in rwkv5
+    and rwkv6 the gate of the one and the receptance of the other."""
     full: tuple[str, ...] = ()
     """Tensors trained whole beside them, by the last parts of their path (`ln1`, `att.ln_x`, `att.w0`)."""
 

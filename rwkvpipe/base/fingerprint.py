@@ -2,8 +2,9 @@
 
 Snakemake tracks the shell text of a rule, not the modules which that text starts. A rule with `fingerprint("sft")`
 among its params becomes stale when the code of that verb, or of anything in the package that it imports, changes.
-Comments, docstrings and layout do not count. Sources that are not Python are named by the module that uses them:
-`TRACKED_FILES = ["../../cuda/wkv7.cu"]`, patterns relative to that module's folder.
+Comments, docstrings and layout do not count. What no import statement names is named by the module that uses it:
+`TRACKED_FILES = ["../../cuda/wkv7.cu"]`, patterns relative to that module's folder. Those that are Python count as
+imported, the others with all their bytes.
 """
 
 import ast
@@ -97,7 +98,10 @@ def _scan(module: str, root: Path) -> tuple[str, tuple[str, ...]]:
     parents = {".".join(parts[:n]) for parts in (name.split(".") for name in names) for n in range(2, len(parts))}
     digest = hashlib.sha256("\n".join(_tokens(tree)).encode())
     for extra in _tracked(tree, file):
-        digest.update(extra.name.encode() + b"\0" + extra.read_bytes())
+        if extra.suffix == ".py":
+            names.add(".".join((root.name, *extra.resolve().relative_to(root).with_suffix("").parts)))
+        else:
+            digest.update(extra.name.encode() + b"\0" + extra.read_bytes())
     return digest.hexdigest(), tuple(sorted(name for name in names | parents if _file(name, root) and name != module))
 
 

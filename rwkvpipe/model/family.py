@@ -1,13 +1,17 @@
-"""Which architecture is which. A family is a module with `complete` and `detect`, and a line in `FAMILIES`."""
+"""Which architecture is which. A family is a file beside this one and a line in `FAMILIES` of base/sizes.py."""
 
 from dataclasses import dataclass
+from importlib import import_module
 from types import ModuleType
 
 from torch import Tensor, nn
 
 from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.base.errors import WeightsError
-from rwkvpipe.model import rwkv7
+from rwkvpipe.base.sizes import FAMILIES as NAMES
+from rwkvpipe.base.sizes import PRESETS
+
+TRACKED_FILES = ["rwkv*.py"]  # imported by name
 
 
 @dataclass(frozen=True)
@@ -18,13 +22,20 @@ class Family:
     model: type[nn.Module]
 
 
-FAMILIES: dict[str, Family] = {"rwkv7": Family(rwkv7, rwkv7.Rwkv7)}
+def _family(name: str) -> Family:
+    module = import_module(f"rwkvpipe.model.{name}")
+    return Family(module, getattr(module, name.capitalize()))
+
+
+FAMILIES: dict[str, Family] = {name: _family(name) for name in NAMES}
 
 # what tells the others, so that a message can name them (first match counts)
 OTHERS = (
-    (".att.time_maa", "an RWKV-6 checkpoint"),
-    (".att.gate.weight", "an RWKV-5 checkpoint"),
-    (".att.time_decay", "an RWKV-4 or RWKV-5 checkpoint"),
+    (".att.time_maa_rkvw", "an experimental RWKV-6 checkpoint (x060b or x060c)"),
+    (".att.time_maa", "a part of an RWKV-6 checkpoint"),
+    (".att.gate.weight", "an RWKV-5.1 checkpoint"),
+    (".att.ln_x.weight", "an RWKV-5.0 checkpoint"),
+    (".att.time_decay", "an RWKV-4 checkpoint"),
     (".lora_A", "an adapter, not a model; merge it first"),
     (".self_attn.", "a transformer"),
 )
@@ -32,15 +43,18 @@ OTHERS = (
 
 def build(config: RwkvConfig) -> nn.Module:
     """A model of these sizes; its weights are those the modules start with (see `initialise`)."""
-    model = FAMILIES[config.family].model(config)
-    if not config.ln0:
-        model.blocks[0].ln0 = nn.Identity()
-    return model
+    return FAMILIES[config.family].model(config)
 
 
 def complete(config: RwkvConfig) -> RwkvConfig:
     """The same with every size that was left out filled in."""
     return FAMILIES[config.family].module.complete(config)
+
+
+def released(config: RwkvConfig) -> str | None:
+    """The preset that has exactly these sizes; None if no released model has them."""
+    plain = complete(config.model_copy(update={"time_state": False}))
+    return next((name for name in PRESETS if complete(RwkvConfig(preset=name)) == plain), None)
 
 
 def detect(tensors: dict[str, Tensor]) -> RwkvConfig:

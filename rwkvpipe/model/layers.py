@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from rwkvpipe.base.config import RwkvConfig
 
+HEAD_EPS = 64e-5  # group norm's, whatever the head size
+
 
 @dataclass
 class State:
@@ -68,31 +70,53 @@ def token_shift(x: Tensor, last: Tensor, lengths: Tensor | None = None) -> tuple
     return before[:, :-1] - x, end
 
 
+def beyond(lengths: Tensor, like: Tensor) -> Tensor:
+    """Where rows of `like` (B, T, H, N) are padding, (B, T, 1, 1)."""
+    places = torch.arange(like.shape[1], device=like.device)
+    return (places[None, :] >= lengths.to(like.device)[:, None])[:, :, None, None]
+
+
+def channels(n_embd: int) -> Tensor:
+    """0, 1, ... n_embd - 1 in fp32: what initial values are formulas of."""
+    return torch.arange(n_embd, dtype=torch.float32)
+
+
+def decays(time_decay: Tensor, time_faaaa: Tensor, rho0: float) -> None:
+    """Write the initial decays and bonuses of RWKV-5 and RWKV-6; rho0 is 0 in the first layer and 1 in the last."""
+    channel = channels(time_decay.numel())
+    place = channel / (len(channel) - 1)
+    time_decay.copy_((-6 + 5 * place ** (0.7 + 1.3 * rho0)).view_as(time_decay))
+    time_faaaa.copy_((rho0 * (1 - place) + 0.1 * ((channel + 1) % 3 - 1)).view_as(time_faaaa))
+
+
 class HeadNorm(nn.Module):
     """Each head normalised on its own, then scale and offset for each channel (group norm with a group a head)."""
 
-    def __init__(self, n_embd: int, heads: int, eps: float):
+    def __init__(self, n_embd: int):
         super().__init__()
-        self.heads, self.eps = heads, eps
         self.weight = nn.Parameter(torch.ones(n_embd))
         self.bias = nn.Parameter(torch.zeros(n_embd))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, H, N); returns (B, T, D)."""
-        x = F.layer_norm(x.to(self.weight.dtype), x.shape[-1:], eps=self.eps)
+        x = F.layer_norm(x.to(self.weight.dtype), x.shape[-1:], eps=HEAD_EPS)
         return torch.addcmul(self.bias, x.flatten(-2), self.weight)
 
 
-class ChannelMix(nn.Module):
-    """The part of a block that works on one token and its predecessor alone."""
+class GatedChannelMix(nn.Module):
+    """The part of a block that works on one token and its predecessor alone, as RWKV-5 and RWKV-6 have it.
 
-    def __init__(self, n_embd: int, dim_ffn: int):
+    A family adds `mixed(x, dx)`: what key and receptance read of the input and of its difference to the one before.
+    """
+
+    def __init__(self, config: RwkvConfig):
         super().__init__()
-        self.x_k = nn.Parameter(torch.zeros(1, 1, n_embd))
-        self.key = nn.Linear(n_embd, dim_ffn, bias=False)
-        self.value = nn.Linear(dim_ffn, n_embd, bias=False)
+        self.key = nn.Linear(config.n_embd, config.dim_ffn, bias=False)
+        self.value = nn.Linear(config.dim_ffn, config.n_embd, bias=False)
+        self.receptance = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: Tensor, last: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (B, T, D) and the input before it; returns what is added to the stream, and the last input."""
         dx, last = token_shift(x, last, lengths)
-        return self.value(self.key(torch.addcmul(x, dx, self.x_k)).relu().square()), last
+        xk, xr = self.mixed(x, dx)
+        return torch.sigmoid(self.receptance(xr)) * self.value(self.key(xk).relu().square()), last

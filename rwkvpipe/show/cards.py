@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from rwkvpipe.base.config import RwkvConfig, Settings
+from rwkvpipe.base.sizes import title
 from rwkvpipe.show.chart import curves, number
 from rwkvpipe.show.evidence import Evidence, Subject
 from rwkvpipe.show.markup import Html, anchor, count, duration, el, facts, fold, rough
@@ -34,8 +35,7 @@ def flat(value: dict, head: str = "") -> Iterator[tuple[str, str]]:
 
 def size(model: RwkvConfig) -> str:
     """The sizes of a new model in words."""
-    family = {"rwkv7": "RWKV-7"}.get(model.family, model.family)
-    return f"{family}, {model.n_layer} layers, width {model.n_embd}"
+    return f"{title(model.family)}, {model.n_layer} layers, width {model.n_embd}"
 
 
 def amount(evidence: Evidence, subject: Subject) -> str | None:

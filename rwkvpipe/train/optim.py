@@ -101,10 +101,11 @@ def lr_at(config: TrainConfig, step: int) -> float:
 
 
 def _rule(name: str, tensor: torch.Tensor, weight_decay: float) -> tuple[float, float]:
-    """RWKV-LM's rule for RWKV-7: (scale of the learning rate, weight decay); the first that fits."""
-    if name.endswith("att.w0"):
+    """RWKV-LM's rule for all families: (scale of the learning rate, weight decay); the first that fits."""
+    last = name.rpartition(".")[2]
+    if name.endswith("att.w0") or last == "time_decay":
         return 2.0, 0.0
-    if name.endswith(".weight") and tensor.squeeze().dim() >= 2:
+    if last == "time_state" or (last == "weight" and tensor.squeeze().dim() >= 2):
         return 1.0, weight_decay
     return 1.0, 0.0
 
@@ -112,7 +113,8 @@ def _rule(name: str, tensor: torch.Tensor, weight_decay: float) -> tuple[float, 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     """Trainable parameters by their rule: groups with `params`, `names`, `lr_scale` and `weight_decay`.
 
-    att.w0 moves at twice the rate; only `.weight` matrices decay; all else is plain. Frozen tensors are left out.
+    att.w0 and time_decay move at twice the rate; only `.weight` matrices and initial states decay; all else is plain.
+    Frozen tensors are left out.
     """
     groups: dict[tuple[float, float], dict] = {}
     for name, tensor in model.named_parameters():

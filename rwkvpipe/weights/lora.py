@@ -75,12 +75,16 @@ def _known(paths: list[str]) -> str:
 def inject(model: nn.Module, config: LoraConfig, seed: int = 0) -> None:
     """Freeze a model and put adapters beside the matrices named by `config.targets`; `config.full` stays trainable.
 
-    A target fits a matrix whose path ends in it, part by part (`att.key`, `key`, never `ke`). Raises ConfigError for a
-    target or a full tensor that fits nothing, or for one that is both.
+    A target fits a matrix whose path ends in it, part by part (`att.key`, `key`, never `ke`); without targets all
+    matrices of the blocks have one. Raises ConfigError for a target or a full tensor that fits nothing, or for one
+    that is both.
     """
     matrices = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-    chosen = [path for path in matrices if any(_ends(path, target) for target in config.targets)]
-    for target in config.targets:
+    if config.targets is None:
+        chosen = [path for path in matrices if path.startswith("blocks.")]
+    else:
+        chosen = [path for path in matrices if any(_ends(path, target) for target in config.targets)]
+    for target in config.targets or ():
         if not any(_ends(path, target) for path in matrices):
             raise ConfigError(f"lora.targets: {target} fits no matrix; known: {_known(list(matrices))}")
     names = [name for name, _ in model.named_parameters()]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.base.errors import WeightsError
 from rwkvpipe.base.files import canonical, digest, read_json, write_json
+from rwkvpipe.base.sizes import title
 from rwkvpipe.model.family import build, detect
 from rwkvpipe.weights.layouts import DEAD, official
 from rwkvpipe.weights.source import Source, find, open_source
@@ -144,9 +145,8 @@ def _square(source: Source, tensors: Tensors) -> tuple[RwkvConfig, Tensors]:
     if extra := [name for name in tensors if name not in wanted and name not in dead]:
         raise WeightsError(f"{path}: {extra[0]} is unknown (and {len(extra) - 1} more); merge adapters first")
     if missing := [name for name in wanted if name not in tensors]:
-        raise WeightsError(
-            f"{path}: {missing[0]} is missing (and {len(missing) - 1} more); not a whole {config.family} model"
-        )
+        whole = f"not a whole {title(config.family)} model"
+        raise WeightsError(f"{path}: {missing[0]} is missing (and {len(missing) - 1} more); {whole}")
     plan = {}
     for name, like in wanted.items():
         value = tensors.like[name]

@@ -99,6 +99,17 @@ def test_tracked_files_count_by_content(package):
     assert package() != before
 
 
+def test_tracked_python_counts_as_imported(package):
+    package.write("low/plugin.py", "from pack.low import deep\n")
+    package.write("low/deep.py", "NUMBER = 1\n")
+    package.write("low/state.py", "TRACKED_FILES = ['plug*.py']\nZERO = 0\n")
+    before = package()
+    package.write("low/plugin.py", "# a comment\nfrom pack.low import deep\n")
+    assert package() == before
+    package.write("low/deep.py", "NUMBER = 2\n")
+    assert package() != before
+
+
 def test_an_unknown_verb_is_an_error(package):
     with pytest.raises(ConfigError, match="there is no verb sing"):
         package("sing")

@@ -121,8 +121,9 @@ def check_plain(model, batch, config, data):
     np.testing.assert_allclose(model.blocks[0].att.w0.detach().flatten(), data["plain/final_w0_l0"], atol=1e-5)
 
 
-def test_eight_steps_of_pretraining_are_met(goldens, tmp_path):
-    start, data = load(goldens / "rwkv/model_x070_b.npz"), load(goldens / "rwkv/train_x070.npz")
+@pytest.mark.parametrize("name", ["x052", "x060", "x070"])
+def test_eight_steps_of_pretraining_are_met(goldens, tmp_path, name):
+    start, data = load(goldens / f"rwkv/model_{name}_b.npz"), load(goldens / f"rwkv/train_{name}.npz")
     meta = json.loads(str(data["meta"]))
     model = model_of({k[2:]: start[k] for k in start.files if k.startswith("w/")})
     steps = meta["exit_tokens"] // (meta["ctx_len"] * meta["bsz"])

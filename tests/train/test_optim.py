@@ -85,9 +85,10 @@ class Names(nn.Module):
         return iter(self.given.items())
 
 
-def test_groups_are_those_of_rwkv_lm(goldens):
-    rules = np.load(goldens / "rwkv/train_x070.npz", allow_pickle=False)
-    weights = np.load(goldens / "rwkv/model_x070_b.npz", allow_pickle=False)
+@pytest.mark.parametrize("family", ["x052", "x060", "x070"])
+def test_groups_are_those_of_rwkv_lm(goldens, family):
+    rules = np.load(goldens / f"rwkv/train_{family}.npz", allow_pickle=False)
+    weights = np.load(goldens / f"rwkv/model_{family}_b.npz", allow_pickle=False)
     model = Names({k[2:]: weights[k].shape for k in weights.files if k.startswith("w/")})
     found = {
         name: (group["lr_scale"], group["weight_decay"])
@@ -96,6 +97,13 @@ def test_groups_are_those_of_rwkv_lm(goldens):
     }
     wanted = {k[6:]: tuple(rules[k]) for k in rules.files if k.startswith("group/")}
     assert found == wanted
+
+
+def test_initial_states_decay_and_move_at_the_plain_rate():
+    model = Names({"blocks.0.att.time_state": (2, 4, 4), "blocks.0.att.time_decay_w2": (4, 4)})
+    groups = parameter_groups(model, TrainConfig(steps=1, weight_decay=0.1))
+    found = {name: (group["lr_scale"], group["weight_decay"]) for group in groups for name in group["names"]}
+    assert found == {"blocks.0.att.time_state": (1.0, 0.1), "blocks.0.att.time_decay_w2": (1.0, 0.0)}
 
 
 def test_a_frozen_tensor_is_in_no_group_and_rates_follow_their_scale():

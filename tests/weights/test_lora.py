@@ -107,6 +107,12 @@ def test_only_adapters_and_full_tensors_are_trained(toy):
     assert set(dict(toy.named_parameters())) == names | pairs
 
 
+def test_without_targets_every_matrix_of_the_blocks_has_an_adapter(toy):
+    inject(toy, LoraConfig(rank=2))
+    parts = ("att.key", "att.value", "ffn.key", "ffn.value")
+    assert set(adapter(toy)) == {f"blocks.0.{part}.lora_{x}" for part in parts for x in "AB"}
+
+
 @pytest.mark.parametrize("targets", [("ke",), ("att",), ("ffn",), ("w1",), ("key", "nothing")])
 def test_a_target_that_fits_nothing_is_refused_naming_the_known(toy, targets):
     with pytest.raises(ConfigError, match="known: att.key, att.value, ffn.key, ffn.value, head"):

@@ -1,0 +1,133 @@
+"""A language model but for what makes its family: ids and a state in, logits and the state after them out.
+
+A family is a module with `complete` (fills sizes in), `detect` (finds them in a checkpoint) and a class that gives
+`LanguageModel` its time mix and its channel mix. Both have `forward`, and `initialise(layer, n_layer, stream)` for all
+that is not a matrix.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from rwkvpipe.base.config import RwkvConfig
+from rwkvpipe.base.errors import ConfigError
+from rwkvpipe.model.layers import State
+
+# singular values of the matrices to start with (RWKV-LM); those not named start at zero
+GAINS = {"att.receptance": 1.0, "att.key": 0.1, "att.value": 1.0, "att.gate": 0.1, "ffn.key": 1.0}
+
+
+class Block(nn.Module):
+    """Time mix, then channel mix, each on the normalised stream and added to it."""
+
+    def __init__(self, config: RwkvConfig, layer: int, att: nn.Module, ffn: nn.Module):
+        super().__init__()
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(config.n_embd) if config.ln0 else nn.Identity()
+        self.ln1 = nn.LayerNorm(config.n_embd)
+        self.ln2 = nn.LayerNorm(config.n_embd)
+        self.att = att
+        self.ffn = ffn
+
+
+class LanguageModel(nn.Module):
+    """What the families share. They differ in two classes, made as `TimeMix(config, layer)`, `ChannelMix(config)`."""
+
+    TimeMix: type[nn.Module]
+    ChannelMix: type[nn.Module]
+
+    def __init__(self, config: RwkvConfig):
+        super().__init__()
+        self.config = config
+        if config.vocab_size is None:
+            raise ConfigError("model.vocab_size: how many ids there are is not known; name it or give a tokenizer")
+        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(
+            Block(config, layer, self.TimeMix(config, layer), self.ChannelMix(config))
+            for layer in range(config.n_layer)
+        )
+        self.ln_out = nn.LayerNorm(config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    def start(self, rows: int, device=None) -> State:
+        """The state before the first token: zeros, but for the memories that the weights say (`time_state`)."""
+        state = State.zeros(self.config, rows, device, self.ln_out.weight.dtype)
+        if self.config.time_state:
+            state.wkv = [block.att.time_state.repeat(rows, 1, 1, 1) for block in self.blocks]
+        return state
+
+    def forward(self, ids: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
+        """Logits (B, T, vocab_size), fp32, for ids (B, T), and the state after them.
+
+        With `lengths` (B,) rows are padded on the right: each row's state is that after its own last token, and what
+        comes out beyond it means nothing.
+        """
+        features, state = self.features(ids, state, lengths)
+        return self.logits(features), state
+
+    def features(self, ids: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
+        """The stream (B, T, n_embd) before the head, and the state after the ids."""
+        if state is None:
+            state = self.start(len(ids), ids.device)
+        x, first = self.blocks[0].ln0(self.emb(ids)), None
+        after = State([], [], [])
+        for layer, block in enumerate(self.blocks):
+            y, first, last, memory = block.att(block.ln1(x), first, state.att_x[layer], state.wkv[layer], lengths)
+            x = x + y
+            after.att_x.append(last)
+            after.wkv.append(memory)
+            y, last = block.ffn(block.ln2(x), state.ffn_x[layer], lengths)
+            x = x + y
+            after.ffn_x.append(last)
+        return x, after
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits of a stream (..., n_embd), fp32 (fp64 for fp64 models)."""
+        found = self.head(self.ln_out(features))
+        return found if found.dtype == torch.float64 else found.float()
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """RWKV-LM's initial values for models trained from nothing. Raises ConfigError for a single layer."""
+        config = self.config
+        if config.n_layer < 2:
+            raise ConfigError("model.n_layer: initial values are defined for 2 layers or more")
+        stream = torch.Generator().manual_seed(seed)
+        self.emb.weight.uniform_(-1e-4, 1e-4, generator=stream)
+        V, D = config.vocab_size, config.n_embd
+        orthogonal(self.head.weight, 0.5 * math.sqrt(V / D) if V > D else 0.5, stream)
+        for layer, block in enumerate(self.blocks):
+            for norm in block.children():
+                if isinstance(norm, nn.LayerNorm):
+                    norm.reset_parameters()
+            block.att.ln_x.weight.fill_(((1 + layer) / config.n_layer) ** 0.7)
+            block.att.ln_x.bias.zero_()
+            block.att.initialise(layer, config.n_layer, stream)
+            block.ffn.initialise(layer, config.n_layer, stream)
+            if config.time_state:
+                block.att.time_state.zero_()
+            for name, matrix in block.named_modules():
+                if name in GAINS:
+                    orthogonal(matrix.weight, GAINS[name], stream)
+                elif isinstance(matrix, nn.Linear):
+                    matrix.weight.zero_()
+        self.ln_out.reset_parameters()
+
+
+def orthogonal(matrix: Tensor, gain: float, stream: torch.Generator) -> None:
+    """All singular values `gain`."""
+    if matrix.device.type != "meta":
+        nn.init.orthogonal_(matrix, gain, generator=stream)
+
+
+def outline(tensors: dict[str, Tensor]) -> dict:
+    """The sizes of a checkpoint that are found alike in every family. Raises KeyError or ValueError for half a one."""
+    V, D = tensors["emb.weight"].shape
+    numbers = [int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")]
+    return {
+        "n_layer": 1 + max(numbers),
+        "n_embd": D,
+        "vocab_size": V,
+        "dim_ffn": tensors["blocks.0.ffn.key.weight"].shape[0],
+    }

@@ -1,0 +1,122 @@
+"""RWKV-6, with the names, initial values and arithmetic of RWKV-LM's x060."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rwkvpipe.base.config import RwkvConfig
+from rwkvpipe.kernel.wkv6 import wkv6
+from rwkvpipe.model.language import LanguageModel, outline
+from rwkvpipe.model.layers import GatedChannelMix, HeadNorm, beyond, channels, decays, token_shift
+
+SLOTS = "wkvrg"  # the order of what is mixed in time_maa_w1 and time_maa_w2
+
+
+def complete(config: RwkvConfig) -> RwkvConfig:
+    """The same with every size that was left out filled in, as the released models of this width have it."""
+    wide = config.n_embd >= 4096
+    rules = {
+        "dim_ffn": int(3.5 * config.n_embd) // 32 * 32,
+        "d_mix": 64 if wide else 32,
+        "d_decay": 128 if wide else 64,
+    }
+    return config.model_copy(update={name: size for name, size in rules.items() if getattr(config, name) is None})
+
+
+class TimeMix(nn.Module):
+    """The part of a block that remembers."""
+
+    def __init__(self, config: RwkvConfig, layer: int):
+        super().__init__()
+        D, N = config.n_embd, config.head_size
+        self.head_size = N
+        self.time_maa_x = nn.Parameter(torch.zeros(1, 1, D))
+        for name in SLOTS:
+            setattr(self, f"time_maa_{name}", nn.Parameter(torch.zeros(1, 1, D)))
+        self.time_maa_w1 = nn.Parameter(torch.zeros(D, len(SLOTS) * config.d_mix))
+        self.time_maa_w2 = nn.Parameter(torch.zeros(len(SLOTS), config.d_mix, D))
+        self.time_decay = nn.Parameter(torch.zeros(1, 1, D))
+        self.time_decay_w1 = nn.Parameter(torch.zeros(D, config.d_decay))
+        self.time_decay_w2 = nn.Parameter(torch.zeros(config.d_decay, D))
+        self.time_faaaa = nn.Parameter(torch.zeros(D // N, N))
+        self.receptance, self.key, self.value, self.output, self.gate = (nn.Linear(D, D, bias=False) for _ in range(5))
+        self.ln_x = HeadNorm(D)
+        if config.time_state:
+            self.time_state = nn.Parameter(torch.zeros(D // N, N, N))
+
+    def forward(
+        self, x: Tensor, first: None, last: Tensor, memory: Tensor, lengths: Tensor | None = None
+    ) -> tuple[Tensor, None, Tensor, Tensor]:
+        """x (B, T, D); first: nothing, here; last (B, D) and memory (B, H, N, N): the state.
+
+        Returns what is added to the stream, nothing, and the state after the last token.
+        """
+        dx, last = token_shift(x, last, lengths)
+        low = torch.tanh(torch.addcmul(x, dx, self.time_maa_x) @ self.time_maa_w1).unflatten(-1, (len(SLOTS), -1))
+        shifts = (low[..., n, :] @ self.time_maa_w2[n] + getattr(self, f"time_maa_{s}") for n, s in enumerate(SLOTS))
+        xw, xk, xv, xr, xg = (torch.addcmul(x, dx, shift) for shift in shifts)
+        w = self.time_decay + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
+        r, w, k, v = (
+            y.unflatten(-1, (-1, self.head_size)) for y in (self.receptance(xr), w, self.key(xk), self.value(xv))
+        )
+        if lengths is not None:  # what leaves the memory as it is
+            padding = beyond(lengths, w)
+            w, k = w.masked_fill(padding, -torch.inf), k.masked_fill(padding, 0)
+        y, memory = wkv6(r, w, k, v, self.time_faaaa, memory)
+        return self.output(self.ln_x(y) * F.silu(self.gate(xg))), first, last, memory
+
+    def initialise(self, layer: int, n_layer: int, stream: torch.Generator) -> None:
+        """RWKV-LM's values: all but the norm and the matrices."""
+        D = self.receptance.in_features
+        rho0, rho1 = layer / (n_layer - 1), 1 - layer / n_layer
+        share = (channels(D) / D).view(1, 1, D)
+        for name in "xwk":
+            getattr(self, f"time_maa_{name}").copy_(1 - share**rho1)
+        self.time_maa_v.copy_(1 - (share**rho1 + 0.3 * rho0))
+        self.time_maa_r.copy_(1 - share ** (0.5 * rho1))
+        self.time_maa_g.copy_(1 - share ** (0.5 * rho1))
+        decays(self.time_decay, self.time_faaaa, rho0)
+        for name in ("time_maa", "time_decay"):
+            getattr(self, f"{name}_w1").zero_()
+            getattr(self, f"{name}_w2").uniform_(-0.01, 0.01, generator=stream)
+
+
+class ChannelMix(GatedChannelMix):
+    """With the token shift of RWKV-6."""
+
+    def __init__(self, config: RwkvConfig):
+        super().__init__(config)
+        self.time_maa_k, self.time_maa_r = (nn.Parameter(torch.zeros(1, 1, config.n_embd)) for _ in range(2))
+
+    def mixed(self, x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
+        """What key and receptance read, both (B, T, D)."""
+        return torch.addcmul(x, dx, self.time_maa_k), torch.addcmul(x, dx, self.time_maa_r)
+
+    def initialise(self, layer: int, n_layer: int, stream: torch.Generator) -> None:
+        """RWKV-LM's values: all but the matrices."""
+        D = self.key.in_features
+        for mix in (self.time_maa_k, self.time_maa_r):
+            mix.copy_((1 - (channels(D) / D) ** ((1 - layer / n_layer) ** 3)).view(1, 1, D))
+
+
+class Rwkv6(LanguageModel):
+    """RWKV-6 (x060)."""
+
+    TimeMix, ChannelMix = TimeMix, ChannelMix
+
+    def __init__(self, config: RwkvConfig):
+        super().__init__(complete(config))
+
+
+def detect(tensors: dict[str, Tensor]) -> RwkvConfig | None:
+    """The sizes of an RWKV-6 checkpoint, from its tensors' shapes; None if it is none."""
+    if "blocks.0.att.time_maa_w1" not in tensors or "emb.weight" not in tensors:
+        return None
+    return RwkvConfig(
+        family="rwkv6",
+        head_size=tensors["blocks.0.att.time_faaaa"].shape[-1],
+        d_mix=tensors["blocks.0.att.time_maa_w2"].shape[1],
+        d_decay=tensors["blocks.0.att.time_decay_w1"].shape[-1],
+        time_state="blocks.0.att.time_state" in tensors,
+        **outline(tensors),
+    )

@@ -1,0 +1,175 @@
+"""Every kind of stage and every verb works for every family; a new family is one file and one line."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import rwkvpipe
+from rwkvpipe import bench, convert, generate, grpo, init, inspect, merge, pretrain, sft
+from rwkvpipe.base.files import read_jsonl, write_json, write_jsonl
+from rwkvpipe.base.sizes import FAMILIES
+from rwkvpipe.data.binidx import BinidxWriter
+from rwkvpipe.weights import store
+
+SIZES = {"n_layer": 2, "n_embd": 32, "head_size": 16}
+TRAIN = {"steps": 6, "ctx_len": 16, "batch": 4, "lr": 0.01, "warmup": 1, "log_every": 1}
+LONG = TRAIN | {"steps": 30}
+MODELS = {
+    **{family: {"family": family, **SIZES} for family in FAMILIES},
+    **{f"{name} with states": {"family": name, "time_state": True, **SIZES} for name in ("rwkv6", "rwkv7")},
+}
+
+
+def write_corpus(folder):
+    """Counting texts of bytes, their second halves marked as answers."""
+    folder.mkdir()
+    stream = np.random.default_rng(0)
+    for part, count in (("train", 40), ("valid", 4)):
+        with BinidxWriter(folder / part, np.uint16) as writer:
+            for _ in range(count):
+                start = int(stream.integers(97, 110))
+                writer.add([*range(start, start + 12), 10], [0] * 6 + [1] * 7)
+    write_json(folder / "corpus.json", {"vocab_size": 256})
+
+
+class Home:
+    """A folder in which verbs are run one after the other, as the rules would."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        write_corpus(folder / "corpus")
+        rows = [{"question": f"{n}+{n}", "answer": str(2 * n), "options": ["2", str(2 * n)]} for n in range(2, 5)]
+        write_jsonl(folder / "q.jsonl", rows)
+
+    def path(self, name):
+        return str(self.folder / name)
+
+    def train(self, verb, start, out, **asked):
+        """Run a stage; its rows of metrics."""
+        asked = {"kind": verb.__name__.rpartition(".")[2], "seed": 1, "train": TRAIN} | asked
+        settings = self.path(f"{Path(out).parent}/settings.json")
+        Path(settings).parent.mkdir(exist_ok=True)
+        write_json(settings, asked)
+        source = ["--data", self.path("corpus")]
+        if verb is grpo:
+            source = ["--data", self.path("q.jsonl"), "--tokenizer", "bytes"]
+        words = [settings, "--model", self.path(start), *source, "--micro-batch", "3", "--out", self.path(out)]
+        verb.main(words)
+        return list(read_jsonl(Path(settings).with_name("metrics.jsonl")))
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("RWKVPIPE_DEVICE", "cpu")
+    return Home(tmp_path)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_verb_takes_it_further(home, name, capsys):
+    model = MODELS[name]
+    write_json(home.path("settings.json"), {"kind": "pretrain", "seed": 1, "model": model, "train": TRAIN})
+    init.main([home.path("settings.json"), "--tokenizer", "bytes", "--out", home.path("init.safetensors")])
+    rows = home.train(pretrain, "init.safetensors", "base/model.safetensors")
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.1
+
+    config, tensors = store.read(home.path("base"))
+    assert config.model_dump().items() >= model.items()
+    if "time_state" in model:  # learned with the rest
+        assert all(tensors[f"blocks.{n}.att.time_state"].any() for n in (0, 1))
+    torch.save({k: v.bfloat16() for k, v in tensors.items()}, home.path("wild.pth"))
+    convert.main([home.path("wild.pth"), "--out", home.path("half.safetensors")])
+    assert store.sizes(home.path("half.safetensors")) == config
+
+    lora = {"rank": 2, "full": ["ln_x"]}
+    rows = home.train(sft, "half.safetensors", "chat/adapter.safetensors", lora=lora, train=LONG)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    adapter = store.read_tensors(home.path("chat/adapter.safetensors"))[0]
+    matrices = {n.removesuffix(".weight") for n, v in tensors.items() if n.endswith(".weight") and v.dim() == 2}
+    matrices -= {"emb", "head"}
+    assert {f"{n}.lora_{x}" for n in matrices for x in "AB"} == {n for n in adapter if ".lora_" in n}
+    words = ["--model", home.path("half.safetensors"), "--adapter", home.path("chat/adapter.safetensors")]
+    merge.main([*words, "--out", home.path("chat/model.safetensors")])
+
+    asked = {"samples": 2, "sampling": {"max_tokens": 2}, "beta": 0.1}
+    train = TRAIN | {"steps": 2, "ctx_len": 64, "batch": 2}
+    for out, more in (("reason/model.safetensors", {}), ("reason2/adapter.safetensors", {"lora": {"rank": 2}})):
+        rows = home.train(grpo, "chat/model.safetensors", out, rollout=asked, train=train, prompt="{question}=", **more)
+        assert [row["step"] for row in rows] == [1, 2]
+
+    speaker = ["--model", home.path("reason/model.safetensors"), "--tokenizer", "bytes"]
+    for task in ("answer", "choice"):
+        spec = {"task": task, "path": "q", "prompt": "{question}=", "sampling": {"max_tokens": 3}}
+        words = ["--spec", json.dumps(spec), "--questions", home.path("q.jsonl"), "--rows", "2"]
+        bench.main([*speaker, *words, "--out", home.path(f"{task}.answers.jsonl")])
+        assert len(list(read_jsonl(home.path(f"{task}.answers.jsonl")))) == 3
+    generate.main([*speaker, "--prompt", "abc", "--max-tokens", "3"])
+    capsys.readouterr()
+    inspect.main([home.path("reason/model.safetensors"), "--json"])
+    assert json.loads(capsys.readouterr().out).items() >= (model | {"vocabulary": 256}).items()
+
+
+TOY = '''"""RWKV-7 under another name, with values that are read twice."""
+
+from rwkvpipe.model import rwkv7
+
+
+def complete(config):
+    """As RWKV-7's."""
+    return rwkv7.complete(config)
+
+
+def detect(tensors):
+    """As RWKV-7's, but marked by a tensor of its own."""
+    found = rwkv7.detect({k: v for k, v in tensors.items()}) if "blocks.0.att.mark" in tensors else None
+    return found and found.model_copy(update={"family": "toy"})
+
+
+class TimeMix(rwkv7.TimeMix):
+    """With the mark."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.mark = rwkv7.nn.Parameter(rwkv7.torch.zeros(1))
+
+
+class Toy(rwkv7.Rwkv7):
+    """The model."""
+
+    TimeMix = TimeMix
+'''
+
+
+def test_a_family_is_added_by_one_file_and_one_line(tmp_path):
+    package = tmp_path / "rwkvpipe"
+    shutil.copytree(Path(rwkvpipe.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "model/toy.py").write_text(TOY)
+    sizes = package / "base/sizes.py"
+    line = '    "toy": ("d_decay", "d_aaa", "d_mv", "d_gate"),\n'
+    begin = "FAMILIES: dict[str, tuple[str, ...]] = {\n"
+    assert begin in sizes.read_text()
+    sizes.write_text(sizes.read_text().replace(begin, begin + line))
+    asked = {"kind": "pretrain", "seed": 1, "model": {"family": "toy", **SIZES}, "train": TRAIN}
+    write_json(tmp_path / "s.json", asked)
+    write_corpus(tmp_path / "corpus")
+    program = """
+from rwkvpipe import init, inspect, pretrain
+init.main("s.json --tokenizer bytes --out init.safetensors".split())
+pretrain.main("s.json --model init.safetensors --data corpus --micro-batch 4 --out base/model.safetensors".split())
+inspect.main(["base", "--json"])
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "RWKVPIPE_DEVICE": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["family"] == "toy"
