@@ -825,7 +825,7 @@ case(
     files={"m.safetensors": cut},
 )
 case(
-    "no byte of weights", "damaged weights", "inspect", "m.safetensors: damaged", "fetch", files={"m.safetensors": b""}
+    "no byte of weights", "damaged weights", "inspect", "m.safetensors: is empty", "fetch", files={"m.safetensors": b""}
 )
 case(
     "a .pth cut short",
@@ -841,8 +841,7 @@ case(
     "a web page for weights",
     "damaged weights",
     "bench",
-    "m.safetensors",
-    "damaged or cut short",
+    "m.safetensors: no checkpoint: a web page",
     "fetch it again",
     files={"m.safetensors": "<!doctype html><html>404</html>"},
 )
@@ -850,8 +849,7 @@ case(
     "a transformer",
     "foreign weights",
     "convert",
-    "m.pth: this is a transformer",
-    "known here: rwkv5, rwkv6, rwkv7",
+    "m.pth: this is a transformer; give an RWKV-5.2, 6 or 7",
     words={0: "m.pth"},
     files={
         "m.pth": saved(
@@ -880,8 +878,7 @@ case(
     "a training state for weights",
     "foreign weights",
     "convert",
-    "m.pth: step is a int, not a tensor",
-    "save the flat weights",
+    "m.pth: holds no tensors by name",
     words={0: "m.pth"},
     files={"m.pth": saved({"step": 1, "model": {}})},
 )
