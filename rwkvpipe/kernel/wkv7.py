@@ -1,4 +1,4 @@
-"""The recurrence of RWKV-7: a plain loop that says what it is, and a form by chunks, with its own backward.
+"""The recurrence of RWKV-7: a plain loop that says what it is, a native form, and one by chunks in PyTorch.
 
     d_t = exp(-exp(w_t));  u_t = S_{t-1} a_t;  S_t = S_{t-1} diag(d_t) + u_t b_t^T + v_t k_t^T;  y_t = S_t r_t
 
@@ -8,6 +8,8 @@ Inside a chunk the recurrence is a few matrix products (the WY form). With c_t t
 s reaches token t with the factor exp(c_t - c_s), which is split at the middle m of the chunk into exp(c_t - c_m) and
 exp(c_m - c_s). Neither half can overflow, because the chunk is made the shorter the faster the state decays.
 """
+
+import ctypes
 
 import torch
 from torch import Tensor
@@ -37,7 +39,7 @@ def wkv7_reference(
 def wkv7(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The same by chunks, for any length, decay and state; returns y in the dtype of v, and the state.
+    """The same, natively or by chunks, for any length, decay and state; returns y in the dtype of v, and the state.
 
     Computed in fp32 (fp64 for fp64 inputs), as the state has to be. A token with w = -inf and k = b = 0 leaves the
     state as it is.
@@ -46,11 +48,15 @@ def wkv7(
     S = _start(r, state).to(wide)
     if r.shape[1] == 0:
         return torch.zeros_like(v), S
-    build.announce("wkv7", r.device.type)
     inputs = [x.to(wide) for x in (r, w, k, v, a, b)]
+    natively = build.native(*inputs, S) is not None
+    build.announce("wkv7", r.device.type, natively=natively)
     tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, S))
-    with torch.autocast(r.device.type, enabled=False):
-        y, S = _step(*inputs, S) if r.shape[1] == 1 and not tracked else _Chunked.apply(*inputs, S)
+    if natively:
+        y, S = _Native.apply(tracked, *inputs, S)
+    else:
+        with torch.autocast(r.device.type, enabled=False):
+            y, S = _step(*inputs, S) if r.shape[1] == 1 and not tracked else _Chunked.apply(*inputs, S)
     return y.to(v.dtype), S
 
 
@@ -61,6 +67,28 @@ def _start(r: Tensor, state: Tensor | None) -> Tensor:
     if state.shape != (B, H, N, N):
         raise ValueError(f"state is {tuple(state.shape)}, the inputs need {(B, H, N, N)}")
     return state
+
+
+class _Native(torch.autograd.Function):
+    """`cuda/wkv7_cpu.cpp`: token by token, with a state in 32 and every u kept for the backward."""
+
+    @staticmethod
+    def forward(ctx, tracked, *inputs):
+        inputs = [x.contiguous() for x in inputs]
+        ctx.sizes, y, S, kept = inputs[0].shape, torch.empty_like(inputs[0]), torch.empty_like(inputs[-1]), (None, None)
+        if tracked:
+            kept = y.new_empty(build.extension().wkv7_kept(*map(ctypes.c_int64, ctx.sizes))), torch.empty_like(y)
+            ctx.save_for_backward(*inputs[:-1], *kept)
+        build.call("wkv7_forward", ctx.sizes, *inputs, y, S, *kept)
+        return y, S
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dS):
+        dS = dS.contiguous()
+        found = [torch.empty_like(x) for x in (*ctx.saved_tensors[:6], dS)]
+        build.call("wkv7_backward", ctx.sizes, *ctx.saved_tensors, dy.contiguous(), dS, *found)
+        return None, *found
 
 
 def _step(r, w, k, v, a, b, S):

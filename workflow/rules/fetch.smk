@@ -35,3 +35,12 @@ rule convert:
         code=plan.code("convert"),
     shell:
         "exec python -m rwkvpipe.convert {input.checkpoint:q} --out {output.model:q} > {log:q} 2>&1"
+
+
+# by its name alone: `snakemake kernels`, where there is a compiler, before jobs go to nodes without one
+rule kernels:
+    localrule: True
+    conda:
+        ENVIRONMENT
+    shell:
+        "exec python -m rwkvpipe.kernels"

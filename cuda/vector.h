@@ -1,0 +1,162 @@
+// Vectors of floats as wide as the processor that this is compiled for, without a word of assembly.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;
+constexpr int BLOCK = 4;  // vectors that an inner loop holds of each operand: what the registers have room for
+#elif defined(__AVX__)
+constexpr int WIDTH = 8;
+constexpr int BLOCK = 2;
+#else
+constexpr int WIDTH = 4;  // NEON, SSE2; where there is neither, the compiler makes four scalars of it
+constexpr int BLOCK = 2;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
+typedef float Loose __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));  // at any address
+
+inline Vec load(const float *from) { return *reinterpret_cast<const Loose *>(from); }
+inline void store(float *to, Vec x) { *reinterpret_cast<Loose *>(to) = x; }
+inline Vec all(float x) { return x - Vec{}; }
+
+// n <= WIDTH floats, the rest zero; and back
+inline Vec load_some(const float *from, int n) {
+    if (n >= WIDTH) return load(from);
+    float part[WIDTH] = {};
+    std::memcpy(part, from, sizeof(float) * (n > 0 ? n : 0));
+    return load(part);
+}
+inline void store_some(float *to, Vec x, int n) {
+    if (n >= WIDTH) return store(to, x);
+    float part[WIDTH];
+    store(part, x);
+    std::memcpy(to, part, sizeof(float) * (n > 0 ? n : 0));
+}
+
+inline void copy(float *to, const float *from, int64_t n) {
+    int64_t i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) store(to + i, load(from + i));
+    for (; i < n; i++) to[i] = from[i];
+}
+
+inline void zero(float *to, int64_t n) {
+    int64_t i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) store(to + i, Vec{});
+    for (; i < n; i++) to[i] = 0;
+}
+
+// neighbours added: the first half of the result from a, the second from b
+inline Vec halved(Vec a, Vec b) {
+#if defined(__clang__)
+#if defined(__AVX512F__)
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#elif defined(__AVX__)
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+#endif
+#else
+#if defined(__AVX512F__)
+    const Ints even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+#elif defined(__AVX__)
+    const Ints even = {0, 2, 4, 6, 8, 10, 12, 14};
+#else
+    const Ints even = {0, 2, 4, 6};
+#endif
+    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
+#endif
+}
+
+// the sums over the lanes of WIDTH vectors, as the lanes of one; x is used up
+inline Vec sums(Vec *x) {
+    for (int n = WIDTH / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) x[i] = halved(x[2 * i], x[2 * i + 1]);
+    return x[0];
+}
+
+// lanes of a and b in turn: of their first halves, and of their second ones
+inline void zip(Vec a, Vec b, Vec &first, Vec &second) {
+#if defined(__clang__)
+#if defined(__AVX512F__)
+    first = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    second = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif defined(__AVX__)
+    first = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+    second = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+    first = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+    second = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#endif
+#else
+#if defined(__AVX512F__)
+    const Ints order = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+#elif defined(__AVX__)
+    const Ints order = {0, 8, 1, 9, 2, 10, 3, 11};
+#else
+    const Ints order = {0, 4, 1, 5};
+#endif
+    first = __builtin_shuffle(a, b, order);
+    second = __builtin_shuffle(a, b, order + WIDTH / 2);
+#endif
+}
+
+// to[j][i] = from[i][j] for i < rows, j < columns; the rest of each row of `to`, up to a whole vector, becomes zero
+inline void transpose(float *to, int64_t to_step, const float *from, int64_t from_step, int64_t rows, int64_t columns) {
+    for (int64_t i = 0; i < rows; i += WIDTH) {
+        for (int64_t j = 0; j < columns; j += WIDTH) {
+            const int tall = static_cast<int>(rows - i), wide = static_cast<int>(columns - j);
+            Vec x[WIDTH], y[WIDTH];
+            for (int l = 0; l < WIDTH; l++) x[l] = l < tall ? load_some(from + (i + l) * from_step + j, wide) : Vec{};
+            for (int done = 1; done < WIDTH; done *= 2) {
+                for (int l = 0; l < WIDTH / 2; l++) zip(x[l], x[l + WIDTH / 2], y[2 * l], y[2 * l + 1]);
+                for (int l = 0; l < WIDTH; l++) x[l] = y[l];
+            }
+            const int room = static_cast<int>(to_step - i);
+            for (int l = 0; l < WIDTH && l < wide; l++) store_some(to + (j + l) * to_step + i, x[l], room);
+        }
+    }
+}
+
+inline float sum(Vec x) {
+    for (int n = WIDTH; n > 1; n /= 2) x = halved(x, x);
+    return x[0];
+}
+
+// e^x as 2^power (1 + rest), for x between -87.3 and 88.3; what lies beyond counts as these, NaN as NaN
+inline void split_exponential(Vec x, Vec &power, Vec &rest) {
+    const float low = -87.33654f, high = 88.37f;
+    Vec y = x > high ? all(high) : x;
+    y = y < low ? all(low) : y;
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+    const Vec n = (y * 1.44269504f + magic) - magic;
+    y = y - n * 0.693359375f;
+    y = y + n * 2.12194440e-4f;
+    Vec p = y * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * y + 8.3334519073e-3f;
+    p = p * y + 4.1665795894e-2f;
+    p = p * y + 1.6666665459e-1f;
+    p = p * y + 5.0000001201e-1f;
+    rest = p * y * y + y;
+    const Ints bits = (__builtin_convertvector(n, Ints) + 127) << 23;
+    power = (Vec)bits;
+}
+
+// e^x to about one unit in the last place; 0 below -87.3
+inline Vec exponential(Vec x) {
+    Vec power, rest;
+    split_exponential(x, power, rest);
+    return x < -87.33654f ? Vec{} : (rest + 1.0f) * power;
+}
+
+// e^x - 1, with all its digits where x is next to 0 too
+inline Vec exponential_less_1(Vec x) {
+    Vec power, rest;
+    split_exponential(x, power, rest);
+    return rest * power + (power - 1.0f);
+}

@@ -1,0 +1,117 @@
+"""The native kernels are compiled once, by one process, for one compiler; without them PyTorch computes."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkvpipe.kernel import build
+from rwkvpipe.kernel.wkv7 import wkv7
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """An empty folder to keep kernels in, and a process that has loaded none."""
+    monkeypatch.setenv("RWKVPIPE_KERNELS", str(tmp_path / "kernels"))
+    build._loaded.cache_clear()
+    yield tmp_path
+    monkeypatch.undo()
+    build._loaded.cache_clear()
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """The file of this processor's kernels, as any run here compiles it."""
+    monkeypatch.delenv("RWKVPIPE_KERNELS", raising=False)
+    if build.compiler() is None:
+        pytest.skip("there is no C++ compiler here")
+    return build.compiled(build.level())[0]
+
+
+def stand_in(folder: Path, library: Path, *, does: str = "") -> str:
+    """A compiler that takes its time, writes a line for each start, and then writes `library`."""
+    script = folder / "stand-in"
+    script.write_text(
+        f'#!/bin/sh\nif [ "$1" = --version ]; then echo stand-in 1.0; exit; fi\necho x >> {folder}/starts\n{does}\n'
+        f'sleep 0.3\nwhile [ "$1" != -o ]; do shift; done\ncp {library} "$2"\n'
+    )
+    script.chmod(0o755)
+    return str(script)
+
+
+def computes(natively: bool, caplog) -> None:
+    build._said.clear()
+    with caplog.at_level("INFO", logger="rwkvpipe"):
+        x = torch.rand(1, 3, 1, 8)
+        y, _ = wkv7(x, x, x, x, x, x)
+    assert y.isfinite().all()
+    assert ("wkv7 native on cpu" if natively else "wkv7 in PyTorch") in caplog.text
+
+
+def test_processes_that_start_at_once_compile_once(library, fresh, monkeypatch):
+    monkeypatch.setenv("CXX", stand_in(fresh, library))
+    program = "import sys; from rwkvpipe.kernel import build; sys.exit(build.extension() is None)"
+    started = [subprocess.Popen([sys.executable, "-c", program], cwd=ROOT) for _ in range(3)]
+    assert [each.wait() for each in started] == [0, 0, 0]
+    assert (fresh / "starts").read_text() == "x\n"
+
+
+def test_without_a_compiler_pytorch_computes_and_says_why(fresh, monkeypatch, caplog):
+    monkeypatch.setenv("PATH", str(fresh))
+    monkeypatch.delenv("CXX", raising=False)
+    computes(False, caplog)
+    assert "there is no C++ compiler: install g++" in caplog.text
+
+
+def test_without_a_compiler_what_was_compiled_ahead_is_used(library, fresh, monkeypatch, caplog):
+    (fresh / "kernels").mkdir()
+    shutil.copy(library, fresh / "kernels")
+    monkeypatch.setenv("PATH", str(fresh))
+    monkeypatch.delenv("CXX", raising=False)
+    computes(True, caplog)
+    assert "compiled elsewhere" in caplog.text
+
+
+def test_a_compiler_that_fails_leaves_nothing_and_pytorch_computes(library, fresh, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", stand_in(fresh, library, does="echo 'x.cpp:1: error: no such thing' >&2; exit 1"))
+    computes(False, caplog)
+    assert "no such thing" in caplog.text
+    assert not list((fresh / "kernels").glob("*.so*"))
+
+
+def test_a_folder_that_cannot_be_written_does_not_stop_a_run(fresh, monkeypatch, caplog):
+    (fresh / "file").write_text("")
+    monkeypatch.setenv("RWKVPIPE_KERNELS", str(fresh / "file" / "kernels"))
+    computes(False, caplog)
+
+
+def test_kernels_can_be_turned_off(fresh, monkeypatch, caplog):
+    monkeypatch.setenv("RWKVPIPE_KERNELS", "torch")
+    computes(False, caplog)
+    assert "RWKVPIPE_KERNELS turns them off" in caplog.text
+
+
+def test_another_compiler_source_or_level_is_another_file(library, fresh, monkeypatch):
+    monkeypatch.setenv("CXX", stand_in(fresh, library))
+    first, _ = build.compiled(build.level())
+    script = Path(build.compiler()[0])
+    script.write_text(script.read_text().replace("1.0", "1.1"))
+    newer, _ = build.compiled(build.level())
+    sources = fresh / "sources"
+    shutil.copytree(build.SOURCES, sources)
+    monkeypatch.setattr(build, "SOURCES", sources)
+    assert build.compiled(build.level())[0] == newer
+    (sources / "vector.h").write_text((sources / "vector.h").read_text() + "\n")
+    changed, _ = build.compiled(build.level())
+    assert len({first, newer, changed, *(build._name(level) for level in build.levels())}) == 3 + len(build.levels())
+
+
+def test_the_line_of_the_native_kernels_names_vectors_threads_and_compiler(library, monkeypatch, caplog):
+    build._loaded.cache_clear()
+    computes(True, caplog)
+    assert build.level() in caplog.text and "threads (" in caplog.text

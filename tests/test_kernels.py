@@ -1,0 +1,28 @@
+"""Kernels compiled ahead are what jobs then load."""
+
+import pytest
+
+from rwkvpipe import kernels
+from rwkvpipe.base.errors import ConfigError
+from rwkvpipe.kernel import build
+
+
+def test_every_level_of_this_machine_is_compiled_once(tmp_path, monkeypatch, caplog):
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" ] && [ "$1" != -o ]; do shift; done\n[ -z "$2" ] || echo > "$2"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("RWKVPIPE_KERNELS", str(tmp_path / "kept"))
+    with caplog.at_level("INFO", logger="rwkvpipe"):
+        kernels.main([])
+        made = set((tmp_path / "kept").glob("*.so"))
+        kernels.main([])
+    assert len(made) == len(build.levels()) and made == set((tmp_path / "kept").glob("*.so"))
+    assert caplog.text.count("compiling") == len(made) and caplog.text.count("used here") == 2
+
+
+def test_without_a_compiler_it_fails_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    monkeypatch.setenv("RWKVPIPE_KERNELS", str(tmp_path / "kept"))
+    with pytest.raises(ConfigError, match="cannot be compiled"):
+        kernels.main([])
