@@ -39,8 +39,10 @@ rule convert:
 
 # by its name alone: `snakemake kernels`, where there is a compiler, before jobs go to nodes without one
 rule kernels:
+    log:
+        "<results>/shared/log/kernels.log",
     localrule: True
     conda:
         ENVIRONMENT
     shell:
-        "exec python -m rwkvpipe.kernels"
+        "exec python -m rwkvpipe.kernels > {log:q} 2>&1"
