@@ -12,9 +12,9 @@ from rwkvpipe.tokenizer import chat
 
 # told apart by words that the generator does not know of, so that a new wording has to be entered here too
 SAID = {
-    "+": (r"(\d+) ?\+ ?(\d+)", r"(\d+) plus (\d+)", r"sum of (\d+) and (\d+)"),
-    "-": (r"(\d+) ?- ?(\d+)", r"(\d+) minus (\d+)", r"left of (\d+) without (\d+)"),
-    "*": (r"(\d+) ?\* ?(\d+)", r"(\d+) times (\d+)", r"product of (\d+) and (\d+)"),
+    "+": (r"(\d+) ?\+ ?(\d+)", r"(\d+) plus (\d+)", r"sum of (\d+) and (\d+)", r"do (\d+) and (\d+) make"),
+    "-": (r"(\d+) ?- ?(\d+)", r"(\d+) minus (\d+)", r"left of (\d+) without (\d+)", r"more is (\d+) than (\d+)"),
+    "*": (r"(\d+) ?\* ?(\d+)", r"(\d+) times (\d+)", r"product of (\d+) and (\d+)", r"much is (\d+) by (\d+)"),
 }
 
 
@@ -58,10 +58,12 @@ def test_every_question_of_any_seed_is_one_of_the_exam(examined):
         assert len(keys) == 1500 and keys <= examined
 
 
-def test_the_exam_is_a_seventh_of_all_questions_of_each_operation():
+def test_the_exam_is_a_fifth_of_all_questions_of_each_operation_without_digits_and_full_tens():
     assert len(exam()) > 1500
-    for op, possible in (("+", 4095), ("-", 4095), ("*", 4005)):
-        assert EXAMINED - 0.02 < sum(s.op == op for s in exam()) / possible < EXAMINED + 0.02
+    for op in "+-*":
+        of_one = [s for s in exam() if s.op == op]
+        assert EXAMINED - 0.02 < len(of_one) / (81 * 82 / 2) < EXAMINED + 0.02
+        assert all(x > 10 and x % 10 for s in of_one for x in (s.a, s.b))
 
 
 def test_order_of_operands_makes_no_new_question_where_it_does_not_matter():
@@ -70,13 +72,26 @@ def test_order_of_operands_makes_no_new_question_where_it_does_not_matter():
     assert Sum("-", 47, 38).key != Sum("-", 38, 47).key
 
 
-def test_steps_of_multiplications_are_right_and_come_to_the_result():
+def value(text: str) -> int:
+    """What a number, or two numbers and a sign, come to."""
+    a, op, b = re.fullmatch(r"(\d+)(?:([-+*])(\d+))?", text).groups()
+    return {None: int(a), "+": int(a) + int(b or 0), "-": int(a) - int(b or 0), "*": int(a) * int(b or 0)}[op]
+
+
+def test_every_step_is_right_and_the_last_number_is_the_result():
     for document in documents(1, 2000):
-        for left, right in re.findall(r"([\d+*-]+)=(\d+)", document.text):
-            a, op, b = re.fullmatch(r"(\d+)([-+*])(\d+)", left).groups()
-            assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[op] == int(right), left
+        chains = re.findall(r"[\d+*-]+(?:=[\d+*-]+)+", document.text)
+        assert len(chains) in (2, 4), document.text
+        for chain in chains:
+            assert len({value(side) for side in chain.split("=")}) == 1, chain
         op, a, b = sums(document.text)[0]
         assert same(str(Sum(op, a, b).result), extract(document.text)), document.text
+
+
+def test_one_number_of_every_step_is_below_ten_or_full_tens_as_none_of_the_exam_is():
+    for document in generate("arithmetic.chats", 2, 2000):
+        for pair in re.findall(r"(\d+)[-+*](\d+)", document.messages[1]["content"]):
+            assert any(int(x) < 10 or int(x) % 10 == 0 for x in pair), pair
 
 
 def test_talks_forget_carries_now_and_then_and_err_in_nothing_else():
@@ -84,23 +99,23 @@ def test_talks_forget_carries_now_and_then_and_err_in_nothing_else():
     for document in generate("arithmetic.chats", 3, 3000):
         question, answer = (turn["content"] for turn in document.messages)
         op, *operands = sums(question)[0]
-        first = int(re.search(r"\d+", answer)[0])  # the way to a product starts with the operand that it multiplies
-        asked = Sum(op, *(reversed(operands) if op == "*" and operands[0] != first else operands))
+        first = int(re.search(r"\d+", answer)[0])  # the way starts with the first number
+        asked = Sum(op, *(operands if operands[0] == first else reversed(operands)))
         carries += asked.forgotten() != 0
         slips += answer != asked.worked()
         assert answer in (asked.worked(), asked.worked(asked.forgotten())), (question, answer)
-    assert 1000 < carries < 1600 and 0.2 < slips / carries < 0.3
+    assert 1000 < carries < 1600 and 0.45 < slips / carries < 0.55
 
 
 @pytest.mark.parametrize(
     ("of", "answer"),
     [
-        (Sum("+", 47, 38), "75"),
-        (Sum("+", 41, 38), "79"),
-        (Sum("-", 82, 47), "45"),
-        (Sum("-", 87, 42), "45"),
-        (Sum("*", 47, 38), "47*8=376 47*3=141 141+37=178: 1786"),
-        (Sum("*", 48, 38), "48*8=384 48*3=144 144+38=172: 1724"),
+        (Sum("+", 47, 38), "47+30=77 77+8=75"),
+        (Sum("+", 41, 38), "41+30=71 71+8=79"),
+        (Sum("-", 82, 47), "82-40=42 42-7=45"),
+        (Sum("-", 87, 42), "87-40=47 47-2=45"),
+        (Sum("*", 47, 38), "47*8=320+56=376 47*3=120+21=141 141+30=171 171+7=178: 1786"),
+        (Sum("*", 48, 38), "48*8=320+64=384 48*3=120+24=144 144+30=174 174+8=172: 1724"),
     ],
 )
 def test_a_forgotten_carry_is_a_ten_too_much_or_too_little(of, answer):
@@ -116,14 +131,13 @@ def test_operands_reach_99_and_every_wording_occurs():
         assert sum(re.fullmatch(pattern, text) is not None for text in asked) > 100
 
 
-@pytest.mark.parametrize("name", ["arithmetic.questions", "arithmetic.exam"])
-def test_one_of_four_options_is_right_and_its_place_tells_nothing(name):
+def test_one_of_four_options_is_right_and_its_place_tells_nothing():
     places = [0, 0, 0, 0]
-    for document in generate(name, 4, 1000):
+    for document in generate("arithmetic.exam", 4, len(exam())):
         right = [same(document.answer, extract(option)) for option in document.options]
         assert sum(right) == 1 and right[document.label] and len(set(document.options)) == 4
         places[document.label] += 1
-    assert min(places) > 200
+    assert min(places) > len(exam()) / 5
 
 
 def test_more_questions_than_there_are_is_refused():
