@@ -9,6 +9,7 @@ beside the file named by --out, lets only one process at a time work on a result
 """
 
 import argparse
+import hashlib
 import logging
 import os
 import random
@@ -24,13 +25,15 @@ from pathlib import Path
 
 from rwkvpipe.base.agree import known
 from rwkvpipe.base.errors import ConfigError, Parser, Stopped, run
-from rwkvpipe.base.fingerprint import check_planned
+from rwkvpipe.base.files import canonical, read_json, write_json
 from rwkvpipe.base.lock import claim, lock
 
 log = logging.getLogger("rwkvpipe")
 
 SCHEDULERS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID", "KUBERNETES_SERVICE_HOST")
 VERBS = sorted({file.stem for file in Path(__file__).parent.glob("*.py")} - {"__init__", "launch", "plan"})
+PLANNED = "RWKVPIPE_PLANNED"
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 POLL = 0.5  # seconds between looks at devices that are all taken
 # how long threads that are done wait awake for the others. Two programs that share the cores lose all but a fiftieth
 # of their speed at GNU's default of 300,000, and none of it at this; alone, this costs some per cent
@@ -86,6 +89,22 @@ def reachable(root: Path) -> None:
     for variable, folder in wanted.items():
         others = [part for part in os.environ.get(variable, "").split(os.pathsep) if part and part != str(folder)]
         os.environ[variable] = os.pathsep.join([str(folder), *others])
+
+
+def keep_plan(folder: Path, config: dict, codes: dict[str, str]) -> None:
+    """Write down what this run was planned with, for the jobs that it starts, wherever and whenever they do.
+
+    A job of a cluster parses the workflow when it starts: an edit made since must not change it under its old name.
+    """
+    value = {"config": config, "codes": codes}
+    path = folder / f"{hashlib.sha256(canonical(value).encode()).hexdigest()[:16]}.json"
+    write_json(path, value)
+    os.environ[PLANNED] = str(path.resolve())
+
+
+def kept_plan() -> dict:
+    """What `keep_plan` of the process above this one wrote; nothing if it wrote nothing."""
+    return read_json(os.environ[PLANNED]) if PLANNED in os.environ else {}
 
 
 def _locks() -> Path:
@@ -163,7 +182,7 @@ def main(argv=None) -> None:
     """Take what the job needs and become the verb; returns only by raising."""
     parser = Parser(prog="rwkvpipe.launch", description="Start a verb on a device.")
     parser.add_argument("count", type=int, choices=range(0, 1025), metavar="N", help="GPUs: 1, or 0 for the CPU")
-    parser.add_argument("--code", help="refuse to start if the verb's code is not the one planned (verb@digest)")
+    parser.add_argument("--threads", type=int, help="threads to compute with; the last digits of results depend on it")
     parser.add_argument("verb", help="a module of rwkvpipe")
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="the verb's own arguments")
     args = parser.parse_args(argv)
@@ -174,9 +193,9 @@ def main(argv=None) -> None:
     claim(args.words)  # before the device: a job that waits here must not hold one
     if os.getppid() != asked:
         raise Stopped("whoever started this is gone, and the result was in work: left to whom starts it next")
-    if args.code and args.code != "off":
-        check_planned(args.code)
     os.environ.update(choose(args.count))
+    if args.threads is not None:
+        os.environ.update(dict.fromkeys(THREADS, str(max(1, args.threads))))
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN)
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, "-m", f"rwkvpipe.{args.verb}", *args.words])

@@ -12,6 +12,7 @@ from pathlib import Path
 from rwkvpipe.base.config import CorpusConfig
 from rwkvpipe.base.errors import ConfigError, DataError, Parser, run
 from rwkvpipe.base.files import write_json
+from rwkvpipe.base.pace import Pace
 from rwkvpipe.base.strict import check_json
 from rwkvpipe.data.binidx import BinidxWriter, token_dtype
 from rwkvpipe.data.corpus import documents
@@ -43,7 +44,8 @@ class Packer:
         self.source = source or spec.path or spec.synthetic
         self.render = load_template(spec.template).render if spec.template else chat.render
         self.counts = {part: Counter() for part in ("train", "valid")}
-        self.empty = self.blank_lines = 0
+        self.empty = self.blank_lines = self.tokens = self.documents = 0
+        self.pace = Pace("packed", spec.count or 0, "documents") if spec.synthetic else Pace("packed", unit="tokens")
 
     def pack(self, training: Iterable[Document], validation: Iterable[Document]) -> None:
         """Write both pairs, or neither. `validation` goes to valid; of `training`, the share that the spec says."""
@@ -72,10 +74,13 @@ class Packer:
         for ids, mask in encoded(document, self.tokenizer, self.render):
             writer.extend(ids, mask)
             counts["tokens"] += len(ids)
+            self.tokens += len(ids)
+            self.pace.at(self.documents if self.spec.synthetic else self.tokens)
             if mask is not None:
                 counts["learned"] += sum(mask)
         writer.end()
         counts["documents"] += 1
+        self.documents += 1
         if self.spec.format == "chat":
             said = (turn["content"] for turn in document.talk() if turn["role"] == "assistant")
             self.blank_lines += any(chat.TURN_END in words for words in said)

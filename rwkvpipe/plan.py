@@ -66,15 +66,19 @@ class Plan(Tree):
     Raises ConfigError for names that `base.agree` cannot know: those of rewards and of made corpora.
     """
 
-    def __init__(self, config: PipelineConfig, results: str = "results"):
+    def __init__(self, config: PipelineConfig, results: str = "results", codes: dict[str, str] | None = None):
         super().__init__(config, results)
         check_names(config)
+        self.codes = dict(codes or {})
+        """Fingerprints of code as they were planned, or as they were first asked for."""
 
     # what decides a result
 
     def code(self, verb: str) -> str:
         """Fingerprint of a verb's code, or `off` where the config says that code is not tracked."""
-        return fingerprint(verb) if self.config.code_tracking == "ast" else "off"
+        if self.config.code_tracking == "off":
+            return "off"
+        return self.codes.setdefault(verb, fingerprint(verb))
 
     def settings(self, name: str) -> dict:
         """What a stage is asked to do, everything filled in; nothing about later steps, hardware or its name."""
@@ -194,6 +198,11 @@ class Plan(Tree):
             yield Step("score", label, (answers, questions), scores, f"{log}/score-{name}.jsonl")
         if self.samples(subject):
             yield Step("generate", subject, speaker, (f"{home}/samples.jsonl",), f"{log}/generate.jsonl")
+
+    def things(self) -> dict[str, set[str]]:
+        """What runs share, by names that fit into one folder, with the files of each."""
+        made = [step.writes for step in self.steps if step.writes[0].startswith(f"{self.shared}/")]
+        return {files[0].removeprefix(f"{self.shared}/").replace("/", "-"): set(files) for files in made}
 
     def absent(self) -> tuple[str, str] | None:
         """Key and path of a local file that a step is going to read and that is not there; None if there is none."""

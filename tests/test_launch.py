@@ -11,7 +11,6 @@ import pytest
 
 from rwkvpipe import launch
 from rwkvpipe.base.errors import ConfigError
-from rwkvpipe.base.fingerprint import fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 QUIET = [*launch.SCHEDULERS, "RWKVPIPE_GPUS", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "RWKVPIPE_DEVICE"]
@@ -111,11 +110,12 @@ def test_a_scheduler_s_choice_stands(door, monkeypatch):
     assert env["CUDA_VISIBLE_DEVICES"] == "5" and env["RWKVPIPE_DEVICE"] == "cuda"
 
 
-def test_code_that_changed_since_planning_is_refused(door):
-    door("--code", fingerprint("settings"), "0", "settings")
-    door("--code", "off", "0", "settings")
-    with pytest.raises(ConfigError, match="the code of settings changed"):
-        launch.main(["--code", "settings@000000000000", "0", "settings"])
+def test_the_verb_is_given_as_many_threads_as_its_rule_asks_for(door, monkeypatch):
+    for name in launch.THREADS:
+        monkeypatch.setenv(name, "1")
+    words, _ = door("--threads", "3", "0", "settings", "--code", "off")
+    assert words == ["-m", "rwkvpipe.settings", "--code", "off"]
+    assert {os.environ[name] for name in launch.THREADS} == {"3"}
 
 
 def test_the_result_is_locked_while_the_verb_runs(door, tmp_path):
@@ -169,9 +169,9 @@ def test_many_jobs_never_share_a_device(tmp_path):
     jobs = [
         subprocess.Popen([sys.executable, "-c", code, "1", "settings"], env={**os.environ, **env}, cwd=ROOT,
                          stdout=subprocess.DEVNULL)
-        for _ in range(6)
+        for _ in range(8)
     ]  # fmt: skip
-    assert [job.wait(60) for job in jobs] == [0] * 6  # mkdir fails where two hold one device
+    assert [job.wait(60) for job in jobs] == [0] * 8  # mkdir fails where two hold one device
 
 
 def test_errors_are_one_line_with_status_2():

@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,10 +24,13 @@ if __name__ == "__main__":
     _sys.exit(play(_sys.argv))
 """
 PLAY = '''
-"""Writes what a verb would write, in no time."""
+"""Writes what a verb would write, in no time or in as much as slow.json says."""
 
 import json
+import time
 from pathlib import Path
+
+from rwkvpipe.base.errors import ConfigError, Parser
 
 BESIDE = {
     "convert": ["config.json"], "merge": ["config.json"], "score": ["{stem}.samples.jsonl"],
@@ -39,6 +44,14 @@ FOLDER = {"vocab": "tokenizer.json", "pack": "corpus.json", "plot": "metrics.csv
 def play(argv):
     verb, words = Path(argv[0]).stem, argv[1:]
     out = Path(words[words.index("--out") + 1])
+    try:
+        Parser().parse_args(words[words.index("--code") :][:2] if "--code" in words else [])
+    except ConfigError as error:
+        raise SystemExit(f"error: {error}") from None
+    with open("calls", "a") as file:
+        file.write(f"{verb} {out}\\n")
+    slow = Path("slow.json")
+    time.sleep(json.loads(slow.read_text()).get(verb, 0) if slow.exists() else 0)
     if verb in FOLDER:
         out = out / FOLDER[verb]
     beside = BESIDE.get(verb, [])
@@ -90,6 +103,11 @@ stages:
 """
 
 
+def ended(process: subprocess.Popen) -> subprocess.CompletedProcess:
+    text, _ = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, text)
+
+
 class Work:
     """A copy of the project whose verbs write their files and do nothing else."""
 
@@ -118,18 +136,35 @@ class Work:
         shutil.copytree(self.path, path)  # times are kept
         return Work(path)
 
-    def call(self, *words: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
-        """Snakemake with these words, its two streams as one text."""
+    def start(self, *words: str, cwd: Path | None = None, **env: str) -> subprocess.Popen:
+        """Snakemake with these words, its two streams as one text, in a process group of its own."""
         given = {name: value for name, value in os.environ.items() if not name.startswith(("SNAKEMAKE", "PYTHONPATH"))}
-        return subprocess.run(
+        return subprocess.Popen(
             [sys.executable, "-m", "snakemake", "--nocolor", "--cores", "2", *words],
             cwd=cwd or self.path,
             env={**given, "RWKVPIPE_GPUS": "", **env},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=300,
+            start_new_session=True,
         )
+
+    def call(self, *words: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
+        """The same, to its end."""
+        return ended(self.start(*words, cwd=cwd, **env))
+
+    def slow(self, **seconds: float) -> None:
+        (self.path / "slow.json").write_text(json.dumps(seconds))
+
+    def calls(self) -> list[str]:
+        path = self.path / "calls"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def until(self, process: subprocess.Popen, call: str) -> None:
+        """Wait until a verb has been started on a file."""
+        while call not in self.calls():
+            assert process.poll() is None, (call, process.communicate()[0])
+            time.sleep(0.05)
 
     def run(self, *words: str, **env: str) -> str:
         done = self.call(*words, **env)
@@ -362,8 +397,9 @@ rule all:
     done = fresh.call("--configfile", "config.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert (tmp_path / "made/demo/report.html").is_file() and not (tmp_path / "results").exists()
-    story = json.loads((tmp_path / "made/demo/report.html").read_text())[1]
-    assert json.loads(story)["subjects"][0]["folder"] == "made/demo/base"
+    words = json.loads((tmp_path / "made/demo/report.html").read_text())
+    story = json.loads(words[words.index("--spec") + 1])
+    assert story["subjects"][0]["folder"] == "made/demo/base"
 
 
 def test_the_rules_agree_with_the_plan_about_files(fresh):
@@ -438,3 +474,126 @@ def test_a_failed_step_says_why_and_leaves_no_result(fresh, tmp_path):
     assert done.returncode == 1 and "error: asked to fail" in done.stdout
     assert not (work.path / "results/demo/base/samples.jsonl").exists()
     assert (work.path / "results/demo/base/model.safetensors").exists()
+
+
+SHARED = ["tokenizers/letters", "corpora/stories", "corpora/talks", "corpora/sums.jsonl", "benchmarks/free.jsonl"]
+
+
+def other_run(work: Work, old: str = "run: demo", new: str = "run: demo") -> None:
+    """A config of another name, the same but for one edit."""
+    assert old in CONFIG
+    (work.path / "other.yaml").write_text(CONFIG.replace(old, new).replace("run: demo", "run: other"))
+
+
+def test_two_runs_at_once_make_what_they_share_once(fresh, tmp_path):
+    work = fresh.copy(tmp_path / "work")
+    other_run(work, "lr: 1e-4", "lr: 5e-4")
+    work.slow(vocab=1.5, pack=1.5, questions=1, pretrain=3)
+    both = [work.start(), work.start("--configfile", "other.yaml")]
+    said = [ended(process) for process in both]
+    assert [done.returncode for done in said] == [0, 0], said[0].stdout + said[1].stdout
+    assert "is made by another run (process" in said[0].stdout + said[1].stdout
+    calls = work.calls()
+    for made in SHARED:
+        assert sum(call.endswith(f"results/shared/{made}") for call in calls) == 1, (made, calls)
+    # they went side by side once it was made
+    assert max(calls.index(f"pretrain results/{run}/base/model.safetensors") for run in ("demo", "other")) < min(
+        calls.index(f"report results/{run}/report.html") for run in ("demo", "other")
+    )
+    assert work.plan() == [] and work.plan("--configfile", "other.yaml") == []
+
+
+def test_a_run_in_work_is_not_begun_again_and_no_kill_locks_it(fresh, tmp_path):
+    work = fresh.copy(tmp_path / "work")
+    work.slow(pretrain=30)
+    first = work.start()
+    work.until(first, "pretrain results/demo/base/model.safetensors")
+    second = work.call()
+    assert second.returncode == 2, second.stdout
+    last = second.stdout.strip().splitlines()[-1]
+    assert last.startswith(f"error: run demo: another snakemake works on it (process {first.pid}); wait for its end")
+    os.killpg(first.pid, signal.SIGKILL)
+    ended(first)
+    work.slow()
+    work.run()  # no --unlock, no --rerun-incomplete
+    assert work.plan() == []
+
+
+def test_nothing_is_made_anew_under_a_run_that_reads_it(fresh, tmp_path):
+    work = fresh.copy(tmp_path / "work")
+    other_run(work, "path: data/stories.txt,", "path: data/stories.txt, valid: 0.5,")
+    work.slow(pretrain=5)
+    first = work.start()
+    work.until(first, "pretrain results/demo/base/model.safetensors")
+    second = work.start("--configfile", "other.yaml")
+    one, two = ended(first), ended(second)
+    assert one.returncode == two.returncode == 0, one.stdout + two.stdout
+    assert "would be made anew, and another run uses it as it is" in two.stdout
+    calls, packed = work.calls(), "pack results/shared/corpora/stories"
+    assert calls.count(packed) == 2 and calls[calls.index("report results/demo/report.html") :].count(packed) == 1
+
+
+def test_an_edit_of_the_config_while_jobs_wait_changes_the_next_run_only(fresh, tmp_path):
+    work = fresh.copy(tmp_path / "work")
+    work.slow(pretrain=4)
+    process = work.start()
+    work.until(process, "pretrain results/demo/base/model.safetensors")
+    work.edit("config.yaml", "lr: 1e-4", "lr: 2e-4")
+    done = ended(process)
+    assert done.returncode == 0, done.stdout
+    assert '\\"lr\\":0.0001' in (work.path / "results/demo/chat/settings.json").read_text()
+    assert work.plan() == sorted([*AFTER_CHAT, "settings chat"])
+
+
+def test_code_that_changed_while_jobs_waited_is_not_run_under_its_old_name(fresh, tmp_path):
+    work = fresh.copy(tmp_path / "work")
+    work.slow(pretrain=4)
+    process = work.start()
+    work.until(process, "pretrain results/demo/base/model.safetensors")
+    work.edit("rwkvpipe/score.py", "if __name__ ==", "EXTRA = 1\n\nif __name__ ==")
+    done = ended(process)
+    refused = "the code of score changed after this job was planned; run snakemake again"
+    assert done.returncode == 1 and f"error: score base free: {refused}" in done.stdout
+    assert not (work.path / "results/demo/base/bench/free.json").exists()
+    assert work.plan() == ["report", *sorted(job for job in AFTER_BASE if job.startswith("score"))]
+    work.run()
+    assert work.plan() == []
+
+
+def test_a_job_of_a_cluster_does_what_was_planned(done):
+    """It parses the workflow again when it starts, as here, after an edit."""
+    kept = max((done.path / ".snakemake/rwkvpipe").glob("*.json"))
+    done.edit("config.yaml", "lr: 1e-4", "lr: 2e-4")
+    words = ["--mode", "remote", "--force", "--allowed-rules", "settings"]
+    words += ["--target-jobs", "settings:run=demo,stage=chat"]
+    for given, rate in (({"RWKVPIPE_PLANNED": str(kept)}, "0.0001"), ({}, "0.0002")):
+        done.run(*words, "--nolock", **given)
+        assert f'\\"lr\\":{rate}' in (done.path / "results/demo/chat/settings.json").read_text()
+
+
+def test_one_failing_branch_does_not_stop_the_others_and_is_named_last(fresh, tmp_path):
+    work = fresh.copy(tmp_path / "work")
+    work.edit("config.yaml", "1+1=", "Fail")
+    done = work.call()
+    assert done.returncode == 1
+    log = "results/demo/base/log/generate.log"
+    assert done.stdout.strip().splitlines()[-1] == f"error: generate base: asked to fail; its log is {log}"
+    assert work.plan() == ["generate base", "report"]
+
+
+def test_single_targets_make_what_they_need_and_summaries_tell(fresh, tmp_path):
+    work = fresh.copy(tmp_path / "work")
+    needed = ["init base", "merge chat", "pack stories", "pack_chat talks", "pretrain base", "settings base"]
+    target = "results/demo/chat/model.safetensors"
+    assert work.plan(target) == sorted([*needed, "settings chat", "sft_lora chat", "vocab_trie letters"])
+    work.run(target)
+    rows = [line.split("\t") for line in work.run("--summary").splitlines() if line.startswith("results/")]
+    states = {row[0]: row[-1] for row in rows}
+    assert states[target] == "no update" and states["results/demo/report.html"] == "update pending"
+    assert work.plan("--rerun-incomplete", target) == []
+
+
+def test_a_dry_run_names_the_trainings_that_changed_code_would_make_anew(done):
+    (done.path / "rwkvpipe/train/policy.py").open("a").write("\nEXTRA = 1\n")
+    job = re.search(r"\nrule grpo_lora:.*?\n\n", done.run("-n", "grpo_lora"), re.S)[0]
+    assert re.search(r"reason: .*Params have changed.*now: .*'?grpo@", job, re.S), job

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from rwkvpipe.base.fingerprint import still
 from rwkvpipe.base.lock import claim, release
 
 log = logging.getLogger("rwkvpipe")
@@ -81,15 +82,19 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **given):
         super().__init__(allow_abbrev=False, **given)
+        self.add_argument("--code", metavar="DIGEST", help="the code that was planned to run; refuse to run another")
 
     def parse_args(self, args=None, namespace=None):
-        """As argparse; raises ConfigError."""
+        """As argparse; raises ConfigError, also if the code is not the one that --code names."""
         found, rest = self.parse_known_args(args, namespace)
         if rest:
             known = [option for action in self._actions for option in action.option_strings]
             near = difflib.get_close_matches(rest[0].partition("=")[0], known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
             raise ConfigError(f"{rest[0] or 'an empty word'}: no such argument; {hint}")
+        if found.code not in (None, "", "off") and not still(found.code):
+            verb = found.code.partition("@")[0]
+            raise ConfigError(f"the code of {verb} changed after this job was planned; run snakemake again")
         for action in self._actions:
             if action.option_strings and getattr(found, action.dest, None) == "":
                 raise ConfigError(f"{action.option_strings[-1]}: is empty; leave it out or give a value")

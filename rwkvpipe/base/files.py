@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkvpipe.base.errors import DataError
+from rwkvpipe.base.pace import Pace
 
 log = logging.getLogger("rwkvpipe")
 
@@ -158,7 +159,10 @@ def _unreadable(error: Exception) -> str:
 def read_jsonl(path: str | Path) -> Iterator[dict]:
     """Read one JSON object a line; blank lines are skipped. Raises DataError naming file and line."""
     with open(path, "rb") as file:
+        pace, done = Pace(path, os.fstat(file.fileno()).st_size), 0
         for number, raw in enumerate(file, 1):
+            done += len(raw)
+            pace.at(done)
             if not raw.strip():
                 continue
             row = parse_json(raw.rstrip(), f"{path}:{number}", lines=False)
@@ -198,5 +202,11 @@ def _no_new(path: str, flags: int) -> int:
 
 def digest(path: str | Path) -> str:
     """sha256 of a file's bytes, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    found, block = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with open(path, "rb", buffering=0) as file:
+        pace, done = Pace(f"{path}: its digest", os.fstat(file.fileno()).st_size), 0
+        while size := file.readinto(block):
+            found.update(block[:size])
+            done += size
+            pace.at(done)
+    return found.hexdigest()

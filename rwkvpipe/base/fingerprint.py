@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from rwkvpipe.base.errors import ConfigError
-
 ROOT = Path(__file__).resolve().parents[1]
 TRACKED = "TRACKED_FILES"
 # where a node stands and how its names are used says nothing that its text does not
@@ -82,7 +80,7 @@ def _tracked(tree: ast.Module, file: Path) -> list[Path]:
             for pattern in ast.literal_eval(node.value):
                 matches = sorted(file.parent.glob(pattern))
                 if not matches:
-                    raise ConfigError(f"{file}:{node.lineno}: {TRACKED} names {pattern}, and there is no such file")
+                    raise LookupError(f"{file}:{node.lineno}: {TRACKED} names {pattern}, and there is no such file")
                 found += matches
     return found
 
@@ -110,7 +108,7 @@ def modules(verb: str, root: Path = ROOT) -> dict[str, str]:
     """Every module of the package that `rwkvpipe.<verb>` loads, itself included, with the digest of its code."""
     start = f"{root.name}.{verb}"
     if _file(start, root) is None:
-        raise ConfigError(f"there is no verb {verb} (rwkvpipe/{verb}.py)")
+        raise LookupError(f"there is no verb {verb} (rwkvpipe/{verb}.py)")
     found: dict[str, str] = {}
     waiting = [start]
     while waiting:
@@ -122,14 +120,11 @@ def modules(verb: str, root: Path = ROOT) -> dict[str, str]:
 
 
 def fingerprint(verb: str, root: Path = ROOT) -> str:
-    """Code of a verb as `verb@digest`. Raises ConfigError if there is no such verb."""
+    """Code of a verb as `verb@digest`. Raises LookupError if there is no such verb."""
     text = "\n".join(f"{name} {digest}" for name, digest in sorted(modules(verb, root).items()))
     return f"{verb}@{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def check_planned(planned: str, root: Path = ROOT) -> None:
-    """Raise ConfigError if a verb's code is no longer what `planned` (from `fingerprint`) says."""
-    verb = planned.partition("@")[0]
-    now = fingerprint(verb, root)
-    if now != planned:
-        raise ConfigError(f"the code of {verb} changed after this job was planned; run snakemake again")
+def still(planned: str, root: Path = ROOT) -> bool:
+    """Whether a verb's code is what `planned` (from `fingerprint`) says."""
+    return fingerprint(planned.partition("@")[0], root) == planned

@@ -19,7 +19,8 @@ def _same(handle: int, path: Path) -> bool:
     return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
 
 
-def _open(path: Path) -> int:
+def open_lock(path: Path) -> int:
+    """A descriptor of the file of a lock, made if need be, which other users may open too."""
     try:  # another user's file in a folder with the sticky bit may be opened, but not with O_CREAT
         return os.open(path, os.O_RDWR)
     except FileNotFoundError:
@@ -46,7 +47,7 @@ def lock(path: Path, waiting: str | None = None) -> int | None:
     Taken by somebody else, it is waited for with the line `waiting` in the log, or given up (None) without one.
     """
     while True:
-        handle = _open(path)
+        handle = open_lock(path)
         if not _locked(handle, waiting):
             os.close(handle)
             return None

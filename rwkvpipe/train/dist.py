@@ -44,5 +44,6 @@ def start() -> Rank:
     else:
         device = torch.device("cuda", torch.cuda.current_device())
         name = f"{device} ({torch.cuda.get_device_name(device)})"
+    torch.set_num_threads(torch.get_num_threads())  # said aloud, MKL takes no fewer on a machine of fewer cores
     log.info("device %s, %d threads, torch %s", name, torch.get_num_threads(), torch.__version__)
     return Rank(0, 1, device)

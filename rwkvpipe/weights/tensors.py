@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rwkvpipe.base.errors import WeightsError
 from rwkvpipe.base.files import atomic
+from rwkvpipe.base.pace import Pace
 
 DTYPES = {
     **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
@@ -148,5 +149,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     text += b" " * (-len(text) % 8)
     with atomic(path) as part, open(part, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
+        pace = Pace(f"{path}: writing", end)
         for name in names:
+            pace.at(header[name]["data_offsets"][0])
             file.write(to_bytes(tensors[name]))

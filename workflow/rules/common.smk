@@ -1,3 +1,5 @@
+import atexit
+import os
 import sys
 from pathlib import Path
 
@@ -10,7 +12,7 @@ if (ROOT / "rwkvpipe").is_dir() and str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from rwkvpipe import launch
-from rwkvpipe.base import agree
+from rwkvpipe.base import agree, runs
 from rwkvpipe.base.errors import BAD_INPUT, ConfigError, PipeError, explain
 from rwkvpipe.base.files import canonical
 from rwkvpipe.base.tree import any_of
@@ -21,13 +23,23 @@ given = workflow.config_settings
 used_as_module = workflow.modifier.skip_configfile
 results = workflow.modifier.path_modifier.modify(workflow.modifier.pathvars.apply("<results>"))
 
+
+# one line; an exception would bring Snakemake's own words with it
+def refuse(error):
+    sys.stderr.write(f"error: {explain(error)}\n")
+    sys.exit(BAD_INPUT)
+
+
 try:
+    kept = launch.kept_plan() if workflow.exec_mode != ExecMode.DEFAULT else {}
     # files given on the command line stand alone: config.yaml is not merged into them
     if used_as_module:
         settled = agree.parse(dict(config), "config")
+    elif kept:
+        settled = agree.parse(kept["config"], "the config as it was planned")
     else:
         settled = agree.load(given.configfiles or ["config.yaml"], dict(given.config))
-    plan = Plan(settled, "<results>")
+    plan = Plan(settled, "<results>", kept.get("codes"))
     story = Plan(settled, str(results))
     absent = None if used_as_module else story.absent()
     if absent:
@@ -35,13 +47,11 @@ try:
     unknown = None if used_as_module or workflow.exec_mode != ExecMode.DEFAULT else story.unrecorded(Path(".snakemake"))
     if unknown and not {"--touch", "-t"} & set(sys.argv):
         raise ConfigError(
-            f"{unknown}: .snakemake, which knows from what results are made, knows nothing of it; bring .snakemake back,"
-            f" or remove {Path(unknown).parent}, or take all as it is: snakemake --touch --forceall --cores 1"
+            f"{unknown}: .snakemake, which knows from what results are made, knows nothing of it; bring .snakemake"
+            f" back, or remove {Path(unknown).parent}, or take all as it is: snakemake --touch --forceall --cores 1"
         )
 except (PipeError, OSError) as error:
-    # one line; an exception would bring Snakemake's own words with it
-    sys.stderr.write(f"error: {explain(error)}\n")
-    sys.exit(BAD_INPUT)
+    refuse(error)
 
 if not used_as_module:
     config.update(settled.model_dump(mode="json"))
@@ -53,6 +63,8 @@ if workflow.exec_mode == ExecMode.DEFAULT:
     logger.info(launch.describe(devices, workflow.global_resources))
     launch.pass_on_stops()
 GPU = 1 if devices else 0
+THREADS = {"bench": 1, "generate": 1}
+THREADS |= dict.fromkeys(["pretrain", "pretrain_lora", "sft", "sft_lora", "grpo", "grpo_lora"], 2)
 ENVIRONMENT = "../../envs/cuda.yaml" if devices else "../../envs/cpu.yaml"
 
 
@@ -65,6 +77,41 @@ wildcard_constraints:
     corpus=any_of(settled.corpora),
     benchmark=any_of(settled.benchmarks),
     download=any_of(plan.downloads),
+
+
+def claim_results():
+    wanted = {str(file) for job in workflow.dag.jobs for file in (*job.input, *job.output)}
+    things = {name: files for name, files in story.things().items() if files & wanted}
+    waiting = list(workflow.dag.needrun_jobs())
+    jobs = {name: [job for job in waiting if files & set(map(str, job.output))] for name, files in things.items()}
+    made = {name: making for name, making in jobs.items() if making}
+    try:
+        claims = runs.Claims(Path(story.shared, ".locks"))
+        if not runs.begin(claims, settled.run, things, made, logger.info):
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # plan again
+        launch.keep_plan(Path(".snakemake", "rwkvpipe"), settled.model_dump(mode="json"), plan.codes)
+    except (PipeError, OSError) as error:
+        refuse(error)
+    runs.hand_over(claims, made, workflow.dag.finished)
+    runs.tell(running, logger.info)
+
+
+# steps with their logs, as people call them
+def logs_of(jobs):
+    single = [job for found in list(jobs) for job in getattr(found, "jobs", [found])]
+    words = {job: [value for name, value in job.wildcards.items() if name != "run"] for job in single}
+    return {" ".join([job.rule.name, *words[job]]): next(map(str, job.log), None) for job in single}
+
+
+# after Snakemake's own last words, which name no step
+def tell_failures():
+    lines = [runs.failure(*step) + "\n" for step in sorted(logs_of(workflow.scheduler.failed).items())]
+    atexit.register(sys.stderr.writelines, lines)
+
+
+def running():
+    jobs = list(workflow.scheduler.running) if workflow.scheduler else []
+    return {step: file for step, file in logs_of(jobs).items() if file}
 
 
 def tokenizer_folder(wildcards, input):
@@ -86,6 +133,19 @@ def digest_wanted(wildcards):
 
 def made_corpora(wildcards):
     return [word for made in plan.made(wildcards.tokenizer) for word in ("--synthetic", made)]
+
+
+# how many threads a sum is divided among decides its last digits, so jobs compute with as many as their rule asks
+# for, also where --cores leaves them fewer; a function of threads is not tracked by Snakemake
+def computing(rule):
+    given = workflow.resource_settings.overwrite_threads.get(workflow.modifier.modify_rulename(rule), THREADS[rule])
+    given = getattr(given, "value", given)
+    return lambda wildcards, threads: given if isinstance(given, int) else threads
+
+
+def training(rule):
+    plain, lora = computing(rule), computing(f"{rule}_lora")
+    return lambda wildcards, threads: (lora if plan.stages[wildcards.stage].lora else plain)(wildcards, threads)
 
 
 # a function of threads is not tracked by Snakemake: this setting decides no result

@@ -17,7 +17,7 @@ rule vocab:
         code=plan.code("vocab"),
         folder=subpath(output.tokenizer, parent=True),
     shell:
-        "exec python -m rwkvpipe.vocab {input.files:q} --spec {params.spec:q} {params.made:q}"
+        "exec python -m rwkvpipe.vocab --code {params.code:q} {input.files:q} --spec {params.spec:q} {params.made:q}"
         " --out {params.folder:q} > {log:q} 2>&1"
 
 
@@ -67,8 +67,8 @@ rule pack:
         valid=held_out,
         folder=subpath(output.info, parent=True),
     shell:
-        "exec python -m rwkvpipe.pack {input.file:q} --spec {params.spec:q} --tokenizer {params.tokenizer:q}"
-        " {params.valid:q} --out {params.folder:q} > {log:q} 2>&1"
+        "exec python -m rwkvpipe.pack --code {params.code:q} {input.file:q} --spec {params.spec:q} --tokenizer"
+        " {params.tokenizer:q} {params.valid:q} --out {params.folder:q} > {log:q} 2>&1"
 
 
 use rule pack as pack_chat with:
@@ -102,8 +102,8 @@ rule questions:
         seed=lambda wildcards: plan.seed(wildcards.benchmark),
         code=plan.code("questions"),
     shell:
-        "exec python -m rwkvpipe.questions {input.file:q} --spec {params.spec:q} --seed {params.seed}"
-        " --out {output.questions:q} > {log:q} 2>&1"
+        "exec python -m rwkvpipe.questions --code {params.code:q} {input.file:q} --spec {params.spec:q} --seed"
+        " {params.seed} --out {output.questions:q} > {log:q} 2>&1"
 
 
 use rule questions as questions_corpus with:

@@ -12,7 +12,7 @@ rule bench:
         "<results>/{run}/{subject}/log/bench-{benchmark}.jsonl"
     conda:
         ENVIRONMENT
-    threads: 1
+    threads: THREADS["bench"]
     resources:
         gpu=GPU,
         rows=64,
@@ -20,9 +20,10 @@ rule bench:
         spec=lambda wildcards: spec(settled.benchmarks[wildcards.benchmark]),
         code=plan.code("bench"),
         tokenizer=tokenizer_folder,
+        threads=computing("bench"),
     shell:
-        "exec python -m rwkvpipe.launch --code {params.code:q} {resources.gpu} bench --spec {params.spec:q}"
-        " --model {input.model:q} --tokenizer {params.tokenizer:q} --questions {input.questions:q}"
+        "exec python -m rwkvpipe.launch --threads {params.threads} {resources.gpu} bench --code {params.code:q} --spec"
+        " {params.spec:q} --model {input.model:q} --tokenizer {params.tokenizer:q} --questions {input.questions:q}"
         " --rows {resources.rows} --out {output.answers:q} > {log:q} 2>&1"
 
 
@@ -43,8 +44,8 @@ rule score:
         spec=lambda wildcards: spec(settled.benchmarks[wildcards.benchmark]),
         code=plan.code("score"),
     shell:
-        "exec python -m rwkvpipe.score {input.answers:q} --spec {params.spec:q} --questions {input.questions:q}"
-        " --out {output.score:q} > {log:q} 2>&1"
+        "exec python -m rwkvpipe.score --code {params.code:q} {input.answers:q} --spec {params.spec:q} --questions"
+        " {input.questions:q} --out {output.score:q} > {log:q} 2>&1"
 
 
 rule generate:
@@ -59,13 +60,15 @@ rule generate:
         "<results>/{run}/{subject}/log/generate.jsonl"
     conda:
         ENVIRONMENT
-    threads: 1
+    threads: THREADS["generate"]
     resources:
         gpu=GPU,
     params:
         spec=lambda wildcards: spec(plan.samples(wildcards.subject)),
         code=plan.code("generate"),
         tokenizer=tokenizer_folder,
+        threads=computing("generate"),
     shell:
-        "exec python -m rwkvpipe.launch --code {params.code:q} {resources.gpu} generate --model {input.model:q}"
-        " --tokenizer {params.tokenizer:q} --spec {params.spec:q} --out {output.samples:q} > {log:q} 2>&1"
+        "exec python -m rwkvpipe.launch --threads {params.threads} {resources.gpu} generate --code {params.code:q}"
+        " --model {input.model:q} --tokenizer {params.tokenizer:q} --spec {params.spec:q} --out {output.samples:q} >"
+        " {log:q} 2>&1"

@@ -34,7 +34,8 @@ rule convert:
     params:
         code=plan.code("convert"),
     shell:
-        "exec python -m rwkvpipe.convert {input.checkpoint:q} --out {output.model:q} > {log:q} 2>&1"
+        "exec python -m rwkvpipe.convert --code {params.code:q} {input.checkpoint:q} --out {output.model:q} > {log:q}"
+        " 2>&1"
 
 
 # by its name alone: `snakemake kernels`, where there is a compiler, before jobs go to nodes without one

@@ -21,7 +21,7 @@ rule plot:
         code=plan.code("plot"),
         folder=subpath(output.data, parent=True),
     shell:
-        "exec python -m rwkvpipe.plot {input.metrics:q} --out {params.folder:q} > {log:q} 2>&1"
+        "exec python -m rwkvpipe.plot --code {params.code:q} {input.metrics:q} --out {params.folder:q} > {log:q} 2>&1"
 
 
 use rule plot as plot_grpo with:
@@ -60,4 +60,5 @@ rule report:
         story=canonical(story.story()),
         code=plan.code("report"),
     shell:
-        "exec python -m rwkvpipe.report --spec {params.story:q} --out {output.html:q} > {log:q} 2>&1"
+        "exec python -m rwkvpipe.report --code {params.code:q} --spec {params.story:q} --out {output.html:q} > {log:q}"
+        " 2>&1"

@@ -10,7 +10,8 @@ rule settings:
         spec=lambda wildcards: canonical(plan.settings(wildcards.stage)),
         code=plan.code("settings"),
     shell:
-        "exec python -m rwkvpipe.settings --spec {params.spec:q} --out {output.settings:q} > {log:q} 2>&1"
+        "exec python -m rwkvpipe.settings --code {params.code:q} --spec {params.spec:q} --out {output.settings:q} >"
+        " {log:q} 2>&1"
 
 
 rule init:
@@ -31,7 +32,7 @@ rule init:
         code=plan.code("init"),
         tokenizer=tokenizer_folder,
     shell:
-        "exec python -m rwkvpipe.init {input.settings:q} --tokenizer {params.tokenizer:q}"
+        "exec python -m rwkvpipe.init --code {params.code:q} {input.settings:q} --tokenizer {params.tokenizer:q}"
         " --out {output.weights:q} > {log:q} 2>&1"
 
 
@@ -52,7 +53,7 @@ rule pretrain:
         stage=plan.only("pretrain", lora=False),
     conda:
         ENVIRONMENT
-    threads: 2
+    threads: THREADS["pretrain"]
     resources:
         gpu=GPU,
         micro_batch=micro_batch,
@@ -60,9 +61,10 @@ rule pretrain:
         code=plan.code("pretrain"),
         data=packed_folder,
         save_every=save_every,
+        threads=training("pretrain"),
     shell:
-        "exec python -m rwkvpipe.launch --code {params.code:q} {resources.gpu} pretrain {input.settings:q}"
-        " --model {input.model:q} --data {params.data:q} --micro-batch {resources.micro_batch}"
+        "exec python -m rwkvpipe.launch --threads {params.threads} {resources.gpu} pretrain --code {params.code:q}"
+        " {input.settings:q} --model {input.model:q} --data {params.data:q} --micro-batch {resources.micro_batch}"
         " --save-every {params.save_every} --out {output.weights:q} > {log:q} 2>&1"
 
 
@@ -91,7 +93,7 @@ rule sft:
         stage=plan.only("sft", lora=False),
     conda:
         ENVIRONMENT
-    threads: 2
+    threads: THREADS["sft"]
     resources:
         gpu=GPU,
         micro_batch=micro_batch,
@@ -99,9 +101,10 @@ rule sft:
         code=plan.code("sft"),
         data=packed_folder,
         save_every=save_every,
+        threads=training("sft"),
     shell:
-        "exec python -m rwkvpipe.launch --code {params.code:q} {resources.gpu} sft {input.settings:q}"
-        " --model {input.model:q} --data {params.data:q} --micro-batch {resources.micro_batch}"
+        "exec python -m rwkvpipe.launch --threads {params.threads} {resources.gpu} sft --code {params.code:q}"
+        " {input.settings:q} --model {input.model:q} --data {params.data:q} --micro-batch {resources.micro_batch}"
         " --save-every {params.save_every} --out {output.weights:q} > {log:q} 2>&1"
 
 
@@ -131,7 +134,7 @@ rule grpo:
         stage=plan.only("grpo", lora=False),
     conda:
         ENVIRONMENT
-    threads: 2
+    threads: THREADS["grpo"]
     resources:
         gpu=GPU,
         micro_batch=micro_batch,
@@ -139,11 +142,12 @@ rule grpo:
         code=plan.code("grpo"),
         tokenizer=tokenizer_folder,
         save_every=save_every,
+        threads=training("grpo"),
     shell:
-        "exec python -m rwkvpipe.launch --code {params.code:q} {resources.gpu} grpo {input.settings:q}"
-        " --model {input.model:q} --tokenizer {params.tokenizer:q} --data {input.data:q}"
-        " --micro-batch {resources.micro_batch} --save-every {params.save_every}"
-        " --out {output.weights:q} > {log:q} 2>&1"
+        "exec python -m rwkvpipe.launch --threads {params.threads} {resources.gpu} grpo --code {params.code:q}"
+        " {input.settings:q} --model {input.model:q} --tokenizer {params.tokenizer:q} --data {input.data:q}"
+        " --micro-batch {resources.micro_batch} --save-every {params.save_every} --out {output.weights:q} > {log:q}"
+        " 2>&1"
 
 
 use rule grpo as grpo_lora with:
@@ -173,5 +177,5 @@ rule merge:
     params:
         code=plan.code("merge"),
     shell:
-        "exec python -m rwkvpipe.merge --model {input.model:q} --adapter {input.adapter:q}"
+        "exec python -m rwkvpipe.merge --code {params.code:q} --model {input.model:q} --adapter {input.adapter:q}"
         " --out {output.model:q} > {log:q} 2>&1"
