@@ -448,7 +448,8 @@ def test_one_call_from_python_raises_the_line_that_says_why(fresh, tmp_path):
     attempt = "try:\n    rwkvpipe.run({}, cores=2{})\nexcept rwkvpipe.PipeError as error:\n    print(error)"
     call = "import rwkvpipe\n" + attempt
     target = ", targets=['results/demo/base/samples.jsonl']"
-    assert python(work, call.format("'config.yaml'", target)).stdout == "asked to fail\n"
+    said = python(work, call.format("'config.yaml'", target)).stdout
+    assert said == "generate base: asked to fail; its log is results/demo/base/log/generate.log\n"
     assert "run: Field required" in python(work, call.format("{'seed': 1}", "")).stdout
 
 
@@ -595,5 +596,5 @@ def test_single_targets_make_what_they_need_and_summaries_tell(fresh, tmp_path):
 
 def test_a_dry_run_names_the_trainings_that_changed_code_would_make_anew(done):
     (done.path / "rwkvpipe/train/policy.py").open("a").write("\nEXTRA = 1\n")
-    job = re.search(r"\nrule grpo_lora:.*?\n\n", done.run("-n", "grpo_lora"), re.S)[0]
+    job = re.search(r"\nrule grpo_lora:.*?\n\n", done.run("-n"), re.S)[0]
     assert re.search(r"reason: .*Params have changed.*now: .*'?grpo@", job, re.S), job
