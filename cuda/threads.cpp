@@ -58,8 +58,9 @@ struct Pool {
             std::atomic_signal_fence(std::memory_order_seq_cst);
         }
         if (!hold.owns_lock()) hold.lock();
-        work = nullptr, wanted = 0;  // who has not come yet need not come
+        wanted = 0;  // who has not come yet need not come
         done.wait(hold, [this] { return busy == 0; });
+        work = nullptr;  // not before: a helper that was stopped between its turn and its work still looks here
     }
 };
 
