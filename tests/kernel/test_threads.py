@@ -1,4 +1,4 @@
-"""The pool of threads under the thread sanitizer: every turn is taken once, and nothing is read that is being written."""
+"""The pool of threads under the thread sanitizer: every turn is taken once, and nobody reads what another writes."""
 
 import shutil
 import subprocess
@@ -31,7 +31,8 @@ def test_every_turn_is_taken_once_and_no_thread_reads_what_another_writes(tmp_pa
     source, program = tmp_path / "main.cpp", tmp_path / "main"
     source.write_text(PROGRAM)
     command = [compiler, "-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread", f"-I{SOURCES}"]
-    made = subprocess.run([*command, str(source), str(SOURCES / "threads.cpp"), "-o", str(program)], capture_output=True)
+    parts = [str(source), str(SOURCES / "threads.cpp")]
+    made = subprocess.run([*command, *parts, "-o", str(program)], capture_output=True)
     if made.returncode:
         pytest.skip("this compiler has no thread sanitizer")
     done = subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
