@@ -7,6 +7,7 @@ whoever reads it keeps others from making it anew until its own run has ended. W
 import fcntl
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -118,6 +119,8 @@ def begin(
         )
     name = claims.begin(used, made)
     if name is not None:
+        for number in (signal.SIGINT, signal.SIGTERM):  # Snakemake's handlers stop jobs; who waits has none
+            signal.signal(number, signal.SIG_DFL)
         claims.stand_back(name, maker=name in made, say=say)
     return name is None
 
