@@ -1,4 +1,5 @@
 import atexit
+import logging
 import os
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from rwkvpipe.base.tree import any_of
 from rwkvpipe.plan import Plan, spec
 
 launch.reachable(ROOT)
+logging.raiseExceptions = False  # no traceback for each line that does not fit on a full disk
 given = workflow.config_settings
 used_as_module = workflow.modifier.skip_configfile
 results = workflow.modifier.path_modifier.modify(workflow.modifier.pathvars.apply("<results>"))
