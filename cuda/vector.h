@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #if defined(__AVX512F__)
 constexpr int WIDTH = 16;
@@ -23,19 +22,19 @@ inline Vec load(const float *from) { return *reinterpret_cast<const Loose *>(fro
 inline void store(float *to, Vec x) { *reinterpret_cast<Loose *>(to) = x; }
 inline Vec all(float x) { return x - Vec{}; }
 
-// n <= WIDTH floats, the rest zero; and back
-inline Vec load_some(const float *from, int n) {
-    if (n >= WIDTH) return load(from);
+// the last 0 to WIDTH - 1 floats of a row, filled up by zeros; and back
+__attribute__((noinline)) inline Vec load_tail(const float *from, int64_t n) {
     float part[WIDTH] = {};
-    std::memcpy(part, from, sizeof(float) * (n > 0 ? n : 0));
+    for (int64_t i = 0; i < n; i++) part[i] = from[i];
     return load(part);
 }
-inline void store_some(float *to, Vec x, int n) {
-    if (n >= WIDTH) return store(to, x);
-    float part[WIDTH];
-    store(part, x);
-    std::memcpy(to, part, sizeof(float) * (n > 0 ? n : 0));
+__attribute__((noinline)) inline void store_tail(float *to, Vec x, int64_t n) {
+    for (int64_t i = 0; i < n; i++) to[i] = x[i];
 }
+
+// the next vector of a row that has n floats left
+inline Vec load_some(const float *from, int64_t n) { return n >= WIDTH ? load(from) : load_tail(from, n); }
+inline void store_some(float *to, Vec x, int64_t n) { n >= WIDTH ? store(to, x) : store_tail(to, x, n); }
 
 inline void copy(float *to, const float *from, int64_t n) {
     int64_t i = 0;
@@ -110,14 +109,14 @@ inline void zip(Vec a, Vec b, Vec &first, Vec &second) {
 inline void transpose(float *to, int64_t to_step, const float *from, int64_t from_step, int64_t rows, int64_t columns) {
     for (int64_t i = 0; i < rows; i += WIDTH) {
         for (int64_t j = 0; j < columns; j += WIDTH) {
-            const int tall = static_cast<int>(rows - i), wide = static_cast<int>(columns - j);
+            const int64_t tall = rows - i, wide = columns - j;
             Vec x[WIDTH], y[WIDTH];
             for (int l = 0; l < WIDTH; l++) x[l] = l < tall ? load_some(from + (i + l) * from_step + j, wide) : Vec{};
             for (int done = 1; done < WIDTH; done *= 2) {
                 for (int l = 0; l < WIDTH / 2; l++) zip(x[l], x[l + WIDTH / 2], y[2 * l], y[2 * l + 1]);
                 for (int l = 0; l < WIDTH; l++) x[l] = y[l];
             }
-            const int room = static_cast<int>(to_step - i);
+            const int64_t room = to_step - i;
             for (int l = 0; l < WIDTH && l < wide; l++) store_some(to + (j + l) * to_step + i, x[l], room);
         }
     }
@@ -159,4 +158,31 @@ inline Vec exponential_less_1(Vec x) {
     Vec power, rest;
     split_exponential(x, power, rest);
     return rest * power + (power - 1.0f);
+}
+
+// 1 / (1 + e^-x)
+inline Vec sigmoid(Vec x) { return 1.0f / (exponential(-x) + 1.0f); }
+
+// log(1 / (1 + e^-x)): with y or y / 2 next to 1 its logarithm is a polynomial, Cephes' coefficients
+inline Vec log_sigmoid(Vec x) {
+    const Vec less = x < 0.0f ? x : Vec{}, e = exponential(x < 0.0f ? x : -x);
+    const Vec twice = e < 0.41421356f ? Vec{} : all(1.0f), y = e < 0.41421356f ? e : (e - 1.0f) * 0.5f;
+    Vec p = y * 7.0376836292e-2f - 1.1514610310e-1f;
+    p = p * y + 1.1676998740e-1f;
+    p = p * y - 1.2420140846e-1f;
+    p = p * y + 1.4249322787e-1f;
+    p = p * y - 1.6668057665e-1f;
+    p = p * y + 2.0000714765e-1f;
+    p = p * y - 2.4999993993e-1f;
+    p = p * y + 3.3333331174e-1f;
+    p = p * y * y * y - twice * 2.12194440e-4f - y * y * 0.5f;
+    return less - (y + p + twice * 0.693359375f);
+}
+
+// x with all but the first n lanes zero
+inline Vec only(Vec x, int64_t n) {
+    if (n >= WIDTH) return x;
+    float part[WIDTH];
+    store(part, x);
+    return load_tail(part, n);
 }

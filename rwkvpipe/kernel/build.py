@@ -17,6 +17,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -158,7 +159,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: a user without a home
         return None, reason(error)
-    library.wkv7_kept.restype = ctypes.c_int64
+    library.wkv7_kept.restype = library.blend_tasks.restype = ctypes.c_int64
     return library, said
 
 
@@ -178,12 +179,24 @@ def native(*inputs: torch.Tensor) -> ctypes.CDLL | None:
     return extension() if fit else None
 
 
-def call(function: str, sizes: tuple[int, ...], *tensors: torch.Tensor | None) -> None:
-    """Run a native operator over tensors without gaps, on as many threads as torch uses."""
-    for x in tensors:
-        assert x is None or (x.is_contiguous() and x.dtype == torch.float32), (function, x.dtype, x.stride())
-    places = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
-    getattr(extension(), function)((ctypes.c_int64 * len(sizes))(*sizes), torch.get_num_threads(), *places)
+def whole(number: int) -> ctypes.c_int64:
+    """A count as native functions take it."""
+    return ctypes.c_int64(number)
+
+
+def call(function: str, sizes: tuple[int, ...], *given: torch.Tensor | Sequence[torch.Tensor] | float | None) -> None:
+    """Run a native operator over tensors without gaps, or lists of them, on as many threads as torch uses."""
+    words = [_word(function, x) for x in given]
+    getattr(extension(), function)((ctypes.c_int64 * len(sizes))(*sizes), torch.get_num_threads(), *words)
+
+
+def _word(function: str, x: torch.Tensor | Sequence[torch.Tensor] | float | None):
+    if isinstance(x, torch.Tensor):
+        assert x.is_contiguous() and x.dtype == torch.float32, (function, x.dtype, x.stride())
+        return ctypes.c_void_p(x.data_ptr())
+    if isinstance(x, float):
+        return ctypes.c_float(x)
+    return None if x is None else (ctypes.c_void_p * len(x))(*(_word(function, each) for each in x))
 
 
 def announce(operator: str, device: str, *, natively: bool = False) -> None:

@@ -9,8 +9,6 @@ s reaches token t with the factor exp(c_t - c_s), which is split at the middle m
 exp(c_m - c_s). Neither half can overflow, because the chunk is made the shorter the faster the state decays.
 """
 
-import ctypes
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -50,7 +48,7 @@ def wkv7(
         return torch.zeros_like(v), S
     inputs = [x.to(wide) for x in (r, w, k, v, a, b)]
     natively = build.native(*inputs, S) is not None
-    build.announce("wkv7", r.device.type, natively=natively)
+    build.announce("wkv7 and what surrounds it", r.device.type, natively=natively)
     tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, S))
     if natively:
         y, S = _Native.apply(tracked, *inputs, S)
@@ -77,7 +75,7 @@ class _Native(torch.autograd.Function):
         inputs = [x.contiguous() for x in inputs]
         ctx.sizes, y, S, kept = inputs[0].shape, torch.empty_like(inputs[0]), torch.empty_like(inputs[-1]), (None, None)
         if tracked:
-            kept = y.new_empty(build.extension().wkv7_kept(*map(ctypes.c_int64, ctx.sizes))), torch.empty_like(y)
+            kept = y.new_empty(build.extension().wkv7_kept(*map(build.whole, ctx.sizes))), torch.empty_like(y)
             ctx.save_for_backward(*inputs[:-1], *kept)
         build.call("wkv7_forward", ctx.sizes, *inputs, y, S, *kept)
         return y, S

@@ -62,12 +62,17 @@ def token_shift(x: Tensor, last: Tensor, lengths: Tensor | None = None) -> tuple
 
     x (B, T, D), last (B, D): the input before x. With `lengths` (B,) the last input is that of each row's own end.
     """
-    before = torch.cat((last.to(x.dtype)[:, None], x), 1)
+    before = torch.cat((last.to(x.dtype)[:, None], x[:, :-1]), 1)
+    return before - x, ending(x, last, lengths)
+
+
+def ending(x: Tensor, last: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """The last input of each row (B, D): of x (B, T, D), of its first `lengths` (B,) tokens, or, of none, `last`."""
+    last = last.to(x.dtype)
     if lengths is None:
-        end = before[:, -1]
-    else:
-        end = before.gather(1, lengths.to(x.device)[:, None, None].expand(-1, 1, x.shape[-1]))[:, 0]
-    return before[:, :-1] - x, end
+        return x[:, -1] if x.shape[1] else last
+    before = torch.cat((last[:, None], x), 1)
+    return before.gather(1, lengths.to(x.device)[:, None, None].expand(-1, 1, x.shape[-1]))[:, 0]
 
 
 def beyond(lengths: Tensor, like: Tensor) -> Tensor:

@@ -3,13 +3,13 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkvpipe.base.config import RwkvConfig
+from rwkvpipe.kernel.blend import finish, lean, mix, prepare, squared_relu
 from rwkvpipe.kernel.wkv7 import wkv7
 from rwkvpipe.model.language import LanguageModel, orthogonal, outline
-from rwkvpipe.model.layers import HeadNorm, beyond, channels, token_shift
+from rwkvpipe.model.layers import HEAD_EPS, HeadNorm, beyond, channels, ending
 
 
 def rank(size: float) -> int:
@@ -67,33 +67,24 @@ class TimeMix(nn.Module):
 
         Returns what is added to the stream, layer 0's values, and the state after the last token.
         """
-        dx, last = token_shift(x, last, lengths)
-        xr, xw, xk, xv, xa, xg = (
-            torch.addcmul(x, dx, mix) for mix in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
-        )
+        xr, xw, xk, xv, xa, xg = mix(x, last, (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))
+        last = ending(x, last, lengths)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        # the soft clamp: w <= -0.5, so that no decay is below 0.545
-        w = F.logsigmoid(self.w0 + torch.tanh(xw @ self.w1) @ self.w2) - 0.5
-        a = torch.sigmoid(self.a0 + (xa @ self.a1) @ self.a2)
-        g = torch.sigmoid(xg @ self.g1) @ self.g2
+        decay, rate = torch.tanh(xw @ self.w1) @ self.w2, (xa @ self.a1) @ self.a2
+        gate = torch.sigmoid(xg @ self.g1) @ self.g2
         if first is None:
             first = v
         else:
-            v = torch.lerp(v, first, torch.sigmoid(self.v0 + (xv @ self.v1) @ self.v2).to(v.dtype))
-        r, w, v, a, kk = (self._heads(y) for y in (r, w, v, a, k * self.k_k))
-        kk = F.normalize(kk, dim=-1)
-        k = self._heads(k) * (1 + (a - 1) * self._heads(self.k_a))
-        b = kk * a
+            v = lean(v, first, (xv @ self.v1) @ self.v2, self.v0)
+        heads = self.r_k.shape[0]
+        w, k, a, b = prepare(k, decay, rate, (self.w0, self.a0, self.k_k, self.k_a), heads)
+        r, v = r.unflatten(-1, (heads, -1)), v.unflatten(-1, (heads, -1))
         if lengths is not None:  # what leaves the memory as it is
             padding = beyond(lengths, w)
             w, k, b = w.masked_fill(padding, -torch.inf), k.masked_fill(padding, 0), b.masked_fill(padding, 0)
-        y, memory = wkv7(r, w, k, v, -kk, b, memory)
-        bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v
-        y = self.ln_x(y) + bonus.flatten(-2)
-        return self.output(y * g), first, last, memory
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_size))
+        y, memory = wkv7(r, w, k, v, a, b, memory)
+        y = finish(y, r, k, v, gate, (self.r_k, self.ln_x.weight, self.ln_x.bias), HEAD_EPS)
+        return self.output(y), first, last, memory
 
     def initialise(self, layer: int, n_layer: int, stream: torch.Generator) -> None:
         """RWKV-LM's values: all but the norm and the matrices."""
@@ -133,8 +124,8 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, last: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (B, T, D) and the input before it; returns what is added to the stream, and the last input."""
-        dx, last = token_shift(x, last, lengths)
-        return self.value(self.key(torch.addcmul(x, dx, self.x_k)).relu().square()), last
+        (xk,) = mix(x, last, (self.x_k,))
+        return self.value(squared_relu(self.key(xk))), ending(x, last, lengths)
 
     def initialise(self, layer: int, n_layer: int, stream: torch.Generator) -> None:
         """RWKV-LM's values: all but the matrices."""

@@ -189,7 +189,7 @@ def test_all_results_and_nothing_beside_them_is_written(T, N):
         return whole, whole[guard:-guard].view(shape)
 
     *inputs, start = (x.detach() for x in made(*sizes, torch.float32))
-    kept = build.extension().wkv7_kept(*sizes)
+    kept = build.extension().wkv7_kept(*map(build.whole, sizes))
     forward = [room(*sizes), room(*start.shape), room(kept), room(*sizes)]
     backward = [*(room(*sizes) for _ in range(6)), room(*start.shape)]
     build.call("wkv7_forward", sizes, *inputs, start, *(inner for _, inner in forward))

@@ -1,0 +1,173 @@
+"""What surrounds the recurrence of RWKV-7, element by element: natively in one pass each, or in PyTorch.
+
+Each function gives the same either way. The native forms (`cuda/blend_cpu.cpp`) keep only their inputs for the backward
+and compute the rest again; they take fp32 on the CPU. Tensors are (B, T, D), rows that all tokens share (1, 1, D).
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rwkvpipe.kernel import build
+
+
+def mix(x: Tensor, last: Tensor, shares: Sequence[Tensor]) -> list[Tensor]:
+    """x + (before - x) share for each share (1, 1, D); `before` is x a token earlier, and last (B, D) for the first."""
+    if x.shape[1] and build.native(x, last, *shares):
+        return list(_Mix.apply(x, last, *shares))
+    dx = torch.cat((last.to(x.dtype)[:, None], x[:, :-1]), 1) - x
+    return [torch.addcmul(x, dx, share) for share in shares]
+
+
+def prepare(k: Tensor, w: Tensor, a: Tensor, rows: Sequence[Tensor], heads: int) -> tuple[Tensor, ...]:
+    """w, k, a and b of the recurrence, (B, T, H, N), from keys and what low ranks say of decay and rate.
+
+    rows: w0, a0, k_k, k_a. The soft clamp: w <= -0.5, so that no decay is below 0.545.
+    """
+    if k.numel() and build.native(k, w, a, *rows):
+        return tuple(y.unflatten(-1, (heads, -1)) for y in _Prepare.apply(heads, k, w, a, *rows))
+    w0, a0, k_k, k_a = rows
+    w, rate = F.logsigmoid(w0 + w) - 0.5, torch.sigmoid(a0 + a)
+    kk = F.normalize((k * k_k).unflatten(-1, (heads, -1)), dim=-1)
+    k, w, rate = ((x.unflatten(-1, (heads, -1))) for x in (k * (1 + (rate - 1) * k_a), w, rate))
+    return w, k, -kk, kk * rate
+
+
+def lean(v: Tensor, first: Tensor, part: Tensor, v0: Tensor) -> Tensor:
+    """v, moved towards `first` by the share sigmoid(v0 + part)."""
+    if v.numel() and build.native(v, first, part, v0):
+        return _Lean.apply(v, first, part, v0)
+    return torch.lerp(v, first, torch.sigmoid(v0 + part).to(v.dtype))
+
+
+def finish(y: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor, rows: Sequence[Tensor], eps: float) -> Tensor:
+    """Each head of y normalised, a bonus of the token for itself added, all times the gate: (B, T, D).
+
+    y, r, k, v (B, T, H, N), gate (B, T, D); rows: r_k (H, N), and the norm's weight and bias (D).
+    """
+    if y.numel() and build.native(y, r, k, v, gate, *rows):
+        return _Finish.apply(eps, y, r, k, v, gate, *rows)
+    r_k, weight, bias = rows
+    bonus = (r * k * r_k).sum(-1, keepdim=True) * v
+    normed = F.layer_norm(y.to(weight.dtype), y.shape[-1:], eps=eps)
+    return (torch.addcmul(bias, normed.flatten(-2), weight) + bonus.flatten(-2)) * gate
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0)^2."""
+    if x.numel() and build.native(x):
+        return _Square.apply(x)
+    return x.relu().square()
+
+
+def _whole(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [x.contiguous() for x in tensors]
+
+
+def _sums(tokens: int, *rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the sums of each task, one row after the other, and for those of all."""
+    width = sum(row.numel() for row in rows)
+    like = rows[0]
+    return like.new_empty(build.extension().blend_tasks(build.whole(tokens)), width), like.new_empty(width)
+
+
+def _apart(total: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
+    parts = total.split([row.numel() for row in rows])
+    return [part.view_as(row) for part, row in zip(parts, rows, strict=True)]
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, last, *shares):
+        x, last, *shares = _whole((x, last, *shares))
+        ctx.save_for_backward(x, last, *shares)
+        out = [torch.empty_like(x) for _ in shares]
+        build.call("mix_forward", (*x.shape, len(shares)), x, last, shares, out)
+        return tuple(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        x, last, *shares = ctx.saved_tensors
+        dx, dlast, sums = torch.empty_like(x), torch.empty_like(last), _sums(x.shape[0] * x.shape[1], *shares)
+        build.call("mix_backward", (*x.shape, len(shares)), x, last, shares, _whole(grads), dx, dlast, *sums)
+        return dx, dlast, *_apart(sums[1], shares)
+
+
+class _Prepare(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, heads, *inputs):
+        inputs = _whole(inputs)
+        ctx.save_for_backward(*inputs)
+        k = inputs[0]
+        ctx.sizes = (k.shape[0] * k.shape[1], heads, k.shape[2] // heads)
+        out = tuple(torch.empty_like(k) for _ in range(4))
+        build.call("prepare_forward", ctx.sizes, *inputs, *out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        inputs = ctx.saved_tensors
+        found, sums = [torch.empty_like(x) for x in inputs[:3]], _sums(ctx.sizes[0], *inputs[3:])
+        build.call("prepare_backward", ctx.sizes, *inputs, *_whole(grads), *found, *sums)
+        return None, *found, *_apart(sums[1], inputs[3:])
+
+
+class _Lean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        inputs = _whole(inputs)
+        ctx.save_for_backward(*inputs)
+        v = inputs[0]
+        ctx.sizes, out = (v.shape[0] * v.shape[1], v.shape[2]), torch.empty_like(v)
+        build.call("lean_forward", ctx.sizes, *inputs, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        inputs = ctx.saved_tensors
+        found, sums = [torch.empty_like(x) for x in inputs[:3]], _sums(ctx.sizes[0], inputs[3])
+        build.call("lean_backward", ctx.sizes, *inputs, grad.contiguous(), *found, *sums)
+        return *found, *_apart(sums[1], inputs[3:])
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, eps, *inputs):
+        inputs = _whole(inputs)
+        ctx.save_for_backward(*inputs)
+        y, gate = inputs[0], inputs[4]
+        ctx.sizes, ctx.eps, out = (y.shape[0] * y.shape[1], *y.shape[2:]), eps, torch.empty_like(gate)
+        build.call("finish_forward", ctx.sizes, *inputs, eps, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        inputs = ctx.saved_tensors
+        found, sums = [torch.empty_like(x) for x in inputs[:5]], _sums(ctx.sizes[0], *inputs[5:])
+        build.call("finish_backward", ctx.sizes, *inputs, ctx.eps, grad.contiguous(), *found, *sums)
+        return None, *found, *_apart(sums[1], inputs[5:])
+
+
+class _Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        out = torch.empty_like(x)
+        build.call("square_forward", (x.numel(),), x, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        found = torch.empty_like(x)
+        build.call("square_backward", (x.numel(),), x, grad.contiguous(), found)
+        return found
