@@ -169,6 +169,25 @@ class BenchmarkConfig(Strict):
         return self
 
 
+Format = Literal["safetensors", "pth", "hub", "hf", "gguf"]
+
+
+class ExportConfig(Strict):
+    """A result written for other programs."""
+
+    format: Format
+    """safetensors; pth: RWKV-LM and the package rwkv; hub: a folder for a hub, with a page for people; hf: the same
+    as flash-linear-attention and rwkv7-hf (transformers) read it, RWKV-7 alone; gguf: llama.cpp, RWKV-6 and 7."""
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """Numbers of this kind; left out, as they are."""
+    name: str | None = None
+    """What the model is called; left out, as its file, folder or stage."""
+    about: str = ""
+    """A paragraph for the page."""
+    ctx_len: Count | None = None
+    """hub, hf: the longest text it was trained at; left out, the stage's, or 4096."""
+
+
 class WeightsConfig(Strict):
     """Weights that somebody has trained."""
 
@@ -182,6 +201,8 @@ class WeightsConfig(Strict):
     """Benchmarks to measure it by."""
     samples: "SamplesConfig | None" = None
     """Text to sample from it."""
+    export: tuple[Format | ExportConfig, ...] = ()
+    """Formats to write it in for other programs."""
 
 
 class CorpusConfig(Strict):
@@ -272,6 +293,8 @@ class StageConfig(Strict):
     """Benchmarks to measure the result by."""
     samples: SamplesConfig | None = None
     """Text to sample from the result."""
+    export: tuple[Format | ExportConfig, ...] = ()
+    """Formats to write the result in for other programs."""
 
     @model_validator(mode="after")
     def _fits(self):

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.base.errors import WeightsError
 from rwkvpipe.weights.tensors import Piece, Tensors
 
@@ -178,32 +177,3 @@ def hf7(names: Iterable[str]) -> dict[str, Piece]:
 
 def _same(value: Tensor) -> Tensor:
     return value
-
-
-def hf7_config(config: RwkvConfig) -> dict:
-    """config.json of that layout."""
-    return {
-        "architectures": ["RWKV7ForCausalLM"],
-        "model_type": "rwkv7",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.n_embd,
-        "num_hidden_layers": config.n_layer,
-        "head_dim": config.head_size,
-        "num_heads": config.n_embd // config.head_size,
-        "intermediate_size": config.dim_ffn,
-        "hidden_ratio": config.dim_ffn / config.n_embd,
-        "decay_low_rank_dim": config.d_decay,
-        "a_low_rank_dim": config.d_aaa,
-        "v_low_rank_dim": config.d_mv,
-        "gate_low_rank_dim": config.d_gate,
-        "value_dim": [config.n_embd] * config.n_layer,
-        "hidden_act": "sqrelu",
-        "norm_first": True,
-        "norm_bias": True,
-        "norm_eps": 1e-5,
-        "attn_mode": "chunk",
-        "tie_word_embeddings": False,
-        "use_cache": True,
-        "bos_token_id": None,
-        "pad_token_id": 0,
-    }

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rwkvpipe.base.errors import DataError, WeightsError
 from rwkvpipe.base.files import read_json
+from rwkvpipe.weights.gguf import open_gguf
 from rwkvpipe.weights.tensors import Tensors, held, open_safetensors, said
 
 # what a folder may hold, the first that is there counts
@@ -36,7 +37,6 @@ OTHERS = {
     b"\x1f\x8b": "packed with gzip; unpack it first",
     b"7z\xbc\xaf": "packed with 7-Zip; unpack it first",
     b"\x28\xb5\x2f\xfd": "packed with zstd; unpack it first",
-    b"GGUF": "a GGUF file of llama.cpp; give the weights that it was made from",
     b"fmgg": "a file of rwkv.cpp; give the weights that it was made from",
     b"lmgg": "a file of an old ggml; give the weights that it was made from",
     b"\x93NUMPY": "a single numpy array; give a .pth or .safetensors file",
@@ -81,7 +81,9 @@ def open_source(path: str | Path) -> Source:
     if path.name.endswith(".index.json"):
         return _shards(path)
     kind = _kind(path)
-    if kind == "safetensors":
+    if kind == "gguf":
+        tensors, metadata = open_gguf(path)
+    elif kind == "safetensors":
         tensors, metadata = open_safetensors(path)
     else:
         tensors, metadata = _pickled(path, kind), {}
@@ -96,6 +98,8 @@ def _kind(path: Path) -> str:
         head = file.read(64)
     if not head:
         raise WeightsError(f"{path}: is empty; fetch it again")
+    if head[:4] == b"GGUF":
+        return "gguf"
     if head[:2] == b"PK":
         return "pth"
     if head[8:9] == b"{" and head[7] == 0:
