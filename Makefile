@@ -2,13 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint
+.PHONY: demo test lint large peers
 
 demo: .venv/run
 	$(BIN)/python -m snakemake --cores all
 
 test: .venv/test
 	$(BIN)/python -m pytest -q
+
+large: .venv/test
+	$(BIN)/python -m pytest -q -s -m large
+
+peers: .venv/test
+	$(BIN)/python -m benchmarks.peers rwkv rwkv7-hf
 
 lint: .venv/test
 	$(BIN)/python -m ruff check .

@@ -1,24 +1,50 @@
-"""Peers, each in an environment of its own; the product never imports one."""
+"""Peers, each in an environment of its own; the product never imports one.
+
+python -m benchmarks.peers rwkv rwkv7-hf
+"""
 
 import subprocess
 import sys
+import sysconfig
 from importlib.metadata import version
 from pathlib import Path
 
-# without their own dependencies, which ask for a torch of years ago
-PINNED = {"rwkv-trainer": ["rwkv-trainer==0.1.27"]}
+# rwkv-trainer: without its own dependencies, which ask for a torch of years ago
+PINNED = {
+    "rwkv-trainer": ["rwkv-trainer==0.1.27"],
+    "rwkv": ["rwkv==0.8.32"],
+    "rwkv7-hf": ["rwkv7-hf==0.9.0", "transformers==5.23.0"],
+    "llama-cpp": ["llama-cpp-python==0.3.36"],  # compiles llama.cpp: some eight minutes of a core
+}
 BESIDE = {"rwkv-trainer": ["pytorch-lightning==2.5.5", "numpy", "safetensors", "setuptools<82"]}
+FOLDER = Path(__file__).resolve().parents[1] / "build/peers"
+
+
+def python(name: str) -> Path | None:
+    """The Python of a peer that has been set up; None for others."""
+    folder = FOLDER / name
+    return folder / "bin/python" if (folder / "done").exists() else None
 
 
 def set_up(name: str) -> Path:
     """The Python of the peer's environment, made when it is not there yet, with the torch that we run."""
-    folder = Path("build/peers") / name
-    python, done = folder / "bin/python", folder / "done"
-    if not done.exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        install = [python, "-m", "pip", "install", "--quiet"]
+    folder = FOLDER / name
+    if (found := python(name)) is not None:
+        return found
+    subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+    install = [folder / "bin/python", "-m", "pip", "install", "--quiet"]
+    if name in BESIDE:
         torch = f"torch=={version('torch').partition('+')[0]}"
         subprocess.run([*install, torch, *BESIDE[name]], check=True)
         subprocess.run([*install, "--no-deps", *PINNED[name]], check=True)
-        done.touch()
-    return python
+    else:  # what we have need not be fetched again; what the peer brings goes before it
+        packages = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
+        Path(packages, "ours.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        subprocess.run([*install, *PINNED[name]], check=True)
+    (folder / "done").touch()
+    return folder / "bin/python"
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        sys.stdout.write(f"{name}: {set_up(name)}\n")

@@ -198,6 +198,10 @@ class Plan(Tree):
             yield Step("score", label, (answers, questions), scores, f"{log}/score-{name}.jsonl")
         if self.samples(subject):
             yield Step("generate", subject, speaker, (f"{home}/samples.jsonl",), f"{log}/generate.jsonl")
+        for file, asked in self.exports(subject).items():
+            reads = (*speaker, *self.graded(subject, file))
+            made, timing = f"{home}/export/{file}", f"{log}/export/{file}.jsonl"
+            yield Step("export", f"{subject} {asked.format}", reads, (made,), timing)
 
     def things(self) -> dict[str, set[str]]:
         """What runs share, by names that fit into one folder, with the files of each."""

@@ -38,6 +38,7 @@ ENVIRONMENT = {"launch.py", "train/dist.py", "kernel/build.py", "weights/hub.py"
 HOMES = {
     "pydantic": ("base/",),
     "safetensors": ("weights/",),
+    "gguf": ("weights/gguf.py",),
     "matplotlib": ("show/",),
     "tokenizers": ("tokenizer/",),
     "huggingface_hub": ("weights/hub.py",),

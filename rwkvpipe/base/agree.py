@@ -41,9 +41,9 @@ def _names(config: PipelineConfig) -> None:
         for name in names:
             if name in TAKEN:
                 raise ConfigError(f"{key}.{name}: {name} stands in the run's folder already; choose another name")
-    measured = any(entry.bench or entry.samples for entry in config.weights.values())
+    measured = any(entry.bench or entry.samples or entry.export for entry in config.weights.values())
     if not config.stages and not measured and not config.tokenizers:
-        raise ConfigError("stages: nothing to do: no stage, no entry of weights with bench or samples, no tokenizer")
+        raise ConfigError("stages: nothing to do: no stage, no weights with bench, samples or export, no tokenizer")
 
 
 def _starts(config: PipelineConfig) -> None:
@@ -155,6 +155,9 @@ def _measures(config: PipelineConfig) -> None:
                 )
         if len(set(entry.bench)) != len(entry.bench):
             raise ConfigError(f"{key}.bench: a benchmark stands twice; remove one")
+        formats = [asked if isinstance(asked, str) else asked.format for asked in entry.export]
+        if len(set(formats)) != len(formats):
+            raise ConfigError(f"{key}.export: a format stands twice; remove one")
 
 
 def _addresses(config: PipelineConfig) -> None:

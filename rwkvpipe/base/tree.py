@@ -9,9 +9,12 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from rwkvpipe.base.agree import agree, vocabulary
-from rwkvpipe.base.config import PipelineConfig, SamplesConfig, StageConfig
+from rwkvpipe.base.config import ExportConfig, PipelineConfig, SamplesConfig, StageConfig
 
 TEMPLATES = ("chat_template.jinja", "tokenizer_config.json")  # where a hub's folder keeps a chat template
+# what says that an export is whole: the file itself, or the last one of a folder
+EXPORTED = {format: f"{format}/model.{format}" for format in ("safetensors", "pth", "gguf")}
+EXPORTED |= {"hub": "hub/README.md", "hf": "hf/README.md"}
 PLOTS = ("loss", "lr", "grad_norm", "throughput")
 
 
@@ -77,8 +80,9 @@ class Tree:
 
     @cached_property
     def subjects(self) -> list[str]:
-        """Stages, then the entries of weights that are measured or sampled from."""
-        return [*self.stages, *(name for name, w in self.config.weights.items() if w.bench or w.samples)]
+        """Stages, then the entries of weights that are measured, sampled from or exported."""
+        weights = self.config.weights.items()
+        return [*self.stages, *(name for name, w in weights if w.bench or w.samples or w.export)]
 
     def bench(self, subject: str) -> tuple[str, ...]:
         """Benchmarks that measure a subject."""
@@ -87,6 +91,25 @@ class Tree:
     def samples(self, subject: str) -> SamplesConfig | None:
         """What is sampled from a subject."""
         return (self.stages.get(subject) or self.config.weights[subject]).samples
+
+    def exports(self, subject: str) -> dict[str, ExportConfig]:
+        """In which formats a subject is written for other programs, by the file that says that it is done."""
+        stage = self.stages.get(subject)
+        length = stage.train.ctx_len if stage else None
+        found = {}
+        for asked in (stage or self.config.weights[subject]).export:
+            spec = ExportConfig(format=asked) if isinstance(asked, str) else asked
+            filled = {"name": spec.name or f"{self.config.run}-{subject}", "ctx_len": spec.ctx_len or length}
+            found[EXPORTED[spec.format]] = spec.model_copy(update=filled)
+        return found
+
+    def exported(self, subject: str) -> list[str]:
+        """Files that say that a subject's exports are done."""
+        return [f"{self.of(subject)}/export/{file}" for file in self.exports(subject)]
+
+    def graded(self, subject: str, exported: str) -> list[str]:
+        """The scores that the page of an exported folder tells."""
+        return self.scores(subject) if exported.endswith("README.md") else []
 
     def fetched(self, source: str, sha256: str | None = None) -> str:
         """Where something that comes from outside lies: local files where they are, others in downloads/."""
@@ -202,11 +225,12 @@ class Tree:
         return list(dict.fromkeys(files))
 
     def targets(self) -> list[str]:
-        """What a run is for: the report, and the weights that no further stage starts from; or else its tokenizers."""
+        """What a run is for: report, exports, weights that no further stage starts from; or else its tokenizers."""
         if not self.subjects:
             return [path for name in self.config.tokenizers for path in self.tokenizer_files(name)]
         used = {stage.start for stage in self.stages.values()}
-        return [f"{self.home}/report.html", *(self.model(name) for name in self.stages if name not in used)]
+        ends = [self.model(name) for name in self.stages if name not in used]
+        return [f"{self.home}/report.html", *ends, *(path for name in self.subjects for path in self.exported(name))]
 
     def chart(self) -> list[str]:
         """The plot of all scores with its data, where anything is measured."""

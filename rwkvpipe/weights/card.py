@@ -97,7 +97,7 @@ def hf_config(config: RwkvConfig, *, eos: int | None, dtype: str) -> dict[str, A
         **{"head_dim": config.head_size, "num_heads": heads},
         **{"intermediate_size": config.dim_ffn, "hidden_ratio": config.dim_ffn / config.n_embd},
         **{"decay_low_rank_dim": config.d_decay, "a_low_rank_dim": config.d_aaa},
-        **{"v_low_rank_dim": config.d_mv, "gate_low_rank_dim": config.d_gate},
+        **{"v_low_rank_dim": config.d_mv or 32, "gate_low_rank_dim": config.d_gate},
         "value_dim": [config.n_embd] * config.n_layer,
         **{"hidden_act": "sqrelu", "attn_mode": "chunk", "norm_first": config.ln0, "norm_bias": True, "norm_eps": 1e-5},
         **{"bos_token_id": None, "eos_token_id": eos, "pad_token_id": 0},

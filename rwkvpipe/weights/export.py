@@ -36,9 +36,8 @@ def export(
     found, out = store.open_model(model), Path(out)
     words = load_tokenizer(tokenizer) if tokenizer is not None else None
     if words is not None and words.size > found.config.vocab_size:
-        raise WeightsError(
-            f"{tokenizer}: has {words.size} ids, {model} has {found.config.vocab_size}; give the one they were trained with"
-        )
+        sizes = f"has {words.size} ids, {model} has {found.config.vocab_size}"
+        raise WeightsError(f"{tokenizer}: {sizes}; give the vocabulary that it was trained with")
     tensors = cast(found.tensors, spec.dtype, str(model))
     if spec.format == "safetensors":
         store.write(out, found.config, tensors)
@@ -78,7 +77,7 @@ def rwkv_lm(config: RwkvConfig, tensors: Tensors, path: Path) -> Tensors:
         raise WeightsError(f"{path}: RWKV-LM needs ln0, which is folded into emb here; use safetensors or hf")
     plan = {name: Piece((name,)) for name in tensors}
     if config.family == "rwkv7":
-        D, R, dtype = config.n_embd, config.d_mv, tensors.like["emb.weight"].dtype
+        D, R, dtype = config.n_embd, config.d_mv or 32, tensors.like["emb.weight"].dtype
         for name, shape in zip(DEAD, ((1, 1, D), (D, R), (R, D)), strict=True):
             if name not in plan:
                 plan[name] = Piece((), lambda shape=shape: torch.zeros(shape, dtype=dtype))

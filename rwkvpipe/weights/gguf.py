@@ -5,6 +5,7 @@ low-rank matrices turned, the mixes of a layer as one tensor, and something in l
 reads.
 """
 
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.base.errors import WeightsError
 from rwkvpipe.base.files import atomic
 from rwkvpipe.weights.tensors import Piece, Tensors, from_bytes, piece_of, said, to_bytes
+
+logging.getLogger("gguf").setLevel(logging.WARNING)  # its events are no events of ours
 
 FAMILIES = {"rwkv6": "rwkv6", "rwkv7": "rwkv7"}  # ours to llama.cpp's
 DTYPES = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16, Kind.F64: torch.float64}
@@ -201,7 +204,7 @@ def _describe(writer: GGUFWriter, config: RwkvConfig, tensors: Tensors) -> None:
     if config.family == "rwkv7":
         writer.add_decay_lora_rank(config.d_decay)
         writer.add_iclr_lora_rank(config.d_aaa)
-        writer.add_value_residual_mix_lora_rank(config.d_mv)
+        writer.add_value_residual_mix_lora_rank(config.d_mv or config.d_aaa)
         writer.add_gate_lora_rank(config.d_gate)
     else:
         writer.add_rescale_every_n_layers(0)

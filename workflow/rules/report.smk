@@ -39,6 +39,33 @@ use rule plot as plot_grpo with:
         stage=plan.only("grpo"),
 
 
+# the file that is written last; of a folder, the others come before it
+rule export:
+    input:
+        model=lambda wildcards: plan.model(wildcards.subject),
+        tokenizer=lambda wildcards: plan.vocabulary(wildcards.subject),
+        scores=lambda wildcards: plan.graded(wildcards.subject, wildcards.exported),
+    output:
+        "<results>/{run}/{subject}/export/{exported}",
+    log:
+        "<results>/{run}/{subject}/log/export/{exported}.log",
+    benchmark:
+        "<results>/{run}/{subject}/log/export/{exported}.jsonl"
+    wildcard_constraints:
+        exported=any_of(EXPORTED.values()),
+    conda:
+        ENVIRONMENT
+    params:
+        spec=lambda wildcards: spec(plan.exports(wildcards.subject)[wildcards.exported]),
+        code=plan.code("export"),
+        tokenizer=tokenizer_folder,
+        scores=lambda wildcards, input: ["--scores", *input.scores] if input.scores else [],
+        out=lambda wildcards, output: output[0].removesuffix("/README.md"),
+    shell:
+        "exec python -m rwkvpipe.export {input.model:q} --spec {params.spec:q} --tokenizer {params.tokenizer:q}"
+        " {params.scores:q} --out {params.out:q} > {log:q} 2>&1"
+
+
 rule report:
     input:
         plan.evidence(),

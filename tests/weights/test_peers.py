@@ -1,0 +1,124 @@
+"""Other programs take back what was exported and compute the same, each in an environment of its own (make peers)."""
+
+import json
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.peers import python
+from rwkvpipe.base.config import ExportConfig, RwkvConfig
+from rwkvpipe.model.family import build
+from rwkvpipe.tokenizer.byte import ByteTokenizer
+from rwkvpipe.tokenizer.load import save_tokenizer
+from rwkvpipe.weights import store
+from rwkvpipe.weights.export import export
+
+pytestmark = pytest.mark.peers
+
+RWKV = """
+import json, os, sys
+path, family, ids = json.loads(sys.argv[1])
+os.environ.update(RWKV_JIT_ON="0", RWKV_CUDA_ON="0", RWKV_V7_ON="1" if family == "rwkv7" else "0")
+from rwkv.model import RWKV
+logits, _ = RWKV(model=path.removesuffix(".pth"), strategy="cpu fp32").forward(ids, None, full_output=True)
+print("\\n" + json.dumps(logits.tolist()))
+"""
+HUGGING = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, text, talk = json.loads(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+ids = tokenizer(text)["input_ids"]
+with torch.no_grad():
+    logits = model(torch.tensor([ids])).logits[0]
+prompt = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+print("\\n" + json.dumps([type(model).__module__, ids, tokenizer.decode(ids), prompt, logits.tolist()]))
+"""
+LLAMA = """
+import json, sys
+from llama_cpp import Llama
+path, text, count = json.loads(sys.argv[1])
+model = Llama(path, n_ctx=512, logits_all=True, verbose=False, n_threads=1)
+ids = model.tokenize(text.encode(), add_bos=False)
+model.eval(ids)
+logits = model.scores[: len(ids)].tolist()
+told = [model.token_eos()] if model.token_eos() >= 0 else []
+model.reset()
+found = []
+for token in model.generate(ids, temp=0.0):
+    found.append(int(token))
+    if len(found) == count:
+        break
+print("\\n" + json.dumps([ids, logits, found, told]))
+"""
+TEXT = "First Citizen:\nBefore wé proceed\n\n"
+
+
+def ask(name, code, *given):
+    """What a peer says, in its own words: the last line that it writes, as JSON."""
+    if python(name) is None:
+        pytest.skip(f"the peer {name} is not set up (python -m benchmarks.peers {name})")
+    ended = subprocess.run([python(name), "-c", code, json.dumps(given)], capture_output=True, text=True, timeout=500)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def some(folder, family, **sizes):
+    """A model whose every tensor is drawn by lot, small enough that logits stay near 1, in bf16."""
+    model = build(RwkvConfig(**({"n_layer": 3, "n_embd": 128, "vocab_size": 257, "family": family} | sizes)))
+    stream = torch.Generator().manual_seed(7)
+    tensors = {}
+    for name, value in model.state_dict().items():
+        drawn = torch.randn(value.shape, generator=stream) / (value.shape[-1] ** 0.5 if value.dim() == 2 else 2)
+        norm = "ln" in name and name.endswith("weight")
+        tensors[name] = (drawn * 0.3 + 1 if norm else drawn).bfloat16()
+    store.write(folder / "model.safetensors", model.config, tensors)
+    return folder / "model.safetensors"
+
+
+def ours(path, ids):
+    with torch.no_grad():
+        return store.load_model(path)(torch.tensor([ids]))[0][0].numpy()
+
+
+@pytest.mark.parametrize("version", ["x052", "x060", "x070"])
+def test_the_package_rwkv_computes_the_same_logits(tmp_path, goldens, version):
+    data = np.load(goldens / f"rwkv/model_{version}_a.npz", allow_pickle=False)
+    weights = {name[2:]: torch.from_numpy(data[name]) for name in data.files if name.startswith("w/")}
+    torch.save(weights, tmp_path / "given.pth")
+    export(tmp_path / "given.pth", tmp_path / "m.pth", ExportConfig(format="pth"))
+    family = {"x052": "rwkv5", "x060": "rwkv6", "x070": "rwkv7"}[version]
+    ids = data["tokens"].tolist()
+    found = np.array(ask("rwkv", RWKV, str(tmp_path / "m.pth"), family, ids))
+    np.testing.assert_allclose(found, data["logits"], atol=5e-5)
+    np.testing.assert_allclose(found, ours(tmp_path / "m.pth", ids), atol=5e-5)
+
+
+def test_transformers_with_rwkv7_hf_computes_the_same_logits_and_ids(tmp_path):
+    path = some(tmp_path, "rwkv7")
+    save_tokenizer(tmp_path / "bytes", ByteTokenizer(1))
+    export(path, tmp_path / "hf", ExportConfig(format="hf"), tokenizer=str(tmp_path / "bytes"))
+    talk = [{"role": "user", "content": " hello\n\nyou"}]
+    module, ids, text, prompt, logits = ask("rwkv7-hf", HUGGING, str(tmp_path / "hf"), TEXT, talk)
+    assert module.startswith("rwkv7_hf")
+    assert ids == ByteTokenizer(1).encode(TEXT) and text == TEXT
+    assert prompt == "User: hello\nyou\n\nAssistant:"
+    np.testing.assert_allclose(np.array(logits), ours(path, ids), atol=5e-5)
+
+
+@pytest.mark.parametrize("family", ["rwkv6", "rwkv7"])
+def test_llama_cpp_computes_the_same_logits_ids_and_greedy_text(tmp_path, family):
+    path = some(tmp_path, family)
+    save_tokenizer(tmp_path / "bytes", ByteTokenizer(1))
+    spec = ExportConfig(format="gguf", dtype="fp32")
+    export(path, tmp_path / "m.gguf", spec, tokenizer=str(tmp_path / "bytes"))
+    ids, logits, found, told = ask("llama-cpp", LLAMA, str(tmp_path / "m.gguf"), TEXT, 30)
+    assert ids == ByteTokenizer(1).encode(TEXT) and told == [0]
+    np.testing.assert_allclose(np.array(logits), ours(path, ids), atol=2e-4)
+    wanted = list(ids)
+    for _ in found:
+        wanted.append(int(ours(path, wanted)[-1].argmax()))
+    assert found == wanted[len(ids) :]
