@@ -191,6 +191,27 @@ def test_targets_are_the_report_and_the_last_weights(plan):
     ]
 
 
+def test_exports_are_targets_made_of_weights_vocabulary_and_scores():
+    value = copy.deepcopy(CONFIG)
+    value["stages"][0]["export"] = ["pth", {"format": "hub", "name": "sums"}]
+    value["weights"]["far"]["export"] = ["gguf"]
+    plan = Plan(parse(value, "config"))
+    steps = {step.id: step for step in plan.steps}
+    home, model = "results/demo/base", "results/demo/base/model.safetensors"
+    words = plan.vocabulary("base")
+    assert steps["export base pth"].writes == (f"{home}/export/pth/model.pth",)
+    assert steps["export base pth"].reads == (model, *words)
+    assert steps["export base hub"].reads == (model, *words, f"{home}/bench/free.json")
+    far = "results/demo/far/export/gguf/model.gguf"
+    assert {far, f"{home}/export/hub/README.md", f"{home}/export/pth/model.pth"} <= set(plan.targets())
+    found = {spec.format: spec for spec in plan.exports("base").values()}
+    assert (found["hub"].name, found["pth"].name) == ("sums", "demo-base")
+    assert found["hub"].ctx_len == plan.stages["base"].train.ctx_len
+    value["stages"][0]["export"] = ["hub", {"format": "hub"}]
+    with pytest.raises(ConfigError, match=r"stages\.base\.export: a format stands twice"):
+        parse(value, "config")
+
+
 def test_micro_batches_have_a_bounded_number_of_tokens(plan):
     assert plan.micro_batch("base") == 16 and plan.micro_batch("more") == 4
     assert plan.micro_batch("reason") == 32  # 4 prompts, 8 completions each
