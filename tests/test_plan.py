@@ -12,6 +12,7 @@ import yaml
 from rwkvpipe.base.agree import load, parse
 from rwkvpipe.base.config import CorpusConfig, Settings, check
 from rwkvpipe.base.errors import ConfigError
+from rwkvpipe.base.tree import destination
 from rwkvpipe.plan import Plan, main, schema, spec
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -204,6 +205,7 @@ def test_exports_are_targets_made_of_weights_vocabulary_and_scores():
     assert steps["export base hub"].reads == (model, *words, f"{home}/bench/free.json")
     far = "results/demo/far/export/gguf/model.gguf"
     assert {far, f"{home}/export/hub/README.md", f"{home}/export/pth/model.pth"} <= set(plan.targets())
+    assert destination(far) == far and destination(f"{home}/export/hub/README.md") == f"{home}/export/hub"
     found = {spec.format: spec for spec in plan.exports("base").values()}
     assert (found["hub"].name, found["pth"].name) == ("sums", "demo-base")
     assert found["hub"].ctx_len == plan.stages["base"].train.ctx_len

@@ -23,6 +23,11 @@ def any_of(names: Iterable[str]) -> str:
     return "|".join(re.escape(name) for name in names) or "(?!)"
 
 
+def destination(exported: str) -> str:
+    """What an export is told to write: the file that says that it is done, or the folder that this is the last of."""
+    return exported.removesuffix("/README.md")
+
+
 def local(source: str) -> str:
     """A file:// address as the path it means; anything else as it stands."""
     return unquote(urlsplit(source).path) if source.startswith("file://") else source

@@ -16,7 +16,7 @@ from rwkvpipe import launch
 from rwkvpipe.base import agree, runs
 from rwkvpipe.base.errors import BAD_INPUT, ConfigError, PipeError, explain
 from rwkvpipe.base.files import canonical
-from rwkvpipe.base.tree import EXPORTED, any_of
+from rwkvpipe.base.tree import EXPORTED, any_of, destination
 from rwkvpipe.plan import Plan, spec
 
 launch.reachable(ROOT)

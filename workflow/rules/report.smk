@@ -60,7 +60,7 @@ rule export:
         code=plan.code("export"),
         tokenizer=tokenizer_folder,
         scores=lambda wildcards, input: ["--scores", *input.scores] if input.scores else [],
-        out=lambda wildcards, output: output[0].removesuffix("/README.md"),
+        out=lambda wildcards, output: destination(output[0]),
     shell:
         "exec python -m rwkvpipe.export {input.model:q} --spec {params.spec:q} --tokenizer {params.tokenizer:q}"
         " {params.scores:q} --out {params.out:q} > {log:q} 2>&1"
