@@ -14,6 +14,7 @@ PINNED = {
     "rwkv-trainer": ["rwkv-trainer==0.1.27"],
     "rwkv": ["rwkv==0.8.32"],
     "rwkv7-hf": ["rwkv7-hf==0.9.0", "transformers==5.23.0"],
+    "pyrwkv-tokenizer": ["pyrwkv-tokenizer==0.9.1"],  # beside our rwkv, which has the trie
     "llama-cpp": ["llama-cpp-python==0.3.36"],  # compiles llama.cpp: some eight minutes of a core
 }
 BESIDE = {"rwkv-trainer": ["pytorch-lightning==2.5.5", "numpy", "safetensors", "setuptools<82"]}

@@ -39,8 +39,8 @@ class Case:
 class Worker:
     """A program that answers one line of JSON for each line it is told."""
 
-    def __init__(self, python: Path | str, script: str, folder: Path):
-        words = [str(python), str(WORKERS / script), str(folder)]
+    def __init__(self, python: Path | str, script: str, *words: Path | str):
+        words = [str(python), str(WORKERS / script), *map(str, words)]
         environment = {**ONE_THREAD, "PYTHONPATH": str(Path.cwd())}
         self.process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment

@@ -30,9 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="questions with answers, JSONL")
     parser.add_argument("--micro-batch", type=int, default=8, help="rows at a time; decides memory, no result")
     parser.add_argument("--save-every", type=int, default=100, help="steps between resume points")
-    parser.add_argument(
-        "--out", required=True, type=new_file, help="model.safetensors; with lora adapter.safetensors"
-    )
+    parser.add_argument("--out", required=True, type=new_file, help="model.safetensors; with lora adapter.safetensors")
     given = parser.parse_args(argv)
     if given.micro_batch < 1:
         raise ConfigError(f"--micro-batch: {given.micro_batch} rows at a time; 1 is the least")

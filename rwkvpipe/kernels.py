@@ -8,8 +8,8 @@ folder that RWKVPIPE_KERNELS names.
 """
 
 import logging
-import subprocess
 
+from rwkvpipe.base import compiler
 from rwkvpipe.base.errors import ConfigError, Parser, run
 from rwkvpipe.kernel import build
 
@@ -21,10 +21,10 @@ def main(argv: list[str] | None = None) -> None:
     Parser(prog="rwkvpipe.kernels", description=__doc__.splitlines()[0]).parse_args(argv)
     for level in build.levels():
         try:
-            path, compiler = build.compiled(level)
-        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-            raise ConfigError(f"the native kernels cannot be compiled: {build.reason(error)}") from None
-        log.info("%s%s: %s (%s)", level, ", used here" if level == build.level() else "", path, compiler)
+            path, said = build.compiled(level)
+        except compiler.FAILURES as error:
+            raise ConfigError(f"the native kernels cannot be compiled: {compiler.reason(error)}") from None
+        log.info("%s%s: %s (%s)", level, ", used here" if level == build.level() else "", path, said)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from rwkvpipe.tokenizer import chat
 from rwkvpipe.tokenizer.integer import IntegerTokenizer
 from rwkvpipe.tokenizer.load import Tokenizer, load_tokenizer
 from rwkvpipe.tokenizer.template import load_template
+from rwkvpipe.tokenizer.trie import TrieTokenizer
 
 log = logging.getLogger("rwkvpipe")
 
@@ -144,6 +145,8 @@ def main(argv: list[str] | None = None) -> None:
     write_json(given.out / "corpus.json", described)
     for part in ("train", "valid"):
         log.info("%s: %s documents, %s tokens", part, *(f"{described[part][n]:,}" for n in ("documents", "tokens")))
+    if isinstance(tokenizer, TrieTokenizer):
+        log.info("tokenizer: engine %s", tokenizer.engine)
     if packer.empty:
         log.info("%d empty documents left out", packer.empty)
     if packer.blank_lines:

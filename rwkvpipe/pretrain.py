@@ -19,9 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the packed corpus")
     parser.add_argument("--micro-batch", type=int, default=8, help="rows at a time; decides memory, no result")
     parser.add_argument("--save-every", type=int, default=100, help="steps between resume points")
-    parser.add_argument(
-        "--out", required=True, type=new_file, help="model.safetensors; with lora adapter.safetensors"
-    )
+    parser.add_argument("--out", required=True, type=new_file, help="model.safetensors; with lora adapter.safetensors")
     given = parser.parse_args(argv)
     stage = open_stage(given.settings, given.model, given.out, kind="pretrain")
     train(stage, given.data, token_batches, micro_batch=given.micro_batch, save_every=given.save_every)

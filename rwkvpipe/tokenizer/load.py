@@ -4,6 +4,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from rwkvpipe.base.errors import DataError
 from rwkvpipe.base.files import read_json, write_json
 from rwkvpipe.tokenizer.bpe import BpeTokenizer
@@ -27,8 +29,8 @@ class Tokenizer(Protocol):
     def encode(self, text: str | bytes) -> list[int]:
         """Ids of a text. Raises DataError for what the vocabulary does not know."""
 
-    def pieces(self, text: str | bytes) -> Iterator[list[int]]:
-        """The same ids, list after list."""
+    def pieces(self, text: str | bytes) -> Iterator[list[int] | np.ndarray]:
+        """The same ids, list after list, or array after array."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; `eos` gives nothing, invalid UTF-8 becomes U+FFFD."""

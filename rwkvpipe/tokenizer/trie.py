@@ -5,13 +5,19 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
+
+import numpy as np
 
 from rwkvpipe.base.errors import DataError
 from rwkvpipe.base.files import write_text
 from rwkvpipe.tokenizer.byte import PIECE, unknown, utf8
+from rwkvpipe.tokenizer.memo import Memo
+from rwkvpipe.tokenizer.native import NativeTrie, native
 
 BOM = b"\xef\xbb\xbf"
+SHORT = 400  # bytes of a text that is done before numpy has begun
 # most lines need no parser: a literal without an escape is its own text, and in bytes literals there is ASCII alone
 PLAIN = re.compile(rb"(\d{1,9}) (b?)(?:'(?=[^'\\]*' \d+$)|\"(?=[^\"\\]*\" \d+$))([^\\]*)['\"] (\d{1,9})")
 ENDS = (b"\0", b"<|endoftext|>", b"</s>")  # what trainers write as the text of id 0
@@ -20,10 +26,11 @@ ENDS = (b"\0", b"<|endoftext|>", b"</s>")  # what trainers write as the text of 
 class TrieTokenizer:
     """At each place the longest entry that fits is taken; id 0 ends a document.
 
-    `entries` maps ids (from 1) to bytes. Raises DataError when an id is below 1, an entry is empty, or two are equal.
+    `entries` maps ids (from 1) to bytes. `engine` is `native` (C++), `numpy` or `plain`, the first that can be had if
+    left out; the ids are the same with each. Raises DataError for ids below 1, empty entries, and equal ones.
     """
 
-    def __init__(self, entries: dict[int, bytes]):
+    def __init__(self, entries: dict[int, bytes], engine: str | None = None):
         for number, word in entries.items():
             if number < 1 or not word:
                 raise DataError(f"id {number} ({word!r}): ids begin at 1 (0 ends a document), and no entry is empty")
@@ -40,18 +47,53 @@ class TrieTokenizer:
             if len(word) > 1:
                 found[word[:2]].add(len(word))
         self._lengths = {start: (*sorted(lengths, reverse=True), 1) for start, lengths in found.items()}
+        self._wanted = engine
+
+    @cached_property
+    def _engine(self) -> NativeTrie | Memo | None:
+        """What encodes; None is the search of this module alone."""
+        if self._wanted == "plain":
+            return None
+        found = native(self.ids) if self._wanted in (None, "native") else None
+        if found is None and self._wanted == "native":
+            raise DataError("engine: there is no native one here; install g++, or leave engine out")
+        return found or Memo(self.ids, self._part)
+
+    @property
+    def engine(self) -> str:
+        """Name of what encodes: native, numpy or plain."""
+        return "plain" if self._engine is None else self._engine.name
 
     def encode(self, text: str | bytes) -> list[int]:
         """Ids of a text (as UTF-8). Raises DataError naming the first character that no entry fits."""
         data = utf8(text)
-        return self._part(data, 0, len(data))[0]
+        engine = self._engine
+        if engine is None or (len(data) < SHORT and isinstance(engine, Memo)):
+            return self._part(data, 0, len(data))[0]
+        found = self._ids_of(data, 0, len(data))[0]
+        return engine.listed(found) if isinstance(engine, NativeTrie) else found.tolist()
 
-    def pieces(self, text: str | bytes) -> Iterator[list[int]]:
-        """The same ids in lists of some length, for texts whose ids would fill the memory."""
+    def encode_array(self, text: str | bytes) -> np.ndarray:
+        """The same ids as an array, which is faster than a list: (n,) of whole numbers."""
+        data = utf8(text)
+        return self._ids_of(data, 0, len(data))[0]
+
+    def pieces(self, text: str | bytes) -> Iterator[np.ndarray]:
+        """The same ids in arrays of some length, for texts whose ids would fill the memory."""
         data, place = utf8(text), 0
         while place < len(data):
-            found, place = self._part(data, place, place + PIECE)
+            found, place = self._ids_of(data, place, place + PIECE)
             yield found
+
+    def _ids_of(self, data: bytes, place: int, stop: int) -> tuple[np.ndarray, int]:
+        """Ids of entries that begin from `place` to about `stop`, and where the next one begins."""
+        if self._engine is None:
+            found, end = self._part(data, place, stop)
+            return np.array(found, dtype=np.int32), end
+        ids, end = self._engine.part(data, place, stop)
+        if end < min(stop, len(data)):
+            raise self._missing(data, end)
+        return ids, end
 
     def _part(self, data: bytes, place: int, stop: int) -> tuple[list[int], int]:
         """Ids of entries that begin before `stop`, and where the next one begins: the same whatever `stop` is."""

@@ -44,8 +44,8 @@ def packaged() -> Path:
 class WorldTokenizer(TrieTokenizer):
     """RWKV World: ids 1 to 65529 have entries, 0 ends a document, the rows up to 65535 are never used."""
 
-    def __init__(self, entries: dict[int, bytes]):
-        super().__init__(entries)
+    def __init__(self, entries: dict[int, bytes], engine: str | None = None):
+        super().__init__(entries, engine)
         self.size = ROWS
 
 

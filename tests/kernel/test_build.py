@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rwkvpipe.base import compiler
 from rwkvpipe.kernel import build
 from rwkvpipe.kernel.wkv7 import wkv7
 
@@ -28,7 +29,7 @@ def fresh(tmp_path, monkeypatch):
 def library(monkeypatch):
     """The file of this processor's kernels, as any run here compiles it."""
     monkeypatch.delenv("RWKVPIPE_KERNELS", raising=False)
-    if build.compiler() is None:
+    if compiler.command() is None:
         pytest.skip("there is no C++ compiler here")
     return build.compiled(build.level())[0]
 
@@ -99,7 +100,7 @@ def test_kernels_can_be_turned_off(fresh, monkeypatch, caplog):
 def test_another_compiler_source_or_level_is_another_file(library, fresh, monkeypatch):
     monkeypatch.setenv("CXX", stand_in(fresh, library))
     first, _ = build.compiled(build.level())
-    script = Path(build.compiler()[0])
+    script = Path(compiler.command()[0])
     script.write_text(script.read_text().replace("1.0", "1.1"))
     newer, _ = build.compiled(build.level())
     sources = fresh / "sources"

@@ -1,0 +1,116 @@
+"""Native code compiled at first use and kept; of processes that start at once one compiles, the others wait for it.
+
+The sources in `cuda/` know nothing of torch or Python, so that they compile in seconds. What was compiled is kept in
+the user's cache folder under a name that tells its sources, flags and compiler: another of these is another file.
+
+    RWKVPIPE_KERNELS   `torch` turns native code off; anything else is the folder to keep it in
+    CXX                the compiler; else g++, c++ or clang++, whichever there is
+"""
+
+import hashlib
+import logging
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from rwkvpipe.base.files import atomic
+from rwkvpipe.base.lock import lock
+
+log = logging.getLogger("rwkvpipe")
+
+PATIENCE = 600.0  # seconds that a compiler may take
+# what compiling and loading may raise where it is to be done without; RuntimeError is a user without a home
+FAILURES = (OSError, RuntimeError, subprocess.SubprocessError)
+
+
+def turned_off() -> bool:
+    """Whether the user wants no native code."""
+    return os.environ.get("RWKVPIPE_KERNELS") == "torch"
+
+
+def folder() -> Path:
+    """Where what was compiled is kept."""
+    asked = os.environ.get("RWKVPIPE_KERNELS")
+    if asked:
+        return Path(asked)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rwkvpipe"
+
+
+def command() -> list[str] | None:
+    """The C++ compiler as the words of a command, or None."""
+    asked = os.environ.get("CXX")
+    if asked:
+        return shlex.split(asked)
+    return next(([found] for name in ("g++", "c++", "clang++") if (found := shutil.which(name))), None)
+
+
+def short_digest(*parts: str | bytes) -> str:
+    """Sixteen letters that tell these parts from others."""
+    found = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        found.update(f"{len(data)} ".encode() + data)
+    return found.hexdigest()[:16]
+
+
+def reason(error: Exception) -> str:
+    """Why something failed, in one line."""
+    return re.sub(r"\s+", " ", str(error)).strip()[:300]
+
+
+def _version(words: list[str]) -> str:
+    """What a compiler says it is. Raises OSError if it does not start."""
+    said = subprocess.run([*words, "--version"], capture_output=True, text=True, timeout=PATIENCE)
+    if said.returncode:
+        raise OSError(f"{shlex.join(words)} --version ends with status {said.returncode}")
+    return said.stdout.partition("\n")[0].strip()
+
+
+def compiled(name: str, flags: Sequence[str], sources: Sequence[Path], what: str) -> tuple[Path, str]:
+    """The library called `name` (which tells its sources and flags), and the compiler's name; compiled now if need be.
+
+    `what` it is stands in the log. Raises one of FAILURES: no compiler, or it fails, or nothing can be written.
+    """
+    words, home = command(), folder()
+    if words is None:
+        ready = sorted(home.glob(f"{name}-*.so"))
+        if ready:
+            return ready[0], "compiled elsewhere"
+        raise OSError("there is no C++ compiler: install g++")
+    said = _version(words)
+    path = home / f"{name}-{short_digest(*words, said)}.so"
+    if not path.exists():
+        home.mkdir(parents=True, exist_ok=True)
+        held = _wait_for(path, what)
+        try:
+            if not path.exists():
+                log.info("compiling %s, once: %s", what, path)
+                _compile([*words, *flags, *map(str, sources)], path)
+        finally:
+            if held is not None:
+                os.close(held)
+    return path, said
+
+
+def _wait_for(path: Path, what: str) -> int | None:
+    """Hold the lock of who compiles; None on a disk without locks, where several may do the same work."""
+    try:
+        return lock(path.with_suffix(".lock"), waiting=f"{what}: being compiled")
+    except OSError as error:
+        log.debug("%s: %s", path, error)
+        return None
+
+
+def _compile(words: list[str], path: Path) -> None:
+    with atomic(path, suffix=".so") as part:
+        try:
+            done = subprocess.run([*words, "-o", str(part)], capture_output=True, text=True, timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            raise OSError(f"{words[0]} took more than {PATIENCE:.0f} seconds") from None
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+            raise OSError(f"{words[0]} fails: {(lines or ['it says nothing'])[0].strip()}")
