@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 
 from rwkvpipe.base.errors import Parser, run
+from rwkvpipe.model.family import released
 from rwkvpipe.weights import store
 from rwkvpipe.weights.source import open_source
 
@@ -31,6 +32,7 @@ def describe(path: str) -> dict:
         return facts | {"adapter": settings | {"full_tensors": full}, "base_sha256": source.metadata.get("base", "")}
     found = store.open_model(path)
     facts |= {"layout": found.layout, "never_read": sum(found.tensors.like[n].numel() for n in found.unread)}
+    facts |= {"sizes_of": released(found.config) or "no released model"}
     return facts | {"vocabulary": found.config.vocab_size} | found.config.model_dump(exclude={"vocab_size"})
 
 

@@ -1,4 +1,4 @@
-"""Put an adapter into the weights it was trained beside.
+"""Put an adapter, or tuned initial states, into the weights they were trained beside.
 
 python -m rwkvpipe.merge --model base/model.safetensors --adapter chat/adapter.safetensors --out chat/model.safetensors
 """
@@ -8,6 +8,7 @@ import logging
 from rwkvpipe.base.errors import Parser, WeightsError, new_file, run
 from rwkvpipe.train.stage import read_adapter
 from rwkvpipe.weights import lora, store
+from rwkvpipe.weights.states import read_states, with_states
 
 log = logging.getLogger("rwkvpipe")
 
@@ -16,9 +17,14 @@ def main(argv: list[str] | None = None) -> None:
     """Merge: W + s B A in fp64, rounded once to the dtype of W; tensors without adapter stay as they are."""
     parser = Parser(prog="rwkvpipe.merge", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="the weights that training started from")
-    parser.add_argument("--adapter", required=True, help="adapter.safetensors")
+    parser.add_argument("--adapter", required=True, help="adapter.safetensors, or a file of initial states")
     parser.add_argument("--out", required=True, type=new_file, help="model.safetensors")
     given = parser.parse_args(argv)
+    states = read_states(given.adapter)
+    if states is not None:
+        store.write(given.out, *with_states(*store.read(given.model), states, given.adapter))
+        log.info("%s: starts from the states of %s", given.out, given.adapter)
+        return
     adapter, settings, base = read_adapter(given.adapter)
     config, tensors = store.read(given.model)
     if base and base != store.mark(given.model):

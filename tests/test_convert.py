@@ -1,5 +1,6 @@
 """Converting changes names and shapes, never values."""
 
+import pytest
 import torch
 
 from rwkvpipe import convert
@@ -19,3 +20,18 @@ def test_converting_keeps_every_bit(tmp_path):
     convert.main([str(tmp_path / "wild.pth"), "--out", str(out)])
     for name, value in store.read(out)[1].items():
         assert torch.equal(value, model.state_dict()[name].bfloat16()), name
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("rwkv7-g1-0.1b-20250307-ctx4096.pth", "its name speaks of rwkv7-0.1b, its sizes are of no released model"),
+        ("mine.pth", None),
+    ],
+)
+def test_a_name_that_promises_other_sizes_is_told(tmp_path, caplog, name, said):
+    model = build(RwkvConfig(**MODEL, vocab_size=20))
+    torch.save(model.state_dict(), tmp_path / name)
+    convert.main([str(tmp_path / name), "--out", str(tmp_path / "model.safetensors")])
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == ([f"{name}: {said}"] if said else [])

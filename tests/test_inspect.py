@@ -41,6 +41,7 @@ def test_inspecting_says_what_a_file_is(tmp_path, pair, capsys):
     facts = json.loads(capsys.readouterr().out)
     wanted = {"family": "rwkv7", "dtype": "bfloat16", "n_layer": 2, "n_embd": 32, "head_size": 16}
     assert facts.items() >= wanted.items()
+    assert facts["sizes_of"] == "no released model"
     assert facts["vocabulary"] == model.config.vocab_size
     assert facts["parameters"] == sum(v.numel() for v in store.read(base)[1].values())
     inspect.main([str(adapter), "--json"])

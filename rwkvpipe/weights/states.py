@@ -1,0 +1,41 @@
+"""Initial states kept apart from their model, as state tuning writes them: a file with nothing but `time_state`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from rwkvpipe.base.config import RwkvConfig
+from rwkvpipe.base.errors import WeightsError
+from rwkvpipe.base.sizes import FAMILIES, title
+from rwkvpipe.weights.layouts import official
+from rwkvpipe.weights.source import open_source
+
+NAME = "att.time_state"
+
+
+def read_states(path: str | Path) -> Mapping[str, Tensor] | None:
+    """The states in a file, (heads, value, key) for each layer; None for a file that holds anything else."""
+    source = open_source(path)
+    if not all(name.endswith(NAME) for name in source.tensors):
+        return None
+    return official(str(source.path), source.tensors)[0]
+
+
+def with_states(
+    config: RwkvConfig, tensors: Mapping[str, Tensor], states: Mapping[str, Tensor], path: str | Path
+) -> tuple[RwkvConfig, dict[str, Tensor]]:
+    """A model that starts every text from these states. Raises WeightsError, naming `path`, unless they fit it."""
+    if "time_state" not in FAMILIES[config.family]:
+        raise WeightsError(f"{path}: holds initial states, which {title(config.family)} has none of")
+    N = config.head_size
+    shape = (config.n_embd // N, N, N)
+    names = [f"blocks.{layer}.{NAME}" for layer in range(config.n_layer)]
+    if odd := sorted(set(names) ^ set(states)):
+        kind = "missing" if odd[0] in names else "unknown"
+        raise WeightsError(f"{path}: {odd[0]} is {kind}; the states are of another model")
+    found = {name: states[name] for name in names}
+    for name, value in found.items():
+        if tuple(value.shape) != shape:
+            raise WeightsError(f"{path}: {name} is {tuple(value.shape)}, needed is {shape}; it is of another model")
+    return config.model_copy(update={"time_state": True}), {**tensors, **found}
