@@ -1,6 +1,7 @@
-"""Measure rwkvpipe beside a peer, on the same weights and data, in turns.
+"""Measure rwkvpipe beside a peer on the same weights and data, or its families beside each other, in turns.
 
 python -m benchmarks train
+python -m benchmarks families
 python -m benchmarks tokenize [FILE ...]
 """
 
@@ -8,13 +9,13 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import peers, tokenize, train
+from benchmarks import families, peers, tokenize, train
 
 
 def main() -> None:
     """Print a table and keep the numbers in a file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["train", "tokenize"], help="a step of training; text to ids")
+    parser.add_argument("what", choices=["train", "families", "tokenize"], help="a step of training; text to ids")
     parser.add_argument("files", nargs="*", type=Path, help="tokenize: the text; left out, Python's library and papers")
     parser.add_argument("--peer-python", type=Path, help="a Python that has the peer; left out, one is set up")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each program")
@@ -25,6 +26,9 @@ def main() -> None:
         python = given.peer_python or peers.set_up("pyrwkv-tokenizer")
         found = tokenize.measure(python, given.out, given.rounds, given.files)
         print(tokenize.table(found))
+    elif given.what == "families":
+        found = families.measure(given.rounds)
+        print(families.table(found))
     else:
         python = given.peer_python or peers.set_up("rwkv-trainer")
         found = train.measure(python, given.out, given.rounds)
