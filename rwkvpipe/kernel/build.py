@@ -116,7 +116,9 @@ def announce(operator: str, device: str, *, natively: bool = False) -> None:
         threads = torch.get_num_threads()
         line = f"kernel: {operator} native on {device}, {level()}, {threads} threads ({_loaded()[1]})"
     else:
-        reason = "they compute in fp32 on the CPU" if extension() else why_not()
+        library = extension()
+        reason = "they compute in fp32 on the CPU" if hasattr(library, f"{operator}_forward") else "it has none"
+        reason = reason if library else why_not()
         line = f"kernel: {operator} in PyTorch, by chunks, on {device} (native kernels: {reason})"
     if line not in _said:
         _said.add(line)

@@ -17,8 +17,8 @@ from rwkvpipe.train.policy import Rollout, completion_logprobs
 PROMPTS = ["User: 1+1\n\nA:", "a", "The quick brown fox jumps", "x" * 40, "ab", "hello there", "2*3=", "zz", "y"]
 
 
-def model(size: int = 257, seed: int = 0) -> torch.nn.Module:
-    found = build(RwkvConfig(n_layer=2, n_embd=32, head_size=16, vocab_size=size))
+def model(size: int = 257, seed: int = 0, **more) -> torch.nn.Module:
+    found = build(RwkvConfig(n_layer=2, n_embd=32, head_size=16, vocab_size=size, **more))
     stream = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         found.initialise(seed)
@@ -46,6 +46,23 @@ def whole(network, ids: list[int]) -> torch.Tensor:
     with torch.no_grad():
         logits = network(torch.tensor([ids]))[0][0].double()
     return logits[:-1].log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"family": "rwkv5"}, {"family": "rwkv6", "time_state": True}, {"family": "rwkv7", "time_state": True}]
+)
+def test_every_family_writes_what_its_whole_forward_says(sizes):
+    network = model(**sizes)
+    found = completions(network, SamplingConfig(temperature=0.0, max_tokens=5, stop=()), 4, PROMPTS[:5])
+    for n, prompt in enumerate(PROMPTS[:5]):
+        ids = ByteTokenizer(1).encode(prompt)
+        sums = whole(network, ids + found[n, 0].ids)[len(ids) - 1 :]
+        assert found[n, 0].logprobs == pytest.approx(sums.tolist(), abs=1e-5)
+    pairs = [(prompt, "end") for prompt in PROMPTS[:5]]
+    for (context, end), total in zip(pairs, engine(network).loglikelihood(pairs), strict=True):
+        ids = ByteTokenizer(1).encode(context)
+        sums = whole(network, ids + ByteTokenizer(1).encode(end))[len(ids) - 1 :]
+        assert total == pytest.approx(float(sums.sum()), abs=1e-4)
 
 
 def test_rows_beside_a_row_change_nothing(network):
