@@ -62,7 +62,7 @@ def token_shift(x: Tensor, last: Tensor, lengths: Tensor | None = None) -> tuple
 
     x (B, T, D), last (B, D): the input before x. With `lengths` (B,) the last input is that of each row's own end.
     """
-    before = torch.cat((last.to(x.dtype)[:, None], x[:, :-1]), 1)
+    before = torch.cat((last.to(x.dtype)[:, None], x), 1)[:, :-1]
     return before - x, ending(x, last, lengths)
 
 
