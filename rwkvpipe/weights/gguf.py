@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
-from gguf import GGUFReader, GGUFWriter, LlamaFileType, TokenType
+from gguf import GGUFWriter, LlamaFileType, TokenType
 from torch import Tensor
 
 from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.base.errors import WeightsError
 from rwkvpipe.base.files import atomic
+from rwkvpipe.weights.head import read_head
 from rwkvpipe.weights.tensors import Piece, Tensors, from_bytes, piece_of, said, to_bytes
 
 logging.getLogger("gguf").setLevel(logging.WARNING)  # its events are no events of ours
@@ -31,8 +32,6 @@ FILES = {torch.float32: LlamaFileType.ALL_F32, torch.float16: LlamaFileType.MOST
 FILES[torch.bfloat16] = LlamaFileType.MOSTLY_BF16
 STORED = "rwkvpipe.dtype"  # our own key: the dtype that the tensors had
 CONTEXT = 1 << 20  # a bound that llama.cpp asks for; the state has none
-# what its reader raises on half a file
-HALF_A_FILE = (ValueError, IndexError, KeyError, OverflowError, TypeError, OSError, MemoryError)
 
 ENDS = {"emb": "token_embd", "blocks.0.ln0": "token_embd_norm", "ln_out": "output_norm", "head": "output"}
 PARTS = {"ln1": "attn_norm", "ln2": "attn_norm_2", "att.ln_x": "time_mix_ln"}
@@ -235,38 +234,33 @@ def open_gguf(path: Path) -> tuple[Tensors, dict[str, str]]:
 
     Raises WeightsError for what is damaged, quantised, or no RWKV-6 or 7.
     """
-    try:
-        reader = GGUFReader(path)
-        facts = {key: value.contents() for key, value in reader.fields.items() if not key.startswith("tokenizer.")}
-    except HALF_A_FILE as error:
-        raise WeightsError(f"{path}: damaged or cut short ({said(error)}); fetch it again") from None
-    arch = facts.get("general.architecture")
+    head = read_head(path)
+    facts, arch = head.facts, head.facts.get("general.architecture")
     family = next((ours for ours, theirs in FAMILIES.items() if theirs == arch), None)
     if family is None:
         raise WeightsError(f"{path}: a GGUF file of a {arch}; give one of RWKV-6 or RWKV-7")
-    found = {tensor.name: tensor for tensor in reader.tensors}
-    for tensor in found.values():
-        if tensor.tensor_type not in DTYPES:
-            raise WeightsError(
-                f"{path}: {tensor.name} is quantised ({tensor.tensor_type.name}); give the weights it was made from"
-            )
-    like = {
-        name: torch.empty(tuple(reversed(tensor.shape.tolist())), dtype=DTYPES[tensor.tensor_type], device="meta")
-        for name, tensor in found.items()
-    }
-    places = {name: (int(tensor.data_offset), int(tensor.n_bytes)) for name, tensor in found.items()}
+    like, size = {}, path.stat().st_size
+    for name, place in head.places.items():
+        if place.kind not in DTYPES:
+            kind = Kind(place.kind).name if place.kind in set(Kind) else f"type {place.kind}"
+            raise WeightsError(f"{path}: {name} is quantised ({kind}); give the weights it was made from")
+        like[name] = torch.empty(place.shape, dtype=DTYPES[place.kind], device="meta")
+        if head.start + place.start + like[name].nbytes > size:
+            raise WeightsError(f"{path}: damaged or cut short ({name} ends behind its end); fetch it again")
 
     def load(name: str) -> Tensor:
-        return from_bytes(piece_of(path, *places[name]), like[name].dtype, tuple(like[name].shape))
+        data = piece_of(path, head.start + head.places[name].start, like[name].nbytes)
+        return from_bytes(data, like[name].dtype, tuple(like[name].shape))
 
     try:
-        made = back(family, found, int(facts[f"{arch}.wkv.head_size"]))
-    except (KeyError, ValueError) as error:
-        raise WeightsError(f"{path}: not a whole {family} model ({error}); fetch it again") from None
-    stored = getattr(torch, str(facts.get(STORED)), None)
-    rescaled = int(facts.get(f"{arch}.rescale_every_n_layers", 0))
-    made = {name: _as_it_was(name, piece, stored, rescaled) for name, piece in made.items()}
-    return Tensors(like, load).made(made), {k: v for k, v in facts.items() if isinstance(v, str) and len(v) < 1000}
+        made = back(family, like, int(facts[f"{arch}.wkv.head_size"]))
+        stored, rescaled = facts.get(STORED), int(facts.get(f"{arch}.rescale_every_n_layers", 0))
+        dtype = next((dtype for dtype in KINDS if str(dtype) == f"torch.{stored}"), None)
+        made = {name: _as_it_was(name, piece, dtype, rescaled) for name, piece in made.items()}
+        tensors = Tensors(like, load).made(made)
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:  # names or shapes that are none of the family's
+        raise WeightsError(f"{path}: not a whole {family} model ({said(error)}); fetch it again") from None
+    return tensors, {key: value for key, value in facts.items() if isinstance(value, str) and len(value) < 1000}
 
 
 def _as_it_was(name: str, piece: Piece, dtype: torch.dtype | None, rescaled: int) -> Piece:
@@ -278,6 +272,6 @@ def _as_it_was(name: str, piece: Piece, dtype: torch.dtype | None, rescaled: int
     def change(*values: Tensor) -> Tensor:
         value = piece.change(*values)
         value = value * factor if factor > 1 else value
-        return value.to(dtype) if isinstance(dtype, torch.dtype) else value
+        return value if dtype is None else value.to(dtype)
 
     return Piece(piece.sources, change)

@@ -1,5 +1,7 @@
 """GGUF files hold what llama.cpp asks for, and come back bit for bit."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -143,3 +145,19 @@ def test_a_quantised_file_and_one_of_another_kind_of_model_are_named(tmp_path):
         writer.close()
         with pytest.raises(WeightsError, match=said):
             store.read(tmp_path / "m.gguf")
+
+
+def test_any_damage_to_the_head_is_refused_in_one_line_or_harmless(tmp_path):
+    config = FAMILIES["rwkv7"][0]
+    path = tmp_path / "m.gguf"
+    vocabulary = words({1: b"a", 2: b"bc"}, 12, end=0, turn=None, template="")
+    write_gguf(path, config, some(config, torch.float16), name="m", vocabulary=vocabulary)
+    data, lots = path.read_bytes(), random.Random(4)
+    for _ in range(150):
+        changed = bytearray(data)
+        changed[lots.randrange(5000)] = lots.choice((0, 255, lots.randrange(256)))
+        path.write_bytes(changed)
+        try:
+            store.sizes(path)
+        except WeightsError as error:
+            assert "\n" not in str(error) and str(path) in str(error)
