@@ -267,7 +267,8 @@ class Plan(Tree):
 
     def _deciding(self) -> dict:
         """The config as one would write it: no defaults but the seed, no unused entries, no knobs."""
-        value = self.config.model_dump(mode="json", exclude_defaults=True, exclude={"checkpoints", "code_tracking"})
+        knobs = {"checkpoints", "hub", "code_tracking"}
+        value = self.config.model_dump(mode="json", exclude_defaults=True, exclude=knobs)
         used = {section: set(names) for section, names in self.used.items()}
         # a vocabulary may be learned from corpora that no stage reads
         used["corpora"] |= {corpus for name in used["tokenizers"] for corpus in self.config.tokenizers[name].corpora}

@@ -16,7 +16,8 @@ from rwkvpipe.base.tree import destination
 from rwkvpipe.plan import Plan, main, schema, spec
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = yaml.safe_load("""
+CONFIG = yaml.safe_load(
+    """
 run: demo
 seed: 7
 weights:
@@ -41,7 +42,8 @@ stages:
   - {name: chat, kind: sft, data: talks, start: base, lora: {rank: 4}, train: {steps: 9, seed: 1}}
   - {name: reason, kind: grpo, data: asked, start: chat, lora: {rank: 4}, train: {steps: 9, batch: 4}}
   - {name: more, kind: pretrain, data: text, start: far, train: {steps: 9, ctx_len: 4096}}
-""".replace("DIGEST", "0" * 64))
+""".replace("DIGEST", "0" * 64)
+)
 
 
 def changed(path: str, value) -> dict:
@@ -345,3 +347,44 @@ def test_the_file_of_a_user_s_class_and_a_chat_template_are_read(tmp_path, monke
     assert plan.vocabulary_files("o") == ["a/b.py"] and plan.template_file("c") == ["hub/chat_template.jinja"]
     (tmp_path / "hub/tokenizer_config.json").touch()
     assert plan.template_file("c") == ["hub/tokenizer_config.json"]
+
+
+HUB = {
+    "run": "r",
+    "tokenizers": {"w": {"kind": "world"}},
+    "weights": {
+        "one": {"path": "hf://o/n@v1/a.pth", "tokenizer": "w", "samples": {"prompts": ["x"]}},
+        "all": {"path": "modelscope://o/n", "files": ["*.json"], "tokenizer": "w", "samples": {"prompts": ["x"]}},
+    },
+}
+
+
+def test_what_a_hub_has_is_a_download_of_a_file_or_of_a_folder():
+    plan = Plan(parse(HUB | {"hub": {"mirrors": ["https://m"], "offline": True}}, "config"))
+    one, whole = sorted(plan.downloads, key=lambda name: not name.endswith("-a.pth"))
+    assert whole.endswith("-n") and plan.downloads[whole].files == ("*.json",)
+    assert re.fullmatch(plan.downloads_of(whole=False), one) and not re.fullmatch(plan.downloads_of(whole=True), one)
+    assert re.fullmatch(plan.downloads_of(whole=True), whole) and plan.origin(whole) == []
+    assert plan.checkpoint("all") == f"results/shared/downloads/{whole}"
+    assert "hub" not in plan.story()["config"]
+
+
+@pytest.mark.parametrize(
+    "weights, problem",
+    [
+        ({"path": "hf://o/n", "sha256": "0" * 64}, "weights.one.path: a whole repository; name the file"),
+        ({"path": "hf://o"}, "weights.one.path: not hf://owner/name/file"),
+        ({"path": "hf://o//x"}, "weights.one.path: not hf://owner/name/file"),
+        ({"path": "hf://o/n/a.pth", "files": ["*"]}, "weights.one.files: path names no whole repository"),
+        ({"path": "a.pth", "files": ["*"]}, "weights.one.files: path names no whole repository"),
+    ],
+)
+def test_addresses_of_hubs_that_do_not_do_are_named(weights, problem):
+    entry = {"one": weights | {"tokenizer": "w", "samples": {"prompts": ["x"]}}}
+    with pytest.raises(ConfigError, match=problem):
+        Plan(parse(HUB | {"weights": entry}, "config"))
+
+
+def test_only_weights_are_whole_repositories():
+    with pytest.raises(ConfigError, match="tokenizers.t.path: a whole repository"):
+        Plan(parse(HUB | {"tokenizers": {**HUB["tokenizers"], "t": {"kind": "trie", "path": "hf://o/n"}}}, "config"))

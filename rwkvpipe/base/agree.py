@@ -180,9 +180,27 @@ def _addresses(config: PipelineConfig) -> None:
                     )
 
 
+def _repositories(config: PipelineConfig) -> None:
+    """Only weights may be a whole repository; patterns belong to one, a digest to a file."""
+    for section in ("weights", "tokenizers", "corpora", "benchmarks"):
+        for name, entry in getattr(config, section).items():
+            for field in ("path", "valid_path"):
+                scheme, _, words = (getattr(entry, field, None) or "").partition("://")
+                hub, parts = scheme in ("hf", "modelscope"), words.removeprefix("datasets/").strip("/").split("/")
+                key = f"{section}.{name}"
+                if hub and (len(parts) < 2 or not all(parts)):
+                    raise ConfigError(f"{key}.{field}: not {scheme}://owner/name/file; mend it")
+                whole = hub and len(parts) == 2
+                if whole and (section != "weights" or entry.sha256):
+                    raise ConfigError(f"{key}.{field}: a whole repository; name the file in it that is meant")
+                if field == "path" and getattr(entry, "files", ()) and not whole:
+                    raise ConfigError(f"{key}.files: path names no whole repository; leave files out")
+
+
 def agree(config: PipelineConfig) -> None:
     """Raise ConfigError, naming the key, where parts of a config do not fit each other."""
     _addresses(config)
+    _repositories(config)
     _names(config)
     _starts(config)
     _sources(config)

@@ -192,7 +192,10 @@ class WeightsConfig(Strict):
     """Weights that somebody has trained."""
 
     path: str
-    """A checkpoint, or a URL."""
+    """A checkpoint, a URL, or what a hub has: `hf://owner/name/file`, `modelscope://owner/name/file`, with `@revision`
+    behind the name if need be; without a file, the repository."""
+    files: tuple[str, ...] = ()
+    """Of a whole repository: patterns of the files fetched; left out, one form of weights and what belongs to it."""
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
     """What its digest must be."""
     tokenizer: Name
@@ -318,6 +321,15 @@ class CheckpointConfig(Strict):
     """Steps between them."""
 
 
+class HubConfig(Strict):
+    """Where hubs are asked. It never decides a result."""
+
+    mirrors: tuple[str, ...] = ()
+    """Endpoints that are asked before the hub itself (or HF_ENDPOINT); they are told no token."""
+    offline: bool = False
+    """Fetch nothing: what has been fetched before will do."""
+
+
 class PipelineConfig(Strict):
     """One run: what `config.yaml` holds."""
 
@@ -327,6 +339,8 @@ class PipelineConfig(Strict):
     """Of everything that is drawn by lot."""
     code_tracking: Annotated[Literal["ast", "off"], BeforeValidator(_off)] = "ast"
     """Whether an edit of a step's code makes its results stale."""
+    hub: HubConfig = HubConfig()
+    """Mirrors, or no network at all."""
     weights: dict[Name, WeightsConfig] = {}
     """Trained weights to start from or to measure."""
     tokenizers: dict[Name, TokenizerConfig] = {}

@@ -15,6 +15,7 @@ TEMPLATES = ("chat_template.jinja", "tokenizer_config.json")  # where a hub's fo
 # what says that an export is whole: the file itself, or the last one of a folder
 EXPORTED = {format: f"{format}/model.{format}" for format in ("safetensors", "pth", "gguf")}
 EXPORTED |= {"hub": "hub/README.md", "hf": "hf/README.md"}
+HUBS = ("hf", "modelscope")  # schemes of addresses that hubs answer to
 PLOTS = ("loss", "lr", "grad_norm", "throughput")
 
 
@@ -35,7 +36,14 @@ def local(source: str) -> str:
 
 def remote(source: str) -> bool:
     """Whether something comes through the network."""
-    return urlsplit(source).scheme in ("http", "https")
+    scheme, found, _ = source.partition("://")
+    return bool(found) and scheme.lower() in ("http", "https", *HUBS)
+
+
+def whole_repository(source: str) -> bool:
+    """Whether an address is that of a hub's repository, not of a file in it."""
+    scheme, _, words = source.partition("://")
+    return scheme in HUBS and words.removeprefix("datasets/").strip("/").count("/") == 1
 
 
 def download_name(source: str) -> str:
@@ -50,6 +58,7 @@ class Download:
 
     source: str
     sha256: str | None
+    files: tuple[str, ...] = ()
 
 
 class Tree:
@@ -125,11 +134,15 @@ class Tree:
     def downloads(self) -> dict[str, Download]:
         """What the download rule may be asked for, by file name."""
         config = self.config
-        sources: list[tuple[str | None, str | None]] = [(w.path, w.sha256) for w in config.weights.values()]
-        sources += [(entry.path, None) for entry in (*config.tokenizers.values(), *config.benchmarks.values())]
-        sources += [(path, None) for corpus in config.corpora.values() for path in (corpus.path, corpus.valid_path)]
-        wanted = [(local(source), sha256) for source, sha256 in sources if source]
-        return {download_name(path): Download(path, sha256) for path, sha256 in wanted if remote(path) or sha256}
+        sources: list[tuple] = [(w.path, w.sha256, w.files) for w in config.weights.values()]
+        sources += [(entry.path, None, ()) for entry in (*config.tokenizers.values(), *config.benchmarks.values())]
+        sources += [(path, None, ()) for corpus in config.corpora.values() for path in (corpus.path, corpus.valid_path)]
+        wanted = [Download(local(source), sha256, files) for source, sha256, files in sources if source]
+        return {download_name(d.source): d for d in wanted if remote(d.source) or d.sha256}
+
+    def downloads_of(self, *, whole: bool) -> str:
+        """Pattern of the downloads that are whole repositories, or of those that are files."""
+        return any_of(name for name, d in self.downloads.items() if whole_repository(d.source) == whole)
 
     def origin(self, download: str) -> list[str]:
         """The local file that a download copies, if it is one."""

@@ -8,7 +8,7 @@ import ssl
 import time
 from http.client import HTTPException, HTTPResponse, InvalidURL, responses
 from urllib.error import HTTPError, URLError
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from rwkvpipe.base.errors import HubError
@@ -23,6 +23,8 @@ PAUSE = 1.0  # seconds after the first failure, doubled after each further one
 LONGEST = 60.0  # seconds of pause, whatever a server asks for
 TELL = 5.0  # seconds between two lines of progress
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses that may be gone soon
+PRIVATE = ("Authorization", "Cookie")  # headers for the server alone that they were meant for
+LARGEST = 1 << 26  # bytes of an answer that is no file
 SAFE = "/%:@!$&'()*+,;=~-._?[]"  # what stays as it is in an address
 
 
@@ -62,7 +64,7 @@ class _Redirects(HTTPRedirectHandler):
         if urlsplit(newurl).scheme not in ("http", "https"):
             raise HTTPError(req.full_url, code, "", headers, fp)
         same = _origin(req.full_url) == _origin(newurl)
-        return _request(newurl, {key: value for key, value in req.header_items() if same or key != "Authorization"})
+        return _request(newurl, {key: value for key, value in req.header_items() if same or key not in PRIVATE})
 
 
 def _answer(url: str, headers: dict[str, str]) -> HTTPResponse:
@@ -157,10 +159,10 @@ def _receive(response: HTTPResponse, part: Part, progress: _Progress) -> None:
         raise ConnectionError(f"closed after {amount(size)} of {amount(length)}")
 
 
-def _once(url: str, part: Part, name: str) -> bool:
+def _once(url: str, part: Part, name: str, more: dict[str, str]) -> bool:
     """Ask for what is missing and take it. False when the server's file is another than before: ask for all of it."""
     start, note = part.start(), part.note()
-    headers = {"User-Agent": "rwkvpipe", "Accept-Encoding": "identity"}
+    headers = {"User-Agent": "rwkvpipe", "Accept-Encoding": "identity", **more}
     if start:
         etag = note.get("etag") or ""
         # a weak etag must not stand in If-Range; the answer is compared with the note in any case
@@ -217,24 +219,57 @@ def _pause(error: Exception, failures: int) -> float:
     return min(wait, LONGEST)
 
 
-def bring(url: str, part: Part, name: str) -> None:
+def _again(error: Exception, failures: int, url: str, name: str, kept: str) -> None:
+    """Wait for the next try. Raises HubError after the last one."""
+    if failures >= TRIES:
+        raise HubError(f"{shown(url)}: {_why(error)}, {failures} times; {kept}run it again to go on") from None
+    wait = _pause(error, failures)
+    log.info("%s: %s; again in %.0f s", name, _why(error), wait)
+    time.sleep(wait)
+
+
+def bring(url: str, part: Part, name: str, headers: dict[str, str] | None = None) -> None:
     """Fill `part` with the whole file at `url`, again and again where the connection breaks.
 
-    Raises HubError when it cannot be had, or not be written.
+    `headers` are asked with too; secret ones are told to no other server. Raises HubError when the file cannot be had,
+    or not be written.
     """
     failures, most = 0, part.size
     while True:
         try:
-            if _once(url, part, name):
+            if _once(url, part, name, headers or {}):
                 return
             log.info("%s: the server's file is another than the one begun; from the start", name)
         except (OSError, HTTPException) as error:
             failures = 1 if part.size > most else failures + 1
             most = max(most, part.size)
-            if failures >= TRIES:
-                raise HubError(
-                    f"{shown(url)}: {_why(error)}, {failures} times; what came is kept: run it again to go on"
-                ) from None
-            wait = _pause(error, failures)
-            log.info("%s: %s; again in %.0f s", name, _why(error), wait)
-            time.sleep(wait)
+            _again(error, failures, url, name, "what came is kept: ")
+
+
+def _whole(url: str, headers: dict[str, str]) -> tuple[bytes, str | None]:
+    with _answer(url, {"User-Agent": "rwkvpipe", "Accept-Encoding": "identity", **headers}) as response:
+        body = response.read(LARGEST + 1)
+        if len(body) > LARGEST:
+            raise HubError(f"{shown(url)}: an answer without end; check the address")
+        if (length := _length(response)) is not None and len(body) < length:
+            raise ConnectionError(f"closed after {amount(len(body))} of {amount(length)}")
+        following = re.search(r'<([^>]*)>\s*;\s*rel="next"', response.headers.get("Link", ""))
+        return body, urljoin(response.url, following[1]) if following else None
+
+
+def ask(url: str, headers: dict[str, str]) -> tuple[bytes, str | None]:
+    """A short answer, again and again where the connection breaks, and the address of its next page.
+
+    A next page on another server is asked for nothing: HubError.
+    """
+    failures = 0
+    while True:
+        try:
+            body, following = _whole(url, headers)
+        except (OSError, HTTPException) as error:
+            failures += 1
+            _again(error, failures, url, "the hub", "")
+            continue
+        if following and _origin(following) != _origin(url):
+            raise HubError(f"{shown(url)}: goes on at another server; check the endpoint")
+        return body, following

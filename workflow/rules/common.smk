@@ -129,8 +129,13 @@ def held_out(wildcards, input):
 
 
 def digest_wanted(wildcards):
-    sha256 = plan.downloads[wildcards.download].sha256
-    return ["--sha256", sha256] if sha256 else []
+    wanted = plan.downloads[wildcards.download]
+    return (["--sha256", wanted.sha256] if wanted.sha256 else []) + [f"--files={pattern}" for pattern in wanted.files]
+
+
+# a function of threads is not tracked: where a file is fetched from decides no result
+def hub_asked(wildcards, threads):
+    return [f"--mirror={mirror}" for mirror in settled.hub.mirrors] + ["--offline"] * settled.hub.offline
 
 
 def made_corpora(wildcards):

@@ -7,6 +7,8 @@ rule download:
         "<results>/shared/log/download-{download}.log",
     benchmark:
         "<results>/shared/log/download-{download}.jsonl"
+    wildcard_constraints:
+        download=plan.downloads_of(whole=False),
     retries: 3
     conda:
         ENVIRONMENT
@@ -15,8 +17,17 @@ rule download:
     params:
         source=lambda wildcards: plan.downloads[wildcards.download].source,
         digest=digest_wanted,
+        hub=hub_asked,
     shell:
-        "exec python -m rwkvpipe.download {params.source:q} {params.digest:q} --out {output.file:q} > {log:q} 2>&1"
+        "exec python -m rwkvpipe.download {params.source:q} {params.digest:q} {params.hub:q}"
+        " --out {output.file:q} > {log:q} 2>&1"
+
+
+use rule download as download_repository with:
+    output:
+        file=directory("<results>/shared/downloads/{download}"),
+    wildcard_constraints:
+        download=plan.downloads_of(whole=True),
 
 
 rule convert:
