@@ -2,6 +2,7 @@
 
 python -m benchmarks train
 python -m benchmarks families
+python -m benchmarks op
 python -m benchmarks tokenize [FILE ...]
 """
 
@@ -9,13 +10,14 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import families, peers, tokenize, train
+from benchmarks import families, op, peers, tokenize, train
 
 
 def main() -> None:
     """Print a table and keep the numbers in a file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["train", "families", "tokenize"], help="a step of training; text to ids")
+    what = ["train", "op", "families", "tokenize"]
+    parser.add_argument("what", choices=what, help="a step of training; the operator; text to ids")
     parser.add_argument("files", nargs="*", type=Path, help="tokenize: the text; left out, Python's library and papers")
     parser.add_argument("--peer-python", type=Path, help="a Python that has the peer; left out, one is set up")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each program")
@@ -29,6 +31,9 @@ def main() -> None:
     elif given.what == "families":
         found = families.measure(given.rounds)
         print(families.table(found))
+    elif given.what == "op":
+        found = op.measure(given.rounds)
+        print(op.table(found))
     else:
         python = given.peer_python or peers.set_up("rwkv-trainer")
         found = train.measure(python, given.out, given.rounds)
