@@ -39,7 +39,7 @@ def describe(path: str) -> dict:
 def main(argv: list[str] | None = None) -> None:
     """Print the facts as a table, or as JSON."""
     parser = Parser(prog="rwkvpipe.inspect", description=__doc__.splitlines()[0])
-    parser.add_argument("file", help="a .pth or .safetensors file, an index of shards, or a folder with one")
+    parser.add_argument("file", help="a .pth, .safetensors or .gguf file, an index of shards, or a folder")
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     given = parser.parse_args(argv)
     facts = describe(given.file)

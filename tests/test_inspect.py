@@ -42,6 +42,7 @@ def test_inspecting_says_what_a_file_is(tmp_path, pair, capsys):
     wanted = {"family": "rwkv7", "dtype": "bfloat16", "n_layer": 2, "n_embd": 32, "head_size": 16}
     assert facts.items() >= wanted.items()
     assert facts["sizes_of"] == "no released model"
+    assert facts["format"] == "safetensors" and facts["layout"] == "RWKV-LM"
     assert facts["vocabulary"] == model.config.vocab_size
     assert facts["parameters"] == sum(v.numel() for v in store.read(base)[1].values())
     inspect.main([str(adapter), "--json"])
@@ -51,3 +52,20 @@ def test_inspecting_says_what_a_file_is(tmp_path, pair, capsys):
     assert any(line.split() == ["n_embd", "32"] for line in lines)
     with pytest.raises(WeightsError, match="no such file"):
         inspect.main([str(tmp_path / "none")])
+
+
+def test_the_sizes_of_a_released_model_are_known_without_its_data(tmp_path, capsys):
+    with torch.device("meta"):
+        like = {name: value.bfloat16() for name, value in build(RwkvConfig(preset="rwkv7-0.1b")).state_dict().items()}
+    path = tmp_path / "m.safetensors"
+    header, end = {}, 0
+    for name, value in like.items():
+        header[name] = {"dtype": "BF16", "shape": list(value.shape), "data_offsets": [end, end + value.nbytes]}
+        end += value.nbytes
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:  # the data is a hole
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    inspect.main([str(path), "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["sizes_of"] == "rwkv7-0.1b" and facts["parameters"] == 191_034_624
