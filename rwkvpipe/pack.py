@@ -4,27 +4,32 @@ python -m rwkvpipe.pack --spec '{"synthetic":"counting.documents","count":1000,"
 """  # noqa: E501
 
 import logging
-from collections import Counter
+import os
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from rwkvpipe.base.config import CorpusConfig
-from rwkvpipe.base.errors import ConfigError, DataError, Parser, run
-from rwkvpipe.base.files import write_json
+from rwkvpipe.base.errors import ConfigError, DataError, Parser, PipeError, run
+from rwkvpipe.base.files import canonical, digest
+from rwkvpipe.base.fingerprint import fingerprint
 from rwkvpipe.base.pace import Pace
 from rwkvpipe.base.strict import check_json
-from rwkvpipe.data.binidx import BinidxWriter, token_dtype
-from rwkvpipe.data.corpus import documents
-from rwkvpipe.data.document import Document, encoded
+from rwkvpipe.data.document import Document
+from rwkvpipe.data.packing import Packing, tell
+from rwkvpipe.data.parcel import Packer, Parcel, Task, limited, loose
 from rwkvpipe.data.synthetic import generate
-from rwkvpipe.tokenizer import chat
+from rwkvpipe.data.unit import Unit
+from rwkvpipe.data.workers import in_order
 from rwkvpipe.tokenizer.integer import IntegerTokenizer
-from rwkvpipe.tokenizer.load import Tokenizer, load_tokenizer
-from rwkvpipe.tokenizer.template import load_template
+from rwkvpipe.tokenizer.load import load_tokenizer
 from rwkvpipe.tokenizer.trie import TrieTokenizer
 
 log = logging.getLogger("rwkvpipe")
+
+Job = tuple[Unit, str | None]
 
 
 def _made(spec: CorpusConfig, seed: int) -> Iterator[Document]:
@@ -37,98 +42,101 @@ def _made(spec: CorpusConfig, seed: int) -> Iterator[Document]:
         yield document
 
 
-class Packer:
-    """Writes documents to the train or the valid pair and counts what it sees."""
+def _stamp(file: str) -> list:
+    found = os.stat(file)
+    return [file, found.st_size, found.st_mtime_ns]
 
-    def __init__(self, folder: Path, spec: CorpusConfig, tokenizer: Tokenizer, *, source: str | None = None):
-        self.folder, self.spec, self.tokenizer = folder, spec, tokenizer
-        self.source = source or spec.path or spec.synthetic
-        self.render = load_template(spec.template).render if spec.template else chat.render
-        self.counts = {part: Counter() for part in ("train", "valid")}
-        self.empty = self.blank_lines = self.tokens = self.documents = 0
-        self.pace = Pace("packed", spec.count or 0, "documents") if spec.synthetic else Pace("packed", unit="tokens")
 
-    def pack(self, training: Iterable[Document], validation: Iterable[Document]) -> None:
-        """Write both pairs, or neither. `validation` goes to valid; of `training`, the share that the spec says."""
-        chat = self.spec.format == "chat"
-        dtype = token_dtype(self.tokenizer.size)
-        for name in (*self.counts, "corpus.json"):
-            for left in self.folder.glob(f".{name}.*"):  # what a killed run was writing
-                left.unlink(missing_ok=True)
-        with ExitStack() as stack:
-            writers = {
-                part: stack.enter_context(BinidxWriter(self.folder / part, dtype, masked=chat)) for part in self.counts
-            }
-            for document in training:
-                part = "valid" if self.spec.valid and document.fraction < self.spec.valid else "train"
-                self._add(document, writers[part], self.counts[part])
-            for document in validation:
-                self._add(document, writers["valid"], self.counts["valid"])
-            self._check(valid=bool(self.spec.valid) or self.counts["valid"]["documents"] > 0)
-            # from here to the end files of an older pack stand beside new ones: without corpus.json it is none
-            (self.folder / "corpus.json").unlink(missing_ok=True)
+class Source:
+    """The files that a corpus is read from, cut into jobs, and what they were when that was done."""
 
-    def _add(self, document: Document, writer: BinidxWriter, counts: Counter) -> None:
-        if document.text == "":
-            self.empty += 1
-            return
-        for ids, mask in encoded(document, self.tokenizer, self.render):
-            writer.extend(ids, mask)
-            counts["tokens"] += len(ids)
-            self.tokens += len(ids)
-            self.pace.at(self.documents if self.spec.synthetic else self.tokens)
-            if mask is not None:
-                counts["learned"] += sum(mask)
-        writer.end()
-        counts["documents"] += 1
-        self.documents += 1
-        if self.spec.format == "chat":
-            said = (turn["content"] for turn in document.talk() if turn["role"] == "assistant")
-            self.blank_lines += any(chat.TURN_END in words for words in said)
+    def __init__(self, packer: Packer, task: Task, workers: int):
+        self.packer, self.task, self.workers = packer, task, workers
+        self.jobs: list[Job] = []
+        self.inputs: list[dict] = []
+        self.stamps: list[list] = []
 
-    def _check(self, valid: bool) -> None:
-        found = {part: counts["documents"] for part, counts in self.counts.items()}
-        if not found["train"] and not found["valid"]:
-            raise DataError(
-                f"{self.source}: no documents to train on ({self.empty} empty ones left out); give some text"
-            )
-        if not found["train"] or (valid and not found["valid"]):
-            lacking = "train" if not found["train"] else "valid"
-            raise DataError(
-                f"{self.source}: valid: a share of {self.spec.valid} of {sum(found.values())} documents leaves none"
-                f" to {lacking}; documents are held out whole: give more of them, another share, or valid_path"
-            )
-        if self.spec.format == "chat" and not self.counts["train"]["learned"]:
-            raise DataError(
-                f"{self.source}: no talk has words of the assistant, so there is nothing to learn;"
-                " check columns and roles"
-            )
+    def add(self, path: str, part: str | None) -> None:
+        """Add the files of a path, whose documents belong to `part`, or are shared out."""
+        units = self.packer.reader.units(path)
+        files = list(dict.fromkeys(unit.path for unit in units))
+        stamps = [_stamp(file) for file in files]
+        borders = {file: [unit.start for unit in units if unit.path == file and unit.kind == "lines"] for file in files}
+        found = dict(zip(files, in_order(self.task, list(borders.items()), self.workers), strict=True))
+        lines = {(file, start): n for file in files for start, n in zip(borders[file], found[file][1], strict=True)}
+        self.jobs += [(replace(unit, lines=lines.get((unit.path, unit.start))), part) for unit in units]
+        self.inputs += [
+            {"file": file, "bytes": stamp[1], "sha256": found[file][0]}
+            for file, stamp in zip(files, stamps, strict=True)
+        ]
+        self.stamps += stamps
 
-    def describe(self) -> dict:
-        """What corpus.json says."""
-        parts = {part: dict(counts) or {"documents": 0, "tokens": 0} for part, counts in self.counts.items()}
-        return {
-            "format": self.spec.format,
-            "vocab_size": self.tokenizer.size,
-            "dtype": str(token_dtype(self.tokenizer.size)),
-            "documents": sum(part["documents"] for part in parts.values()),
-            "tokens": sum(part["tokens"] for part in parts.values()),
-            "empty": self.empty,
-            **parts,
-        }
+    def check(self) -> None:
+        """Raise DataError when a file is not what it was."""
+        for stamp in self.stamps:
+            if _stamp(stamp[0]) != stamp:
+                raise DataError(f"{stamp[0]}: changed while it was packed; run the same command again")
+
+    def parcels(self, done: int, limit: int | None) -> Iterable[Parcel]:
+        """Parcels of the jobs after those that are done, in order."""
+        if limit is None:
+            return in_order(self.task, self.jobs[done:], self.workers)
+        shared = [unit for unit, part in self.jobs if part is None]
+        return chain(limited(self.packer, shared, limit), map(self.task, self.jobs[len(shared) :]))
+
+
+def _tokenizer_digest(tokenizer: str) -> str:
+    """Digest of a tokenizer's files; of one that has none, its name."""
+    path = Path(tokenizer)
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    files = [file for file in files if file.is_file() and not file.name.startswith(".")]
+    return canonical({file.name: digest(file) for file in files}) if files else tokenizer
+
+
+def pack(folder: Path, spec: CorpusConfig, tokenizer: str, source: Source, made: Iterable[Document] | None) -> dict:
+    """Write both pairs and what is said of them, or nothing."""
+    packer = source.packer
+    mark = {"spec": spec.model_dump(mode="json"), "files": source.stamps, "tokenizer": _tokenizer_digest(tokenizer)}
+    mark |= {"code": fingerprint("pack"), "jobs": len(source.jobs)}
+    once = made is not None or spec.limit is not None  # quick: it begins at the beginning
+    packing = Packing(folder, spec, packer.dtype, f"once {time.time_ns()}" if once else canonical(mark))
+    try:
+        parcels = source.parcels(packing.done, spec.limit)
+        if made is not None:
+            parcels = chain(loose(packer, made), parcels)
+        whole = sum(unit.weight for unit, _ in source.jobs[packing.done :])
+        pace = Pace("packed", whole) if made is None else Pace("packed", spec.count, "documents")
+        packing.add_all(parcels, pace)
+        source.check()
+        valid = bool(spec.valid) or packing.card.parts["valid"]["documents"] > 0
+        name = source.inputs[0]["file"] if len(source.inputs) == 1 else spec.path or spec.synthetic
+        packing.check(name, valid)
+        about = {"format": spec.format, "vocab_size": packer.tokenizer.size, "dtype": str(packer.dtype)}
+        about |= {"inputs": source.inputs, "tokenizer": _tokenizer_digest(tokenizer)}
+        described = packing.finish(about)
+    except (PipeError, OSError):
+        packing.forget()
+        raise
+    tell(described, packing.card.counts)
+    if isinstance(packer.tokenizer, TrieTokenizer):
+        log.info("tokenizer: engine %s", packer.tokenizer.engine)
+    return described
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Pack a file or a made corpus; writes train and valid pairs and, last of all, corpus.json."""
+    """Pack files or a made corpus; writes train and valid pairs and, last of all, corpus.json."""
     parser = Parser(prog="rwkvpipe.pack", description=__doc__.splitlines()[0])
-    parser.add_argument("file", nargs="?", help="the corpus; nothing for a made one")
+    parser.add_argument("file", nargs="?", help="the corpus: a file, a folder or a glob; nothing for a made one")
     parser.add_argument("--spec", required=True, help="the corpus's settings as JSON")
     parser.add_argument("--tokenizer", required=True, help="its vocabulary: a folder, or `bytes`")
-    parser.add_argument("--valid", help="a file of its own to validate with")
+    parser.add_argument("--valid", help="files of its own to validate with")
     parser.add_argument("--seed", type=int, default=0, help="of a made corpus whose settings name none")
+    parser.add_argument("--workers", type=int, default=1, help="processes that read and encode")
     parser.add_argument("--out", required=True, type=Path, help="folder of the packed corpus")
     given = parser.parse_args(argv)
     spec = check_json(CorpusConfig, given.spec, "--spec")
+    if given.workers < 1:
+        raise ConfigError(f"--workers: {given.workers} processes; 1 is the least")
     tokenizer = load_tokenizer(given.tokenizer)
     if spec.format == "question":
         raise ConfigError("--spec: format question is not packed; rwkvpipe.questions writes such corpora")
@@ -138,19 +146,14 @@ def main(argv: list[str] | None = None) -> None:
     valid = given.valid or spec.valid_path
     if (file is None) == (spec.synthetic is None):
         raise ConfigError("--spec: synthetic makes the corpus; give a file or synthetic, not both")
-    training = _made(spec, given.seed) if file is None else documents(file, spec)
-    packer = Packer(given.out, spec, tokenizer, source=given.file)
-    packer.pack(training, documents(valid, spec) if valid else ())
-    described = packer.describe()
-    write_json(given.out / "corpus.json", described)
-    for part in ("train", "valid"):
-        log.info("%s: %s documents, %s tokens", part, *(f"{described[part][n]:,}" for n in ("documents", "tokens")))
-    if isinstance(tokenizer, TrieTokenizer):
-        log.info("tokenizer: engine %s", tokenizer.engine)
-    if packer.empty:
-        log.info("%d empty documents left out", packer.empty)
-    if packer.blank_lines:
-        log.info("%d talks have a blank line inside an answer; a blank line ends a turn", packer.blank_lines)
+    task = Task(spec, given.tokenizer)
+    task.packer = Packer(spec, tokenizer)
+    source = Source(task.packer, task, given.workers)
+    if file is not None:
+        source.add(file, None)
+    if valid:
+        source.add(valid, "valid")
+    pack(given.out, spec, given.tokenizer, source, _made(spec, given.seed) if file is None else None)
 
 
 if __name__ == "__main__":

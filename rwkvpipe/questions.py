@@ -13,7 +13,6 @@ from rwkvpipe.base.files import write_jsonl
 from rwkvpipe.base.strict import check, given_json
 from rwkvpipe.data import corpus
 from rwkvpipe.data.document import Document
-from rwkvpipe.data.question import check_columns, words
 from rwkvpipe.data.synthetic import generate
 
 log = logging.getLogger("rwkvpipe")
@@ -32,27 +31,25 @@ def read_spec(text: str) -> BenchmarkConfig | CorpusConfig:
 
 def texts(file: str | None, spec: BenchmarkConfig, seed: int) -> Iterator[dict]:
     """Rows of task bits: a whole text file is one text, of JSON rows each is one."""
-    check_columns(spec.columns)
     if file is None:
         for document in generate(spec.synthetic, seed, spec.limit or MADE):
             if document.text is None:
                 raise ConfigError(f"synthetic: {spec.synthetic} makes no texts, which task bits reads")
             yield {"text": document.text}
-    elif corpus.is_table(file):
-        for where, row in corpus.rows(file):
-            yield {"text": words(row, spec.columns.get("text", "text"), where)}
     else:
-        whole = corpus.whole_text(file)
-        if not whole:
-            raise DataError(f"{file}: empty; task bits needs a text to read")
-        yield {"text": whole}
+        for document in corpus.Reader(spec, "text").documents(file):
+            if not document.text:
+                raise DataError(f"{document.origin}: the text is empty; task bits needs one to read")
+            yield {"text": document.text}
 
 
-def found(file: str | None, spec: BenchmarkConfig | CorpusConfig, seed: int) -> Iterator[Document]:
-    """Questions of a file or of a made corpus, each with what the task needs."""
+def found(
+    file: str | None, spec: BenchmarkConfig | CorpusConfig, seed: int, bad: corpus.Bad = corpus.stop
+) -> Iterator[Document]:
+    """Questions of a file or of a made corpus, each with what the task needs; bad rows go to `bad`."""
     choice = isinstance(spec, BenchmarkConfig) and spec.task == "choice"
     if file is not None:
-        source = corpus.questions(file, spec.columns)
+        source = corpus.questions(file, spec, bad)
     elif isinstance(spec, CorpusConfig):
         source = generate(spec.synthetic, seed if spec.seed is None else spec.seed, spec.count)
     else:
@@ -78,14 +75,19 @@ def main(argv: list[str] | None = None) -> None:
     if (file is None) == (spec.synthetic is None):
         raise ConfigError("--spec: synthetic makes the questions; give a file or synthetic, not both")
     bits = isinstance(spec, BenchmarkConfig) and spec.task == "bits"
-    asked = texts(file, spec, given.seed) if bits else (each.row() for each in found(file, spec, given.seed))
-    limit = spec.limit if isinstance(spec, BenchmarkConfig) else None
+    skipped: list[dict] = []
+    bad = corpus.stop if getattr(spec, "on_error", "stop") == "stop" else lambda e: skipped.append({"error": str(e)})
+    asked = texts(file, spec, given.seed) if bits else (each.row() for each in found(file, spec, given.seed, bad))
+    limit = spec.limit
     rows = islice(asked, limit)
     if (first := next(rows, None)) is None:
         raise DataError(f"{file or spec.synthetic}: nothing in it; give at least one {'text' if bits else 'question'}")
     count = write_jsonl(given.out, chain([first], rows))
     if limit and file is not None and count < limit:
         log.info("%s: %d rows, limit is %d", file, count, limit)
+    if skipped:
+        write_jsonl(given.out.with_suffix(".skipped.jsonl"), skipped)
+        log.info("%d rows left out, listed in %s", len(skipped), given.out.with_suffix(".skipped.jsonl"))
     log.info("%s: %d rows", given.out, count)
 
 

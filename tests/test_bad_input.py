@@ -941,7 +941,7 @@ case(
     "code",
     "pack",
     "rows.npy: it holds Python objects",
-    "numpy.save(path, array)",
+    "save rows of several lengths with numpy.savez(path, values=",
     words={0: "rows.npy", "--tokenizer": "numbers", **spec(**ARRAY)},
     files={"rows.npy": array([Touch()])},
 )

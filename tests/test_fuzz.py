@@ -1,5 +1,6 @@
 """Damaged files, thousands of them: a reader takes one, or refuses it in one line that names it, and writes nothing."""
 
+import gzip
 import io
 import json
 import random
@@ -7,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -90,8 +93,16 @@ READERS: dict[str, Callable[[Path], object]] = {
     "settings.json": read_settings,
     "texts.jsonl": documents,
     "talks.jsonl": lambda path: documents(path, format="chat"),
-    "asked.jsonl": lambda path: list(corpus.questions(path, {})),
+    "asked.jsonl": lambda path: list(corpus.questions(path, CorpusConfig(path="x", format="question"))),
     "rows.npy": lambda path: documents(path, format="array"),
+    "rows.npz": lambda path: documents(path, format="array"),
+    "list.json": documents,
+    "nested.json": lambda path: documents(path, field="a[*].b[*].c"),
+    "texts.jsonl.gz": documents,
+    "texts.jsonl.zst": documents,
+    "texts.parquet": documents,
+    "texts.arrow": documents,
+    "stream.arrow": documents,
     "plain.txt": documents,
     "any.jsonl": lambda path: list(read_jsonl(path)),
     "metrics.jsonl": read_metrics,
@@ -102,6 +113,18 @@ READERS: dict[str, Callable[[Path], object]] = {
     "model.safetensors": checkpoint,
     "model.pth": checkpoint,
 }
+
+
+def tables(home: Path) -> None:
+    """Tables that are no text."""
+    found = pa.Table.from_pylist([{"text": f"one {n}", "n": n} for n in range(9)])
+    lines = b"".join(json.dumps(row).encode() + b"\n" for row in found.to_pylist())
+    (home / "texts.jsonl.gz").write_bytes(gzip.compress(lines))
+    (home / "texts.jsonl.zst").write_bytes(pa.compress(lines, codec="zstd", asbytes=True))
+    pq.write_table(found, home / "texts.parquet", row_group_size=4)
+    for name, new in (("texts.arrow", pa.ipc.new_file), ("stream.arrow", pa.ipc.new_stream)):
+        with new(str(home / name), found.schema) as sink:
+            sink.write_table(found, max_chunksize=4)
 
 
 @pytest.fixture(scope="session")
@@ -117,11 +140,15 @@ def whole(tmp_path_factory) -> dict[str, bytes]:
     rows = io.BytesIO()
     np.save(rows, np.array([[1, 2], [3, 4]]))
     (home / "rows.npy").write_bytes(rows.getvalue())
+    np.savez(home / "rows.npz", values=np.arange(5), lengths=[2, 3])
+    tables(home)
     names = ("tokens", "loss", "lr", "grad_norm", "tokens_per_second", "seconds")
     texts = {
         "config.yaml": CONFIG,
         "settings.json": json.dumps({"kind": "sft", "seed": 1, "lora": {"rank": 2}, "train": {"steps": 3, "lr": 0.1}}),
         "texts.jsonl": '{"text": "one"}\n{"text": "two ä"}\n',
+        "list.json": '[{"text": "one"},\n{"text": "two ä"}]',
+        "nested.json": '{\n"a": [{"b": [{"c": "x"}, {"c": "y"}]}]\n}',
         "talks.jsonl": '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
         '{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}\n',
         "asked.jsonl": '{"question": "a", "answer": "1"}\n{"question": "b", "options": ["c", "d"], "label": 1}\n',
@@ -196,6 +223,8 @@ def mutated(name: str, data: bytes, lots: random.Random) -> bytes:
         size = int.from_bytes(data[:8], "little")
         head = json.dumps(another(json.loads(data[8 : 8 + size]), lots)).encode()
         return len(head).to_bytes(8, "little") + head + data[8 + size :]
+    if kind == ".json":
+        return json.dumps(another(json.loads(data), lots), indent=lots.choice([None, 1])).encode()
     lines = data.decode().splitlines()
     row = lots.randrange(len(lines))
     lines[row] = json.dumps(another(json.loads(lines[row]), lots))

@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 
 from rwkvpipe import pack, vocab
+from rwkvpipe.base import growing
 from rwkvpipe.base.errors import ConfigError, DataError
+from rwkvpipe.base.files import digest
+from rwkvpipe.data import packing, table
 from rwkvpipe.data.binidx import Binidx
 from rwkvpipe.data.synthetic import generate
 from rwkvpipe.tokenizer.byte import ByteTokenizer
@@ -153,7 +156,7 @@ def test_a_corpus_of_questions_is_not_packed(tmp_path):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_kill_leaves_whole_files_and_the_next_run_gives_the_same_bytes(tmp_path):
@@ -165,7 +168,7 @@ def test_a_kill_leaves_whole_files_and_the_next_run_gives_the_same_bytes(tmp_pat
     def writing():
         """A process that packs, from the moment it writes."""
         process = subprocess.Popen([sys.executable, "-m", "rwkvpipe.pack", *words], stderr=subprocess.DEVNULL)
-        while process.poll() is None and not list(out.glob(".train.bin.*")):
+        while process.poll() is None and not (out / ".pack").exists():
             time.sleep(0.002)
         return process
 
@@ -193,7 +196,7 @@ def test_a_pack_that_fails_at_its_end_is_no_pack(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pack.BinidxWriter, "_finish", full)
+    monkeypatch.setattr(packing, "write_index", full)
     with pytest.raises(OSError, match="No space"):
         run(tmp_path, rows(tmp_path / "a.jsonl", {"text": "other"}))
     assert not (tmp_path / "out/corpus.json").exists() and not list((tmp_path / "out").glob(".*"))
@@ -241,3 +244,147 @@ def test_a_character_outside_a_learned_vocabulary_is_named_with_line_and_remedy(
         f"{path}:2: the vocabulary has no 'é' (U+00E9), character 6 of ' cab é'; learn the vocabulary from this text"
         " too, or use kind bytes"
     )
+
+
+TEXTS = [f"line {n} " + "wörd " * (n % 23) for n in range(3000)]
+
+
+def lines(folder, name="many.jsonl", texts=TEXTS):
+    return rows(folder / name, *({"text": text} for text in texts))
+
+
+@pytest.mark.parametrize("kind", ["lines", "parquet", "arrow"])
+def test_bytes_do_not_depend_on_the_number_of_workers_or_the_size_of_units(tmp_path, kind, monkeypatch):
+    path = lines(tmp_path)
+    if kind != "lines":
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        content, path = pa.Table.from_pylist([{"text": text} for text in TEXTS]), tmp_path / kind
+        if kind == "parquet":
+            parquet.write_table(content, path, row_group_size=400)
+        else:
+            with pa.ipc.new_file(str(path), content.schema) as sink:
+                sink.write_table(content, max_chunksize=400)
+    made = []
+    for workers, size in ((1, 1 << 22), (1, 5000), (2, 20000), (3, 7000)):
+        monkeypatch.setattr(table, "UNIT", size)
+        run(tmp_path, path, "--workers", workers, valid=0.1)
+        made.append(contents(tmp_path / "out"))
+    assert made[0] == made[1] == made[2] == made[3] and len(made[0]) == 5
+    said = json.loads(made[0]["corpus.json"])
+    assert said["inputs"][0]["sha256"] == digest(path) and said["bytes"] == sum(len(t.encode()) for t in TEXTS)
+
+
+def test_the_first_bad_row_of_the_file_is_named_whoever_finds_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "UNIT", 3000)
+    path = lines(tmp_path)
+    broken = path.read_text().splitlines()
+    for number in (700, 1400, 2900):
+        broken[number] = '{"text": 1}'
+    path.write_text("\n".join(broken))
+    for workers in (1, 2):
+        with pytest.raises(DataError, match=r"many.jsonl:701: `text` is int 1"):
+            run(tmp_path, path, "--workers", workers)
+        assert not (tmp_path / "out").exists()
+
+
+def test_bad_rows_are_skipped_counted_and_listed(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(table, "UNIT", 40)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a"}\n{"text"\n\n{"text": "b"}\n{"text": null}\n{"text": "\xff"}\n{"text": "aab"}\n')
+    train, about = run(tmp_path, path, tokenizer=TrieTokenizer({1: b"a"}), on_error="skip")
+    assert train.tokens(0, len(train)).tolist() == [1, 0] and about["skipped"] == 5
+    listed = [json.loads(line)["error"] for line in (tmp_path / "out/skipped.jsonl").read_text().splitlines()]
+    assert [error.split(": ")[0] for error in listed] == [f"{path}:{n}" for n in (2, 4, 5, 6, 7)]
+    assert "5 rows left out, listed in skipped.jsonl" in caplog.text
+    run(tmp_path, lines(tmp_path), on_error="skip")
+    assert not (tmp_path / "out/skipped.jsonl").exists()
+
+
+def test_equal_documents_are_counted_and_dropped_where_that_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "UNIT", 60)
+    path = rows(tmp_path / "a.jsonl", *({"text": text} for text in "abacabbd"))
+    train, about = run(tmp_path, path)
+    assert texts(train) == list("abacabbd") and about["duplicates"] == 4 and about["duplicates_dropped"] == 0
+    train, about = run(tmp_path, path, "--workers", 2, duplicates="drop")
+    assert texts(train) == list("abcd") and about["duplicates_dropped"] == 4 and about["documents"] == 4
+    other = rows(tmp_path / "b.jsonl", {"text": "a"}, {"text": "z"})
+    run(tmp_path, path, "--valid", other, valid_path="b", duplicates="drop")
+    assert texts(Binidx(tmp_path / "out/valid")) == ["z"]
+
+
+def test_a_corpus_says_what_it_is(tmp_path):
+    _, about = run(tmp_path, rows(tmp_path / "a.jsonl", *({"text": "ä" * n} for n in (1, 2, 2, 30))))
+    assert about["tokens"] == 74 and about["bytes"] == 70 and about["bytes_per_token"] == 0.9459
+    assert [(b["from"], b["to"], b["documents"]) for b in about["lengths"] if b["documents"]] == [
+        (2, 3, 1), (4, 7, 2), (32, 63, 1)
+    ]  # fmt: skip
+    assert about["longest"][0] == {"tokens": 61, "origin": f"{tmp_path}/a.jsonl:4"} and len(about["longest"]) == 4
+
+
+def test_a_limit_takes_the_first_documents(tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "UNIT", 100)
+    train, about = run(tmp_path, lines(tmp_path), limit=25)
+    assert texts(train) == TEXTS[:25] and about["documents"] == 25
+
+
+def test_adding_files_moves_no_document_across(tmp_path):
+    (tmp_path / "in").mkdir()
+    lines(tmp_path, "in/b.jsonl")
+    run(tmp_path, tmp_path / "in", valid=0.1)
+    before = {part: set(texts(Binidx(tmp_path / f"out/{part}"))) for part in ("train", "valid")}
+    lines(tmp_path, "in/a.jsonl", [f"new {n}" for n in range(500)])
+    run(tmp_path, tmp_path / "in", valid=0.1)
+    for part, there in before.items():
+        assert there < set(texts(Binidx(tmp_path / f"out/{part}")))
+
+
+def test_a_killed_pack_goes_on_where_it_was(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(table, "UNIT", 5000)
+    monkeypatch.setattr(growing, "EVERY", 0.0)
+    path = lines(tmp_path)
+    settings = {"valid": 0.1, "duplicates": "drop", "on_error": "skip"}
+    path.write_text(path.read_text() + path.read_text() + "bad\n")
+    run(tmp_path, path, **settings)
+    whole = contents(tmp_path / "out")
+    add = packing.Packing.add
+
+    for moment in (1, 7, 30):
+        left = iter(range(moment))
+
+        def dies(self, parcel, left=left):
+            if next(left, None) is None:
+                self.files.append("train.bin", b"half a piece")
+                raise KeyboardInterrupt
+            add(self, parcel)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(packing.Packing, "add", dies)
+            with pytest.raises(KeyboardInterrupt):
+                run(tmp_path, path, **settings)
+        caplog.clear()
+        run(tmp_path, path, "--workers", 2, **settings)
+        assert f"going on after {moment} pieces" in caplog.text
+        assert contents(tmp_path / "out") == whole
+
+
+def test_a_file_that_changes_meanwhile_is_refused(tmp_path, monkeypatch):
+    path = lines(tmp_path)
+    add = packing.Packing.add
+
+    def meddling(self, parcel):
+        path.write_text('{"text": "other"}')
+        add(self, parcel)
+
+    monkeypatch.setattr(packing.Packing, "add", meddling)
+    with pytest.raises(DataError, match="many.jsonl: changed while it was packed"):
+        run(tmp_path, path)
+
+
+def test_one_line_without_end_takes_linear_time_and_is_whole(tmp_path):
+    for text in ("a" * 3_000_000, "QUJD" * 500_000, "\u4e2d" * 700_000):
+        train, _ = run(tmp_path, rows(tmp_path / "a.jsonl", {"text": text}, {"text": "end"}))
+        assert texts(train) == [text, "end"]

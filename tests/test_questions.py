@@ -40,7 +40,7 @@ def test_a_text_file_is_one_row_of_task_bits(tmp_path):
     path = rows(tmp_path / "a.jsonl", {"body": "x"}, {"body": "y"})
     assert run(tmp_path, path, task="bits", columns={"text": "body"}, limit=1) == [{"text": "x"}]
     (tmp_path / "b.txt").write_bytes(b"")
-    with pytest.raises(DataError, match="b.txt: empty"):
+    with pytest.raises(DataError, match="b.txt:1: the text is empty"):
         run(tmp_path, tmp_path / "b.txt", task="bits")
 
 
@@ -72,7 +72,7 @@ def test_a_shorter_file_than_the_limit_is_spoken_of(tmp_path, caplog):
         ('{"question": "?"}', {"task": "answer"}, DataError, "a.jsonl:1: no `answer`"),
         ("{", {"task": "answer"}, DataError, "a.jsonl:1: not JSON"),
         ('{"question": "?", "answer": "x"}\n{', {"task": "answer"}, DataError, "a.jsonl:2: not JSON"),
-        ("", {"task": "bits"}, DataError, "nothing in it"),
+        ("", {"task": "bits"}, DataError, "no documents in it"),
         ("", {"task": "answr"}, ConfigError, "task"),
         ("", {"format": "text", "tokenizer": "t"}, ConfigError, "has format question"),
         ("", {"task": "answer", "columns": {"anser": "a"}}, ConfigError, "columns.anser"),

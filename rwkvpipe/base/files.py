@@ -147,10 +147,10 @@ def parse_json(text: str | bytes, where: str | Path, *, lines: bool = True) -> A
         at = error.start - error.object.rfind(b"\n", 0, error.start)
         raise DataError(f"{where}{line}: not UTF-8 at byte {at} of the line; save it as UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: {_unreadable(error)}") from None
+        raise DataError(f"{where}: {unreadable(error)}") from None
 
 
-def _unreadable(error: Exception) -> str:
+def unreadable(error: Exception) -> str:
     """What Python refuses to read though it is JSON."""
     deep = isinstance(error, RecursionError)
     return "brackets too deep to be read; flatten it" if deep else "a number with too many digits; write it as text"

@@ -105,9 +105,7 @@ class Claims:
         return f"process {self.holder(f'{name}.{part}')}"
 
 
-def begin(
-    claims: Claims, run: str, used: Iterable[str], made: Mapping[str, list], say: Callable[[str], None]
-) -> bool:
+def begin(claims: Claims, run: str, used: Iterable[str], made: Mapping[str, list], say: Callable[[str], None]) -> bool:
     """Take a run and the shared things it needs; False after waiting for others, whose work changes what is to do.
 
     Raises ConfigError if the run is in work already.

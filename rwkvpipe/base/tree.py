@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from rwkvpipe.base.agree import agree, vocabulary
 from rwkvpipe.base.config import ExportConfig, PipelineConfig, SamplesConfig, StageConfig
+from rwkvpipe.base.sources import files_of
 
 TEMPLATES = ("chat_template.jinja", "tokenizer_config.json")  # where a hub's folder keeps a chat template
 # what says that an export is whole: the file itself, or the last one of a folder
@@ -154,14 +155,18 @@ class Tree:
         entry = self.config.weights[weights]
         return self.fetched(entry.path, entry.sha256)
 
-    def corpus_file(self, name: str) -> list[str]:
-        """The corpus as it came; nothing for a made one."""
-        path = self.config.corpora[name].path
+    def corpus_source(self, name: str, field: str = "path") -> list[str]:
+        """What a corpus is read from, as its step is told: a file, a folder, a glob; nothing for a made one."""
+        path = getattr(self.config.corpora[name], field)
         return [self.fetched(path)] if path else []
 
+    def corpus_file(self, name: str, field: str = "path") -> list[str]:
+        """The files of a corpus as they came."""
+        return [file for source in self.corpus_source(name, field) for file in files_of(source)]
+
     def valid_file(self, name: str) -> list[str]:
-        path = self.config.corpora[name].valid_path
-        return [self.fetched(path)] if path else []
+        """The files of a corpus's own validation part."""
+        return self.corpus_file(name, "valid_path")
 
     def template_file(self, name: str) -> list[str]:
         """The chat template that lays a corpus out."""
@@ -171,9 +176,14 @@ class Tree:
         files = [f"{path}/{name}" for name in TEMPLATES if Path(path, name).is_file()]
         return files or [f"{path}/{TEMPLATES[0]}"]
 
-    def benchmark_file(self, name: str) -> list[str]:
+    def benchmark_source(self, name: str) -> list[str]:
+        """What a benchmark is read from: a file, a folder, a glob; nothing for a made one."""
         path = self.config.benchmarks[name].path
         return [self.fetched(path)] if path else []
+
+    def benchmark_file(self, name: str) -> list[str]:
+        """The files of a benchmark as they came."""
+        return [file for source in self.benchmark_source(name) for file in files_of(source)]
 
     def vocabulary_files(self, name: str) -> list[str]:
         """What a vocabulary is read or learned from."""

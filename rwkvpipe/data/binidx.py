@@ -41,10 +41,8 @@ class BinidxWriter:
     def __init__(self, path: str | Path, dtype: np.dtype | type, *, masked: bool | None = None):
         self.prefix = _prefix(path)
         self.dtype = np.dtype(dtype).newbyteorder("<")
-        known = {np.dtype(name): code for code, name in CODES.items()}
-        if self.dtype not in known:
+        if self.dtype not in {np.dtype(name) for name in CODES.values()}:
             raise DataError(f"{self.prefix}: tokens of dtype {np.dtype(dtype)} cannot be stored; use uint16 or int32")
-        self.code = known[self.dtype]
         self.sizes = array("i")
         self.tokens = self._begun = 0
         self.masked = masked
@@ -108,15 +106,29 @@ class BinidxWriter:
         if self.masked:
             self._open_mask().close()
         self._bin.close()
-        sizes = np.asarray(self.sizes, dtype="<i4")
-        count = len(sizes)
-        pointers = np.zeros(count, dtype="<i8")
-        np.cumsum(sizes[:-1], out=pointers[1:], dtype="<i8")
-        pointers *= self.dtype.itemsize
-        with open(self._stack.enter_context(atomic(f"{self.prefix}.idx")), "wb") as file:
-            file.write(MAGIC + (1).to_bytes(8, "little") + bytes([self.code]))
-            file.write(count.to_bytes(8, "little") + (count + 1).to_bytes(8, "little"))
-            file.write(sizes.tobytes() + pointers.tobytes() + np.arange(count + 1, dtype="<i8").tobytes())
+        write_index(self._stack.enter_context(atomic(f"{self.prefix}.idx")), self.dtype, np.asarray(self.sizes))
+
+
+def write_index(path: Path, dtype: np.dtype, sizes: np.ndarray, ends: np.ndarray | None = None) -> None:
+    """Write an index into a temporary file: of items of `sizes` (n,) tokens, each a document.
+
+    With `ends` (m,), which leads from 0 to n, documents have several items.
+    """
+    code = next(code for code, name in CODES.items() if np.dtype(name) == dtype)
+    count = len(sizes)
+    ends = np.arange(count + 1, dtype="<i8") if ends is None else ends
+    with open(path, "wb") as file:
+        file.write(MAGIC + (1).to_bytes(8, "little") + bytes([code]))
+        file.write(count.to_bytes(8, "little") + len(ends).to_bytes(8, "little"))
+        for first in range(0, count, BLOCK):
+            file.write(sizes[first : first + BLOCK].astype("<i4").tobytes())
+        before = 0
+        for first in range(0, count, BLOCK):
+            borders = before + np.cumsum(sizes[first : first + BLOCK], dtype=np.int64)
+            file.write((np.concatenate(([before], borders[:-1])) * dtype.itemsize).astype("<i8").tobytes())
+            before = int(borders[-1])
+        for first in range(0, len(ends), BLOCK):
+            file.write(ends[first : first + BLOCK].astype("<i8").tobytes())
 
 
 class Binidx:

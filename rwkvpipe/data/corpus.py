@@ -1,34 +1,52 @@
-"""Documents out of files: JSONL, JSON, plain text, numpy arrays."""
+"""Documents out of files of any kind: tables, texts, arrays; one, many, folders and globs of them."""
 
 import json
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
-from tokenize import TokenError  # numpy reads an array's head as Python
+from typing import Protocol
 
 import numpy as np
 
+from rwkvpipe.base.column import Columns
 from rwkvpipe.base.config import CorpusConfig
 from rwkvpipe.base.errors import ConfigError, DataError
-from rwkvpipe.base.files import read_json, read_jsonl
+from rwkvpipe.base.sources import files_of
+from rwkvpipe.data.array import array_documents, array_units
 from rwkvpipe.data.document import Document
-from rwkvpipe.data.question import check_columns, question, talk, words
+from rwkvpipe.data.kind import BOM, TABLES, kind_of, opened
+from rwkvpipe.data.question import filled, question, talk, words
+from rwkvpipe.data.table import raw_rows, row_of, table_units
+from rwkvpipe.data.unit import Place, Unit
 
-log = logging.getLogger("rwkvpipe")
-ROWS = (".jsonl", ".ndjson", ".json")
-BOM = b"\xef\xbb\xbf"
-NPY = b"\x93NUMPY"  # first bytes of what numpy.save writes
-ZIP = b"PK"  # and numpy.savez
+ARRAYS = ("numpy", "arrays")
+# what rows of questions and talks may be called without `columns`
+ASKED = {"question", "answer", "options", "label"}
+TALKED = ASKED | {"messages", "conversations", "instruction", "input", "output", "response"}
+Bad = Callable[[DataError], None]
+
+
+class Named(Protocol):
+    """Settings that say where rows keep questions."""
+
+    columns: dict[str, str]
+    templates: dict[str, str]
+
+
+def stop(error: DataError) -> None:
+    """The answer to a bad row where nothing else is asked for: the end."""
+    raise error
 
 
 def is_table(path: str | Path) -> bool:
-    """Whether a file holds rows of JSON, by its name."""
-    return Path(path).suffix.lower() in ROWS
+    """Whether a file holds rows."""
+    return kind_of(path)[0] in TABLES
 
 
-def whole_text(path: str | Path) -> str:
+def whole_text(path: str | Path, packed: str = "") -> str:
     """A text file as it stands, line ends too, less a byte order mark. Raises DataError naming the line."""
-    data = Path(path).read_bytes().removeprefix(BOM)
+    with opened(path, packed) as file:
+        data = file.read().removeprefix(BOM)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -36,36 +54,28 @@ def whole_text(path: str | Path) -> str:
         raise DataError(f"{path}:{line}: not UTF-8 at byte {error.start} of the file; save it as UTF-8") from None
 
 
-def rows(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """(origin, row) of JSON Lines, or of a .json file that holds one list. Raises DataError naming the line."""
-    path = Path(path)
-    if path.suffix.lower() == ".json":
-        with open(path, "rb") as file:
-            listed = file.read(64).removeprefix(BOM).lstrip()[:1] == b"["
-        if listed:
-            for number, row in enumerate(read_json(path), 1):
-                if not isinstance(row, dict):
-                    raise DataError(f"{path}: item {number}: a JSON object is needed, this is a {type(row).__name__}")
-                yield f"{path}: item {number}", row
-            return
-    # blank lines count, so that numbers are those of an editor
-    with open(path, "rb") as file:
-        filled = (number for number, line in enumerate(file, 1) if line.strip())
-        for number, row in zip(filled, read_jsonl(path), strict=False):
-            yield f"{path}:{number}", row
+def rows(path: str | Path) -> Iterator[tuple[Place, dict]]:
+    """(place, row) of a table, all columns. Raises DataError naming the line."""
+    kind, packed = kind_of(path)
+    for unit in table_units(str(path), kind, packed, None):
+        for place, raw in raw_rows(unit, None):
+            yield place, row_of(raw, place)
 
 
 def texts(path: str | Path) -> Iterator[str]:
     """Every text in a file, whatever its columns are called; numbers as their digits."""
-    if not is_table(path):
-        yield whole_text(path)
-        return
-    for where, row in rows(path):
-        yield from _texts(row, where)
+    kind, packed = kind_of(path)
+    if kind in TABLES:
+        for where, row in rows(path):
+            yield from _texts(row, where)
+    elif kind == "text":
+        yield whole_text(path, packed)
+    else:
+        raise DataError(f"{path}: holds numbers, no text")
 
 
-def _texts(value, where: str) -> Iterator[str]:
-    if isinstance(value, str):
+def _texts(value, where: object) -> Iterator[str]:
+    if isinstance(value, str | bytes):
         if value:
             yield words({"text": value}, "text", where, least=0)
     elif isinstance(value, dict):
@@ -75,101 +85,135 @@ def _texts(value, where: str) -> Iterator[str]:
         for part in value:
             yield from _texts(part, where)
     elif value is not None:
-        yield json.dumps(value)
+        yield json.dumps(value, default=str)
 
 
-def _array(path: Path) -> np.ndarray:
-    """A .npy file, mapped. Raises DataError when it is no array of whole numbers."""
-    with open(path, "rb") as file:
-        start = file.read(len(NPY))
-    if start.startswith(ZIP):
-        raise DataError(f"{path}: an archive of arrays; save the one that counts with numpy.save(path, array)")
-    # numpy takes all else for pickled objects, and says so of any damage
-    if start != NPY:
-        raise DataError(f"{path}: it is no .npy file, or damaged; save whole numbers with numpy.save(path, array)")
-    try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, SyntaxError, OverflowError, TokenError) as error:
-        objects = "Python object" in str(error)  # the one thing wrong with a file whose head is whole
-        reason = "it holds Python objects" if objects else "it is cut short or damaged"
-        raise DataError(f"{path}: {reason}; save whole numbers with numpy.save(path, array)") from None
-    if found.dtype.kind not in "iu":
-        raise DataError(
-            f"{path}: row 1: the array is of {found.dtype}, whole numbers are needed; save array.astype(numpy.int64)"
-            " if its numbers are whole"
-        )
-    return found
+class Reader:
+    """Documents of one corpus: the units that its files are cut into, and what stands in each.
+
+    Raises ConfigError for columns and paths that cannot be.
+    """
+
+    def __init__(self, spec: CorpusConfig | Named, format: str):
+        self.spec, self.format = spec, format
+        named = format in ("chat", "question") or "text" in spec.templates or "text" in spec.columns
+        field = {} if named else {"text": getattr(spec, "field", "text")}
+        self.columns = Columns(spec.columns | field, spec.templates)
+        names = {"question": ASKED, "chat": TALKED}.get(format, set())
+        self.needed = frozenset(self.columns.tops | names)
+        self.cut = getattr(spec, "cut", None)
+
+    def units(self, path: str | Path) -> list[Unit]:
+        """The units of all files that a path means. Raises DataError when they are of kinds that do not go together."""
+        files, found, first = files_of(path), [], None
+        if not files:
+            raise DataError(f"{path}: a folder without files; name a corpus file")
+        for file in files:
+            kind, packed = kind_of(file)
+            group = "arrays of numbers" if kind in ARRAYS else "tables" if kind in TABLES else kind
+            if first and group != first[0]:
+                raise DataError(
+                    f"{path}: {first[1]} and {file} are not of one kind ({first[0]}, {group}); name those that count"
+                    " by a glob, such as folder/*.jsonl"
+                )
+            first = first or (group, file)
+            found += self._units(file, kind, packed)
+        return found
+
+    def _units(self, file: str, kind: str, packed: str) -> list[Unit]:
+        if kind == "index":
+            raise DataError(f"{file}: the index of a binidx pair, whose documents are tokens already; format binidx")
+        if kind in ARRAYS:
+            if self.format not in ("array", "text"):
+                raise DataError(f"{file}: rows of JSON or parquet are needed for format {self.format}, not numbers")
+            return array_units(file, kind, self.cut)
+        if self.cut:
+            raise ConfigError(f"{file}: cut belongs to one long array of numbers, this is a {kind} file")
+        if kind in TABLES:
+            return table_units(file, kind, packed, self.needed)
+        if self.format != "text":
+            raise DataError(f"{file}: rows of JSON are needed (a .jsonl file), or parquet; this is a text file")
+        return [Unit(file, kind, packed, weight=Path(file).stat().st_size)]
+
+    def read(self, unit: Unit, bad: Bad = stop) -> Iterator[Document]:
+        """The documents of a unit. What is wrong with a row is told to `bad`, and if that returns the next one is read.
+
+        Raises DataError for what is wrong with the file itself.
+        """
+        if unit.kind in ARRAYS:
+            for found in array_documents(unit, self.cut):
+                if isinstance(found, DataError):
+                    bad(found)
+                else:
+                    yield found
+        elif unit.kind == "text":
+            try:
+                text = whole_text(unit.path, unit.packed)
+            except DataError as error:
+                bad(error)
+            else:
+                yield Document(text=text, origin=Place(unit, 1))
+        else:
+            for place, raw in raw_rows(unit, self.needed):
+                yield from self._row(raw, place, bad)
+
+    def _row(self, raw, place: Place, bad: Bad) -> Iterator[Document]:
+        try:
+            records = [*self.columns.records(row_of(raw, place), place)]
+        except DataError as error:
+            bad(error)
+            return
+        for where, record in records:
+            try:
+                document = self._document(filled(record, self.columns, where), where)
+            except DataError as error:
+                bad(error)
+            else:
+                yield document
+
+    def _document(self, record: dict, where: object) -> Document:
+        if self.format == "question":
+            return question(record, self.columns.names, where)
+        if self.format == "chat":
+            return talk(record, self.columns.names, where)
+        column = self.columns.names["text"]
+        value = record.get(column)
+        if isinstance(value, list):
+            return Document(ids=_numbers(value, column, where), origin=where)
+        return Document(text=words(record, column, where, least=0), origin=where)
+
+    def documents(self, path: str | Path, bad: Bad = stop) -> Iterator[Document]:
+        """All documents of a path, one by one. Raises DataError also when there is none."""
+        empty = True
+        for unit in self.units(path):
+            for document in self.read(unit, bad):
+                empty = False
+                yield document
+        if empty:
+            raise DataError(f"{path}: no documents in it")
 
 
-def _arrays(path: Path, cut: int | None) -> Iterator[Document]:
-    """Rows of an array, or pieces of a one-dimensional one."""
-    found = _array(path)
-    if found.ndim not in (1, 2) or 0 in found.shape:
-        raise DataError(f"{path}: an array of shape {found.shape}; sequences x length is needed, or one long row")
-    if found.ndim == 2 and cut:
-        raise DataError(f"{path}: cut: the array has {len(found)} rows, and each is a document already; remove cut")
-    pieces: Iterable[np.ndarray] = found if found.ndim == 2 else [found]
-    if found.ndim == 1 and cut:
-        rest = len(found) % cut
-        if rest:
-            log.info(
-                "%s: %d numbers cut into pieces of %d; the last, of %d, is %s",
-                path, len(found), cut, rest, "kept" if rest > 1 else "left out",
-            )  # fmt: skip
-        end = len(found) - (rest == 1)  # one number predicts nothing
-        pieces = (found[start : min(start + cut, end)] for start in range(0, end, cut))
-    for number, piece in enumerate(pieces, 1):
-        where = f"{path}: row {number}"
-        if len(piece) and (low := int(piece.min())) < 0:
-            raise DataError(f"{where}: holds {low}; numbers run from 0 up, add to all of them what makes them so")
-        yield Document(ids=piece, origin=where)
+def _numbers(value: list, column: str, where: object) -> np.ndarray:
+    """A row of whole numbers. Raises DataError naming the first item that is none."""
+    for place, item in enumerate(value):
+        if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item < 2**31:
+            shown = "null" if item is None else repr(item)[:30]
+            raise DataError(
+                f"{where}: `{column}[{place}]` is {shown}; a list is taken for whole numbers from 0 up; for"
+                " anything else give a text"
+            )
+    return np.asarray(value, dtype=np.int64)
 
 
-def _text_documents(path: Path, field: str) -> Iterator[Document]:
-    if not is_table(path):
-        yield Document(text=whole_text(path), origin=f"{path}:1")
-        return
-    for where, row in rows(path):
-        yield Document(text=words(row, field, where, least=0), origin=where)
-
-
-def _each(path: Path, read: Callable, columns: Mapping[str, str]) -> Iterator[Document]:
-    if not is_table(path):
-        raise DataError(f"{path}: rows of JSON are needed (a .jsonl file), this is a {path.suffix or 'plain'} file")
-    for where, row in rows(path):
-        yield read(row, columns, where)
-
-
-def questions(path: str | Path, columns: Mapping[str, str]) -> Iterator[Document]:
+def questions(path: str | Path, spec: Named, bad: Bad = stop) -> Iterator[Document]:
     """Questions with answers out of rows. Raises DataError naming the line, ConfigError for an unknown column name."""
-    check_columns(columns)
-    return _filled(path, _each(Path(path), question, columns))
+    return Reader(spec, "question").documents(path, bad)
 
 
-def _filled(path: str | Path, found: Iterator[Document]) -> Iterator[Document]:
-    """The same, but a DataError when there is nothing."""
-    empty = True
-    for document in found:
-        empty = False
-        yield document
-    if empty:
-        raise DataError(f"{path}: no documents in it")
+def documents(path: str | Path, spec: CorpusConfig, bad: Bad = stop) -> Iterator[Document]:
+    """The documents of a corpus in the spec's format, one by one, at most `limit` of them.
 
-
-def documents(path: str | Path, spec: CorpusConfig) -> Iterator[Document]:
-    """The documents of a file in the spec's format, one by one.
-
-    text: a column of JSONL, or a whole text file; chat: talks; question; array: rows of whole numbers.
+    text: a column of a table, or whole text files; chat: talks; question; array: rows of whole numbers.
     Raises DataError naming file and line of what cannot be used, and when there is nothing at all.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}; name a corpus file")
-    if (path.suffix.lower() == ".npy") != (spec.format == "array"):
-        raise ConfigError(f"{path}: a corpus of format {spec.format}; .npy files, and only they, have format array")
-    check_columns(spec.columns)
-    if spec.format == "array":
-        return _filled(path, _arrays(path, spec.cut))
-    if spec.format == "text":
-        return _filled(path, _text_documents(path, spec.field))
-    return _filled(path, _each(path, talk if spec.format == "chat" else question, spec.columns))
+    return islice(Reader(spec, spec.format).documents(path, bad), spec.limit)

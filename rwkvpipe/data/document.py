@@ -4,12 +4,14 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from json.encoder import encode_basestring
 
 import numpy as np
 
 from rwkvpipe.base.errors import DataError
 from rwkvpipe.base.files import canonical
 from rwkvpipe.tokenizer import chat
+from rwkvpipe.tokenizer.integer import IntegerTokenizer
 from rwkvpipe.tokenizer.load import Tokenizer
 
 Render = Callable[[Sequence[dict], Tokenizer], tuple[list[int], list[int]]]
@@ -20,7 +22,7 @@ class Document:
     """One of: `text`; `messages` (role and content each); `ids` (whole numbers); `question` with `answer`.
 
     A question of multiple choice has `options` and the index of the right one, `label`. `origin` is where the
-    document came from, `file:line`, for errors.
+    document came from, as text `file:line`, for errors.
     """
 
     text: str | None = None
@@ -30,7 +32,7 @@ class Document:
     answer: str | None = None
     options: Sequence[str] | None = None
     label: int | None = None
-    origin: str = ""
+    origin: object = ""
 
     def talk(self) -> list[dict]:
         """The turns of a talk; a question becomes one of the user's, its answer the assistant's."""
@@ -58,17 +60,34 @@ class Document:
         return row
 
     @cached_property
-    def fraction(self) -> float:
-        """A number in [0, 1) that depends on the content alone: equal documents have equal ones."""
-        if self.ids is not None:
-            data = np.asarray(self.ids, dtype="<i8").tobytes()
+    def digest(self) -> bytes:
+        """sha256 of the content alone: equal documents have equal ones."""
+        if self.text is not None:
+            data = '{"text":' + encode_basestring(self.text) + "}"  # as `canonical` writes it, but at once
         elif self.question is not None:
-            data = canonical({"question": self.question}).encode("utf-8", "surrogatepass")
+            data = canonical({"question": self.question, "answer": self.answer})
+        elif self.messages is not None:
+            data = canonical(list(self.messages))
         else:
-            data = canonical({"text": self.text} if self.text is not None else list(self.messages or ())).encode(
-                "utf-8", "surrogatepass"
-            )
-        return int.from_bytes(hashlib.sha256(data).digest()[:7], "big") / 2**56
+            return hashlib.sha256(np.asarray(self.ids, dtype="<i8").tobytes()).digest()
+        return hashlib.sha256(data.encode("utf-8", "surrogatepass")).digest()
+
+    @cached_property
+    def fraction(self) -> float:
+        """A number in [0, 1) that depends on the content alone, and of a question on what is asked."""
+        digest = self.digest
+        if self.question is not None:
+            asked = canonical({"question": self.question}).encode("utf-8", "surrogatepass")
+            digest = hashlib.sha256(asked).digest()
+        return int.from_bytes(digest[:7], "big") / 2**56
+
+    @property
+    def width(self) -> int:
+        """Bytes of all that is said, as UTF-8; of numbers none."""
+        if self.ids is not None:
+            return 0
+        said = [self.text] if self.text is not None else [turn["content"] for turn in self.talk()]
+        return sum(len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass")) for text in said)
 
 
 def encoded(
@@ -82,6 +101,8 @@ def encoded(
     """
     end = [] if tokenizer.eos is None else [tokenizer.eos]
     if document.ids is not None:
+        if not isinstance(tokenizer, IntegerTokenizer):
+            raise DataError(f"{document.origin}: whole numbers, for which a tokenizer of kind integer is needed")
         numbers = np.asarray(document.ids)
         if (top := int(numbers.max(initial=0))) > tokenizer.size - 2:
             raise DataError(

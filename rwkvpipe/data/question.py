@@ -1,32 +1,27 @@
 """Rows of files as questions and talks, each checked, under the names that their authors chose."""
 
-import difflib
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from rwkvpipe.base.errors import ConfigError, DataError
+from rwkvpipe.base.column import NAMES, Columns, fill, slots
+from rwkvpipe.base.errors import DataError
 from rwkvpipe.data.document import Document
 from rwkvpipe.tokenizer.chat import ROLES
 
-NAMES = ("question", "answer", "options", "label", "messages", "text")
 SHAREGPT = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
-def check_columns(columns: Mapping[str, str]) -> None:
-    """Raise ConfigError where `columns` maps a name that means nothing to us."""
-    for name in columns:
-        if name not in NAMES:
-            near = difflib.get_close_matches(name, NAMES, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(NAMES)}"
-            raise ConfigError(f"columns.{name}: no such name; {hint}")
-
-
-def words(row: dict, column: str, where: str, *, least: int = 1) -> str:
+def words(row: dict, column: str, where: object, *, least: int = 1) -> str:
     """A text of a row. Raises DataError when it is missing, no text, no UTF-8, or shorter than `least`."""
     if column not in row:
         raise DataError(f"{where}: no `{column}`; the row has {', '.join(row) or 'nothing'} (columns or field says)")
     value = row[column]
+    if isinstance(value, bytes):  # as some tables keep texts
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: `{column}` is not UTF-8 at byte {error.start}; mend it") from None
     if not isinstance(value, str):
         shown = "null" if value is None else f"{type(value).__name__} {str(value)[:30]}"
         raise DataError(f"{where}: `{column}` is {shown}, text is needed")
@@ -39,7 +34,7 @@ def words(row: dict, column: str, where: str, *, least: int = 1) -> str:
     return value
 
 
-def _options(row: dict, column: str, where: str) -> list[str] | None:
+def _options(row: dict, column: str, where: object) -> list[str] | None:
     value = row.get(column)
     if value is None:
         return None
@@ -48,7 +43,7 @@ def _options(row: dict, column: str, where: str) -> list[str] | None:
     return [words({column: option}, column, where) for option in value]
 
 
-def _index(value: Any, options: list[str], where: str) -> int:
+def _index(value: Any, options: list[str], where: object) -> int:
     """Which option is meant: a number counts from 0; a text is an option, a letter, or a number."""
     if isinstance(value, str):
         found = [number for number, option in enumerate(options) if option.strip() == value.strip()]
@@ -67,7 +62,7 @@ def _index(value: Any, options: list[str], where: str) -> int:
     )
 
 
-def _answer(value: Any, column: str, where: str) -> str:
+def _answer(value: Any, column: str, where: object) -> str:
     """An answer as text; a whole number becomes its digits."""
     if isinstance(value, float) and math.isfinite(value):
         return str(int(value)) if value.is_integer() else repr(value)
@@ -76,7 +71,7 @@ def _answer(value: Any, column: str, where: str) -> str:
     return words({column: value}, column, where)
 
 
-def question(row: dict, columns: Mapping[str, str], where: str) -> Document:
+def question(row: dict, columns: Mapping[str, str], where: object) -> Document:
     """A row with a question and its answer (with options: which of them) as a document.
 
     `columns` is our name to the file's. Raises DataError naming `where` and the column.
@@ -99,7 +94,7 @@ def question(row: dict, columns: Mapping[str, str], where: str) -> Document:
     return Document(question=asked, answer=options[right], options=tuple(options), label=right, origin=where)
 
 
-def _turns(turns: Any, column: str, where: str) -> tuple[dict, ...]:
+def _turns(turns: Any, column: str, where: object) -> tuple[dict, ...]:
     """Messages, or the conversations of ShareGPT, checked."""
     if not isinstance(turns, list) or not turns:
         raise DataError(f"{where}: `{column}` must be a list of turns, each with role and content")
@@ -117,7 +112,7 @@ def _turns(turns: Any, column: str, where: str) -> tuple[dict, ...]:
     return tuple(found)
 
 
-def talk(row: dict, columns: Mapping[str, str], where: str) -> Document:
+def talk(row: dict, columns: Mapping[str, str], where: object) -> Document:
     """A row as a talk: `messages`, ShareGPT's `conversations`, Alpaca's `instruction`, or a question with its answer.
 
     What `columns` names goes before what is recognised. Raises DataError naming `where`.
@@ -138,3 +133,16 @@ def talk(row: dict, columns: Mapping[str, str], where: str) -> Document:
     if not asked and columns.get("question", "question") not in row:
         raise DataError(f"{where}: no `{column}` and no `question`; the row has {', '.join(row) or 'nothing'}")
     return Document(messages=tuple(question(row, columns, where).talk()), origin=where)
+
+
+def filled(record: dict, columns: Columns, where: object) -> dict:
+    """A record with what templates make of it, under their names. Raises DataError naming what is missing."""
+    if not columns.templates:
+        return record
+    used = {name for template in columns.templates.values() for name in slots(template)}
+    values = {}
+    for name in used:
+        column = columns.given.get(name, name)
+        values[name] = _answer(record[column], column, where) if column in record else words(record, column, where)
+    made = {f"templates.{name}": fill(template, values) for name, template in columns.templates.items()}
+    return record | made

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from rwkvpipe.base.column import Columns
 from rwkvpipe.base.errors import ConfigError, DataError
-from rwkvpipe.data.question import check_columns, question, talk
+from rwkvpipe.data.question import question, talk
 from rwkvpipe.tokenizer import chat
 
 OPTIONS = ["cats", "dogs", "2"]
@@ -64,7 +65,7 @@ def test_a_row_that_does_not_do_is_named(row, columns, problem):
 
 def test_an_unknown_name_of_a_column_is_answered_with_the_nearest():
     with pytest.raises(ConfigError, match="columns.qestion: no such name; did you mean question"):
-        check_columns({"qestion": "x"})
+        Columns({"qestion": "x"})
 
 
 TALK = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"})

@@ -125,7 +125,21 @@ def packed_folder(wildcards, input):
 
 
 def held_out(wildcards, input):
-    return ["--valid", *input.valid] if input.valid else []
+    source = sources(input.valid, plan.corpus_source(wildcards.corpus, "valid_path"))
+    return ["--valid", *source] if source else []
+
+
+# a folder or a glob of many files is named as the config does: a command line has an end
+def sources(files, given):
+    return list(files) if len(files) < 2 else given
+
+
+def corpus_source(wildcards, input):
+    return sources(input.file, plan.corpus_source(wildcards.corpus))
+
+
+def benchmark_source(wildcards, input):
+    return sources(input.file, plan.benchmark_source(wildcards.benchmark))
 
 
 def digest_wanted(wildcards):

@@ -45,13 +45,7 @@ rule pack:
         tokenizer=lambda wildcards: plan.tokenizer_files(settled.corpora[wildcards.corpus].tokenizer),
     output:
         info="<results>/shared/corpora/{corpus}/corpus.json",
-        tokens=multiext(
-            "<results>/shared/corpora/{corpus}/",
-            "train.bin",
-            "train.idx",
-            "valid.bin",
-            "valid.idx",
-        ),
+        tokens=multiext("<results>/shared/corpora/{corpus}/", "train.bin", "train.idx", "valid.bin", "valid.idx"),
     log:
         "<results>/shared/log/pack-{corpus}.log",
     benchmark:
@@ -60,27 +54,28 @@ rule pack:
         corpus=plan.corpora_of("text", "array"),
     conda:
         ENVIRONMENT
+    threads: lambda wildcards: 1 if settled.corpora[wildcards.corpus].synthetic else 8
     params:
         spec=lambda wildcards: spec(plan.corpus(wildcards.corpus)),
         code=plan.code("pack"),
+        source=corpus_source,
         tokenizer=tokenizer_folder,
         valid=held_out,
         folder=subpath(output.info, parent=True),
     shell:
+<<<<<<< HEAD
         "exec python -m rwkvpipe.pack --code {params.code:q} {input.file:q} --spec {params.spec:q} --tokenizer"
         " {params.tokenizer:q} {params.valid:q} --out {params.folder:q} > {log:q} 2>&1"
+=======
+        "exec python -m rwkvpipe.pack {params.source:q} --spec {params.spec:q} --tokenizer {params.tokenizer:q}"
+        " {params.valid:q} --workers {threads} --out {params.folder:q} > {log:q} 2>&1"
+>>>>>>> 45f2651 (Corpora of any kind: JSON, parquet, Arrow, numpy, texts, folders and globs, packed by several processes into the same bytes)
 
 
 use rule pack as pack_chat with:
     output:
         info="<results>/shared/corpora/{corpus}/corpus.json",
-        tokens=multiext(
-            "<results>/shared/corpora/{corpus}/",
-            "train.bin",
-            "train.idx",
-            "valid.bin",
-            "valid.idx",
-        ),
+        tokens=multiext("<results>/shared/corpora/{corpus}/", "train.bin", "train.idx", "valid.bin", "valid.idx"),
         masks=multiext("<results>/shared/corpora/{corpus}/", "train.mask", "valid.mask"),
     wildcard_constraints:
         corpus=plan.corpora_of("chat"),
@@ -98,12 +93,18 @@ rule questions:
     conda:
         ENVIRONMENT
     params:
+        source=benchmark_source,
         spec=lambda wildcards: spec(settled.benchmarks[wildcards.benchmark]),
         seed=lambda wildcards: plan.seed(wildcards.benchmark),
         code=plan.code("questions"),
     shell:
+<<<<<<< HEAD
         "exec python -m rwkvpipe.questions --code {params.code:q} {input.file:q} --spec {params.spec:q} --seed"
         " {params.seed} --out {output.questions:q} > {log:q} 2>&1"
+=======
+        "exec python -m rwkvpipe.questions {params.source:q} --spec {params.spec:q} --seed {params.seed}"
+        " --out {output.questions:q} > {log:q} 2>&1"
+>>>>>>> 45f2651 (Corpora of any kind: JSON, parquet, Arrow, numpy, texts, folders and globs, packed by several processes into the same bytes)
 
 
 use rule questions as questions_corpus with:
@@ -118,6 +119,7 @@ use rule questions as questions_corpus with:
     wildcard_constraints:
         corpus=plan.corpora_of("question"),
     params:
+        source=corpus_source,
         spec=lambda wildcards: spec(plan.corpus(wildcards.corpus)),
         seed=lambda wildcards: plan.corpus(wildcards.corpus).seed or 0,
         code=plan.code("questions"),

@@ -1,0 +1,91 @@
+"""Files that grow together and survive a kill: a journal says how long each was when all were whole."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from rwkvpipe.base.files import naming
+
+EVERY = 2.0  # seconds between records: what is lost at most, give or take one piece
+
+
+class Growing:
+    """A folder of growing files, which `place` moves to where they belong when they are done.
+
+    `mark` says what they are made of: what was left by another mark is thrown away. `state` is what the last record
+    says, None at the beginning; the files are as long as they were then. Whole files come by base.files.atomic.
+    """
+
+    def __init__(self, folder: Path, mark: str, names: tuple[str, ...]):
+        self.folder, self.names = folder, names
+        self.journal = folder / "journal"
+        self.state = self._go_on(mark)
+        if self.state is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            self.journal.write_text(json.dumps({"mark": mark}) + "\n", encoding="utf-8")
+        self.files = {name: open(folder / name, "ab") for name in names}  # noqa: SIM115
+        self.recorded = time.monotonic()
+
+    def _go_on(self, mark: str) -> Any:
+        """The last record whose files are long enough, the files cut to it; None if there is none."""
+        try:
+            lines = self.journal.read_bytes().splitlines(keepends=True)
+            if not lines or json.loads(lines[0]) != {"mark": mark}:
+                return None
+            lengths = {name: os.path.getsize(self.folder / name) for name in self.names}
+        except (FileNotFoundError, ValueError):
+            return None
+        while len(lines) > 1:
+            if lines[-1].endswith(b"\n"):
+                record = json.loads(lines[-1])
+                if all(record["lengths"][name] <= lengths[name] for name in self.names):
+                    for name in self.names:
+                        os.truncate(self.folder / name, record["lengths"][name])
+                    with open(self.journal, "rb+") as file:
+                        file.truncate(sum(map(len, lines)))
+                    return record["state"]
+            lines.pop()
+        return None
+
+    def append(self, name: str, data: bytes | memoryview) -> None:
+        """Let a file grow."""
+        with naming(self.folder / name):
+            self.files[name].write(data)
+
+    def record(self, state: Any, *, now: bool = False) -> None:
+        """Keep what is there, with `state` (JSON), if some time has gone by or it must be `now`."""
+        if not now and time.monotonic() - self.recorded < EVERY:
+            return
+        lengths = {}
+        for name, file in self.files.items():
+            with naming(self.folder / name):
+                file.flush()
+                os.fsync(file.fileno())
+            lengths[name] = file.tell()
+        with open(self.journal, "ab") as file:
+            file.write(json.dumps({"lengths": lengths, "state": state}).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.recorded = time.monotonic()
+
+    def close(self) -> None:
+        """Flush the files and let them go."""
+        for name, file in self.files.items():
+            with naming(self.folder / name):
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
+
+    def place(self, name: str, path: Path) -> None:
+        """Move a closed file to where it belongs."""
+        os.replace(self.folder / name, path)
+
+    def remove(self) -> None:
+        """Forget everything."""
+        for file in self.files.values():
+            file.close()
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,55 @@
+"""Which files a path means: a file, a folder's, a saved data set's, those of a glob, or a binidx pair."""
+
+import glob
+from pathlib import Path
+
+from rwkvpipe.base.errors import ConfigError, DataError
+from rwkvpipe.base.files import read_json
+
+PAIR = ("bin", "idx", "mask")
+
+
+def _saved(folder: Path) -> list[str]:
+    """The files of a data set that was saved to disk, in its order. Raises DataError for a list that is none."""
+    state = read_json(folder / "state.json")
+    listed = state.get("_data_files") if isinstance(state, dict) else None
+    names = [each.get("filename") if isinstance(each, dict) else None for each in listed or ()]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{folder}/state.json: no list of data files; save the data set again with save_to_disk")
+    return [str(folder / name) for name in names]
+
+
+def _folder(folder: Path) -> list[str]:
+    if (folder / "dataset_dict.json").is_file():
+        parts = sorted(part.name for part in folder.iterdir() if part.is_dir())
+        raise ConfigError(f"{folder}: a data set of the parts {', '.join(parts)}; name one: {folder}/{parts[0]}")
+    if (folder / "state.json").is_file():
+        return _saved(folder)
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(str(path) for path in found if not any(p.startswith(".") for p in path.relative_to(folder).parts))
+
+
+def prefix_of(path: str | Path) -> str:
+    """The common part of a pair's names, whichever of its files is named."""
+    return str(path).removesuffix(".bin").removesuffix(".idx")
+
+
+def pair_files(path: str | Path) -> list[str]:
+    """The files of a binidx pair."""
+    found = [f"{prefix_of(path)}.{part}" for part in PAIR]
+    return found if Path(found[-1]).is_file() else found[:-1]
+
+
+def files_of(path: str | Path) -> list[str]:
+    """Files that a path means, sorted by name; a path that means none as it stands.
+
+    Folders are read with all below them but for hidden files; in a glob `**` stands for any folders. Raises
+    ConfigError for a saved data set of several parts.
+    """
+    path = str(path)
+    if Path(path).is_dir():
+        return _folder(Path(path))
+    if Path(path).exists() or not glob.has_magic(path):
+        return [path]
+    found = [file for each in sorted(glob.glob(path, recursive=True)) for file in files_of(each)]
+    return list(dict.fromkeys(found)) or [path]  # ** finds folders and what is in them

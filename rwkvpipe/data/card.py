@@ -1,0 +1,111 @@
+"""What a corpus is: counts, lengths, duplicates, the longest documents; kept while it is packed."""
+
+from collections import Counter
+
+import numpy as np
+
+from rwkvpipe.data.parcel import PARTS, TOP, Parcel, Part
+
+BINS = 32  # lengths below 1, 2, 4, ... tokens
+
+
+class Seen:
+    """Which digests came before, in eight bytes each."""
+
+    def __init__(self):
+        self.runs: list[np.ndarray] = []  # each sorted, each at most half as long as the one before it
+
+    def fresh(self, digests: np.ndarray) -> np.ndarray:
+        """Which (n,) of the digests (n,) uint64 come for the first time; from now on they have been seen."""
+        first = np.zeros(len(digests), dtype=bool)
+        first[np.unique(digests, return_index=True)[1]] = True
+        for run in self.runs:
+            place = np.searchsorted(run, digests)
+            first &= run[np.minimum(place, len(run) - 1)] != digests
+        if first.any():
+            self.runs.append(np.sort(digests[first]))
+        while len(self.runs) > 1 and len(self.runs[-2]) < 2 * len(self.runs[-1]):
+            run = np.concatenate(self.runs[-2:])
+            run.sort()
+            self.runs[-2:] = [run]
+        return first
+
+
+class Card:
+    """Numbers about a corpus. `state` gives them as JSON, from which an equal card is made."""
+
+    def __init__(self, state: dict | None = None):
+        state = state or {}
+        self.parts = {part: Counter(state.get("parts", {}).get(part, {})) for part in PARTS}
+        self.counts = Counter(state.get("counts", {}))
+        self.lengths = np.asarray(state.get("lengths", [0] * BINS), dtype=np.int64)
+        self.longest: list[list] = state.get("longest", [])
+
+    def state(self) -> dict:
+        """Everything, as JSON."""
+        return {
+            "parts": {part: dict(counts) for part, counts in self.parts.items()},
+            "counts": dict(self.counts),
+            "lengths": self.lengths.tolist(),
+            "longest": self.longest,
+        }
+
+    def add(self, name: str, part: Part) -> None:
+        """Count documents of a part."""
+        counts = self.parts[name]
+        counts["documents"] += len(part.sizes)
+        counts["tokens"] += int(part.sizes.sum(dtype=np.int64))
+        if part.marks is not None:
+            counts["learned"] += int(part.marks.sum(dtype=np.int64))
+        self.counts["bytes"] += int(part.widths.sum())
+        # sizes from 2^(k - 1) up to 2^k - 1 fall into bin k
+        bins = np.frexp(part.sizes.astype(np.float64))[1]
+        self.lengths += np.bincount(bins, minlength=BINS)[:BINS]
+        base = self.counts["seen"]  # documents of the parcels before this one
+        found = [[int(part.sizes[number]), base + order, where] for number, (order, where) in part.longest.items()]
+        self.longest = sorted([*self.longest, *found], key=lambda each: (-each[0], each[1]))[:TOP]
+
+    def describe(self) -> dict:
+        """What corpus.json says of it."""
+        tokens = sum(counts["tokens"] for counts in self.parts.values())
+        last = int(np.flatnonzero(self.lengths).max(initial=0))
+        said = {
+            "documents": sum(counts["documents"] for counts in self.parts.values()),
+            "tokens": tokens,
+            "bytes": self.counts["bytes"],
+            "bytes_per_token": round(self.counts["bytes"] / tokens, 4) if tokens and self.counts["bytes"] else None,
+            "empty": self.counts["empty"],
+            "skipped": self.counts["skipped"],
+            "duplicates": self.counts["duplicates"],
+            "duplicates_dropped": self.counts["dropped"],
+        }
+        for part, counts in self.parts.items():
+            said[part] = {"documents": 0, "tokens": 0} | dict(counts)
+        said["lengths"] = [
+            {"from": 1 << max(0, k - 1) if k else 0, "to": (1 << k) - 1, "documents": int(self.lengths[k])}
+            for k in range(last + 1)
+        ]
+        said["longest"] = [{"tokens": tokens, "origin": origin} for tokens, _, origin in self.longest]
+        return said
+
+
+def kept(part: Part, keep: np.ndarray) -> Part:
+    """A part without the documents that are not to be kept (n,)."""
+    if keep.all():
+        return part
+    tokens = np.repeat(keep, part.sizes)
+    new = np.cumsum(keep) - 1  # numbers of those that stay
+    return Part(
+        part.tokens[tokens],
+        None if part.marks is None else part.marks[tokens],
+        part.sizes[keep],
+        part.digests[keep],
+        part.widths[keep],
+        {int(new[number]): found for number, found in part.longest.items() if keep[number]},
+    )
+
+
+def count_parcel(card: Card, parcel: Parcel) -> None:
+    """Count what a parcel tells of, after its documents."""
+    card.counts.update(parcel.counts)
+    card.counts["skipped"] += len(parcel.errors)

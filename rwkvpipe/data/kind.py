@@ -1,0 +1,108 @@
+"""What a file holds, told by its first bytes; its name decides only what they leave open."""
+
+import gzip
+import io
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from rwkvpipe.base.errors import DataError, PipeError
+from rwkvpipe.base.files import parse_json
+
+BOM = b"\xef\xbb\xbf"
+STARTS = {
+    b"PAR1": "parquet",
+    b"ARROW1": "arrow",
+    b"\xff\xff\xff\xff": "stream",  # of Arrow: a continuation mark before the first message
+    b"\x93NUMPY": "numpy",
+    b"PK\x03\x04": "arrays",
+    b"PK\x05\x06": "arrays",
+    b"MMIDIDX": "index",
+}
+PACKED = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst"}
+ROWS = (".jsonl", ".ndjson", ".json")
+NAMED = {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow", ".npy": "numpy", ".npz": "arrays"}
+LOOK = 1 << 16  # bytes that are looked at
+TABLES = ("lines", "list", "object", "parquet", "arrow", "stream")
+
+
+@contextmanager
+def opened(path: str | Path, packed: str) -> Iterator[BinaryIO]:
+    """A file's bytes, unpacked. Raises DataError when it is cut short or damaged."""
+    try:
+        if packed == "gz":
+            with gzip.open(path, "rb") as file:
+                yield file
+        elif packed == "zst":
+            import pyarrow
+
+            # several frames may follow each other, as in files that grow
+            with pyarrow.input_stream(str(path), compression="zstd", buffer_size=1 << 20) as stream:
+                yield io.BufferedReader(stream, 1 << 20)
+        else:
+            with open(path, "rb") as file:
+                yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: cut short or damaged ({error}); copy or pack it again") from None
+    except OSError as error:
+        if packed != "zst" or error.errno is not None:
+            raise
+        raise DataError(f"{path}: cut short or damaged ({str(error).splitlines()[0]}); copy or pack it again") from None
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(parse_json(line, "", lines=False), dict)
+    except PipeError:
+        return False
+
+
+def _text_or_rows(head: bytes, suffix: str) -> str:
+    """lines, list, object or text, by the first characters of what is no binary file."""
+    head = head.removeprefix(BOM).lstrip()
+    first, _, rest = head.partition(b"\n")
+    whole = bool(rest) or len(head) < LOOK // 2
+    if suffix in ROWS:
+        if head[:1] == b"[" and suffix == ".json":
+            return "list"
+        # one object over many lines
+        if head[:1] == b"{" and suffix == ".json" and rest and not _is_object(first):
+            return "lines" if first.rstrip().endswith(b"}") else "object"
+        return "list" if head[:1] == b"[" and head[1:].lstrip()[:1] == b"{" else "lines"
+    # a text may begin with a bracket: rows are rows when the first is one
+    if head[:1] == b"{" and (_is_object(first) if whole else head[:2] == b'{"'):
+        return "lines"
+    return "list" if re.match(rb'\[\s*\{\s*"', head) else "text"
+
+
+def kind_of(path: str | Path) -> tuple[str, str]:
+    """(kind, packed) of a file: kind lines, list, object, parquet, arrow, stream, numpy, arrays, index or text.
+
+    Raises DataError when there is no such file, or what its name promises is not in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "a folder without files" if path.is_dir() else "no such file"
+        raise DataError(f"{path}: {what}; name a corpus file")
+    with open(path, "rb") as file:
+        head = file.read(LOOK)
+    packed = next((name for start, name in PACKED.items() if head.startswith(start)), "")
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if packed:
+        with opened(path, packed) as file:
+            head = file.read(LOOK)
+        suffixes = [suffix for suffix in suffixes if suffix not in (".gz", ".gzip", ".zst", ".zstd")]
+    suffix = suffixes[-1] if suffixes else ""
+    kind = next((kind for start, kind in STARTS.items() if head.startswith(start)), "")
+    if kind and packed:
+        raise DataError(f"{path}: a {kind} file packed with {packed}; unpack it")
+    if kind:
+        return kind, ""
+    if suffix in NAMED:
+        what = "no .npy file" if suffix == ".npy" else f"no {suffix[1:]} file"
+        remedy = "save whole numbers with numpy.save(path, array)" if suffix == ".npy" else "make or copy it again"
+        raise DataError(f"{path}: it is {what}, or damaged; {remedy}")
+    return _text_or_rows(head, suffix), packed
