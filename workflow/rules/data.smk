@@ -63,13 +63,8 @@ rule pack:
         valid=held_out,
         folder=subpath(output.info, parent=True),
     shell:
-<<<<<<< HEAD
-        "exec python -m rwkvpipe.pack --code {params.code:q} {input.file:q} --spec {params.spec:q} --tokenizer"
-        " {params.tokenizer:q} {params.valid:q} --out {params.folder:q} > {log:q} 2>&1"
-=======
-        "exec python -m rwkvpipe.pack {params.source:q} --spec {params.spec:q} --tokenizer {params.tokenizer:q}"
-        " {params.valid:q} --workers {threads} --out {params.folder:q} > {log:q} 2>&1"
->>>>>>> 45f2651 (Corpora of any kind: JSON, parquet, Arrow, numpy, texts, folders and globs, packed by several processes into the same bytes)
+        "exec python -m rwkvpipe.pack --code {params.code:q} {params.source:q} --spec {params.spec:q} --tokenizer"
+        " {params.tokenizer:q} {params.valid:q} --workers {threads} --out {params.folder:q} > {log:q} 2>&1"
 
 
 use rule pack as pack_chat with:
@@ -98,13 +93,8 @@ rule questions:
         seed=lambda wildcards: plan.seed(wildcards.benchmark),
         code=plan.code("questions"),
     shell:
-<<<<<<< HEAD
-        "exec python -m rwkvpipe.questions --code {params.code:q} {input.file:q} --spec {params.spec:q} --seed"
+        "exec python -m rwkvpipe.questions --code {params.code:q} {params.source:q} --spec {params.spec:q} --seed"
         " {params.seed} --out {output.questions:q} > {log:q} 2>&1"
-=======
-        "exec python -m rwkvpipe.questions {params.source:q} --spec {params.spec:q} --seed {params.seed}"
-        " --out {output.questions:q} > {log:q} 2>&1"
->>>>>>> 45f2651 (Corpora of any kind: JSON, parquet, Arrow, numpy, texts, folders and globs, packed by several processes into the same bytes)
 
 
 use rule questions as questions_corpus with:
