@@ -4,21 +4,24 @@ python -m benchmarks train
 python -m benchmarks families
 python -m benchmarks op
 python -m benchmarks tokenize [FILE ...]
+python -m benchmarks pack [FILE ...]
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from benchmarks import families, op, peers, tokenize, train
+from benchmarks import families, op, pack, peers, tokenize, train
 
 
 def main() -> None:
     """Print a table and keep the numbers in a file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    what = ["train", "op", "families", "tokenize"]
-    parser.add_argument("what", choices=what, help="a step of training; the operator; text to ids")
-    parser.add_argument("files", nargs="*", type=Path, help="tokenize: the text; left out, Python's library and papers")
+    what = ["train", "op", "families", "tokenize", "pack"]
+    parser.add_argument(
+        "what", choices=what, help="a step of training; the operator; text to ids; text to files of ids"
+    )
+    parser.add_argument("files", nargs="*", type=Path, help="the text; left out, Python's library and papers")
     parser.add_argument("--peer-python", type=Path, help="a Python that has the peer; left out, one is set up")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each program")
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="folder for the numbers")
@@ -28,6 +31,10 @@ def main() -> None:
         python = given.peer_python or peers.set_up("pyrwkv-tokenizer")
         found = tokenize.measure(python, given.out, given.rounds, given.files)
         print(tokenize.table(found))
+    elif given.what == "pack":
+        python = given.peer_python or peers.set_up("rwkv")
+        found = pack.measure(python, given.out, given.rounds, given.files)
+        print(pack.table(found))
     elif given.what == "families":
         found = families.measure(given.rounds)
         print(families.table(found))

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ class Growing:
         if self.state is None:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            self.journal.write_text(json.dumps({"mark": mark}) + "\n", encoding="utf-8")
+            with naming(self.journal):
+                self.journal.write_text(json.dumps({"mark": mark}) + "\n", encoding="utf-8")
         self.files = {name: open(folder / name, "ab") for name in names}  # noqa: SIM115
         self.recorded = time.monotonic()
 
@@ -66,7 +68,7 @@ class Growing:
                 file.flush()
                 os.fsync(file.fileno())
             lengths[name] = file.tell()
-        with open(self.journal, "ab") as file:
+        with naming(self.journal), open(self.journal, "ab") as file:
             file.write(json.dumps({"lengths": lengths, "state": state}).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
@@ -87,5 +89,6 @@ class Growing:
     def remove(self) -> None:
         """Forget everything."""
         for file in self.files.values():
-            file.close()
+            with suppress(OSError):  # what a full disk does not take is thrown away anyway
+                file.close()
         shutil.rmtree(self.folder, ignore_errors=True)

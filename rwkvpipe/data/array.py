@@ -18,7 +18,7 @@ log = logging.getLogger("rwkvpipe")
 
 UNIT = 4 << 20  # numbers of a unit
 DAMAGE = (ValueError, EOFError, SyntaxError, OverflowError, TokenError, KeyError, zipfile.BadZipFile)
-ZIP = (NotImplementedError, RuntimeError, MemoryError, struct.error, zlib.error)  # a damaged archive may be anything
+ZIP = (RuntimeError, MemoryError, struct.error, zlib.error)  # a damaged archive may be anything
 RAGGED = "numpy.savez(path, values=numpy.concatenate(rows), lengths=[len(row) for row in rows])"
 
 

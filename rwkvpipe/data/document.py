@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from json.encoder import encode_basestring
 
 import numpy as np
 
@@ -59,27 +58,28 @@ class Document:
             row |= {"options": list(self.options), "label": self.label}
         return row
 
-    @cached_property
-    def digest(self) -> bytes:
-        """sha256 of the content alone: equal documents have equal ones."""
+    def digest(self) -> int:
+        """64 bits that depend on the content alone: equal documents have equal ones."""
         if self.text is not None:
-            data = '{"text":' + encode_basestring(self.text) + "}"  # as `canonical` writes it, but at once
-        elif self.question is not None:
-            data = canonical({"question": self.question, "answer": self.answer})
-        elif self.messages is not None:
-            data = canonical(list(self.messages))
+            data = self.text.encode("utf-8", "surrogatepass")
+        elif self.ids is not None:
+            data = np.asarray(self.ids, dtype="<i8").tobytes()
         else:
-            return hashlib.sha256(np.asarray(self.ids, dtype="<i8").tobytes()).digest()
-        return hashlib.sha256(data.encode("utf-8", "surrogatepass")).digest()
+            data = canonical(self.talk() if self.messages is not None else [self.question, self.answer]).encode()
+        return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
     @cached_property
     def fraction(self) -> float:
-        """A number in [0, 1) that depends on the content alone, and of a question on what is asked."""
-        digest = self.digest
-        if self.question is not None:
-            asked = canonical({"question": self.question}).encode("utf-8", "surrogatepass")
-            digest = hashlib.sha256(asked).digest()
-        return int.from_bytes(digest[:7], "big") / 2**56
+        """A number in [0, 1) that depends on the content alone, of a question on what is asked."""
+        if self.ids is not None:
+            data = np.asarray(self.ids, dtype="<i8").tobytes()
+        elif self.question is not None:
+            data = canonical({"question": self.question}).encode("utf-8", "surrogatepass")
+        else:
+            data = canonical({"text": self.text} if self.text is not None else list(self.messages or ())).encode(
+                "utf-8", "surrogatepass"
+            )
+        return int.from_bytes(hashlib.sha256(data).digest()[:7], "big") / 2**56
 
     @property
     def width(self) -> int:

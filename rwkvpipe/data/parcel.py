@@ -64,13 +64,12 @@ class _Heap:
             )
         self.pieces += pieces
         self.marks += marks
-        digest = int.from_bytes(document.digest[:8], "little")
         if len(self.longest) < TOP or size > self.longest[0][0]:
             heapq.heappush(self.longest, (size, -order, len(self.sizes), document.origin))
             if len(self.longest) > TOP:
                 heapq.heappop(self.longest)
         self.sizes.append(size)
-        self.digests.append(digest)
+        self.digests.append(document.digest())
         self.widths.append(document.width)
 
     def part(self, masked: bool) -> Part:

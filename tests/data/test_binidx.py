@@ -1,12 +1,16 @@
 """The binidx pair agrees with RWKV-LM's byte for byte, and damage is named."""
 
 import json
+import resource
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from rwkvpipe.base.config import TrainConfig
 from rwkvpipe.base.errors import DataError
 from rwkvpipe.data import binidx
+from rwkvpipe.data.batches import token_batches
 from rwkvpipe.data.binidx import HEAD, Binidx, BinidxWriter, token_dtype
 
 DOCUMENTS = [[5, 6, 7], [], [1], [9, 65535]]
@@ -174,3 +178,20 @@ def test_a_whole_corpus_is_written_as_the_reference_does(tmp_path, goldens):
     for suffix in ("bin", "idx"):
         theirs = (goldens / f"rwkv/make_data_tiny.{suffix}").read_bytes()
         assert (tmp_path / f"a.{suffix}").read_bytes() == theirs
+
+
+def test_a_pair_of_a_hundred_gigabytes_is_opened_and_sampled_without_memory(tmp_path):
+    items, size = 50, 1_000_000_000  # tokens: 100 GB of uint16, of which the disk holds a few pages
+    with open(tmp_path / "a.bin", "wb") as file:
+        file.truncate(2 * items * size)
+        file.seek(2 * 49_999_999_999)
+        file.write(np.array([7], "<u2").tobytes())
+    binidx.write_index(tmp_path / "a.idx", np.dtype("<u2"), np.full(items, size))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    data = Binidx(tmp_path / "a")
+    assert len(data) == items * size and data.documents[-1].tolist() == [49 * size, 50 * size]
+    assert data.tokens(items * size - 2, 2).tolist() == [0, 7]
+    config = TrainConfig(steps=1, ctx_len=512, batch=4, order="magic")
+    batch = next(token_batches(data, config, SimpleNamespace(index=0, count=1), 1000))
+    assert batch.ids.shape == (4, 512)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
