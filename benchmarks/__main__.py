@@ -18,9 +18,7 @@ def main() -> None:
     """Print a table and keep the numbers in a file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     what = ["train", "op", "families", "tokenize", "pack"]
-    parser.add_argument(
-        "what", choices=what, help="a step of training; the operator; text to ids; text to files of ids"
-    )
+    parser.add_argument("what", choices=what, help="a step of training; the operator; text to ids, and to files")
     parser.add_argument("files", nargs="*", type=Path, help="the text; left out, Python's library and papers")
     parser.add_argument("--peer-python", type=Path, help="a Python that has the peer; left out, one is set up")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each program")

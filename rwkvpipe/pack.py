@@ -6,6 +6,7 @@ python -m rwkvpipe.pack --spec '{"synthetic":"counting.documents","count":1000,"
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
@@ -17,8 +18,9 @@ from rwkvpipe.base.files import canonical, digest
 from rwkvpipe.base.fingerprint import fingerprint
 from rwkvpipe.base.pace import Pace
 from rwkvpipe.base.strict import check_json
+from rwkvpipe.data.binidx import Binidx
 from rwkvpipe.data.document import Document
-from rwkvpipe.data.packing import Packing, tell
+from rwkvpipe.data.packing import Packing, adopt, tell
 from rwkvpipe.data.parcel import Packer, Parcel, Task, limited, loose
 from rwkvpipe.data.synthetic import generate
 from rwkvpipe.data.unit import Unit
@@ -146,6 +148,14 @@ def main(argv: list[str] | None = None) -> None:
     valid = given.valid or spec.valid_path
     if (file is None) == (spec.synthetic is None):
         raise ConfigError("--spec: synthetic makes the corpus; give a file or synthetic, not both")
+    if spec.format == "binidx":
+        found = {part: Binidx(path) for part, path in (("train", file), ("valid", valid)) if path}
+        if not len(found["train"]):
+            raise DataError(f"{file}: no tokens in it; give a pair that has some")
+        about = {"format": spec.format, "vocab_size": tokenizer.size, "tokenizer": _tokenizer_digest(given.tokenizer)}
+        about["inputs"] = [{"file": pair.prefix, "tokens": len(pair)} for pair in found.values()]
+        tell(adopt(given.out, found, about), Counter())
+        return
     task = Task(spec, given.tokenizer)
     task.packer = Packer(spec, tokenizer)
     source = Source(task.packer, task, given.workers)

@@ -388,3 +388,22 @@ def test_one_line_without_end_takes_linear_time_and_is_whole(tmp_path):
     for text in ("a" * 3_000_000, "QUJD" * 500_000, "\u4e2d" * 700_000):
         train, _ = run(tmp_path, rows(tmp_path / "a.jsonl", {"text": text}, {"text": "end"}))
         assert texts(train) == [text, "end"]
+
+
+def test_a_pair_is_used_where_it_lies(tmp_path):
+    run(tmp_path, lines(tmp_path), valid=0.1)
+    (tmp_path / "out").rename(tmp_path / "given.v1")
+    given = tmp_path / "given.v1"
+    train, about = run(tmp_path, given / "train.bin", "--valid", given / "valid", valid_path="x", format="binidx")
+    assert (tmp_path / "out/train.bin").is_symlink() and (tmp_path / "out/valid.idx").is_symlink()
+    assert sorted(texts(train) + texts(Binidx(tmp_path / "out/valid"))) == sorted(TEXTS)
+    told = json.loads((given / "corpus.json").read_text())
+    assert all(about[key] == told[key] for key in ("documents", "tokens", "train", "valid", "lengths"))
+    run(tmp_path, given / "valid", format="binidx")
+    assert len(Binidx(tmp_path / "out/valid")) == 0
+    run(tmp_path, lines(tmp_path, "few.jsonl", ["one"]))  # what replaces links leaves the pair alone
+    assert len(Binidx(given / "train")) == told["train"]["tokens"]
+    with pytest.raises(DataError, match="none.idx: no such file"):
+        run(tmp_path, tmp_path / "none", format="binidx")
+    with pytest.raises(ConfigError, match="used as it is: valid, duplicates cannot be"):
+        run(tmp_path, given / "train", format="binidx", valid=0.1, duplicates="drop")

@@ -13,7 +13,7 @@ from rwkvpipe.base.config import PipelineConfig, StageConfig
 from rwkvpipe.base.errors import ConfigError
 from rwkvpipe.base.strict import check, read_yaml
 
-FORMATS = {"pretrain": ("text", "array"), "sft": ("chat",), "grpo": ("question",)}
+FORMATS = {"pretrain": ("text", "array", "binidx"), "sft": ("chat",), "grpo": ("question",)}
 SECRETS = re.compile("token|secret|passw|key|sig|auth|credential", re.I)  # in names of an address's query
 TAKEN = ("plots", "log", "report.html")  # what else stands in results/<run>/
 
@@ -78,8 +78,8 @@ def _sources(config: PipelineConfig) -> None:
     for name, tokenizer in config.tokenizers.items():
         for corpus in tokenizer.corpora:
             known(f"tokenizers.{name}.corpora", corpus, "corpus", config.corpora)
-            if config.corpora[corpus].format == "array":
-                raise ConfigError(f"tokenizers.{name}.corpora: {corpus} is an array of numbers and has no characters")
+            if config.corpora[corpus].format in ("array", "binidx"):
+                raise ConfigError(f"tokenizers.{name}.corpora: {corpus} holds numbers and has no characters")
     for name, weights in config.weights.items():
         known(f"weights.{name}.tokenizer", weights.tokenizer, "tokenizer", config.tokenizers)
     for name, corpus in config.corpora.items():

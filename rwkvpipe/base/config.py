@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from rwkvpipe.base.column import Columns
-from rwkvpipe.base.errors import ConfigError
+from rwkvpipe.base.corpus import CorpusConfig, check_columns
 from rwkvpipe.base.files import read_json
 from rwkvpipe.base.sizes import RwkvConfig
 from rwkvpipe.base.strict import Count, Name, NotNegative, Positive, Real, Share, Strict, Whole, check
@@ -142,14 +141,6 @@ class RolloutConfig(Strict):
     """Leave completions that did not end out of the loss."""
 
 
-def check_columns(columns: dict[str, str], templates: dict[str, str]) -> None:
-    """Raise ValueError where columns are none; it names the column."""
-    try:
-        Columns(columns, templates)
-    except ConfigError as error:
-        raise ValueError(str(error)) from None
-
-
 class BenchmarkConfig(Strict):
     """Questions and how their answers are graded."""
 
@@ -201,10 +192,6 @@ class ExportConfig(Strict):
     """hub, hf: the longest text it was trained at; left out, the stage's, or 4096."""
 
 
-# what templates may make, by format
-OWN = {"text": {"text"}, "chat": {"question", "answer"}, "question": {"question", "answer"}, "array": set()}
-
-
 class WeightsConfig(Strict):
     """Weights that somebody has trained."""
 
@@ -223,77 +210,6 @@ class WeightsConfig(Strict):
     """Text to sample from it."""
     export: tuple[Format | ExportConfig, ...] = ()
     """Formats to write it in for other programs."""
-
-
-class CorpusConfig(Strict):
-    """Documents, and how they become tokens."""
-
-    path: str | None = None
-    """A file (JSONL, JSON, parquet, Arrow, text, numpy; lines and texts also as .gz and .zst), a folder or a glob of
-    such files, a data set's folder (save_to_disk), or a URL of one file."""
-    synthetic: str | None = None
-    """Or the name of a made corpus."""
-    count: Count | None = None
-    """synthetic: how many documents."""
-    seed: Whole | None = None
-    """synthetic: left out, the run's seed."""
-    tokenizer: Name | None = None
-    """Its vocabulary; only a corpus of questions goes without."""
-    format: Literal["text", "chat", "question", "array"] = "text"
-    """text: documents; chat: turns, only the assistant's are learned; question: prompts with answers, for grpo;
-    array: whole numbers from a .npy file, one row a document."""
-    limit: Count | None = None
-    """Only so many documents, for a trial."""
-    on_error: Literal["stop", "skip"] = "stop"
-    """What happens at a row that cannot be used: the end, naming file and line; or it is left out and listed."""
-    duplicates: Literal["keep", "drop"] = "keep"
-    """Whether a document equal to one before it, in either part, is left out; both ways they are counted."""
-    field: str = "text"
-    """text, array: the column that holds the document; a path such as meta.body or parts[0] may stand there."""
-    columns: dict[str, str] = {}
-    """Our name (question, answer, options, label, messages) to the file's: a column, or a path into it, such as
-    paragraphs[*].qas[*].question, which makes a record of each item."""
-    templates: dict[str, str] = {}
-    """Our name (also text) to a text that puts columns together: question: "{context} {ask}"."""
-    template: str | None = None
-    """chat: a Jinja template (a file, or a hub's folder) that lays talks out; left out, the form of released models."""
-    cut: Count | None = None
-    """array: a one-dimensional array is cut into documents of this length."""
-    valid: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the documents held out for the validation loss (chosen by each document's digest)."""
-    valid_path: str | None = None
-    """Or a file of its own for it."""
-
-    @model_validator(mode="after")
-    def _source(self):
-        if (self.path is None) == (self.synthetic is None):
-            raise ValueError("give one of path and synthetic")
-        if (self.synthetic is None) != (self.count is None):
-            raise ValueError("count belongs to synthetic, and synthetic needs it")
-        if self.synthetic is None and self.seed is not None:
-            raise ValueError("seed belongs to synthetic")
-        if (self.format == "question") != (self.tokenizer is None):
-            raise ValueError("every format but question needs a tokenizer, and question takes none")
-        if self.template is not None and (self.format != "chat" or "://" in self.template):
-            raise ValueError("template is a local file or folder, and belongs to format chat")
-        if self.cut is not None and self.format != "array":
-            raise ValueError("cut belongs to format array")
-        if self.field != "text" and (self.format not in ("text", "array") or "text" in self.templates):
-            raise ValueError("field belongs to formats text and array, and to no template of the text")
-        if self.columns and self.format not in ("chat", "question") and "text" not in self.templates:
-            raise ValueError("columns belongs to formats chat and question, and to templates.text")
-        if self.templates and not set(self.templates) <= OWN[self.format]:
-            raise ValueError(f"templates of format {self.format}: {', '.join(sorted(OWN[self.format])) or 'none'}")
-        if self.synthetic is not None and (self.limit or self.on_error != "stop" or self.templates):
-            raise ValueError("limit, on_error and templates belong to path; count limits a made corpus")
-        check_columns(self.columns | ({"text": self.field} if self.field != "text" else {}), self.templates)
-        if self.valid and self.valid_path:
-            raise ValueError("give one of valid and valid_path")
-        if self.format == "question" and self.duplicates != "keep":
-            raise ValueError("duplicates belongs to corpora that become tokens")
-        if self.format == "question" and (self.valid or self.valid_path):
-            raise ValueError("a corpus of questions has no validation part; make a benchmark of it")
-        return self
 
 
 class SamplesConfig(Strict):

@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from rwkvpipe.base.agree import agree, vocabulary
 from rwkvpipe.base.config import ExportConfig, PipelineConfig, SamplesConfig, StageConfig
-from rwkvpipe.base.sources import files_of
+from rwkvpipe.base.sources import files_of, pair_files
 
 TEMPLATES = ("chat_template.jinja", "tokenizer_config.json")  # where a hub's folder keeps a chat template
 # what says that an export is whole: the file itself, or the last one of a folder
@@ -162,7 +162,8 @@ class Tree:
 
     def corpus_file(self, name: str, field: str = "path") -> list[str]:
         """The files of a corpus as they came."""
-        return [file for source in self.corpus_source(name, field) for file in files_of(source)]
+        means = pair_files if self.config.corpora[name].format == "binidx" else files_of
+        return [file for source in self.corpus_source(name, field) for file in means(source)]
 
     def valid_file(self, name: str) -> list[str]:
         """The files of a corpus's own validation part."""

@@ -131,6 +131,14 @@ def write_index(path: Path, dtype: np.dtype, sizes: np.ndarray, ends: np.ndarray
             file.write(ends[first : first + BLOCK].astype("<i8").tobytes())
 
 
+def link(pair: "Binidx", prefix: Path) -> None:
+    """Let the pair at `prefix` be another one, where that lies: nothing is copied."""
+    for kind in ("bin", "idx"):
+        with atomic(f"{prefix}.{kind}") as part:
+            part.unlink()
+            part.symlink_to(Path(f"{pair.prefix}.{kind}").resolve())
+
+
 class Binidx:
     """A binidx pair, memory-mapped: `len` is the number of tokens.
 

@@ -12,7 +12,7 @@ from rwkvpipe.base.errors import DataError
 from rwkvpipe.base.files import atomic, canonical, write_json
 from rwkvpipe.base.growing import Growing
 from rwkvpipe.base.pace import Pace
-from rwkvpipe.data.binidx import write_index
+from rwkvpipe.data.binidx import Binidx, BinidxWriter, link, write_index
 from rwkvpipe.data.card import Card, Seen, count_parcel, kept
 from rwkvpipe.data.parcel import PARTS, Parcel
 
@@ -120,6 +120,24 @@ class Packing:
         self.files.remove()
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
+
+
+def adopt(folder: Path, found: dict[str, Binidx], about: dict) -> dict:
+    """Make a corpus of pairs that are there, train and perhaps valid, by links; returns what corpus.json says."""
+    (folder / "corpus.json").unlink(missing_ok=True)
+    card = Card()
+    for part in PARTS:
+        if part in found:
+            link(found[part], folder / part)
+            card.parts[part].update(documents=len(found[part].documents), tokens=len(found[part]))
+            sizes = np.diff(found[part].documents, axis=1).ravel()
+            card.lengths += np.bincount(np.frexp(sizes.astype(np.float64))[1], minlength=len(card.lengths))
+        else:
+            with BinidxWriter(folder / part, found["train"].dtype):
+                pass
+    described = about | {"dtype": str(found["train"].dtype)} | card.describe()
+    write_json(folder / "corpus.json", described)
+    return described
 
 
 def tell(described: dict, counts: Counter) -> None:

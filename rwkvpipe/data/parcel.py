@@ -132,9 +132,11 @@ class Packer:
         pieces, marks = [], []
         for ids, mask in encoded(document, self.tokenizer, self.render):
             piece = np.asarray(ids, dtype=np.int64 if len(ids) == 0 else None)
-            if len(piece) and not (piece.min() >= 0 and piece.max() < self.tokenizer.size):
+            # unsigned ones are not below zero
+            low = int(piece.min()) if len(piece) and piece.dtype.kind != "u" else 0
+            if len(piece) and (low < 0 or piece.max() >= self.tokenizer.size):
                 raise DataError(
-                    f"{document.origin}: the tokenizer gave ids from {piece.min()} to {piece.max()}, of"
+                    f"{document.origin}: the tokenizer gave ids from {low} to {piece.max()}, of"
                     f" {self.tokenizer.size} that it has; mend it"
                 )
             pieces.append(piece.astype(self.dtype, copy=False))

@@ -51,7 +51,7 @@ rule pack:
     benchmark:
         "<results>/shared/log/pack-{corpus}.jsonl"
     wildcard_constraints:
-        corpus=plan.corpora_of("text", "array"),
+        corpus=plan.corpora_of("text", "array", "binidx"),
     conda:
         ENVIRONMENT
     threads: lambda wildcards: 1 if settled.corpora[wildcards.corpus].synthetic else 8
