@@ -117,7 +117,7 @@ def pack(folder: Path, spec: CorpusConfig, tokenizer: str, source: Source, made:
         about |= {"inputs": source.inputs, "tokenizer": _tokenizer_digest(tokenizer)}
         described = packing.finish(about)
     except (PipeError, OSError):
-        packing.forget()
+        packing.files.forget()
         raise
     tell(described, packing.card.counts)
     if isinstance(packer.tokenizer, TrieTokenizer):

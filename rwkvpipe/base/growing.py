@@ -23,9 +23,11 @@ class Growing:
     def __init__(self, folder: Path, mark: str, names: tuple[str, ...]):
         self.folder, self.names = folder, names
         self.journal = folder / "journal"
+        self.made: list[Path] = []
         self.state = self._go_on(mark)
         if self.state is None:
             shutil.rmtree(folder, ignore_errors=True)
+            self.made = [each for each in folder.parents if not each.exists()]
             folder.mkdir(parents=True)
             with naming(self.journal):
                 self.journal.write_text(json.dumps({"mark": mark}) + "\n", encoding="utf-8")
@@ -86,8 +88,15 @@ class Growing:
         """Move a closed file to where it belongs."""
         os.replace(self.folder / name, path)
 
+    def forget(self) -> None:
+        """Leave nothing, nor the folders that were made for this."""
+        self.remove()
+        with suppress(OSError):  # somebody has put something there
+            for each in self.made:
+                each.rmdir()
+
     def remove(self) -> None:
-        """Forget everything."""
+        """Remove the files that were not moved."""
         for file in self.files.values():
             with suppress(OSError):  # what a full disk does not take is thrown away anyway
                 file.close()

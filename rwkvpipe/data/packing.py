@@ -115,12 +115,6 @@ class Packing:
         self.files.remove()
         return described
 
-    def forget(self) -> None:
-        """Leave nothing, not even the folder if there was none."""
-        self.files.remove()
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
-
 
 def adopt(folder: Path, found: dict[str, Binidx], about: dict) -> dict:
     """Make a corpus of pairs that are there, train and perhaps valid, by links; returns what corpus.json says."""

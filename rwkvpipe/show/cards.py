@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from rwkvpipe.base.config import RwkvConfig, Settings
 from rwkvpipe.base.sizes import title
 from rwkvpipe.show.chart import curves, number
+from rwkvpipe.show.corpus import corpus_card
 from rwkvpipe.show.evidence import Evidence, Subject
 from rwkvpipe.show.markup import Html, anchor, count, duration, el, facts, fold, rough
 from rwkvpipe.show.metrics import Metrics
@@ -163,7 +164,7 @@ def card(evidence: Evidence, subject: Subject, number: int) -> Html:
         parts.append(facts(_training(evidence, subject, settings)) if settings else absent)
         absent = el("p", "Its metrics are not there, so neither are its curves.", klass="muted absent")
         parts += [_outcome(metrics, subject), curves(metrics, policy=subject.kind == "grpo")] if metrics else [absent]
-    parts += [_samples(evidence, subject), _graded(evidence, subject)]
+    parts += [_samples(evidence, subject), _graded(evidence, subject), corpus_card(evidence.corpus(subject))]
     if settings:
         table = {name: el("code", value) for name, value in flat(settings.model_dump(mode="json"))}
         parts.append(fold("All settings", facts(table, "settings")))

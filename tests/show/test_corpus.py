@@ -1,0 +1,30 @@
+"""The report shows what a corpus is, as far as corpus.json says it."""
+
+from rwkvpipe.show.corpus import corpus_card
+
+CORPUS = {
+    "train": {"documents": 12000, "tokens": 345678},
+    "valid": {"documents": 3, "tokens": 99},
+    "bytes_per_token": 3.456,
+    "empty": 2,
+    "skipped": 0,
+    "duplicates": 7,
+    "duplicates_dropped": 7,
+    "lengths": [{"from": 0, "to": 0, "documents": 0}, {"from": 1, "to": 1, "documents": 5},
+                {"from": 2, "to": 3, "documents": 10}],
+    "longest": [{"tokens": 3, "origin": "a<b.jsonl:7"}],
+    "inputs": [{"file": f"{n}.jsonl", "sha256": "0" * 64} for n in range(25)],
+}  # fmt: skip
+
+
+def test_a_corpus_is_told_with_its_lengths_as_bars():
+    page = corpus_card(CORPUS)
+    for part in ("12,000, 345,678", "3.46", "2 empty; 7 equal to one before them", "a&lt;b.jsonl:7", "5 more are in"):
+        assert part in page
+    assert page.count('<i style="width:') == 2 and "width:50.00%" in page and "2 to 3" in page
+    assert "could not be used" not in page
+
+
+def test_a_corpus_that_says_little_or_nonsense_has_no_card():
+    assert corpus_card({}) == "" == corpus_card({"train": {"tokens": 1}})
+    assert "nothing" in corpus_card({"lengths": [None, {}], "inputs": None, "longest": [3], "valid": 5})
