@@ -8,7 +8,7 @@ demo: .venv/run
 	$(BIN)/python -m snakemake --cores all
 
 test: .venv/test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8
 
 large: .venv/test
 	$(BIN)/python -m pytest -q -s -m large

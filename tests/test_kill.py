@@ -439,6 +439,7 @@ def test_of_two_on_one_result_the_second_waits(cases, tmp_path, name):
     assert harvest(tmp_path / "out") == case.wanted
 
 
+STEPS = 400  # seconds of work, so that a signal finds it at work
 CONFIG = {
     "run": "k",
     "tokenizers": {"b": {"kind": "bytes"}},
@@ -450,7 +451,7 @@ CONFIG = {
             "kind": "pretrain",
             "data": "sums",
             "model": {"n_layer": 2, "n_embd": 64, "head_size": 32},
-            "train": {"steps": 120, "ctx_len": 32, "batch": 8, "log_every": 1},
+            "train": {"steps": STEPS, "ctx_len": 32, "batch": 8, "log_every": 1},
         }
     ],
 }
@@ -495,7 +496,7 @@ def test_snakemake_stopped_or_killed_alone_costs_nothing(server, tmp_path):
         began = time.monotonic()
         process.send_signal(number)  # to Snakemake alone; it would wait for its jobs
         assert process.wait(30) and time.monotonic() - began < 10
-        assert re.search(r"stopped after step \d+ of 120", flow.log.read_text())
+        assert re.search(rf"stopped after step \d+ of {STEPS}", flow.log.read_text())
     process = flow.at(50)
     trainer = int((flow.stage / ".model.safetensors.lock").read_text())
     process.kill()
@@ -507,9 +508,9 @@ def test_snakemake_stopped_or_killed_alone_costs_nothing(server, tmp_path):
     assert flow.step() == made  # nobody else works on the stage
     os.kill(trainer, signal.SIGCONT)
     assert process.wait(90) == 0, (tmp_path / "said").read_text()
-    assert "going on after step 120 of 120" in flow.log.read_text()  # nothing was trained twice
+    assert f"going on after step {STEPS} of {STEPS}" in flow.log.read_text()  # nothing was trained twice
     rows = [json.loads(line)["step"] for line in (flow.stage / "metrics.jsonl").read_text().splitlines()]
-    assert rows == list(range(1, 121))
+    assert rows == list(range(1, STEPS + 1))
     given = [flow.stage / "settings.json", "--model", flow.stage / "init.safetensors", "--save-every", 500]
     given += ["--data", tmp_path / "results/shared/corpora/sums", "--out", tmp_path / "whole/model.safetensors"]
     whole = server.run("pretrain", given, tmp_path / "log")

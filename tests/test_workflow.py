@@ -489,7 +489,7 @@ def other_run(work: Work, old: str = "run: demo", new: str = "run: demo") -> Non
 def test_two_runs_at_once_make_what_they_share_once(fresh, tmp_path):
     work = fresh.copy(tmp_path / "work")
     other_run(work, "lr: 1e-4", "lr: 5e-4")
-    work.slow(vocab=1.5, pack=1.5, questions=1, pretrain=3)
+    work.slow(vocab=1.5, pack=1.5, questions=1, pretrain=12)
     both = [work.start(), work.start("--configfile", "other.yaml")]
     said = [ended(process) for process in both]
     assert [done.returncode for done in said] == [0, 0], said[0].stdout + said[1].stdout

@@ -229,6 +229,11 @@ class _Training:
         self.log.settle()
         tensors = _pack(self.model, self.optimizer, self.hooks.carry())
         checkpoint.save(self.run.folder, self.progress.step, tensors, self.run.mark, notes=vars(self.progress))
+        try:
+            self.log.settle()
+        except DataError:  # the folder vanished, and was made anew for a point that would outlive its lines
+            checkpoint.clear(self.run.folder)
+            raise
         checkpoint.prune(self.run.folder)
         self.saved = self.progress.step
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 from types import SimpleNamespace
 
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 
 from rwkvpipe.base.config import TrainConfig
-from rwkvpipe.base.errors import PipeError, Stopped
+from rwkvpipe.base.errors import DataError, PipeError, Stopped
+from rwkvpipe.train import checkpoint
 from rwkvpipe.train.loop import Hooks, Log, Run, fit, step_seed
 
 CONFIG = TrainConfig(steps=12, warmup=2, lr=0.05, log_every=3, valid_every=4, weight_decay=0.1)
@@ -98,6 +100,23 @@ def test_a_stop_between_a_step_and_its_line_loses_no_line(tmp_path):
     resumed, again = run(tmp_path / "cut")
     assert timeless(log) == timeless(again)
     assert torch.equal(whole.body.weight, resumed.body.weight)
+
+
+def test_a_folder_that_vanishes_under_a_resume_point_leaves_none_without_its_lines(tmp_path, monkeypatch):
+    whole, log = run(tmp_path / "whole")
+    save = checkpoint.save
+
+    def saved(folder, step, *given, **named):
+        if step == 10:
+            shutil.rmtree(folder)
+        save(folder, step, *given, **named)
+
+    monkeypatch.setattr(checkpoint, "save", saved)
+    with pytest.raises(DataError, match="vanished"):
+        run(tmp_path / "cut")
+    monkeypatch.undo()
+    _, again = run(tmp_path / "cut")
+    assert timeless(log) == timeless(again)
 
 
 def test_a_signal_inside_a_step_waits_for_its_end(tmp_path):
