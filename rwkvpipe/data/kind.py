@@ -43,7 +43,7 @@ def opened(path: str | Path, packed: str) -> Iterator[BinaryIO]:
             with pyarrow.input_stream(str(path), compression="zstd", buffer_size=1 << 20) as stream:
                 yield io.BufferedReader(stream, 1 << 20)
         else:
-            with open(path, "rb") as file:
+            with open(path, "rb", buffering=1 << 18) as file:
                 yield file
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: cut short or damaged ({error}); copy or pack it again") from None

@@ -53,10 +53,10 @@ class Packing:
             if self.spec.duplicates == "drop":
                 self.card.counts["dropped"] += int((~fresh).sum())
                 part = kept(part, fresh)
-            self.files.append(f"{name}.bin", part.tokens.tobytes())
+            self.files.append(f"{name}.bin", part.tokens.data)
             self.files.append(f"{name}.sizes", part.sizes.tobytes())
             if part.marks is not None:
-                self.files.append(f"{name}.mask", part.marks.tobytes())
+                self.files.append(f"{name}.mask", part.marks.data)
             self.card.add(name, part)
         count_parcel(self.card, parcel)
         self.done += 1

@@ -132,9 +132,10 @@ class Packer:
         pieces, marks = [], []
         for ids, mask in encoded(document, self.tokenizer, self.render):
             piece = np.asarray(ids, dtype=np.int64 if len(ids) == 0 else None)
-            # unsigned ones are not below zero
+            # what cannot be out of range by its kind is not looked at
             low = int(piece.min()) if len(piece) and piece.dtype.kind != "u" else 0
-            if len(piece) and (low < 0 or piece.max() >= self.tokenizer.size):
+            narrow = piece.dtype.kind == "u" and np.iinfo(piece.dtype).max < self.tokenizer.size
+            if len(piece) and not narrow and (low < 0 or piece.max() >= self.tokenizer.size):
                 raise DataError(
                     f"{document.origin}: the tokenizer gave ids from {low} to {piece.max()}, of"
                     f" {self.tokenizer.size} that it has; mend it"
