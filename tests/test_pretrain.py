@@ -67,6 +67,21 @@ def test_it_learns_and_writes_what_the_rules_promise(home):
     assert sorted(path.name for path in (home / "a").iterdir()) == ["config.json", "metrics.jsonl", "model.safetensors"]
 
 
+def test_in_chunks_the_full_gradient_trains_as_whole_rows_do_and_the_truncated_one_does_not(home):
+    found = {}
+    for name, train in {"whole": {}, "full": {"chunk": 5, "bptt": "full"}, "cut": {"chunk": 5}}.items():
+        settings(home, **train, l2_wrap=0, eps=1e-8, lr=1e-3)
+        found[name] = run(home, name)
+    (weights, rows), (full, full_rows), (cut, cut_rows) = found.values()
+    assert full_rows[-1]["loss"] == pytest.approx(rows[-1]["loss"], abs=1e-4)
+    assert full_rows[-1]["valid_loss"] == pytest.approx(rows[-1]["valid_loss"], abs=1e-4)
+    assert full_rows[-1]["grad_norm"] == pytest.approx(rows[-1]["grad_norm"], rel=1e-3)
+    assert cut_rows[0]["loss"] == pytest.approx(rows[0]["loss"], abs=1e-5)
+    assert cut_rows[-1]["grad_norm"] != pytest.approx(rows[-1]["grad_norm"], rel=1e-3)
+    name = "blocks.0.att.value.weight"
+    assert (full[name] - weights[name]).abs().max() < 0.1 * (cut[name] - weights[name]).abs().max()
+
+
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2, dropout=0.2, full=("ln1",))])
 @pytest.mark.parametrize("at", [2, 7])
 def test_a_stopped_run_ends_in_the_same_weights(home, monkeypatch, lora, at):

@@ -50,6 +50,12 @@ class TrainConfig(Strict):
     """Largest global norm of the gradient."""
     l2_wrap: NotNegative = 1e-4
     """Pull on the largest logit (RWKV's L2Wrap); 0 is none."""
+    chunk: Count | None = None
+    """Infinite context: rows are read so many tokens at a time, the state carried on, so that memory does not grow
+    with ctx_len; left out, whole."""
+    bptt: Literal["truncated", "full"] | None = None
+    """chunk: whether the gradient ends where a chunk begins (truncated, if left out) or is that of the whole row,
+    for one forward more (full)."""
     order: Literal["magic", "shuffled", "sequential"] = "shuffled"
     """How rows are drawn: RWKV-LM's magic prime, shuffled epochs, or as they stand."""
     seed: Whole | None = None
@@ -60,6 +66,12 @@ class TrainConfig(Strict):
     """Steps between lines of metrics.jsonl."""
     valid_every: Whole = 0
     """Steps between measurements of the held-out loss; 0: only at the end."""
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.bptt is not None and self.chunk is None:
+            raise ValueError("bptt says how gradients cross chunks: give chunk, too")
+        return self
 
 
 class LoraConfig(Strict):
@@ -255,6 +267,8 @@ class StageConfig(Strict):
             raise ValueError("give one of start (go on from weights) and model (start from nothing)")
         if self.kind != "grpo" and (self.rollout or self.prompt):
             raise ValueError(f"rollout and prompt belong to kind grpo, this is {self.kind}")
+        if self.kind == "grpo" and self.train.chunk is not None:
+            raise ValueError("train.chunk belongs to pretrain and sft: a rollout is scored whole")
         if self.kind == "grpo" and self.model is not None:
             raise ValueError("grpo improves a model that can already answer: give start, not model")
         if self.lora and self.model is not None:

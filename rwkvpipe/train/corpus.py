@@ -7,6 +7,7 @@ from rwkvpipe.base.errors import ConfigError, DataError
 from rwkvpipe.base.files import read_json
 from rwkvpipe.data.binidx import Binidx
 from rwkvpipe.train.heldout import held_out_loss
+from rwkvpipe.train.infctx import chunked_lm_losses
 from rwkvpipe.train.loop import Hooks, fit
 from rwkvpipe.train.loss import lm_losses
 from rwkvpipe.train.stage import Stage, finish, run_of
@@ -56,7 +57,7 @@ def train(stage: Stage, folder: Path, batches: Callable[..., Iterator], *, micro
     metrics = fit(
         stage.model,
         lambda first, carried: stream if stream and not first else batches(data, config, stage.rank, first),
-        lm_losses(micro_batch, config),
+        (lm_losses if config.chunk is None else chunked_lm_losses)(micro_batch, config),
         config=config,
         run=run_of(stage, inputs + valid, save_every),
         hooks=Hooks(validate=validate),

@@ -41,5 +41,5 @@ def windows(data: Binidx, ctx_len: int, rows: int, masked: bool) -> Iterator[Bat
 def held_out_loss(data: Binidx, config: TrainConfig, micro_batch: int, *, masked: bool) -> Callable[[nn.Module], float]:
     """Function of a model: its mean loss over all target tokens of the validation part, in nats."""
     return lambda model: mean_loss(
-        model, windows(data, config.ctx_len, micro_batch, masked), micro_batch, config.precision
+        model, windows(data, config.ctx_len, micro_batch, masked), micro_batch, config.precision, config.chunk
     )

@@ -82,8 +82,13 @@ def lm_losses(micro_batch: int, config: TrainConfig) -> Losses:
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, batches: Iterator[Batch], micro_batch: int, precision: str) -> float:
-    """Mean cross-entropy over the target tokens of all batches, in nats; the model's mode is left as it was."""
+def mean_loss(
+    model: nn.Module, batches: Iterator[Batch], micro_batch: int, precision: str, chunk: int | None = None
+) -> float:
+    """Mean cross-entropy over the target tokens of all batches, in nats; the model's mode is left as it was.
+
+    Rows are read `chunk` tokens at a time, the state carried on; left out, whole.
+    """
     device, training = device_of(model), model.training
     model.eval()
     total, count = 0.0, 0
@@ -93,9 +98,13 @@ def mean_loss(model: nn.Module, batches: Iterator[Batch], micro_batch: int, prec
             targets = batch.targets[part].to(device)
             if batch.mask is not None:
                 targets = targets.masked_fill(batch.mask[part].to(device) == 0, -100)
-            with arithmetic(precision, device):
-                logits, _ = model(batch.ids[part].to(device))
-            total += float(masked_cross_entropy(logits, targets, total=1))
+            state, ids = None, batch.ids[part].to(device)
+            for some, wanted in zip(
+                ids.split(chunk or ids.shape[1], 1), targets.split(chunk or ids.shape[1], 1), strict=True
+            ):
+                with arithmetic(precision, device):
+                    logits, state = model(some, state)
+                total += float(masked_cross_entropy(logits, wanted, total=1))
             count += int((targets >= 0).sum())
     model.train(training)
     return total / max(count, 1)

@@ -206,6 +206,8 @@ def check_fits(stage: Stage) -> int:
         )
     if rollout.sampling.temperature == 0:
         raise ConfigError("rollout.sampling.temperature: at 0 all samples of a prompt are the same; raise it")
+    if settings.train.chunk is not None:
+        raise ConfigError("train.chunk: belongs to pretrain and sft; a rollout is scored whole")
     if settings.lora is not None and settings.lora.dropout:
         raise ConfigError("lora.dropout: a policy is compared with itself, which needs dropout 0 in grpo")
     return longest

@@ -1,0 +1,140 @@
+"""Infinite context: rows are read chunk by chunk, the state carried on, so that memory does not grow with their length.
+
+The sum over the chunks is the loss of the whole row: the last position of a chunk has the next chunk's first token as
+its target, and every target weighs one part of the step's targets, whichever chunk it is in.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rwkvpipe.base.config import TrainConfig
+from rwkvpipe.data.batches import Batch
+from rwkvpipe.model.layers import State
+from rwkvpipe.train.loss import Losses, arithmetic, device_of, l2_wrap, masked_cross_entropy
+from rwkvpipe.weights.lora import row_dropout
+
+CHUNKS = 2**32  # more than a row has: chunks of a row draw their dropout apart from each other
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What the parts of one optimizer step are divided by."""
+
+    config: TrainConfig
+    targets: int
+    positions: int
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of one micro batch, of which `first` is the first in the step."""
+
+    ids: Tensor
+    targets: Tensor
+    mask: Tensor | None
+    first: int
+
+    def chunk(self, number: int, size: int) -> "_Rows":
+        """A part of each row."""
+        part = slice(number * size, (number + 1) * size)
+        mask = None if self.mask is None else self.mask[:, part]
+        return _Rows(self.ids[:, part], self.targets[:, part], mask, self.first + CHUNKS * number)
+
+    def counts(self, l2_wrap: float) -> bool:
+        """Whether anything in it enters the loss."""
+        real = self.targets >= 0
+        return bool((real if self.mask is None or l2_wrap else real & (self.mask != 0)).any())
+
+
+def _flat(state: State) -> list[Tensor]:
+    return [*state.att_x, *state.wkv, *state.ffn_x]
+
+
+def _leaves(state: State) -> State:
+    """The same numbers as inputs of their own, which gather a gradient."""
+    for value in _flat(state):
+        value.requires_grad_()
+    return state
+
+
+def _read(model: nn.Module, part: _Rows, state: State | None, step: _Step) -> tuple[Tensor | None, State]:
+    """The share of a chunk in the loss, None where nothing in it counts, and the state after it."""
+    config, device = step.config, device_of(model)
+    with arithmetic(config.precision, device), row_dropout(model, part.first):
+        features, state = model.features(part.ids.to(device), state)
+        if not part.counts(config.l2_wrap):
+            return None, state
+        logits = model.logits(features)
+    targets = part.targets.to(device)
+    mask = None if part.mask is None else part.mask.to(device)
+    loss = masked_cross_entropy(logits, targets, mask, total=step.targets)
+    if config.l2_wrap:
+        loss = loss + l2_wrap(logits, config.l2_wrap, total=step.positions, mask=targets >= 0)
+    return loss, state
+
+
+def _truncated(model: nn.Module, rows: _Rows, chunks: int, step: _Step) -> Iterator[Tensor]:
+    """Losses whose gradient ends where their chunk begins."""
+    state = None
+    for number in range(chunks):
+        part = rows.chunk(number, step.config.chunk)
+        with torch.set_grad_enabled(part.counts(step.config.l2_wrap)):
+            loss, state = _read(model, part, state, step)
+        state = state.detach()
+        if loss is not None:
+            yield loss
+
+
+def _whole(model: nn.Module, rows: _Rows, chunks: int, step: _Step) -> Iterator[Tensor]:
+    """Losses whose gradients add up to that of the whole rows, from the last chunk to the first.
+
+    Chunks are read once to know the state before each, and once more to have their gradient; what later chunks ask of
+    a state comes in as a product that is 0 in the loss.
+    """
+    size = step.config.chunk
+    before: list[State | None] = [None]
+    with torch.no_grad():
+        for number in range(chunks - 1):
+            state = _read(model, rows.chunk(number, size), before[-1], step)[1]
+            before.append(state.repeat(1))  # copies: a last input is a view that would keep all the chunk's
+    wanted: list[Tensor | None] = []
+    for number in reversed(range(chunks)):
+        start = before.pop()
+        start = start if start is None else _leaves(start)  # the first of all is the model's to make, and to learn
+        loss, after = _read(model, rows.chunk(number, size), start, step)
+        total = after.wkv[0].new_zeros(()) if loss is None else loss
+        for value, grad in zip(_flat(after), wanted, strict=False):
+            if grad is not None and value.requires_grad:
+                pull = (value * grad).sum()
+                total = total + (pull - pull.detach())
+        del after, loss
+        yield total
+        wanted = [] if start is None else [value.grad for value in _flat(start)]
+
+
+def chunked_lm_losses(micro_batch: int, config: TrainConfig) -> Losses:
+    """Next-token loss in chunks of `config.chunk` tokens, `micro_batch` rows at a time.
+
+    `bptt: full` gives the gradient of `lm_losses` on whole rows; `truncated` lets no gradient across a chunk's begin.
+    Each scalar needs its backward before the next is asked for. Chunks behind the last target are not read.
+    """
+
+    def losses(model: nn.Module, batch: Batch) -> Iterator[Tensor]:
+        real = batch.targets >= 0
+        chosen = real if batch.mask is None else (batch.mask != 0) & real
+        step = _Step(config, int(chosen.sum()), int(real.sum()))
+        gradient = _whole if config.bptt == "full" else _truncated
+        for first in range(0, len(batch.ids), micro_batch):
+            part = slice(first, first + micro_batch)
+            used = (real if config.l2_wrap else chosen)[part].any(0).nonzero()
+            if not len(used):
+                continue
+            width = int(used.max()) + 1
+            mask = None if batch.mask is None else batch.mask[part, :width]
+            rows = _Rows(batch.ids[part, :width], batch.targets[part, :width], mask, first)
+            yield from gradient(model, rows, -(-width // config.chunk), step)
+
+    return losses
