@@ -131,8 +131,9 @@ class RolloutConfig(Strict):
     """The task that grades completions."""
     sampling: SamplingConfig = SamplingConfig()
     """How they are sampled."""
-    loss: Literal["grpo", "bnpo", "dapo", "dr_grpo"] = "dapo"
-    """Normaliser of the policy loss."""
+    loss: Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo"] = "dapo"
+    """Normaliser of the policy loss; cispo: that of dapo, where the clipped ratio weighs the gradient of each token
+    and silences none."""
     level: Literal["token", "sequence"] = "token"
     """Importance ratios by token or by completion."""
     epsilon: Positive = 0.2
@@ -151,6 +152,12 @@ class RolloutConfig(Strict):
     """Optimizer steps on the same completions."""
     mask_truncated: bool = False
     """Leave completions that did not end out of the loss."""
+
+    @model_validator(mode="after")
+    def _bounds(self):
+        if self.loss == "cispo" and self.delta is not None:
+            raise ValueError("delta does nothing in loss cispo, whose ratios epsilon and epsilon_high bound")
+        return self
 
 
 class BenchmarkConfig(Strict):

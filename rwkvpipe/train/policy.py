@@ -140,6 +140,7 @@ def policy_loss(new: Tensor, rollout: Rollout, config: RolloutConfig, *, share: 
     new (R, C) log-probabilities with gradient. With ratio = exp(new - old), a token costs
     -min(c1 A, c2 A) + beta k: c1 = min(ratio, delta), c2 = ratio clamped to [1 - epsilon, 1 + epsilon_high].
     `grpo` averages rows of token means; `bnpo` and `dapo` average tokens; `dr_grpo` divides by rows x longest.
+    `cispo` averages tokens that cost -c2 A new, c2 without gradient (MiniMax-M1, arXiv 2506.13585).
     """
     mask = rollout.mask.to(new.dtype)
     lengths = mask.sum(1)  # (R,)
@@ -150,9 +151,13 @@ def policy_loss(new: Tensor, rollout: Rollout, config: RolloutConfig, *, share: 
     ratio = shift.exp()
     low, high = 1 - config.epsilon, 1 + (config.epsilon if config.epsilon_high is None else config.epsilon_high)
     gain = rollout.advantages.to(new.dtype).unsqueeze(1)  # (R, 1)
-    bounded = ratio if config.delta is None else ratio.clamp(max=config.delta)
-    cost = -torch.minimum(bounded * gain, ratio.clamp(low, high) * gain)
-    clipped = ((ratio < low) & (gain < 0)) | ((ratio > high) & (gain > 0))
+    if config.loss == "cispo":
+        cost = -ratio.clamp(low, high).detach() * gain * torch.where(mask != 0, new, 0.0)
+        clipped = (ratio < low) | (ratio > high)
+    else:
+        bounded = ratio if config.delta is None else ratio.clamp(max=config.delta)
+        cost = -torch.minimum(bounded * gain, ratio.clamp(low, high) * gain)
+        clipped = ((ratio < low) & (gain < 0)) | ((ratio > high) & (gain > 0))
     measures = {"clipped": (clipped * mask).sum(), "tokens": mask.sum(), "kl": new.new_zeros(())}
     if rollout.reference is not None:
         apart = torch.where(mask != 0, rollout.reference.to(new.dtype) - new, 0.0)

@@ -136,7 +136,7 @@ def test_garbage_outside_the_mask_and_empty_completions_change_nothing():
     rollout = Rollout(
         torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, dtype=torch.long), mask, torch.ones(2), old, old.clone()
     )
-    for kind in ("grpo", "bnpo", "dapo", "dr_grpo"):
+    for kind in ("grpo", "bnpo", "dapo", "dr_grpo", "cispo"):
         for level in ("token", "sequence"):
             new = torch.full((2, 3), -1.5).requires_grad_()
             config = RolloutConfig(loss=kind, level=level, beta=0.1)
@@ -157,3 +157,23 @@ def test_clipping_is_counted_on_the_side_it_binds():
     share = Share(2, 2, 1)
     assert policy_loss(high, rollout, RolloutConfig(), share=share)[1]["clipped"] == 1
     assert policy_loss(low, rollout, RolloutConfig(), share=share)[1]["clipped"] == 1
+
+
+def test_cispo_weighs_the_gradient_by_the_clipped_ratio_and_silences_no_token():
+    ratio = torch.tensor([[0.5, 1.0, 3.0], [0.9, 3.0, 1.0]], dtype=torch.float64)
+    old, mask = torch.full_like(ratio, -2.0), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    gain = torch.tensor([1.0, -0.5], dtype=torch.float64)
+    rollout = Rollout(torch.zeros(2, 4, dtype=torch.long), torch.ones(2, dtype=torch.long), mask, gain, old)
+    for changes, low, high in (({}, 0.8, 1.2), ({"epsilon_high": 0.4}, 0.8, 1.4), ({"epsilon": 0.05}, 0.95, 1.05)):
+        new = (old + ratio.log()).requires_grad_()
+        loss, measures = policy_loss(new, rollout, RolloutConfig(loss="cispo", **changes), share=Share(2, 5, 3))
+        loss.backward()
+        weight = ratio.clamp(low, high) * mask * gain[:, None]
+        torch.testing.assert_close(new.grad, -weight / 5)
+        torch.testing.assert_close(loss.detach(), -(weight * new.detach()).sum() / 5)
+        assert measures["clipped"] == (4 if "epsilon" in changes else 3)
+
+
+def test_a_bound_that_cispo_would_not_read_is_refused():
+    with pytest.raises(ValueError, match="delta does nothing"):
+        RolloutConfig(loss="cispo", delta=2.0)
