@@ -7,7 +7,9 @@ import json
 import sys
 from collections import Counter
 
+from rwkvpipe.base.config import LoraConfig
 from rwkvpipe.base.errors import Parser, run
+from rwkvpipe.base.strict import check_json
 from rwkvpipe.model.family import released
 from rwkvpipe.weights import store
 from rwkvpipe.weights.source import open_source
@@ -27,7 +29,7 @@ def describe(path: str) -> dict:
         "parameters": sum(value.numel() for value in like.values()),
     }
     if "lora" in source.metadata:
-        settings = json.loads(source.metadata["lora"])
+        settings = check_json(LoraConfig, source.metadata["lora"], path).model_dump()
         full = sorted({name for name in like if not name.endswith((".lora_A", ".lora_B"))})
         return facts | {"adapter": settings | {"full_tensors": full}, "base_sha256": source.metadata.get("base", "")}
     found = store.open_model(path)

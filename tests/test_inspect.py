@@ -7,7 +7,7 @@ import torch
 
 from rwkvpipe import inspect
 from rwkvpipe.base.config import LoraConfig, RwkvConfig
-from rwkvpipe.base.errors import WeightsError
+from rwkvpipe.base.errors import PipeError, WeightsError
 from rwkvpipe.base.files import digest
 from rwkvpipe.model.family import build
 from rwkvpipe.train.stage import write_adapter
@@ -69,3 +69,12 @@ def test_the_sizes_of_a_released_model_are_known_without_its_data(tmp_path, caps
     inspect.main([str(path), "--json"])
     facts = json.loads(capsys.readouterr().out)
     assert facts["sizes_of"] == "rwkv7-0.1b" and facts["parameters"] == 191_034_624
+
+
+@pytest.mark.parametrize("settings", ["{", "[1]", '{"rank": "x"}'])
+def test_an_adapter_with_damaged_settings_is_named(tmp_path, settings):
+    path = tmp_path / "adapter.safetensors"
+    store.write_tensors(path, {"blocks.0.att.key.lora_A": torch.zeros(2, 2)}, {"lora": settings})
+    with pytest.raises(PipeError) as caught:
+        inspect.main([str(path)])
+    assert "\n" not in str(caught.value) and "adapter" in str(caught.value)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.base.errors import WeightsError
 from rwkvpipe.base.sizes import FAMILIES as NAMES
-from rwkvpipe.base.sizes import PRESETS
+from rwkvpipe.base.sizes import PRESETS, title
 
 TRACKED_FILES = ["rwkv*.py"]  # imported by name
 
@@ -63,7 +63,11 @@ def detect(tensors: dict[str, Tensor]) -> RwkvConfig:
         try:
             found = family.module.detect(tensors)
         except (KeyError, IndexError, ValueError) as error:  # names like a member's, shapes or tensors not
-            raise WeightsError(f"not a whole {family.model.__name__} checkpoint ({error}); fetch it again") from None
+            # of several lines, the second and third name the size and what is wrong with it
+            lines = [line.strip() for line in str(error).splitlines()]
+            why = (": ".join(lines[1:3]) or str(error)).partition(" [type=")[0]
+            whole = f"not a whole {title(family.model.__name__.lower())} checkpoint"
+            raise WeightsError(f"{whole} ({why}); fetch it again") from None
         if found is not None:
             return found
     kind = next((text for part, text in OTHERS if any(part in name for name in tensors)), "no RWKV checkpoint")

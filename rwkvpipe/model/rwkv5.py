@@ -13,7 +13,7 @@ from rwkvpipe.model.layers import GatedChannelMix, HeadNorm, beyond, channels, d
 
 def complete(config: RwkvConfig) -> RwkvConfig:
     """The same with every size that was left out filled in (RWKV-LM's rule)."""
-    return config.model_copy(update={"dim_ffn": config.dim_ffn or int(3.5 * config.n_embd) // 32 * 32})
+    return config.model_copy(update={"dim_ffn": config.dim_ffn or max(32, int(3.5 * config.n_embd) // 32 * 32)})
 
 
 class TimeMix(nn.Module):

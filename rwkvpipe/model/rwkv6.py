@@ -16,7 +16,7 @@ def complete(config: RwkvConfig) -> RwkvConfig:
     """The same with every size that was left out filled in, as the released models of this width have it."""
     wide = config.n_embd >= 4096
     rules = {
-        "dim_ffn": int(3.5 * config.n_embd) // 32 * 32,
+        "dim_ffn": max(32, int(3.5 * config.n_embd) // 32 * 32),
         "d_mix": 64 if wide else 32,
         "d_decay": 128 if wide else 64,
     }

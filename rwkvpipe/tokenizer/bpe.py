@@ -99,9 +99,10 @@ class BpeTokenizer:
     def _end(self, wanted: str | None) -> str | None:
         if wanted is None:
             beside = self.path.with_name("tokenizer_config.json")
-            told = read_json(beside).get("eos_token") if beside.is_file() else None
+            described = read_json(beside) if beside.is_file() else {}
+            told = described.get("eos_token") if isinstance(described, dict) else None
             told = told.get("content") if isinstance(told, dict) else told
-            found = [word for word in (told, *ENDS) if word in self.vocabulary]
+            found = [word for word in (told, *ENDS) if isinstance(word, str) and word in self.vocabulary]
             return found[0] if found else None
         if wanted not in self.vocabulary:
             raise DataError(f"end: {self.path} has no token {wanted!r}; give one that it has")

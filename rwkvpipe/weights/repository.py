@@ -80,7 +80,8 @@ def parse(source: str) -> tuple[Repo, str] | None:
 def _inside(path: str) -> bool:
     """Whether a path stays in the folder that it counts from."""
     parts = path.split("/")
-    return path.isprintable() and "\\" not in path and not {"", ".", ".."} & {*parts[:-1], parts[-1] or "x"}
+    short = len(path.encode("utf-8", "replace")) < 2000 and all(len(p.encode("utf-8", "replace")) < 240 for p in parts)
+    return short and path.isprintable() and "\\" not in path and not {"", ".", ".."} & {*parts[:-1], parts[-1] or "x"}
 
 
 def _digest(value: object, letters: int) -> str | None:
@@ -108,7 +109,8 @@ def files(repo: Repo, endpoint: str, headers: dict[str, str], folder: str = "") 
         where = f"{repo.hub}://{repo.name}"
         body, url = ask(url, headers)
         value = parse_json(body, f"{where}: the list of its files")
-        rows = value.get("Data", {}).get("Files") if isinstance(value, dict) else value
+        data = value.get("Data") if isinstance(value, dict) else None
+        rows = data.get("Files") if isinstance(data, dict) else value
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise HubError(f"{where}: the hub's list of files is none; check the endpoint and the repository's name")
         found += [entry for row in rows if (entry := _entry(row, where))]

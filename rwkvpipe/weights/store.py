@@ -101,8 +101,11 @@ def _head_size(source: Source, width: int) -> int:
     """Width of a head where the shapes do not tell: what the file or the config.json beside it says; else 64."""
     if "config" in source.metadata:
         try:
-            return int(json.loads(source.metadata["config"])["head_size"])
-        except (ValueError, TypeError, KeyError):
+            size = int(json.loads(source.metadata["config"])["head_size"])
+            if size < 1:
+                raise ValueError(size)
+            return size
+        except (ValueError, TypeError, KeyError, OverflowError):
             raise WeightsError(f"{source.path}: damaged: its metadata names no head_size; fetch it again") from None
     beside = source.path.with_name("config.json")
     given = read_json(beside) if beside.is_file() else {}  # a stranger's file: read leniently
@@ -150,6 +153,9 @@ def _square(source: Source, tensors: Tensors) -> tuple[RwkvConfig, Tensors]:
     plan = {}
     for name, like in wanted.items():
         value = tensors.like[name]
+        if not value.is_floating_point():
+            kind = str(value.dtype).removeprefix("torch.")
+            raise WeightsError(f"{path}: {name} has numbers of {kind}; give weights that are not quantised")
         # writers squeeze (1, 1, D) to (D,): only ones may differ
         if [n for n in value.shape if n != 1] != [n for n in like.shape if n != 1]:
             raise WeightsError(f"{path}: {name} is {tuple(value.shape)}, needed is {tuple(like.shape)}")

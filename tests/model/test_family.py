@@ -112,3 +112,18 @@ def test_another_architecture_is_named(name, kind):
 def test_half_a_checkpoint_is_no_accident_of_python(marks):
     with pytest.raises(WeightsError, match=r"ffn\.key|time_faaaa"):
         detect({"emb.weight": torch.zeros(3, 4), **marks})
+
+
+@pytest.mark.parametrize("family", ["rwkv5", "rwkv6"])
+def test_the_narrowest_model_has_a_channel_mix(family):
+    config = complete(RwkvConfig(family=family, n_layer=2, n_embd=8, head_size=8, vocab_size=7))
+    assert config.dim_ffn == 32
+    assert detect(build(config).state_dict()) == config
+
+
+def test_sizes_that_no_model_has_are_named_in_one_line():
+    tensors = build(complete(RwkvConfig(family="rwkv5", n_layer=2, n_embd=8, head_size=8, vocab_size=7))).state_dict()
+    tensors |= {name: torch.zeros(0, 8) for name in tensors if name.endswith("ffn.key.weight")}
+    with pytest.raises(WeightsError, match="dim_ffn") as caught:
+        detect(tensors)
+    assert "\n" not in str(caught.value)

@@ -112,3 +112,10 @@ def test_what_is_no_bpe_is_named(tmp_path, text, problem):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(DataError, match=problem):
         BpeTokenizer(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize("beside", ["[1]", '"x"', '{"eos_token": ["a"]}', '{"eos_token": {"content": {}}}'])
+def test_odd_settings_beside_a_tokenizer_name_no_end(tmp_path, beside):
+    (tmp_path / "tokenizer.json").write_text(learn(["hello hello"], 260))
+    (tmp_path / "tokenizer_config.json").write_text(beside)
+    assert BpeTokenizer(tmp_path / "tokenizer.json").eos == 0

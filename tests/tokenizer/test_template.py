@@ -50,6 +50,7 @@ def test_the_form_of_released_models_as_a_template_gives_the_same_ids():
     "source, problem",
     [
         ("{% for %}", "no Jinja template"),
+        ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "too deep"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
@@ -58,6 +59,18 @@ def test_the_form_of_released_models_as_a_template_gives_the_same_ids():
         ("{{ 10 ** 10 ** 10 }}", "too large"),
         ("{{ '%1000000000d' % 5 }}", "not allowed"),
         ("{{ 'a'.center(10 ** 10) }}", "unsafe"),
+        ("{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "too large"),
+        ("{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}", "too large"),
+        ("{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = [n.x, n.x] | join %}{% endfor %}", "too"),
+        (
+            "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x.replace('a','aa') %}{% endfor %}",
+            "too",
+        ),
+        ("{{ 'a' | center(10 ** 9) }}", "too large"),
+        ("{{ '{:>1000000000}'.format(1) }}", "not allowed"),
+        ("{{ '{:>{}}'.format(1, 10 ** 9) }}", "not allowed"),
+        ("{{ '%01000000000d' | format(1) }}", "not allowed"),
+        ("{{ [1] | batch(10 ** 9, 'x') | list }}", "too large"),
         ("{% for n in range(10 ** 9) %}x{% endfor %}", "Range too big"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "without end"),
         ("{{ missing.part.part }}", "undefined"),
@@ -87,3 +100,12 @@ def test_templates_of_a_hub_s_folder_are_found(tmp_path):
     assert load_template(tmp_path).text(TALK) == "y<e>"
     (tmp_path / "chat_template.jinja").write_text("z{{ messages | tojson }}")
     assert load_template(tmp_path).text([{"role": "user", "content": "<é>"}]) == 'z[{"role": "user", "content": "<é>"}]'
+
+
+def test_templates_that_are_no_text_or_no_templates_are_named(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": ["default"]}')
+    with pytest.raises(DataError, match="no chat template"):
+        load_template(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="not UTF-8"):
+        load_template(tmp_path)

@@ -282,14 +282,17 @@ def test_modelscope_is_a_hub_too(server, tmp_path, monkeypatch):
         get("modelscope://o/n/model.pth", tmp_path / "m")
 
 
-@pytest.mark.parametrize("path", ["../evil", "/etc/x", "a/../../b", "a\\b", "a//b", "a/", 7])
+LONG = ["x" * 300, "a/" * 2000 + "b"]
+
+
+@pytest.mark.parametrize("path", ["../evil", "/etc/x", "a/../../b", "a\\b", "a//b", "a/", 7, *LONG])
 def test_a_hub_cannot_write_outside_the_folder(server, tmp_path, path):
     server.extra = [{"type": "file", "path": path, "size": 1, "oid": "0" * 40}]
     with pytest.raises(HubError, match="no path inside it"):
         get("hf://o/n", tmp_path / "all")
 
 
-@pytest.mark.parametrize("body", [b"<html>", b"{}", b"[3]", b'{"Data": {}}'])
+@pytest.mark.parametrize("body", [b"<html>", b"{}", b"[3]", b'{"Data": {}}', b'{"Data": null}', b'{"Data": []}'])
 def test_a_list_that_is_none_is_refused(server, tmp_path, monkeypatch, body):
     monkeypatch.setattr(Handler, "page", lambda self, rows, asked: self.tell(body))
     with pytest.raises(Exception, match="list of") as caught:

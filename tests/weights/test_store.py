@@ -233,3 +233,17 @@ def test_a_trained_checkpoint_gives_the_given_logits(shared_data):
     with torch.no_grad():
         logits, _ = model(torch.from_numpy(data["tokens"])[None])
     np.testing.assert_allclose(logits[0], data["logits"], atol=2e-5)
+
+
+@pytest.mark.parametrize("size", ["0", "-4", "1e400"])
+def test_a_head_size_that_none_has_is_named(tmp_path, tensors, size):
+    flat = {name: value.reshape(-1) if name.endswith("r_k") else value for name, value in tensors.items()}
+    store.write_tensors(tmp_path / "m.safetensors", flat, {"config": f'{{"head_size": {size}}}'})
+    with pytest.raises(WeightsError, match="head_size"):
+        store.read(tmp_path / "m.safetensors")
+
+
+def test_whole_numbers_are_no_weights(tmp_path, tensors):
+    store.write_tensors(tmp_path / "m.safetensors", tensors | {"emb.weight": tensors["emb.weight"].long()})
+    with pytest.raises(WeightsError, match=r"emb\.weight has numbers of int64"):
+        store.read(tmp_path / "m.safetensors")
