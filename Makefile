@@ -8,7 +8,7 @@ demo: .venv/run
 	$(BIN)/python -m snakemake --cores all
 
 test: .venv/test
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 8
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 large: .venv/test
 	$(BIN)/python -m pytest -q -s -m large
