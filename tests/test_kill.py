@@ -483,7 +483,7 @@ class Workflow:
         return path.read_bytes().count(b"\n") if path.is_file() else 0
 
     def until(self, process: subprocess.Popen, reached) -> None:
-        end = time.monotonic() + 90
+        end = time.monotonic() + 300
         while not reached():
             assert process.poll() is None and time.monotonic() < end, (self.folder / "said").read_text()
             time.sleep(0.05)
@@ -495,7 +495,7 @@ def test_snakemake_stopped_or_killed_alone_costs_nothing(server, tmp_path):
         process = flow.at(step)
         began = time.monotonic()
         process.send_signal(number)  # to Snakemake alone; it would wait for its jobs
-        assert process.wait(30) and time.monotonic() - began < 10
+        assert process.wait(60) and time.monotonic() - began < 40
         assert re.search(rf"stopped after step \d+ of {STEPS}", flow.log.read_text())
     process = flow.at(50)
     trainer = int((flow.stage / ".model.safetensors.lock").read_text())
@@ -507,7 +507,7 @@ def test_snakemake_stopped_or_killed_alone_costs_nothing(server, tmp_path):
     time.sleep(0.5)
     assert flow.step() == made  # nobody else works on the stage
     os.kill(trainer, signal.SIGCONT)
-    assert process.wait(90) == 0, (tmp_path / "said").read_text()
+    assert process.wait(300) == 0, (tmp_path / "said").read_text()
     assert f"going on after step {STEPS} of {STEPS}" in flow.log.read_text()  # nothing was trained twice
     rows = [json.loads(line)["step"] for line in (flow.stage / "metrics.jsonl").read_text().splitlines()]
     assert rows == list(range(1, STEPS + 1))

@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,7 @@ if __name__ == "__main__":
     _sys.exit(play(_sys.argv))
 """
 PLAY = '''
-"""Writes what a verb would write, in no time or in as much as slow.json says."""
+"""Writes what a verb would write, at once or when its name is no more among the held ones."""
 
 import json
 import time
@@ -50,8 +52,9 @@ def play(argv):
         raise SystemExit(f"error: {error}") from None
     with open("calls", "a") as file:
         file.write(f"{verb} {out}\\n")
-    slow = Path("slow.json")
-    time.sleep(json.loads(slow.read_text()).get(verb, 0) if slow.exists() else 0)
+    until = time.monotonic() + 300
+    while Path("held", verb).exists() and time.monotonic() < until:
+        time.sleep(0.05)
     if verb in FOLDER:
         out = out / FOLDER[verb]
     beside = BESIDE.get(verb, [])
@@ -103,9 +106,29 @@ stages:
 """
 
 
-def ended(process: subprocess.Popen) -> subprocess.CompletedProcess:
-    text, _ = process.communicate(timeout=300)
-    return subprocess.CompletedProcess(process.args, process.returncode, text)
+class Run(subprocess.Popen):
+    """Snakemake at work in a process group of its own; its two streams are one text."""
+
+    def __init__(self, words: list[str], cwd: Path, env: dict[str, str]):
+        self.text = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
+        line = [sys.executable, "-m", "snakemake", "--nocolor", "--cores", "2", *words]
+        super().__init__(
+            line, cwd=cwd, env=env, stdout=self.text, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    def said(self) -> str:
+        return os.pread(self.text.fileno(), 1 << 24, 0).decode()
+
+    def until(self, reached: Callable[[], object]) -> None:
+        """Wait for something that happens while it works."""
+        end = time.monotonic() + 300
+        while not reached():
+            assert self.poll() is None and time.monotonic() < end, self.said()
+            time.sleep(0.05)
+
+    def ended(self) -> subprocess.CompletedProcess:
+        self.wait(300)
+        return subprocess.CompletedProcess(self.args, self.returncode, self.said())
 
 
 class Work:
@@ -136,35 +159,26 @@ class Work:
         shutil.copytree(self.path, path)  # times are kept
         return Work(path)
 
-    def start(self, *words: str, cwd: Path | None = None, **env: str) -> subprocess.Popen:
-        """Snakemake with these words, its two streams as one text, in a process group of its own."""
+    def start(self, *words: str, cwd: Path | None = None, **env: str) -> Run:
         given = {name: value for name, value in os.environ.items() if not name.startswith(("SNAKEMAKE", "PYTHONPATH"))}
-        return subprocess.Popen(
-            [sys.executable, "-m", "snakemake", "--nocolor", "--cores", "2", *words],
-            cwd=cwd or self.path,
-            env={**given, "RWKVPIPE_GPUS": "", **env},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        return Run([*words], cwd or self.path, {**given, "RWKVPIPE_GPUS": "", **env})
 
     def call(self, *words: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
         """The same, to its end."""
-        return ended(self.start(*words, cwd=cwd, **env))
+        return self.start(*words, cwd=cwd, **env).ended()
 
-    def slow(self, **seconds: float) -> None:
-        (self.path / "slow.json").write_text(json.dumps(seconds))
+    def hold(self, *verbs: str) -> None:
+        """Keep these verbs, once started, from ending."""
+        for verb in verbs:
+            (self.path / "held" / verb).mkdir(parents=True)
+
+    def release(self, *verbs: str) -> None:
+        for verb in verbs:
+            (self.path / "held" / verb).rmdir()
 
     def calls(self) -> list[str]:
         path = self.path / "calls"
         return path.read_text().splitlines() if path.exists() else []
-
-    def until(self, process: subprocess.Popen, call: str) -> None:
-        """Wait until a verb has been started on a file."""
-        while call not in self.calls():
-            assert process.poll() is None, (call, process.communicate()[0])
-            time.sleep(0.05)
 
     def run(self, *words: str, **env: str) -> str:
         done = self.call(*words, **env)
@@ -477,6 +491,7 @@ def test_a_failed_step_says_why_and_leaves_no_result(fresh, tmp_path):
     assert (work.path / "results/demo/base/model.safetensors").exists()
 
 
+BASE = "pretrain results/demo/base/model.safetensors"
 SHARED = ["tokenizers/letters", "corpora/stories", "corpora/talks", "corpora/sums.jsonl", "benchmarks/free.jsonl"]
 
 
@@ -489,33 +504,33 @@ def other_run(work: Work, old: str = "run: demo", new: str = "run: demo") -> Non
 def test_two_runs_at_once_make_what_they_share_once(fresh, tmp_path):
     work = fresh.copy(tmp_path / "work")
     other_run(work, "lr: 1e-4", "lr: 5e-4")
-    work.slow(vocab=1.5, pack=1.5, questions=1, pretrain=12)
-    both = [work.start(), work.start("--configfile", "other.yaml")]
-    said = [ended(process) for process in both]
+    work.hold("vocab", "pretrain")
+    one, two = work.start(), work.start("--configfile", "other.yaml")
+    one.until(lambda: "is made by another run (process" in one.said() + two.said())
+    work.release("vocab")
+    for process, run in ((one, "demo"), (two, "other")):  # they go side by side once it is made
+        process.until(lambda run=run: f"pretrain results/{run}/base/model.safetensors" in work.calls())
+    work.release("pretrain")
+    said = [one.ended(), two.ended()]
     assert [done.returncode for done in said] == [0, 0], said[0].stdout + said[1].stdout
-    assert "is made by another run (process" in said[0].stdout + said[1].stdout
     calls = work.calls()
     for made in SHARED:
         assert sum(call.endswith(f"results/shared/{made}") for call in calls) == 1, (made, calls)
-    # they went side by side once it was made
-    assert max(calls.index(f"pretrain results/{run}/base/model.safetensors") for run in ("demo", "other")) < min(
-        calls.index(f"report results/{run}/report.html") for run in ("demo", "other")
-    )
     assert work.plan() == [] and work.plan("--configfile", "other.yaml") == []
 
 
 def test_a_run_in_work_is_not_begun_again_and_no_kill_locks_it(fresh, tmp_path):
     work = fresh.copy(tmp_path / "work")
-    work.slow(pretrain=30)
+    work.hold("pretrain")
     first = work.start()
-    work.until(first, "pretrain results/demo/base/model.safetensors")
+    first.until(lambda: BASE in work.calls())
     second = work.call()
     assert second.returncode == 2, second.stdout
     last = second.stdout.strip().splitlines()[-1]
     assert last.startswith(f"error: run demo: another snakemake works on it (process {first.pid}); wait for its end")
     os.killpg(first.pid, signal.SIGKILL)
-    ended(first)
-    work.slow()
+    first.ended()
+    work.release("pretrain")
     work.run()  # no --unlock, no --rerun-incomplete
     assert work.plan() == []
 
@@ -523,24 +538,26 @@ def test_a_run_in_work_is_not_begun_again_and_no_kill_locks_it(fresh, tmp_path):
 def test_nothing_is_made_anew_under_a_run_that_reads_it(fresh, tmp_path):
     work = fresh.copy(tmp_path / "work")
     other_run(work, "path: data/stories.txt,", "path: data/stories.txt, valid: 0.5,")
-    work.slow(pretrain=5)
+    work.hold("pretrain")
     first = work.start()
-    work.until(first, "pretrain results/demo/base/model.safetensors")
+    first.until(lambda: BASE in work.calls())
     second = work.start("--configfile", "other.yaml")
-    one, two = ended(first), ended(second)
+    second.until(lambda: "would be made anew, and another run uses it as it is" in second.said())
+    work.release("pretrain")
+    one, two = first.ended(), second.ended()
     assert one.returncode == two.returncode == 0, one.stdout + two.stdout
-    assert "would be made anew, and another run uses it as it is" in two.stdout
     calls, packed = work.calls(), "pack results/shared/corpora/stories"
     assert calls.count(packed) == 2 and calls[calls.index("report results/demo/report.html") :].count(packed) == 1
 
 
 def test_an_edit_of_the_config_while_jobs_wait_changes_the_next_run_only(fresh, tmp_path):
     work = fresh.copy(tmp_path / "work")
-    work.slow(pretrain=4)
+    work.hold("pretrain")
     process = work.start()
-    work.until(process, "pretrain results/demo/base/model.safetensors")
+    process.until(lambda: BASE in work.calls())
     work.edit("config.yaml", "lr: 1e-4", "lr: 2e-4")
-    done = ended(process)
+    work.release("pretrain")
+    done = process.ended()
     assert done.returncode == 0, done.stdout
     assert '\\"lr\\":0.0001' in (work.path / "results/demo/chat/settings.json").read_text()
     assert work.plan() == sorted([*AFTER_CHAT, "settings chat"])
@@ -548,11 +565,12 @@ def test_an_edit_of_the_config_while_jobs_wait_changes_the_next_run_only(fresh, 
 
 def test_code_that_changed_while_jobs_waited_is_not_run_under_its_old_name(fresh, tmp_path):
     work = fresh.copy(tmp_path / "work")
-    work.slow(pretrain=4)
+    work.hold("pretrain")
     process = work.start()
-    work.until(process, "pretrain results/demo/base/model.safetensors")
+    process.until(lambda: BASE in work.calls())
     work.edit("rwkvpipe/score.py", "if __name__ ==", "EXTRA = 1\n\nif __name__ ==")
-    done = ended(process)
+    work.release("pretrain")
+    done = process.ended()
     refused = "the code of score changed after this job was planned; run snakemake again"
     assert done.returncode == 1 and f"error: score base free: {refused}" in done.stdout
     assert not (work.path / "results/demo/base/bench/free.json").exists()
