@@ -1,0 +1,93 @@
+"""What tuning adds to training: adapters beside frozen weights, and how text is sampled and judged."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from rwkvpipe.base.strict import Count, Name, NotNegative, Positive, Real, Share, Strict, Whole
+
+
+class LoraConfig(Strict):
+    """Low-rank adapters beside frozen matrices."""
+
+    rank: Count = 64
+    """Inner size."""
+    alpha: Positive | None = None
+    """The adapter is scaled by alpha / rank; left out, twice the rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the adapter's inputs set to zero while training."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead."""
+    targets: tuple[str, ...] | None = None
+    """Matrices that get an adapter, by the last parts of their path (`att.key`, `ffn.value`); left out, every matrix
+    of the blocks: receptance, key, value and output of the time mix, key and value of the channel mix, and in rwkv5
+    and rwkv6 the gate of the one and the receptance of the other."""
+    full: tuple[str, ...] = ()
+    """Tensors trained whole beside them, by the last parts of their path (`ln1`, `att.ln_x`, `att.w0`)."""
+
+
+class SamplingConfig(Strict):
+    """How the next token is chosen."""
+
+    temperature: NotNegative = 1.0
+    """0 is the likeliest token."""
+    top_k: Whole = 0
+    """Only the k likeliest; 0 is all."""
+    top_p: Share = 1.0
+    """Only the likeliest that together reach this probability."""
+    repetition_penalty: Positive = 1.0
+    """Divides (multiplies, if negative) the logits of tokens already seen."""
+    presence: Real = 0.0
+    """Taken from the logits of tokens already generated."""
+    frequency: Real = 0.0
+    """Taken from them once for each time."""
+    order: Literal["hf", "rwkv"] = "hf"
+    """Whether temperature comes before the cuts (hf) or after them (rwkv)."""
+    bias: dict[int, Real] = {}
+    """Added to the logits of these ids."""
+    ban: tuple[int, ...] = ()
+    """Ids that never come."""
+    max_tokens: Annotated[int, Field(ge=1, le=2**20, strict=True)] = 64
+    """Longest completion."""
+    stop: tuple[str, ...] = ("\n\n",)
+    """Texts that end a completion; they do not belong to it."""
+    seed: Whole = 0
+    """Each sample draws from a stream of its own, made of this, the prompt's number and the sample's."""
+
+
+class RolloutConfig(Strict):
+    """GRPO: what is sampled and how it is judged."""
+
+    samples: Annotated[int, Field(ge=2, strict=True)] = 8
+    """Completions a prompt (a group)."""
+    reward: Name = "answer"
+    """The task that grades completions."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How they are sampled."""
+    loss: Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo"] = "dapo"
+    """Normaliser of the policy loss; cispo: that of dapo, where the clipped ratio weighs the gradient of each token
+    and silences none."""
+    level: Literal["token", "sequence"] = "token"
+    """Importance ratios by token or by completion."""
+    epsilon: Positive = 0.2
+    """Lower clip of the ratio."""
+    epsilon_high: Positive | None = None
+    """Upper clip; left out, epsilon."""
+    delta: Positive | None = None
+    """Upper bound of the ratio where the advantage is negative."""
+    beta: NotNegative = 0.0
+    """Weight of the divergence from the starting model."""
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    """Its estimator."""
+    scale: Literal["group", "batch", "none"] = "group"
+    """What rewards are divided by."""
+    iterations: Count = 1
+    """Optimizer steps on the same completions."""
+    mask_truncated: bool = False
+    """Leave completions that did not end out of the loss."""
+
+    @model_validator(mode="after")
+    def _bounds(self):
+        if self.loss == "cispo" and self.delta is not None:
+            raise ValueError("delta does nothing in loss cispo, whose ratios epsilon and epsilon_high bound")
+        return self
