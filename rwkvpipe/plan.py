@@ -89,6 +89,7 @@ class Plan(Tree):
             "seed": seed,
             "model": stage.model,
             "lora": stage.lora,
+            "mix": tuple(stage.shares.values()) if len(stage.shares) > 1 else (),
             "train": stage.train.model_copy(update={"seed": seed}),
         }
         if stage.kind == "grpo":
@@ -127,7 +128,7 @@ class Plan(Tree):
         stages, config = self.stages.values(), self.config
         starts = {stage.start for stage in stages}
         weights = [name for name in config.weights if name in starts or name in self.subjects]
-        corpora = list(dict.fromkeys(stage.data for stage in stages))
+        corpora = list(dict.fromkeys(name for stage in stages for name in stage.shares))
         tokenizers = {config.weights[name].tokenizer for name in weights}
         tokenizers |= {config.corpora[name].tokenizer for name in corpora}
         return {
@@ -280,11 +281,13 @@ class Plan(Tree):
 
     def _subject(self, name: str) -> dict:
         stage, folder = self.stages.get(name), self.of(name)
-        trained = stage is not None and self.config.corpora[stage.data].format != "question"
+        trained = stage is not None and stage.kind != "grpo"
+        shares = stage.shares if stage else {}
+        parts = {name: f"{name} ({weight / sum(shares.values()):.1%})" for name, weight in shares.items()}
         return {
             "name": name,
             "kind": stage.kind if stage else "weights",
-            "data": stage.data if stage else None,
+            "data": next(iter(shares)) if len(shares) == 1 else ", ".join(parts.values()) or None,
             "start": stage.start if stage else None,
             "lora": bool(stage and stage.lora),
             "folder": folder,
@@ -292,7 +295,8 @@ class Plan(Tree):
             "samples": f"{folder}/samples.jsonl" if self.samples(name) else None,
             "metrics": f"{folder}/metrics.jsonl" if stage else None,
             "settings": f"{folder}/settings.json" if stage else None,
-            "corpus": self.packed(stage.data)[0] if trained else None,
+            "corpus": self.packed(stage.data)[0] if trained and len(shares) == 1 else None,
+            "mix": {parts[n]: f for n, f in self.cards(name).items()} if trained and len(shares) > 1 else {},
         }
 
 

@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="rwkvpipe.pretrain", description=__doc__.splitlines()[0])
     parser.add_argument("settings", help="settings.json of the stage")
     parser.add_argument("--model", required=True, help="the weights it starts from")
-    parser.add_argument("--data", type=Path, required=True, help="folder of the packed corpus")
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders of packed corpora, as mixed")
     parser.add_argument("--micro-batch", type=int, default=8, help="rows at a time; decides memory, no result")
     parser.add_argument("--save-every", type=int, default=100, help="steps between resume points")
     parser.add_argument("--out", required=True, type=new_file, help="model.safetensors; with lora adapter.safetensors")

@@ -388,3 +388,37 @@ def test_addresses_of_hubs_that_do_not_do_are_named(weights, problem):
 def test_only_weights_are_whole_repositories():
     with pytest.raises(ConfigError, match="tokenizers.t.path: a whole repository"):
         Plan(parse(HUB | {"tokenizers": {**HUB["tokenizers"], "t": {"kind": "trie", "path": "hf://o/n"}}}, "config"))
+
+
+def test_a_stage_learns_from_several_corpora_by_weights():
+    config = changed("stages.base.data", {"sums": 3, "more": 1.5})
+    config["corpora"]["more"] = config["corpora"]["sums"] | {"count": 7}
+    plan = Plan(parse(config, "c.yaml"))
+    assert plan.settings("base")["mix"] == [1.5, 3.0]  # by name: the order in which they are written decides nothing
+    assert plan.data("base") == plan.packed("more") + plan.packed("sums")
+    assert plan.used["corpora"][:2] == ["more", "sums"]
+    told = plan._subject("base")
+    assert told["data"] == "more (33.3%), sums (66.7%)" and told["corpus"] is None and len(told["mix"]) == 2
+    assert {"results/shared/corpora/more/corpus.json", "results/shared/corpora/sums/corpus.json"} < set(plan.evidence())
+    assert Plan(parse(changed("stages.base.data", {"sums": 3}), "c.yaml")).settings("base")["mix"] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("stages.base.data", {"sums": 0}, "stages.base.data.sums: Input should be greater than 0 (got 0)"),
+        ("stages.base.data", {"sums": "x"}, "stages.base.data.sums: Input should be a valid number"),
+        ("stages.base.data", {}, "stages.base: data: names no corpus"),
+        ("stages.base.data", 5, "stages.base.data: Input should be a valid string (got 5)"),
+        ("stages.base.data", {"sums": 1, "smus": 1}, "stages.base.data: there is no corpus smus; did you mean sums?"),
+        ("stages.base.data", {"sums": 1, "text": 1e-4}, "a weight is less than a thousandth of all"),
+        ("stages.base.data", {"sums": 1, "talks": 1}, "pretrain learns from format text or array"),
+        ("stages.base.data", {"sums": 1, "text": 1}, "text is made with tokenizer bytes, but sums with letters"),
+        ("stages.reason.data", {"asked": 1, "sums": 1}, "grpo asks the questions of one corpus"),
+        ("stages.chat.train", {"steps": 9, "order": "magic"}, "magic reads a stream of tokens, in pretrain"),
+        ("stages.chat.train", {"steps": 9, "rows": "stream"}, "train.rows belongs to pretrain"),
+        ("stages.base.train", {"steps": 9, "order": "magic", "rows": "documents"}, "order magic reads one stream"),
+    ],
+)
+def test_corpora_that_cannot_be_mixed_are_refused(path, value, message):
+    assert message in error(changed(path, value))

@@ -40,16 +40,17 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-def settings(home, lora=None, kind="pretrain", **train):
+def settings(home, lora=None, kind="pretrain", mix=(), **train):
     asked = {"steps": 12, "ctx_len": 16, "batch": 4, "lr": 0.01, "warmup": 1, "log_every": 4} | train
-    value = Settings(kind=kind, seed=5, train=TrainConfig(**asked), lora=lora)
+    value = Settings(kind=kind, seed=5, train=TrainConfig(**asked), lora=lora, mix=mix)
     write_json(home / "settings.json", value.model_dump(mode="json"))
 
 
-def run(home, name, micro_batch=4, out="model.safetensors"):
+def run(home, name, micro_batch=4, out="model.safetensors", data=("corpus",)):
     path = home / name / out
     pretrain.main([
-        str(home / "settings.json"), "--model", str(home / "start.safetensors"), "--data", str(home / "corpus"),
+        str(home / "settings.json"), "--model", str(home / "start.safetensors"),
+        "--data", *(str(home / each) for each in data),
         "--micro-batch", str(micro_batch), "--save-every", "5", "--out", str(path),
     ])  # fmt: skip
     rows = [json.loads(line) for line in (home / name / "metrics.jsonl").read_text().splitlines()]
@@ -164,3 +165,35 @@ def test_other_weights_start_again(home, monkeypatch):
     other = run(home, "cut")
     assert [row["step"] for row in other[1]] == [row["step"] for row in whole[1]]
     assert other[1] != whole[1]
+
+
+@pytest.mark.parametrize("more", [{}, {"chunk": 5}, {"rows": "documents"}, {"order": "magic", "ctx_len": 9}])
+def test_a_mix_of_corpora_stopped_anywhere_ends_in_the_same_weights(home, monkeypatch, more):
+    (home / "other").mkdir()
+    write_corpus(home / "other", documents=29, size=12)
+    settings(home, mix=(1, 2), **more)
+    both = {"data": ("corpus", "other")}
+    whole = run(home, "whole", **both)
+    real = loop.lr_at
+
+    def interrupted(config, step):
+        if step == 7:
+            raise KeyboardInterrupt
+        return real(config, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "lr_at", interrupted)
+        with pytest.raises(Stopped):
+            run(home, "cut", **both)
+    cut = run(home, "cut", **both)
+    assert all(torch.equal(cut[0][name], value) for name, value in whole[0].items()) and cut[1] == whole[1]
+    assert "valid_loss" in whole[1][-1]
+    settings(home, mix=(2, 1), **more)
+    other = run(home, "other weights", **both)[0]
+    assert not torch.equal(other["emb.weight"], whole[0]["emb.weight"])
+
+
+def test_as_many_weights_as_corpora_are_needed(home):
+    settings(home, mix=(1, 2))
+    with pytest.raises(ConfigError, match="--data: 1 corpora, the settings have 2 weights"):
+        run(home, "a")

@@ -42,13 +42,14 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(home, name, lora=None, **train):
+def run(home, name, lora=None, data=("corpus",), mix=(), **train):
     asked = {"steps": 60, "ctx_len": 16, "batch": 8, "lr": 0.01, "warmup": 1, "log_every": 10} | train
-    value = Settings(kind="sft", seed=5, train=TrainConfig(**asked), lora=lora)
+    value = Settings(kind="sft", seed=5, train=TrainConfig(**asked), lora=lora, mix=mix)
     write_json(home / "settings.json", value.model_dump(mode="json"))
     path = home / name / ("adapter.safetensors" if lora else "model.safetensors")
     sft.main([
-        str(home / "settings.json"), "--model", str(home / "start.safetensors"), "--data", str(home / "corpus"),
+        str(home / "settings.json"), "--model", str(home / "start.safetensors"),
+        "--data", *(str(home / each) for each in data),
         "--micro-batch", "3", "--out", str(path),
     ])  # fmt: skip
     rows = [json.loads(line) for line in (home / name / "metrics.jsonl").read_text().splitlines()]
@@ -90,3 +91,10 @@ def test_the_held_out_loss_reads_every_target_once(home, ctx_len, rows):
     assert whole == pytest.approx(held_out_loss(data, config, 2, masked=True)(model), abs=1e-6)
     assert 0 < whole < 10
     assert torch.isfinite(torch.tensor(whole))
+
+
+def test_talks_of_several_corpora_are_learned_together(home):
+    (home / "other").mkdir()
+    write_corpus(home / "other", noise=2)
+    rows = run(home, "a", data=("corpus", "other"), mix=(1, 3), chunk=4)[1]
+    assert rows[-1]["loss"] < rows[0]["loss"] / 2 and "valid_loss" in rows[-1]

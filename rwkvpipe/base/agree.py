@@ -70,7 +70,7 @@ def vocabulary(config: PipelineConfig, subject: str) -> str:
     stage = next(stage for stage in config.stages if stage.name == subject)
     if stage.start is not None:
         return vocabulary(config, stage.start)
-    return config.corpora[stage.data].tokenizer or ""
+    return config.corpora[next(iter(stage.shares))].tokenizer or ""
 
 
 def _sources(config: PipelineConfig) -> None:
@@ -100,24 +100,27 @@ def _sources(config: PipelineConfig) -> None:
 
 
 def _data(config: PipelineConfig, stage: StageConfig) -> None:
-    """A stage's corpus exists, suits its kind and speaks its vocabulary."""
+    """A stage's corpora exist, suit its kind and speak its vocabulary."""
     key = f"stages.{stage.name}.data"
-    known(key, stage.data, "corpus", config.corpora)
-    corpus = config.corpora[stage.data]
-    if corpus.format not in FORMATS[stage.kind]:
+    for name in stage.shares:
+        known(key, name, "corpus", config.corpora)
+        corpus = config.corpora[name]
+        if corpus.format not in FORMATS[stage.kind]:
+            raise ConfigError(
+                f"{key}: {stage.kind} learns from format {' or '.join(FORMATS[stage.kind])},"
+                f" {name} is of format {corpus.format}"
+            )
+        own = vocabulary(config, stage.name)
+        if corpus.tokenizer not in (None, own):
+            other = f"{stage.start} speaks" if stage.start else f"{next(iter(stage.shares))} with"
+            raise ConfigError(
+                f"{key}: {name} is made with tokenizer {corpus.tokenizer}, but {other}"
+                f" {own}; weights keep the vocabulary they were trained with"
+            )
+    found = [config.corpora[name] for name in stage.shares]
+    if stage.train.valid_every and not any(corpus.valid or corpus.valid_path for corpus in found):
         raise ConfigError(
-            f"{key}: {stage.kind} learns from format {' or '.join(FORMATS[stage.kind])},"
-            f" {stage.data} is of format {corpus.format}"
-        )
-    own = vocabulary(config, stage.name)
-    if corpus.tokenizer not in (None, own):
-        raise ConfigError(
-            f"{key}: {stage.data} is made with tokenizer {corpus.tokenizer}, but {stage.start} speaks"
-            f" {own}; weights keep the vocabulary they were trained with"
-        )
-    if stage.train.valid_every and not (corpus.valid or corpus.valid_path):
-        raise ConfigError(
-            f"stages.{stage.name}.train.valid_every: {stage.data} has no part held out;"
+            f"stages.{stage.name}.train.valid_every: {' and '.join(stage.shares)} has no part held out;"
             " give the corpus valid or valid_path"
         )
 

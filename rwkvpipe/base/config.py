@@ -6,7 +6,7 @@ Defaults stand here and nowhere else. `check(model, value, where)` makes a model
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from rwkvpipe.base.corpus import CorpusConfig, check_columns
 from rwkvpipe.base.files import read_json
@@ -19,6 +19,14 @@ from rwkvpipe.base.vocabulary import TokenizerConfig
 def _off(value: Any) -> Any:
     # YAML 1.1 reads a bare off as false
     return "off" if value is False else value
+
+
+# names a corpus, or several with weights: the tag keeps errors to the form that was meant
+Data = Annotated[
+    Annotated[Name, Tag("name")] | Annotated[dict[Name, Positive], Tag("mix")],
+    Discriminator(lambda value: "mix" if isinstance(value, dict) else "name"),
+]
+LEAST = 1e-3  # share of a corpus in a mix
 
 
 class TrainConfig(Strict):
@@ -59,6 +67,9 @@ class TrainConfig(Strict):
     for one forward more (full)."""
     order: Literal["magic", "shuffled", "sequential"] = "shuffled"
     """How rows are drawn: RWKV-LM's magic prime, shuffled epochs, or as they stand."""
+    rows: Literal["stream", "documents"] | None = None
+    """pretrain: whether a row is ctx_len tokens of the stream, borders of documents ignored (stream, if left out), or
+    a document, padded; a longer one becomes several rows (documents). Rows of sft are documents."""
     seed: Whole | None = None
     """Order, dropout and sampling; left out, the run's seed."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -72,6 +83,8 @@ class TrainConfig(Strict):
     def _fits(self):
         if self.bptt is not None and self.chunk is None:
             raise ValueError("bptt says how gradients cross chunks: give chunk, too")
+        if self.rows == "documents" and self.order == "magic":
+            raise ValueError("order magic reads one stream of tokens; rows of documents come shuffled or sequential")
         return self
 
 
@@ -162,8 +175,9 @@ class StageConfig(Strict):
     """Names its folder in results/<run>/."""
     kind: Literal["pretrain", "sft", "grpo"]
     """What is done."""
-    data: Name
-    """The corpus it learns from."""
+    data: Data
+    """The corpus it learns from; or several with their weights, {stories: 3, code: 1}: of each so large a part of the
+    rows comes (pretrain and sft)."""
     start: Name | None = None
     """The stage or the entry of `weights` it starts from."""
     model: RwkvConfig | None = None
@@ -183,8 +197,28 @@ class StageConfig(Strict):
     export: tuple[Format | ExportConfig, ...] = ()
     """Formats to write the result in for other programs."""
 
+    @property
+    def shares(self) -> dict[str, float]:
+        """The corpora it learns from, with their weights; the order in which they are written decides nothing."""
+        return dict(sorted(self.data.items())) if isinstance(self.data, dict) else {self.data: 1.0}
+
+    def _mixes(self) -> None:
+        """Raise ValueError for corpora and rows that this kind of stage cannot learn from."""
+        weights = self.shares.values()
+        if not weights:
+            raise ValueError("data: names no corpus")
+        if min(weights) < LEAST * sum(weights):
+            raise ValueError("data: a weight is less than a thousandth of all; leave that corpus out, or give it more")
+        if self.kind == "grpo" and len(weights) > 1:
+            raise ValueError("data: grpo asks the questions of one corpus; put them into one")
+        if self.kind != "pretrain" and self.train.rows is not None:
+            raise ValueError("train.rows belongs to pretrain: a row of sft is a document, of grpo a question")
+        if self.kind != "pretrain" and self.train.order == "magic":
+            raise ValueError("train.order: magic reads a stream of tokens, in pretrain; choose shuffled or sequential")
+
     @model_validator(mode="after")
     def _fits(self):
+        self._mixes()
         if (self.start is None) == (self.model is None):
             raise ValueError("give one of start (go on from weights) and model (start from nothing)")
         if self.kind != "grpo" and (self.rollout or self.prompt):
@@ -250,6 +284,7 @@ class Settings(Strict):
     lora: LoraConfig | None = None
     rollout: RolloutConfig | None = None
     prompt: str | None = None
+    mix: tuple[Positive, ...] = ()
     train: TrainConfig
 
 

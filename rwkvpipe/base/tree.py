@@ -215,9 +215,15 @@ class Tree:
         return [f"{folder}/corpus.json", *(f"{folder}/{half}.{part}" for half in ("train", "valid") for part in parts)]
 
     def data(self, stage: str) -> list[str]:
-        """What a stage learns from: the packed corpus, or for grpo the questions."""
-        name = self.stages[stage].data
-        return [f"{self.shared}/corpora/{name}.jsonl"] if self.stages[stage].kind == "grpo" else self.packed(name)
+        """What a stage learns from: the packed corpora, or for grpo the questions."""
+        names = list(self.stages[stage].shares)
+        if self.stages[stage].kind == "grpo":
+            return [f"{self.shared}/corpora/{name}.jsonl" for name in names]
+        return [file for name in names for file in self.packed(name)]
+
+    def cards(self, stage: str) -> dict[str, str]:
+        """What tells of each corpus that a stage learns from, by name."""
+        return {name: self.packed(name)[0] for name in self.stages[stage].shares}
 
     def model(self, subject: str) -> str:
         """A subject's weights, adapters merged."""
@@ -247,7 +253,7 @@ class Tree:
             if subject in self.stages:
                 files += [f"{self.of(subject)}/settings.json", f"{self.of(subject)}/metrics.jsonl"]
                 files += self.plots(subject)
-                files += [] if self.stages[subject].kind == "grpo" else self.packed(self.stages[subject].data)[:1]
+                files += [] if self.stages[subject].kind == "grpo" else self.cards(subject).values()
             files += self.scores(subject)
             files += [f"{self.of(subject)}/bench/{name}.samples.jsonl" for name in self.bench(subject)]
             files += [f"{self.of(subject)}/samples.jsonl"] if self.samples(subject) else []

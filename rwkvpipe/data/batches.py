@@ -1,10 +1,9 @@
-"""What step n sees. Every batch is a function of the corpus, the settings and the step alone."""
+"""What step n sees. Every batch is a function of the corpora, the settings and the step alone."""
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -15,8 +14,11 @@ from torch import Tensor
 from rwkvpipe.base.config import TrainConfig
 from rwkvpipe.base.errors import ConfigError, DataError
 from rwkvpipe.data.binidx import Binidx
+from rwkvpipe.data.order import Shares, magic_prime, place, shuffled
 
 log = logging.getLogger("rwkvpipe")
+
+BLOCK = 1 << 16  # documents that are looked at together
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,14 @@ class Batch:
     mask: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Mix:
+    """Corpora that each give a part of the rows, by weights."""
+
+    corpora: tuple[Binidx, ...]
+    weights: tuple[float, ...]
+
+
 class Share(Protocol):
     """Which of the processes that train together this is."""
 
@@ -35,38 +45,9 @@ class Share(Protocol):
     count: int
 
 
-def _prime(number: int) -> bool:
-    return number > 1 and all(number % divisor for divisor in range(2, math.isqrt(number) + 1))
-
-
-def magic_prime(chunks: int) -> int | None:
-    """The largest prime of the form 3n + 2 up to chunks - 1, None if there is none (RWKV-LM, make_data.py).
-
-    Modulo such a prime cubes are all different, so each chunk but the last few comes once in so many rows.
-    """
-    start = chunks - 1 - (chunks - 3) % 3  # the largest 3n + 2 that is not above chunks - 1
-    return next((number for number in range(start, 1, -3) if _prime(number)), None)
-
-
-def place(step: int, row: int, prime: int, batch: int = 1) -> int:
-    """The chunk that a row of a step reads: RWKV-LM's visit number cubed, times the golden ratio, modulo `prime`."""
-    visit = 1 + step * batch + row
-    factor = int(prime * ((math.sqrt(5) - 1) / 2))
-    return factor * pow(visit, 3, prime) % prime
-
-
-def _shuffled(count: int, seed: int) -> Callable[[int], int]:
-    """Function from a running number to an index: pass after pass, each in an order of its own."""
-
-    @lru_cache(maxsize=2)  # a batch may end one pass and begin the next
-    def order(epoch: int) -> np.ndarray:
-        return np.random.default_rng([seed, epoch]).permutation(count)
-
-    def index(number: int) -> int:
-        epoch, position = divmod(number, count)
-        return int(order(epoch)[position])
-
-    return index
+Span = tuple[int, int]
+Order = Callable[[int], Span]
+"""From a running number within a corpus to (first token, how many) of a row."""
 
 
 def _rows(step: int, config: TrainConfig, rank: Share) -> range:
@@ -74,22 +55,22 @@ def _rows(step: int, config: TrainConfig, rank: Share) -> range:
     return range(step * config.batch + rank.index, (step + 1) * config.batch, rank.count)
 
 
-def _check_share(config: TrainConfig, rank: Share) -> None:
-    if config.batch < rank.count:
-        raise ConfigError(f"train.batch: {config.batch} rows a step for {rank.count} devices; each needs one at least")
-
-
-def check_batch(where: str | Path, found: int, what: str, config: TrainConfig) -> None:
-    """Raise DataError where a step would have to take one thing twice."""
-    if found < config.batch:
+def check_batch(where: str | Path, found: int, what: str, config: TrainConfig, part: float = 1.0) -> None:
+    """Raise DataError where a step would have to take one thing twice; a `part` of its rows comes from here."""
+    wanted = config.batch if part == 1 else max(1, math.floor(config.batch * part))
+    if found < wanted:
         raise DataError(
-            f"{where}: {found} {what} are fewer than the {config.batch} that a step takes (train.batch);"
+            f"{where}: {found} {what} are fewer than the {wanted} that a step takes (train.batch);"
             " give more of them, or a smaller batch"
         )
 
 
-def _chunk_order(data: Binidx, config: TrainConfig) -> Callable[[int], int]:
-    """Function from a running number to a chunk. Raises DataError when there are too few."""
+def _order(count: int, config: TrainConfig) -> Callable[[int], int]:
+    return shuffled(count, config.seed or 0) if config.order == "shuffled" else lambda number: number % count
+
+
+def _chunks(data: Binidx, config: TrainConfig, part: float) -> Order:
+    """Rows of ctx_len tokens of the stream, borders of documents ignored. Raises DataError when there are too few."""
     tokens, ctx_len = len(data), config.ctx_len
     if tokens < ctx_len + 1:
         raise DataError(
@@ -98,8 +79,9 @@ def _chunk_order(data: Binidx, config: TrainConfig) -> Callable[[int], int]:
         )
     if config.order != "magic":
         count = (tokens - 1) // ctx_len  # neighbours share a token: target of one, input of the next
-        check_batch(data.prefix, count, f"rows of {ctx_len} tokens", config)
-        return _shuffled(count, config.seed or 0) if config.order == "shuffled" else lambda number: number % count
+        check_batch(data.prefix, count, f"rows of {ctx_len} tokens", config, part)
+        index = _order(count, config)
+        return lambda number: (index(number) * ctx_len, ctx_len + 1)
     chunks = tokens // ctx_len
     prime = magic_prime(chunks)
     if prime is None or prime <= 0.9 * chunks:
@@ -108,88 +90,153 @@ def _chunk_order(data: Binidx, config: TrainConfig) -> Callable[[int], int]:
             f" fitting prime is {prime or 'missing'}, which reads too small a part of them (RWKV-LM asks for over 0.9);"
             " choose order shuffled, a smaller ctx_len, or more text"
         )
-    check_batch(data.prefix, chunks, f"rows of {ctx_len} tokens", config)
+    check_batch(data.prefix, chunks, f"rows of {ctx_len} tokens", config, part)
     log.info("order magic: %d chunks of %d tokens, prime %d", chunks, ctx_len, prime)
-    return lambda number: place(number, 0, prime)
+    return lambda number: (place(number, 0, prime) * ctx_len, ctx_len + 1)
 
 
-def token_batches(data: Binidx, config: TrainConfig, rank: Share, first_step: int) -> Iterator[Batch]:
-    """Batches (b, ctx_len) of a stream of tokens from step `first_step` on, without end, document borders ignored.
+def _pieces(data: Binidx, config: TrainConfig, part: float) -> Order:
+    """Documents, each a row; a longer one than ctx_len becomes several, which share a token as chunks do.
 
-    b is this process's share of config.batch. Chunk i is tokens i ctx_len to (i + 1) ctx_len, targets one further.
-    Raises DataError when the corpus is too short for the order asked for.
+    Raises DataError when there are too few.
     """
-    _check_share(config, rank)
-    chunk = _chunk_order(data, config)
-    width = config.ctx_len
+    borders = data.documents
+    sizes = np.diff(borders, axis=1).ravel()
+    counts = np.maximum(-(-(sizes - 1) // config.ctx_len), 0)  # of one token nothing can be learned
+    ends = np.cumsum(counts)  # rows up to the end of each document
+    count = int(ends[-1]) if len(ends) else 0
+    if not count:
+        raise DataError(f"{data.prefix}: no document has two tokens, of which the second could be learned; give text")
+    check_batch(data.prefix, count, "rows of documents", config, part)
+    log.info(
+        "%d documents are %d rows; %d are longer than train.ctx_len %d, %d too short to learn from",
+        len(sizes), count, int((counts > 1).sum()), config.ctx_len, int((counts == 0).sum()),
+    )  # fmt: skip
+    index = _order(count, config)
+
+    def span(number: int) -> Span:
+        row = index(number)
+        document = int(np.searchsorted(ends, row, "right"))
+        start = int(borders[document, 0]) + (row - int(ends[document] - counts[document])) * config.ctx_len
+        return start, min(config.ctx_len + 1, int(borders[document, 1]) - start)
+
+    return span
+
+
+def _learned(data: Binidx, ctx_len: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(first tokens, sizes) of the documents with something to learn, cut at ctx_len, block by block."""
+    for first in range(0, len(data.documents), BLOCK):
+        borders = data.documents[first : first + BLOCK]
+        begin = int(borders[0, 0])
+        before = np.concatenate(([0], np.cumsum(data.mask(begin, int(borders[-1, 1]) - begin) != 0)))
+        starts, sizes = borders[:, 0], np.minimum(borders[:, 1] - borders[:, 0], ctx_len + 1)
+        # the first token of a document is never a target
+        marks = before[starts + sizes - begin] - before[np.minimum(starts + 1, borders[:, 1]) - begin]
+        found = (sizes > 1) & (marks > 0)
+        yield starts[found], sizes[found]
+
+
+def _answers(data: Binidx, config: TrainConfig, part: float) -> Order:
+    """Documents with something to learn, cut at ctx_len. Raises DataError when less than a batch is left."""
+    found = list(_learned(data, config.ctx_len))
+    starts, sizes = (np.concatenate(each) for each in zip(*found, strict=True)) if found else ((), ())
+    long = np.diff(data.documents, axis=1).ravel() > config.ctx_len + 1
+    cut = int(np.isin(starts, data.documents[long, 0]).sum())
+    left_out = len(data.documents) - len(starts)
+    if cut or left_out:
+        log.info(
+            "%d documents; %d cut at train.ctx_len %d, %d left out because nothing in them is to be learned",
+            len(data.documents), cut, config.ctx_len, left_out,
+        )  # fmt: skip
+    if not len(starts):
+        raise DataError(
+            f"{data.prefix}: none of {len(data.documents)} documents has a token to learn within train.ctx_len"
+            f" {config.ctx_len}; give talks with answers, or a larger ctx_len"
+        )
+    check_batch(data.prefix, len(starts), "documents with something to learn", config, part)
+    index = _order(len(starts), config)
+
+    def span(number: int) -> Span:
+        row = index(number)
+        return int(starts[row]), int(sizes[row])
+
+    return span
+
+
+def _spans(
+    data: Binidx | Mix, config: TrainConfig, rank: Share, order: Callable[[Binidx, TrainConfig, float], Order]
+) -> Callable[[int], list[tuple[Binidx, int, int]]]:
+    """Function from a step to (corpus, first token, how many) of this process's rows."""
+    if config.batch < rank.count:
+        raise ConfigError(f"train.batch: {config.batch} rows a step for {rank.count} devices; each needs one at least")
+    mix = data if isinstance(data, Mix) else Mix((data,), (1.0,))
+    shares = Shares(mix.weights, config.seed or 0)
+    orders = [order(corpus, config, part) for corpus, part in zip(mix.corpora, shares.parts, strict=True)]
+
+    def spans(step: int) -> list[tuple[Binidx, int, int]]:
+        picked = map(shares.pick, _rows(step, config, rank))
+        return [(mix.corpora[corpus], *orders[corpus](number)) for corpus, number in picked]
+
+    return spans
+
+
+def _stacked(rows: Sequence[tuple[Binidx, int, int]]) -> Batch:
+    """Rows of equal length."""
+    found = [np.asarray(data.tokens(start, count), dtype=np.int64) for data, start, count in rows]
+    both = torch.from_numpy(np.stack(found))  # (b, ctx_len + 1)
+    return Batch(both[:, :-1].contiguous(), both[:, 1:].contiguous())
+
+
+def _padded(rows: Sequence[tuple[Binidx, int, int]], masked: bool) -> Batch:
+    """Documents as rows, padded on the right: ids with 0, targets with -1, mask with 0."""
+    width = max(count for _, _, count in rows) - 1
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    targets = torch.full((len(rows), width), -1)
+    mask = torch.zeros(len(rows), width) if masked else None
+    for row, (data, start, count) in enumerate(rows):
+        tokens = torch.from_numpy(data.tokens(start, count).astype(np.int64))
+        ids[row, : count - 1], targets[row, : count - 1] = tokens[:-1], tokens[1:]
+        if mask is not None:
+            marks = torch.from_numpy(data.mask(start, count).astype(np.float32))
+            mask[row, : count - 1] = (marks[1:] != 0).float()
+    return Batch(ids, targets, mask)
+
+
+def token_batches(data: Binidx | Mix, config: TrainConfig, rank: Share, first_step: int) -> Iterator[Batch]:
+    """Batches of tokens that are all learned, from step `first_step` on, without end.
+
+    Of the stream (b, ctx_len), where b is this process's share of config.batch: chunk i is tokens i ctx_len to
+    (i + 1) ctx_len, targets one further. With rows of documents (b, T), where T is the longest of this share.
+    Raises DataError when a corpus is too short for the order asked for.
+    """
+    whole = config.rows == "documents"
+    if whole and config.order == "magic":
+        raise ConfigError("train.order: magic reads one stream of tokens; whole documents come shuffled or sequential")
+    spans = _spans(data, config, rank, _pieces if whole else _chunks)
 
     def batches() -> Iterator[Batch]:
         step = first_step
         while True:
-            rows = [data.tokens(chunk(number) * width, width + 1) for number in _rows(step, config, rank)]
-            both = torch.from_numpy(np.stack(rows).astype(np.int64))  # (b, ctx_len + 1)
-            yield Batch(both[:, :-1].contiguous(), both[:, 1:].contiguous())
+            yield _padded(spans(step), masked=False) if whole else _stacked(spans(step))
             step += 1
 
     return batches()
 
 
-def _learnable(data: Binidx, config: TrainConfig, rank: Share) -> np.ndarray:
-    """Documents (n, 2) with a token to learn, cut at ctx_len. Raises DataError when none is left."""
-    found, cut = [], 0
-    for start, end in data.documents.tolist():
-        count = min(end - start, config.ctx_len + 1)
-        # the first token of a document is never a target
-        if count > 1 and data.mask(start + 1, count - 1).any():
-            found.append((start, start + count))
-            cut += end - start > count
-    left_out = len(data.documents) - len(found)
-    if rank.index == 0 and (cut or left_out):
-        log.info(
-            "%d documents; %d cut at train.ctx_len %d, %d left out because nothing in them is to be learned",
-            len(data.documents), cut, config.ctx_len, left_out,
-        )  # fmt: skip
-    if not found:
-        raise DataError(
-            f"{data.prefix}: none of {len(data.documents)} documents has a token to learn within train.ctx_len"
-            f" {config.ctx_len}; give talks with answers, or a larger ctx_len"
-        )
-    check_batch(data.prefix, len(found), "documents with something to learn", config)
-    return np.asarray(found)
-
-
-def _padded(data: Binidx, spans: list[tuple[int, int]]) -> Batch:
-    """Documents as rows, padded on the right: ids with 0, targets with -1, mask with 0."""
-    width = max(end - start for start, end in spans) - 1
-    ids = torch.zeros(len(spans), width, dtype=torch.long)
-    targets = torch.full((len(spans), width), -1)
-    mask = torch.zeros(len(spans), width)
-    for row, (start, end) in enumerate(spans):
-        tokens = torch.from_numpy(data.tokens(start, end - start).astype(np.int64))
-        marks = torch.from_numpy(data.mask(start, end - start).astype(np.float32))
-        length = end - start - 1
-        ids[row, :length], targets[row, :length] = tokens[:-1], tokens[1:]
-        mask[row, :length] = (marks[1:] != 0).float()
-    return Batch(ids, targets, mask)
-
-
-def masked_batches(data: Binidx, config: TrainConfig, rank: Share, first_step: int) -> Iterator[Batch]:
+def masked_batches(data: Binidx | Mix, config: TrainConfig, rank: Share, first_step: int) -> Iterator[Batch]:
     """Batches (b, T) of whole documents from step `first_step` on, without end; T is the longest of this share.
 
     The mask marks the targets to learn. Documents are cut at ctx_len; those without a token to learn are left out.
     Raises ConfigError for order magic, DataError when less than a batch is left.
     """
-    _check_share(config, rank)
     if config.order == "magic":
         raise ConfigError("train.order: magic reads one stream of tokens; whole documents come shuffled or sequential")
-    documents = _learnable(data, config, rank)
-    count = len(documents)
-    index = _shuffled(count, config.seed or 0) if config.order == "shuffled" else lambda number: number % count
+    spans = _spans(data, config, rank, _answers)
 
     def batches() -> Iterator[Batch]:
         step = first_step
         while True:
-            yield _padded(data, [tuple(documents[index(number)].tolist()) for number in _rows(step, config, rank)])
+            yield _padded(spans(step), masked=True)
             step += 1
 
     return batches()

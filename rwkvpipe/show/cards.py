@@ -164,7 +164,8 @@ def card(evidence: Evidence, subject: Subject, number: int) -> Html:
         parts.append(facts(_training(evidence, subject, settings)) if settings else absent)
         absent = el("p", "Its metrics are not there, so neither are its curves.", klass="muted absent")
         parts += [_outcome(metrics, subject), curves(metrics, policy=subject.kind == "grpo")] if metrics else [absent]
-    parts += [_samples(evidence, subject), _graded(evidence, subject), corpus_card(evidence.corpus(subject))]
+    parts += [_samples(evidence, subject), _graded(evidence, subject)]
+    parts += [corpus_card(corpus, name) for name, corpus in evidence.corpora(subject).items()]
     if settings:
         table = {name: el("code", value) for name, value in flat(settings.model_dump(mode="json"))}
         parts.append(fold("All settings", facts(table, "settings")))

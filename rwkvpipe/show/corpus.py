@@ -29,7 +29,7 @@ def _lengths(bins: list[dict]) -> Html:
     return el("div", el("h4", "Documents by their length in tokens"), el("ol", *rows, klass="lengths"))
 
 
-def corpus_card(corpus: dict) -> Html:
+def corpus_card(corpus: dict, name: str = "The corpus") -> Html:
     """All that corpus.json tells; nothing where it tells little."""
     if not isinstance(corpus.get("lengths"), list):
         return Html("")
@@ -50,4 +50,4 @@ def corpus_card(corpus: dict) -> Html:
     shown = [el("li", el("code", each.get("file")), " ", el("small", each.get("sha256", ""))) for each in inputs[:20]]
     more = [el("li", f"{count(len(inputs) - 20)} more are in corpus.json")] if len(inputs) > 20 else []
     files = [el("h4", "Files"), el("ul", *shown, *more)] if inputs else []
-    return fold("The corpus", facts(told), _lengths(corpus["lengths"]), *files)
+    return fold(name, facts(told), _lengths(corpus["lengths"]), *files)

@@ -30,6 +30,8 @@ class Subject(Strict):
     metrics: str | None = None
     settings: str | None = None
     corpus: str | None = None
+    mix: dict[str, str] = {}
+    """Of several corpora: what tells of each, by its name and share."""
 
 
 class Job(Strict):
@@ -131,8 +133,17 @@ class Evidence:
         return read_metrics(subject.metrics) if _there(subject.metrics) else None
 
     def corpus(self, subject: Subject) -> dict:
-        """Facts about what it learned from."""
-        return _object(subject.corpus) if _there(subject.corpus) else {}
+        """Facts about what it learned from; of several corpora, how much they hold together."""
+        if not subject.mix:
+            return _object(subject.corpus) if _there(subject.corpus) else {}
+        parts = [each.get("train") for each in self.corpora(subject).values()]
+        known = [part for part in parts if isinstance(part, dict)]
+        return {name: sum(part.get(name, 0) for part in known) for name in ("documents", "tokens") if known}
+
+    def corpora(self, subject: Subject) -> dict[str, dict]:
+        """Facts about each corpus that it learned from, by name."""
+        cards = subject.mix or {"The corpus": subject.corpus}
+        return {name: _object(path) for name, path in cards.items() if _there(path)}
 
     def samples(self, subject: Subject) -> list[dict]:
         """Texts it wrote."""

@@ -1,10 +1,11 @@
 """Training on a packed corpus: what pretrain and sft do, but for how a step's rows are chosen."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rwkvpipe.base.errors import ConfigError, DataError
 from rwkvpipe.base.files import read_json
+from rwkvpipe.data.batches import Mix
 from rwkvpipe.data.binidx import Binidx
 from rwkvpipe.train.heldout import held_out_loss
 from rwkvpipe.train.infctx import chunked_lm_losses
@@ -35,23 +36,37 @@ def _fits(stage: Stage, folder: Path) -> None:
         )
 
 
-def train(stage: Stage, folder: Path, batches: Callable[..., Iterator], *, micro_batch: int, save_every: int) -> None:
-    """Train on `folder` and write the results; `batches` is one of data.batches' `*_batches`.
+def _weights(stage: Stage, folders: Sequence[Path]) -> tuple[float, ...]:
+    """How large a part of the rows each corpus gives."""
+    weights = stage.settings.mix or (1.0,)
+    if len(weights) != len(folders):
+        raise ConfigError(f"--data: {len(folders)} corpora, the settings have {len(weights)} weights (mix)")
+    return weights
+
+
+def train(
+    stage: Stage, folders: Sequence[Path], batches: Callable[..., Iterator], *, micro_batch: int, save_every: int
+) -> None:
+    """Train on packed corpora and write the results; `batches` is one of data.batches' `*_batches`.
 
     Raises DataError when the corpus does not fit, ConfigError when `micro_batch` is below 1.
     """
     if micro_batch < 1:
         raise ConfigError(f"--micro-batch: {micro_batch} rows at a time; 1 is the least")
     masked = stage.settings.kind == "sft"
-    inputs = _files(folder, "train", masked)
-    if not inputs or not all(path.is_file() for path in inputs):
-        raise DataError(f"{folder}: no packed corpus for {stage.settings.kind} in it; make it with rwkvpipe.pack")
-    _fits(stage, folder)
+    inputs: list[Path] = []
+    for folder in folders:
+        found = _files(folder, "train", masked)
+        if not found or not all(path.is_file() for path in found):
+            raise DataError(f"{folder}: no packed corpus for {stage.settings.kind} in it; make it with rwkvpipe.pack")
+        _fits(stage, folder)
+        inputs += found
     config = stage.settings.train.model_copy(update={"seed": stage.seed})
     rows = stage.model.config.vocab_size
-    data = Binidx(folder / "train", rows)
-    valid = _files(folder, "valid", masked)
-    validate = held_out_loss(Binidx(folder / "valid", rows), config, micro_batch, masked=masked) if valid else None
+    data = Mix(tuple(Binidx(folder / "train", rows) for folder in folders), _weights(stage, folders))
+    valid = [file for folder in folders for file in _files(folder, "valid", masked)]
+    parts = [Binidx(folder / "valid", rows) for folder in folders if _files(folder, "valid", masked)]
+    validate = held_out_loss(parts, config, micro_batch, masked=masked) if parts else None
     begun = any(stage.folder.glob("step-*.json"))
     stream = None if begun else batches(data, config, stage.rank, 0)  # judges the corpus before anything is written
     metrics = fit(

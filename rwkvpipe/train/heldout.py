@@ -1,6 +1,7 @@
 """The held-out loss: every token of the validation part, read once, in order."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -20,11 +21,13 @@ def _spans(data: Binidx, ctx_len: int, by_document: bool) -> Iterator[tuple[int,
             yield begin, min(ctx_len + 1, end - begin)
 
 
-def windows(data: Binidx, ctx_len: int, rows: int, masked: bool) -> Iterator[Batch]:
-    """Batches of `rows` windows, padded on the right with targets of -1; with masks, each document by itself."""
-    spans = list(_spans(data, ctx_len, masked))
-    for first in range(0, len(spans), rows):
-        part = spans[first : first + rows]
+def windows(data: Binidx, ctx_len: int, rows: int, masked: bool, by_document: bool | None = None) -> Iterator[Batch]:
+    """Batches of `rows` windows, padded on the right with targets of -1.
+
+    With masks, and where it is asked for, each document is read by itself.
+    """
+    spans = _spans(data, ctx_len, masked if by_document is None else by_document)
+    while part := list(islice(spans, rows)):
         width = max(count for _, count in part) - 1
         ids = torch.zeros(len(part), width, dtype=torch.long)
         targets = torch.full((len(part), width), -1)
@@ -38,8 +41,15 @@ def windows(data: Binidx, ctx_len: int, rows: int, masked: bool) -> Iterator[Bat
         yield Batch(ids, targets, mask)
 
 
-def held_out_loss(data: Binidx, config: TrainConfig, micro_batch: int, *, masked: bool) -> Callable[[nn.Module], float]:
-    """Function of a model: its mean loss over all target tokens of the validation part, in nats."""
-    return lambda model: mean_loss(
-        model, windows(data, config.ctx_len, micro_batch, masked), micro_batch, config.precision, config.chunk
-    )
+def held_out_loss(
+    data: Binidx | Sequence[Binidx], config: TrainConfig, micro_batch: int, *, masked: bool
+) -> Callable[[nn.Module], float]:
+    """Function of a model: its mean loss over all target tokens of the validation parts, in nats."""
+    parts = [data] if isinstance(data, Binidx) else list(data)
+    by_document = masked or config.rows == "documents"
+
+    def loss(model: nn.Module) -> float:
+        found = (windows(part, config.ctx_len, micro_batch, masked, by_document) for part in parts)
+        return mean_loss(model, chain.from_iterable(found), micro_batch, config.precision, config.chunk)
+
+    return loss

@@ -10,7 +10,7 @@ import torch
 
 from rwkvpipe.base.config import TrainConfig
 from rwkvpipe.base.errors import ConfigError, DataError
-from rwkvpipe.data.batches import magic_prime, masked_batches, place, token_batches
+from rwkvpipe.data.batches import Mix, magic_prime, masked_batches, place, token_batches
 from rwkvpipe.data.binidx import Binidx, BinidxWriter
 
 
@@ -193,3 +193,85 @@ def test_nothing_to_learn_is_refused(tmp_path):
         masked_batches(talks(tmp_path, TALKS[2:3]), config(), Share(), 0)
     with pytest.raises(ConfigError, match="magic"):
         masked_batches(talks(tmp_path), config(order="magic"), Share(), 0)
+
+
+def offset(folder, name, count, first):
+    """A corpus of documents of 5 to 9 tokens, which count on from `first`."""
+    stream, documents = np.random.default_rng(first), []
+    while count > 0:
+        documents.append(np.arange(first, first + (size := int(stream.integers(5, 10)))))
+        first, count = first + size, count - size
+    with BinidxWriter(folder / name, np.int32, masked=True) as writer:
+        for ids in documents:
+            writer.add(ids, [0, *[1] * (len(ids) - 1)])
+    return Binidx(folder / name)
+
+
+def mixed(folder):
+    return Mix((offset(folder, "a", 900, 0), offset(folder, "b", 400, 10_000)), (3.0, 1.0))
+
+
+KINDS = [
+    (token_batches, {"order": "shuffled"}),
+    (token_batches, {"order": "magic"}),
+    (token_batches, {"order": "sequential", "rows": "documents"}),
+    (token_batches, {"order": "shuffled", "rows": "documents"}),
+    (masked_batches, {"order": "shuffled"}),
+]
+
+
+@pytest.mark.parametrize(("batches", "order"), KINDS)
+def test_corpora_are_mixed_by_weight_whatever_a_row_is(tmp_path, batches, order):
+    settings = config(batch=8, **order)
+    found = take(batches(mixed(tmp_path), settings, Share(), 0), 25)
+    own = sum(int((batch.ids[:, 0] < 10_000).sum()) for batch in found)
+    assert abs(own - 150) <= 2
+    for later, batch in enumerate(take(batches(mixed(tmp_path), settings, Share(), 11), 3)):
+        assert torch.equal(batch.ids, found[11 + later].ids)
+    shares = [next(batches(mixed(tmp_path), settings, Share(index, 2), 4)).ids for index in range(2)]
+    width = min(part.shape[1] for part in shares)
+    whole = found[4].ids[:, :width]
+    assert torch.equal(torch.stack([part[:, :width] for part in shares], 1).flatten(0, 1), whole)
+
+
+@pytest.mark.parametrize(("batches", "order"), KINDS[:1] + KINDS[3:])
+def test_in_a_mix_each_corpus_keeps_its_own_order(tmp_path, batches, order):
+    settings, mix = config(batch=8, **order), mixed(tmp_path)
+    both = starts(take(batches(mix, settings, Share(), 0), 30))
+    parts = [row for row in both if row < 10_000], [row for row in both if row >= 10_000]
+    for corpus, own in zip(mix.corpora, parts, strict=True):
+        assert starts(take(batches(corpus, settings, Share(), 0), 25))[: len(own)] == own
+
+
+def test_a_document_is_a_row_and_a_long_one_several(tmp_path, caplog):
+    caplog.set_level("INFO")
+    with BinidxWriter(tmp_path / "data", np.uint16) as writer:
+        for ids in ([1, 2, 3], [4], list(range(10, 21)), [30, 31]):
+            writer.add(ids)
+    settings = config(batch=5, order="sequential", rows="documents", ctx_len=4)
+    batch = next(token_batches(Binidx(tmp_path / "data"), settings, Share(), 0))
+    assert batch.ids.tolist() == [[1, 2, 0, 0], [10, 11, 12, 13], [14, 15, 16, 17], [18, 19, 0, 0], [30, 0, 0, 0]]
+    assert batch.targets.tolist() == [
+        [2, 3, -1, -1], [11, 12, 13, 14], [15, 16, 17, 18], [19, 20, -1, -1], [31, -1, -1, -1]
+    ]  # fmt: skip
+    assert batch.mask is None
+    assert "4 documents are 5 rows; 1 are longer than train.ctx_len 4, 1 too short" in caplog.text
+    with pytest.raises(DataError, match="5 rows of documents are fewer than the 6"):
+        token_batches(Binidx(tmp_path / "data"), config(batch=6, rows="documents", ctx_len=4), Share(), 0)
+
+
+def test_what_is_learned_is_found_in_every_block_of_documents(tmp_path, monkeypatch):
+    from rwkvpipe.data import batches
+
+    stream = np.random.default_rng(3)
+    documents = [(stream.integers(1, 99, n := int(stream.integers(0, 9))), stream.integers(0, 2, n)) for _ in range(60)]
+    data = talks(tmp_path, documents)
+    wanted = [
+        (start, min(end - start, 5))
+        for (start, end), (_, mask) in zip(data.documents.tolist(), documents, strict=True)
+        if any(mask[1:5])
+    ]
+    for block in (1, 7, 1000):
+        monkeypatch.setattr(batches, "BLOCK", block)
+        found = [pair for starts, sizes in batches._learned(data, 4) for pair in zip(starts, sizes, strict=True)]
+        assert found == wanted

@@ -120,8 +120,8 @@ def tokenizer_folder(wildcards, input):
     return str(Path(list(input.tokenizer)[0]).parent)
 
 
-def packed_folder(wildcards, input):
-    return str(Path(list(input.data)[0]).parent)
+def packed_folders(wildcards, input):
+    return [str(Path(file).parent) for file in input.data if Path(file).name == "corpus.json"]
 
 
 def held_out(wildcards, input):

@@ -59,7 +59,7 @@ rule pretrain:
         micro_batch=micro_batch,
     params:
         code=plan.code("pretrain"),
-        data=packed_folder,
+        data=packed_folders,
         save_every=save_every,
         threads=training("pretrain"),
     shell:
@@ -99,7 +99,7 @@ rule sft:
         micro_batch=micro_batch,
     params:
         code=plan.code("sft"),
-        data=packed_folder,
+        data=packed_folders,
         save_every=save_every,
         threads=training("sft"),
     shell:
