@@ -1,6 +1,8 @@
 """Peers, each in an environment of its own; the product never imports one.
 
 python -m benchmarks.peers rwkv rwkv7-hf
+
+RWKV-LM is no package: its tests run where a clone of it lies in build/peers/RWKV-LM.
 """
 
 import subprocess
@@ -16,9 +18,12 @@ PINNED = {
     "rwkv7-hf": ["rwkv7-hf==0.9.0", "transformers==5.23.0"],
     "pyrwkv-tokenizer": ["pyrwkv-tokenizer==0.9.1"],  # beside our rwkv, which has the trie
     "llama-cpp": ["llama-cpp-python==0.3.36"],  # compiles llama.cpp: some eight minutes of a core
+    # flash-linear-attention, whose kernels triton's interpreter runs without a GPU
+    "fla": ["flash-linear-attention==0.6.0", "triton==3.9.0", "einops==0.8.2", "transformers==5.23.0"],
 }
 BESIDE = {"rwkv-trainer": ["pytorch-lightning==2.5.5", "numpy", "safetensors", "setuptools<82"]}
 FOLDER = Path(__file__).resolve().parents[1] / "build/peers"
+CHECKOUT = FOLDER / "RWKV-LM"
 
 
 def python(name: str) -> Path | None:

@@ -13,6 +13,7 @@ from rwkvpipe.base.strict import check_json
 from rwkvpipe.model.family import released
 from rwkvpipe.weights import store
 from rwkvpipe.weights.source import open_source
+from rwkvpipe.weights.states import states_of
 
 
 def describe(path: str) -> dict:
@@ -32,6 +33,9 @@ def describe(path: str) -> dict:
         settings = check_json(LoraConfig, source.metadata["lora"], path).model_dump()
         full = sorted({name for name in like if not name.endswith((".lora_A", ".lora_B"))})
         return facts | {"adapter": settings | {"full_tensors": full}, "base_sha256": source.metadata.get("base", "")}
+    if (states := states_of(source)) is not None:
+        shapes = ", ".join(sorted({" x ".join(map(str, value.shape)) for value in states.like.values()}))
+        return facts | {"initial_states": f"of {len(states)} layers, {shapes}; merge them into their model"}
     found = store.open_model(path)
     facts |= {"layout": found.layout, "never_read": sum(found.tensors.like[n].numel() for n in found.unread)}
     facts |= {"sizes_of": released(found.config) or "no released model"}

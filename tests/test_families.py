@@ -13,9 +13,13 @@ import torch
 
 import rwkvpipe
 from rwkvpipe import bench, convert, generate, grpo, init, inspect, merge, pretrain, sft
+from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.base.files import read_jsonl, write_json, write_jsonl
 from rwkvpipe.base.sizes import FAMILIES
 from rwkvpipe.data.binidx import BinidxWriter
+from rwkvpipe.model.family import build
+from rwkvpipe.model.language import LanguageModel
+from rwkvpipe.model.layers import State
 from rwkvpipe.weights import store
 
 SIZES = {"n_layer": 2, "n_embd": 32, "head_size": 16}
@@ -47,6 +51,7 @@ class Home:
         write_corpus(folder / "corpus")
         rows = [{"question": f"{n}+{n}", "answer": str(2 * n), "options": ["2", str(2 * n)]} for n in range(2, 5)]
         write_jsonl(folder / "q.jsonl", rows)
+        write_jsonl(folder / "texts.jsonl", [{"text": "abcdef"}, {"text": "klmno"}])
 
     def path(self, name):
         return str(self.folder / name)
@@ -55,7 +60,7 @@ class Home:
         """Run a stage; its rows of metrics."""
         asked = {"kind": verb.__name__.rpartition(".")[2], "seed": 1, "train": TRAIN} | asked
         settings = self.path(f"{Path(out).parent}/settings.json")
-        Path(settings).parent.mkdir(exist_ok=True)
+        Path(settings).parent.mkdir(parents=True, exist_ok=True)
         write_json(settings, asked)
         source = ["--data", self.path("corpus")]
         if verb is grpo:
@@ -113,6 +118,53 @@ def test_every_verb_takes_it_further(home, name, capsys):
     capsys.readouterr()
     inspect.main([home.path("reason/model.safetensors"), "--json"])
     assert json.loads(capsys.readouterr().out).items() >= (model | {"vocabulary": 256}).items()
+
+
+def every_mode(home, start, folder):
+    """What each verb's first numbers are for the weights `start`."""
+    found = {}
+    once = TRAIN | {"steps": 1}
+    for name, verb, asked in (("pretrain", pretrain, {}), ("chunks", pretrain, {"chunk": 5}), ("sft", sft, {})):
+        rows = home.train(verb, start, f"{folder}/{name}/model.safetensors", train=once | asked)
+        found[name] = rows[0]["loss"]
+    rollout = {"samples": 2, "sampling": {"max_tokens": 8}}
+    train = once | {"ctx_len": 64, "batch": 2}
+    home.train(grpo, start, f"{folder}/grpo/model.safetensors", train=train, rollout=rollout, prompt="{question}=")
+    found["grpo"] = Path(home.path(f"{folder}/grpo/rollouts.jsonl")).read_text()
+    for task in ("answer", "choice", "bits"):
+        spec = {"task": task, "path": "q", "prompt": "{question}=", "sampling": {"max_tokens": 3}}
+        words = ["--model", home.path(start), "--tokenizer", "bytes", "--spec", json.dumps(spec), "--rows", "2"]
+        out = home.path(f"{folder}/{task}.answers.jsonl")
+        bench.main([*words, "--questions", home.path("texts.jsonl" if task == "bits" else "q.jsonl"), "--out", out])
+        found[task] = Path(out).read_text()
+    spec = json.dumps({"prompts": ["abc", "x"], "sampling": {"max_tokens": 8}})
+    words = ["--model", home.path(start), "--tokenizer", "bytes", "--spec", spec]
+    generate.main([*words, "--out", home.path(f"{folder}/samples.jsonl")])
+    found["generate"] = Path(home.path(f"{folder}/samples.jsonl")).read_text()
+    return found
+
+
+@pytest.mark.parametrize("family", ["rwkv6", "rwkv7"])
+def test_every_mode_starts_from_the_states_of_the_weights(home, family, monkeypatch):
+    stream = torch.Generator().manual_seed(3)
+    model = build(RwkvConfig(family=family, time_state=True, vocab_size=256, **SIZES))
+    tensors = {name: torch.randn(value.shape, generator=stream) * 0.3 for name, value in model.state_dict().items()}
+    states = [tensors[f"blocks.{n}.att.time_state"].mul_(20) for n in (0, 1)]
+    store.write(home.path("tuned.safetensors"), model.config, tensors)
+    plain = {name: value for name, value in tensors.items() if not name.endswith("time_state")}
+    store.write(home.path("plain.safetensors"), model.config.model_copy(update={"time_state": False}), plain)
+
+    def start(self, rows, device=None):
+        state = State.zeros(self.config, rows, device)
+        state.wkv = [value.expand(rows, *value.shape) for value in states]
+        return state
+
+    found, zero = every_mode(home, "tuned.safetensors", "a"), every_mode(home, "plain.safetensors", "b")
+    monkeypatch.setattr(LanguageModel, "start", start)
+    given = every_mode(home, "plain.safetensors", "c")
+    for mode, value in found.items():
+        assert value == given[mode], mode
+        assert value != zero[mode], mode
 
 
 TOY = '''"""RWKV-7 under another name, with values that are read twice."""

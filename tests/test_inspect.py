@@ -54,6 +54,15 @@ def test_inspecting_says_what_a_file_is(tmp_path, pair, capsys):
         inspect.main([str(tmp_path / "none")])
 
 
+def test_initial_states_alone_are_known_as_such(tmp_path, capsys):
+    path = tmp_path / "rwkv-0.pth"
+    torch.save({f"blocks.{n}.att.time_state": torch.zeros(4, 16, 16) for n in range(3)}, path)
+    inspect.main([str(path), "--json"])
+    assert json.loads(capsys.readouterr().out)["initial_states"].startswith("of 3 layers, 4 x 16 x 16; merge")
+    with pytest.raises(WeightsError, match="this is initial states without their model; merge them into it"):
+        store.read(path)
+
+
 def test_the_sizes_of_a_released_model_are_known_without_its_data(tmp_path, capsys):
     with torch.device("meta"):
         like = {name: value.bfloat16() for name, value in build(RwkvConfig(preset="rwkv7-0.1b")).state_dict().items()}

@@ -38,6 +38,7 @@ OTHERS = (
     (".att.time_decay", "an RWKV-4 checkpoint"),
     (".lora_A", "an adapter, not a model; merge it first"),
     (".self_attn.", "a transformer"),
+    (".att.time_state", "initial states without their model; merge them into it"),
 )
 
 

@@ -43,6 +43,8 @@ def export(
         store.write(out, found.config, tensors)
     elif spec.format == "pth":
         write_pth(out, rwkv_lm(found.config, tensors, out))
+        if found.config.time_state and found.config.family == "rwkv7":
+            log.warning("%s: has time_state, which of RWKV-7 the package rwkv passes over and RWKV-LM refuses", out)
     elif spec.format == "gguf":
         plain = _plain(tensors, found.unread)
         _refuse_states(out, plain)

@@ -9,17 +9,21 @@ from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.base.errors import WeightsError
 from rwkvpipe.base.sizes import FAMILIES, title
 from rwkvpipe.weights.layouts import official
-from rwkvpipe.weights.source import open_source
+from rwkvpipe.weights.source import Source, open_source
+from rwkvpipe.weights.tensors import Tensors
 
 NAME = "att.time_state"
 
 
 def read_states(path: str | Path) -> Mapping[str, Tensor] | None:
     """The states in a file, (heads, value, key) for each layer; None for a file that holds anything else."""
-    source = open_source(path)
-    if not all(name.endswith(NAME) for name in source.tensors):
-        return None
-    return official(str(source.path), source.tensors)[0]
+    found = states_of(open_source(path))
+    return None if found is None else official(str(path), found)[0]
+
+
+def states_of(source: Source) -> Tensors | None:
+    """The same of a file that is open, under its own names."""
+    return source.tensors if all(name.endswith(NAME) for name in source.tensors) else None
 
 
 def with_states(

@@ -21,7 +21,8 @@ from rwkvpipe.weights.export import export
 
 OUT = {"safetensors": "a/model.safetensors", "pth": "a/m.pth", "gguf": "a/m.gguf", "hub": "hub", "hf": "hf"}
 FORMATS = {"rwkv5": ("safetensors", "pth", "hub"), "rwkv6": ("safetensors", "pth", "hub", "gguf"), "rwkv7": tuple(OUT)}
-EACH = [(family, format) for family, formats in FORMATS.items() for format in formats]
+EACH = [(family, format, {}) for family, formats in FORMATS.items() for format in formats]
+EACH += [(family, format, {"time_state": True}) for family in ("rwkv6", "rwkv7") for format in FORMATS["rwkv5"]]
 
 
 def some(family, dtype=torch.float32, **sizes):
@@ -44,10 +45,10 @@ def same(found, wanted):
         assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
 
 
-@pytest.mark.parametrize(("family", "format"), EACH)
+@pytest.mark.parametrize(("family", "format", "sizes"), EACH)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_format_comes_back_bit_for_bit(tmp_path, family, format, dtype):
-    path, config, tensors = given(tmp_path, family, dtype)
+def test_every_format_comes_back_bit_for_bit(tmp_path, family, format, sizes, dtype):
+    path, config, tensors = given(tmp_path, family, dtype, **sizes)
     export(path, tmp_path / OUT[format], ExportConfig(format=format))
     found, read = store.read(tmp_path / OUT[format])
     assert found == config
@@ -104,6 +105,7 @@ REFUSED = [
     ("hf", {"family": "rwkv7", "head_size": 32}, "another epsilon"),
     ("pth", {"family": "rwkv7", "ln0": False}, "needs ln0"),
     ("gguf", {"family": "rwkv5"}, "llama.cpp knows"),
+    ("gguf", {"family": "rwkv6", "time_state": True}, "has no place for time_state; use safetensors, pth or hub"),
     ("gguf", {"family": "rwkv7", "time_state": True}, "time_state"),
     ("hf", {"family": "rwkv7", "time_state": True}, "time_state"),
 ]
@@ -115,6 +117,14 @@ def test_what_a_format_has_no_place_for_is_refused(tmp_path, format, sizes, said
     with pytest.raises(WeightsError, match=said):
         export(path, tmp_path / OUT[format], ExportConfig(format=format))
     assert not (tmp_path / OUT[format]).exists()
+
+
+def test_programs_that_pass_states_over_are_named(tmp_path, caplog):
+    path, _, _ = given(tmp_path, "rwkv7", time_state=True)
+    export(path, tmp_path / "m.pth", ExportConfig(format="pth"))
+    assert [row.getMessage() for row in caplog.records if row.levelname == "WARNING"] == [
+        f"{tmp_path}/m.pth: has time_state, which of RWKV-7 the package rwkv passes over and RWKV-LM refuses"
+    ]
 
 
 def test_a_folded_embedding_has_its_place_in_hugging_face_s_layout(tmp_path):

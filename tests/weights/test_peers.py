@@ -2,12 +2,13 @@
 
 import json
 import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.peers import python
+from benchmarks.peers import CHECKOUT, python
 from rwkvpipe.base.config import ExportConfig, RwkvConfig
 from rwkvpipe.model.family import build
 from rwkvpipe.tokenizer.byte import ByteTokenizer
@@ -54,6 +55,44 @@ for token in model.generate(ids, temp=0.0):
         break
 print("\\n" + json.dumps([ids, logits, found, told]))
 """
+# triton's interpreter stands for the GPU; it has nothing to tune
+LINEAR = """
+import json, os, sys
+os.environ["TRITON_INTERPRET"] = "1"
+from triton.runtime import autotuner
+autotuner.Autotuner.run = lambda self, *given, **more: self.fn.run(*given, **more, **self.configs[0].all_kwargs())
+import fla, torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+folder, ids = json.loads(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+model.load_state_dict(load_file(folder + "/model.safetensors"), strict=True)
+with torch.no_grad():
+    logits = model(torch.tensor([ids]), use_cache=False).logits[0]
+print("\\n" + json.dumps([type(model).__module__, logits.tolist()]))
+"""
+# RWKV-LM's trainer without its kernels and without Lightning: neither is asked for
+TRAINER = """
+import argparse, json, os, sys, types
+import torch
+from torch.utils import cpp_extension
+file, path, version, kind, sizes = json.loads(sys.argv[1])
+os.environ.update(RWKV_JIT_ON="0", RWKV_MY_TESTING=version, RWKV_TRAIN_TYPE=kind, RWKV_HEAD_L2WRAP_CE_CHUNK="0")
+os.environ.update(RWKV_HEAD_SIZE="64", RWKV_HEAD_SIZE_A="64", RWKV_CTXLEN="64", RWKV_FLOAT_MODE="bf16")
+cpp_extension.load = torch.library.register_autograd = lambda *given, **more: None
+torch.jit.script = lambda code: code
+names = ("pytorch_lightning", "pytorch_lightning.strategies", "pytorch_lightning.utilities")
+sys.modules |= {name: types.ModuleType(name) for name in names}
+lightning, strategies, utilities = map(sys.modules.get, names)
+lightning.LightningModule, strategies.DeepSpeedStrategy = torch.nn.Module, None
+utilities.rank_zero_info = utilities.rank_zero_only = print
+code = types.ModuleType("model")
+exec(compile(open(file).read(), file, "exec"), code.__dict__)
+others = dict(head_size=64, head_size_a=64, head_size_divisor=8, dropout=0, pre_ffn=0, head_qk=0, my_pos_emb=0)
+others |= dict(tiny_att_dim=0, tiny_att_layer=0, my_testing=version, train_type=kind, ctx_len=64)
+model = code.RWKV(argparse.Namespace(**sizes, **others))
+print(json.dumps(str(model.load_state_dict(torch.load(path, weights_only=True), strict=True))))
+"""
 TEXT = "First Citizen:\nBefore wé proceed\n\n"
 
 
@@ -61,7 +100,11 @@ def ask(name, code, *given):
     """What a peer says, in its own words: the last line that it writes, as JSON."""
     if python(name) is None:
         pytest.skip(f"the peer {name} is not set up (python -m benchmarks.peers {name})")
-    ended = subprocess.run([python(name), "-c", code, json.dumps(given)], capture_output=True, text=True, timeout=500)
+    return told(python(name), code, *given)
+
+
+def told(interpreter, code, *given):
+    ended = subprocess.run([interpreter, "-c", code, json.dumps(given)], capture_output=True, text=True, timeout=500)
     assert ended.returncode == 0, ended.stderr[-2000:]
     return json.loads(ended.stdout.splitlines()[-1])
 
@@ -107,6 +150,39 @@ def test_transformers_with_rwkv7_hf_computes_the_same_logits_and_ids(tmp_path):
     assert ids == ByteTokenizer(1).encode(TEXT) and text == TEXT
     assert prompt == "User: hello\nyou\n\nAssistant:"
     np.testing.assert_allclose(np.array(logits), ours(path, ids), atol=5e-5)
+
+
+def test_the_package_rwkv_starts_rwkv_6_from_the_same_states(tmp_path):
+    path, ids = some(tmp_path, "rwkv6", time_state=True), list(range(60, 80))
+    # the package rounds the normed embedding to the numbers of the file
+    export(path, tmp_path / "m.pth", ExportConfig(format="pth", dtype="fp32"))
+    found = np.array(ask("rwkv", RWKV, str(tmp_path / "m.pth"), "rwkv6", ids))
+    np.testing.assert_allclose(found, ours(path, ids), atol=5e-5)
+
+
+def test_flash_linear_attention_loads_every_tensor_and_computes_the_same_logits(tmp_path):
+    path, ids = some(tmp_path, "rwkv7", n_layer=2, d_decay=24, d_aaa=20, d_mv=12, d_gate=40), list(range(60, 68))
+    export(path, tmp_path / "hf", ExportConfig(format="hf"))
+    module, logits = ask("fla", LINEAR, str(tmp_path / "hf"), ids)
+    assert module.startswith("fla.models.rwkv7")
+    np.testing.assert_allclose(np.array(logits), ours(path, ids), atol=5e-5)
+
+
+LOADS = [("rwkv5", "x052", "", "RWKV-v5"), ("rwkv6", "x060", "", "RWKV-v5"), ("rwkv6", "x060", "states", "RWKV-v5")]
+LOADS += [("rwkv7", "x070", "", "RWKV-v5"), ("rwkv7", "x070", "", "RWKV-v7/train_temp")]
+
+
+@pytest.mark.parametrize(("family", "version", "kind", "folder"), LOADS)
+def test_the_trainer_of_rwkv_lm_loads_a_pth_file_strictly(tmp_path, family, version, kind, folder):
+    file = CHECKOUT / folder / "src/model.py"
+    if not file.is_file():
+        pytest.skip(f"RWKV-LM is not here; clone it into {CHECKOUT}")
+    # a width at which all its rules for low ranks agree
+    path = some(tmp_path, family, n_embd=64, **({"time_state": True} if kind else {}))
+    export(path, tmp_path / "m.pth", ExportConfig(format="pth"))
+    sizes = {"n_layer": 3, "n_embd": 64, "vocab_size": 257, "dim_att": 64, "dim_ffn": store.sizes(path).dim_ffn}
+    found = told(sys.executable, TRAINER, str(file), str(tmp_path / "m.pth"), version, kind, sizes)
+    assert found == "<All keys matched successfully>"
 
 
 @pytest.mark.parametrize("family", ["rwkv6", "rwkv7"])
