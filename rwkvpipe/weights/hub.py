@@ -89,7 +89,7 @@ def _endpoints(repo: Repo, mirrors: Sequence[str]) -> list[tuple[str, dict[str, 
         raise HubError("the token in the environment is no token: it holds what none does; set it again")
     for address in (first, *mirrors):
         if address and _kind(address) != "http":
-            raise HubError(f"{address}: an endpoint is http:// or https://; mend it")
+            raise HubError(f"{shown(address)}: an endpoint is http:// or https://; mend it")
     # mirrors come first: whoever names one wants it asked
     places = [(mirror.rstrip("/"), {}) for mirror in mirrors]
     return [*places, ((first or repository.HUBS[repo.hub]).rstrip("/"), headers)]
@@ -147,7 +147,7 @@ def _get(repo: Repo, file: RepoFile, out: Path, place: tuple[str, dict[str, str]
         return
     endpoint, headers = place
     with Part(out, f"{repo} {file}") as part:  # the same file, from whichever mirror
-        bring(repo.address(endpoint, file.path), part, name, headers)
+        bring(repo.address(endpoint, file.path), part, name, headers, size=file.size)
         wrong = _sound(part.path, file, sha256)
         if wrong:
             part.discard()

@@ -11,7 +11,6 @@ from pathlib import PurePosixPath
 from urllib.parse import quote, urlencode
 
 from rwkvpipe.base.errors import HubError
-from rwkvpipe.base.files import parse_json
 from rwkvpipe.weights.transfer import ask
 
 HUBS = {"hf": "https://huggingface.co", "modelscope": "https://www.modelscope.cn"}
@@ -107,8 +106,7 @@ def files(repo: Repo, endpoint: str, headers: dict[str, str], folder: str = "") 
     found: list[RepoFile] = []
     for _ in range(10_000):  # pages
         where = f"{repo.hub}://{repo.name}"
-        body, url = ask(url, headers)
-        value = parse_json(body, f"{where}: the list of its files")
+        value, url = ask(url, headers)
         data = value.get("Data") if isinstance(value, dict) else None
         rows = data.get("Files") if isinstance(data, dict) else value
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):

@@ -6,12 +6,16 @@ import re
 import shutil
 import ssl
 import time
+from calendar import timegm
+from email.utils import parsedate
 from http.client import HTTPException, HTTPResponse, InvalidURL, responses
+from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from rwkvpipe.base.errors import HubError
+from rwkvpipe.base.errors import DataError, HubError
+from rwkvpipe.base.files import parse_json
 from rwkvpipe.weights.part import Part
 
 log = logging.getLogger("rwkvpipe")
@@ -22,7 +26,7 @@ TRIES = 6  # failures one after another that bring no byte more
 PAUSE = 1.0  # seconds after the first failure, doubled after each further one
 LONGEST = 60.0  # seconds of pause, whatever a server asks for
 TELL = 5.0  # seconds between two lines of progress
-PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses that may be gone soon
+PASSING = (408, 425, 429, *(code for code in range(500, 600) if code not in (501, 505)))  # statuses gone soon, maybe
 PRIVATE = ("Authorization", "Cookie")  # headers for the server alone that they were meant for
 LARGEST = 1 << 26  # bytes of an answer that is no file
 SAFE = "/%:@!$&'()*+,;=~-._?[]"  # what stays as it is in an address
@@ -89,6 +93,8 @@ def _answer(url: str, headers: dict[str, str]) -> HTTPResponse:
                 " the clock and the machine's certificates"
             ) from None
         raise
+    except ValueError:  # its text would repeat parts of the address
+        raise HubError(f"{shown(url)}: redirects to what is no address; check the endpoint") from None
 
 
 def _length(response: HTTPResponse) -> int | None:
@@ -159,7 +165,7 @@ def _receive(response: HTTPResponse, part: Part, progress: _Progress) -> None:
         raise ConnectionError(f"closed after {amount(size)} of {amount(length)}")
 
 
-def _once(url: str, part: Part, name: str, more: dict[str, str]) -> bool:
+def _once(url: str, part: Part, name: str, more: dict[str, str], size: int | None) -> bool:
     """Ask for what is missing and take it. False when the server's file is another than before: ask for all of it."""
     start, note = part.start(), part.note()
     headers = {"User-Agent": "rwkvpipe", "Accept-Encoding": "identity", **more}
@@ -188,6 +194,7 @@ def _once(url: str, part: Part, name: str, more: dict[str, str]) -> bool:
                 log.info("%s: the server's file has changed, or it cannot go on in the middle; from the start", name)
             part.begin(_about(response))
         length = _length(response) if response.status == 200 else note.get("length") or _length(response)
+        length = size if length is None else length
         _room(part, length)
         at = f"from {amount(start)} on" if response.status == 206 else amount(length) if length else "size unknown"
         log.info("%s: fetching, %s", name, at)
@@ -214,8 +221,12 @@ def _why(error: Exception) -> str:
 
 def _pause(error: Exception, failures: int) -> float:
     """Seconds to wait: twice as long after each failure, or as long as the server asks for."""
-    asked = error.headers.get("Retry-After", "") if isinstance(error, HTTPError) and error.headers else ""
-    wait = float(asked) if asked.strip().isdecimal() else PAUSE * 2 ** (failures - 1)
+    asked = error.headers.get("Retry-After", "").strip() if isinstance(error, HTTPError) and error.headers else ""
+    wait = PAUSE * 2 ** (failures - 1)
+    if re.fullmatch("[0-9]{1,9}", asked):
+        wait = float(asked)
+    elif (moment := parsedate(asked)) is not None:
+        wait = max(timegm(moment) - time.time(), wait)
     return min(wait, LONGEST)
 
 
@@ -228,16 +239,16 @@ def _again(error: Exception, failures: int, url: str, name: str, kept: str) -> N
     time.sleep(wait)
 
 
-def bring(url: str, part: Part, name: str, headers: dict[str, str] | None = None) -> None:
+def bring(url: str, part: Part, name: str, headers: dict[str, str] | None = None, *, size: int | None = None) -> None:
     """Fill `part` with the whole file at `url`, again and again where the connection breaks.
 
-    `headers` are asked with too; secret ones are told to no other server. Raises HubError when the file cannot be had,
-    or not be written.
+    `size` is how long it is, by others, should the server not say. `headers` are asked with too; secret ones are told
+    to no other server. Raises HubError when the file cannot be had, or not be written.
     """
     failures, most = 0, part.size
     while True:
         try:
-            if _once(url, part, name, headers or {}):
+            if _once(url, part, name, headers or {}, size):
                 return
             log.info("%s: the server's file is another than the one begun; from the start", name)
         except (OSError, HTTPException) as error:
@@ -246,7 +257,8 @@ def bring(url: str, part: Part, name: str, headers: dict[str, str] | None = None
             _again(error, failures, url, name, "what came is kept: ")
 
 
-def _whole(url: str, headers: dict[str, str]) -> tuple[bytes, str | None]:
+def _whole(url: str, headers: dict[str, str]) -> tuple[Any, str | None]:
+    """What an answer says in JSON, and the address of its next page. Raises as `_answer`, HubError for no JSON."""
     with _answer(url, {"User-Agent": "rwkvpipe", "Accept-Encoding": "identity", **headers}) as response:
         body = response.read(LARGEST + 1)
         if len(body) > LARGEST:
@@ -254,22 +266,28 @@ def _whole(url: str, headers: dict[str, str]) -> tuple[bytes, str | None]:
         if (length := _length(response)) is not None and len(body) < length:
             raise ConnectionError(f"closed after {amount(len(body))} of {amount(length)}")
         following = re.search(r'<([^>]*)>\s*;\s*rel="next"', response.headers.get("Link", ""))
-        return body, urljoin(response.url, following[1]) if following else None
+    try:
+        value = parse_json(body, shown(url))
+    except DataError:
+        if body[:1] in (b"", b"[", b"{"):  # a server that says no length is cut off without a word
+            raise ConnectionError("closed in the middle") from None
+        raise HubError(f"{shown(url)}: no list of files, and no JSON at all; check the endpoint") from None
+    return value, urljoin(response.url, following[1]) if following else None
 
 
-def ask(url: str, headers: dict[str, str]) -> tuple[bytes, str | None]:
-    """A short answer, again and again where the connection breaks, and the address of its next page.
+def ask(url: str, headers: dict[str, str]) -> tuple[Any, str | None]:
+    """A short answer in JSON, again and again where the connection breaks, and the address of its next page.
 
     A next page on another server is asked for nothing: HubError.
     """
     failures = 0
     while True:
         try:
-            body, following = _whole(url, headers)
+            value, following = _whole(url, headers)
         except (OSError, HTTPException) as error:
             failures += 1
             _again(error, failures, url, "the hub", "")
             continue
         if following and _origin(following) != _origin(url):
             raise HubError(f"{shown(url)}: goes on at another server; check the endpoint")
-        return body, following
+        return value, following

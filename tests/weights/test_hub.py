@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections import deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.error import HTTPError
 
 import pytest
 
@@ -251,6 +252,17 @@ def test_passing_troubles_are_waited_for_and_lasting_ones_named(tmp_path, server
     assert "503 Service Unavailable, 6 times" in refused(server.url(), tmp_path / "b")
 
 
+@pytest.mark.parametrize(
+    ("asked", "wait"),
+    [("7", 7), ("Sat, 21 Nov 2026 00:00:30 GMT", 30), ("Fri, 20 Nov 2026 00:00:00 GMT", 1), ("3600", 60)]
+    + [(odd, 1) for odd in ("", "soon", "-3", "1e9", "\u0663", "9" * 50)],
+)
+def test_a_server_says_when_to_ask_again_as_a_number_or_a_date(monkeypatch, asked, wait):
+    monkeypatch.setattr(transfer.time, "time", lambda: 1795219200.0)
+    error = HTTPError("http://a/b", 429, "", {"Retry-After": asked}, None)
+    assert transfer._pause(error, 1) == wait
+
+
 def test_nobody_there_is_said_after_some_tries(tmp_path, monkeypatch):
     monkeypatch.setattr(transfer, "PAUSE", 0.001)
     with Server() as gone:
@@ -282,13 +294,17 @@ def test_passwords_and_queries_are_used_but_never_told(tmp_path, server, monkeyp
     assert "/file.bin?..." in lines[0]
 
 
-def test_redirects_are_followed_to_the_web_alone(tmp_path, server):
+def test_redirects_are_followed_to_the_web_alone(tmp_path, server, monkeypatch):
     server.redirect = "/moved"
     fetch(server.url(), tmp_path / "out")
     assert (tmp_path / "out").read_bytes() == DATA
     for target in ("file:///etc/passwd", "ftp://127.0.0.1/x", server.url(), "data:,x"):
         server.redirect = target
         assert "redirects in a circle, or to what is not http" in refused(server.url(), tmp_path / "b")
+    for target in ("http://[::1", "http://127.0.0.1:99999/x", "http://127.0.0.1:x/", "http://" + "a" * 70 + "/"):
+        server.redirect = target
+        monkeypatch.setattr(transfer, "TRIES", 1)
+        assert "\n" not in refused(server.url(), tmp_path / "b")
 
 
 def test_another_server_is_told_no_password_but_where_to_go_on(tmp_path, server):

@@ -33,7 +33,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.seen, self.asked = dict(FILES), [], Counter()
-        self.cuts, self.statuses = deque(), deque()
+        self.cuts, self.list_cuts, self.statuses, self.lengths = deque(), deque(), deque(), True
         self.wrong, self.longer, self.elsewhere, self.pages = set(), 0, None, False
         self.extra, self.most, self.busy = [], 0, 0
         self.lock = threading.Lock()
@@ -85,7 +85,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def page(self, rows, asked):
         if not self.server.pages:
-            return self.tell(json.dumps(rows).encode())
+            cut = self.server.list_cuts.popleft() if self.server.list_cuts else None
+            return self.tell(json.dumps(rows).encode(), cut=cut)
         number = int(asked.get("cursor", ["0"])[0])
         following = f"{self.server.url()}{self.path.partition('?')[0]}?recursive=true&cursor={number + 1}"
         link = {"Link": f'<{following}>; rel="next"'} if number + 1 < len(rows) else {}
@@ -113,7 +114,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def tell(self, body, status=200, headers=None, cut=None):
         self.send_response(status)
-        self.send_header("Content-Length", str(len(body) + self.server.longer))
+        if self.server.lengths:
+            self.send_header("Content-Length", str(len(body) + self.server.longer))
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.end_headers()
@@ -199,6 +201,16 @@ def test_a_broken_connection_goes_on_where_it_stopped(server, tmp_path):
     assert [headers.get("Range") for _, headers in server.seen if "Range" in headers] == ["bytes=1000-"]
 
 
+def test_what_breaks_off_where_no_length_is_said_is_noticed_and_gone_on_with(server, tmp_path):
+    server.lengths = False
+    server.list_cuts += [0, 30]
+    server.cuts += [700, 0]
+    name = "model-00001-of-00002.safetensors"
+    assert get(f"hf://o/n/{name}", tmp_path / "m").read_bytes() == FILES[name]
+    ranges = [headers.get("Range") for path, headers in server.seen if "resolve" in path]
+    assert ranges == [None, "bytes=700-", "bytes=700-"]
+
+
 def test_what_is_there_is_not_fetched_again_and_what_is_damaged_is(server, tmp_path):
     for source, out in (("hf://o/n", tmp_path / "all"), ("hf://o/n/model.pth", tmp_path / "m")):
         get(source, out)
@@ -238,6 +250,12 @@ def test_the_weights_are_listed(server, capsys):
     assert capsys.readouterr().out.startswith("config.json  14 B")
 
 
+def page_of(broken):
+    """Lists of files as they are, but a web page from one server."""
+    page = Handler.page
+    return lambda self, *words: self.tell(b"<html>") if self.server is broken else page(self, *words)
+
+
 def test_a_mirror_is_asked_first_and_the_hub_after_it(server, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     monkeypatch.setenv("HF_TOKEN", SECRET)
@@ -250,6 +268,9 @@ def test_a_mirror_is_asked_first_and_the_hub_after_it(server, tmp_path, monkeypa
         mirror.files.clear()
         get("hf://o/n/config.json", tmp_path / "c", "--mirror", mirror.url())
         assert len(server.seen) == 2 and "asking http://127.0.0.1" in caplog.text
+        monkeypatch.setattr(Handler, "page", page_of(mirror))
+        get("hf://o/n/model.pth", tmp_path / "again", "--mirror", mirror.url())
+        assert (tmp_path / "again").read_bytes() == FILES["model.pth"]
         mirror.shutdown()
         thread.join()
 
@@ -295,7 +316,8 @@ def test_a_hub_cannot_write_outside_the_folder(server, tmp_path, path):
 @pytest.mark.parametrize("body", [b"<html>", b"{}", b"[3]", b'{"Data": {}}', b'{"Data": null}', b'{"Data": []}'])
 def test_a_list_that_is_none_is_refused(server, tmp_path, monkeypatch, body):
     monkeypatch.setattr(Handler, "page", lambda self, rows, asked: self.tell(body))
-    with pytest.raises(Exception, match="list of") as caught:
+    monkeypatch.setattr(transfer, "TRIES", 2)
+    with pytest.raises(HubError, match="list of") as caught:
         get("hf://o/n/model.pth", tmp_path / "m")
     assert "\n" not in str(caught.value)
 
@@ -308,7 +330,7 @@ def test_what_a_repository_has_not_is_named(server, tmp_path):
 
 
 def test_passing_troubles_of_the_list_are_waited_for(server, tmp_path):
-    server.statuses += [503, 500]
+    server.statuses += [503, 500, 522]
     get("hf://o/n/model.pth", tmp_path / "m")
 
 
