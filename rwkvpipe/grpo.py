@@ -42,8 +42,9 @@ def main(argv: list[str] | None = None) -> None:
     check_batch(given.data, len(questions), "questions", settings.train)
     sampler = Sampler(stage, questions, tokenizer, given.micro_batch)
     losses = grpo_losses(
-        settings.rollout, given.micro_batch, precision=settings.train.precision, report=sampler.parts.append
-    )
+        settings.rollout, given.micro_batch, precision=settings.train.precision,
+        report=sampler.parts.append, rank=stage.rank,
+    )  # fmt: skip
     hooks = Hooks(measures=sampler.measures, carry=sampler.carry, tokens=_tokens)
     where = run_of(stage, [given.data], given.save_every)
     metrics = fit(stage.model, sampler.batches, losses, config=settings.train, run=where, hooks=hooks)

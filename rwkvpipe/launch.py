@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rwkvpipe.base.agree import known
+from rwkvpipe.base.crew import lead
 from rwkvpipe.base.errors import ConfigError, Parser, Stopped, run
 from rwkvpipe.base.files import canonical, read_json, write_json
 from rwkvpipe.base.lock import claim, lock
@@ -32,6 +33,7 @@ log = logging.getLogger("rwkvpipe")
 
 SCHEDULERS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID", "KUBERNETES_SERVICE_HOST")
 VERBS = sorted({file.stem for file in Path(__file__).parent.glob("*.py")} - {"__init__", "launch", "plan"})
+CREWS = ("grpo", "pretrain", "sft")  # verbs whose processes may be several
 PLANNED = "RWKVPIPE_PLANNED"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 POLL = 0.5  # seconds between looks at devices that are all taken
@@ -146,59 +148,72 @@ def pass_on_stops() -> None:
         threading.Thread(target=_stop_verbs, args=(reader,), daemon=True).start()
 
 
-def take(devices: list[str], locks: Path) -> str:
-    """Lock one of the devices and name it; jobs that wait are served in the order in which they came."""
+def take(devices: list[str], count: int, locks: Path) -> list[str]:
+    """Lock `count` of the devices and name them; jobs that wait are served in the order in which they came."""
     queue = lock(locks / "queue", waiting="other jobs wait for a device already")
-    told = False
+    told, taken = False, []
     while True:
         for name in devices:
-            if lock(locks / f"device-{re.sub('[^A-Za-z0-9_.-]', '_', name)}") is not None:
+            if name not in taken and lock(locks / f"device-{re.sub('[^A-Za-z0-9_.-]', '_', name)}") is not None:
+                taken.append(name)
+            if len(taken) == count:
                 os.close(queue)
-                return name
+                return taken
         if not told:
-            log.info("all devices are taken (%s); waiting for one", ", ".join(devices))
+            log.info("devices are taken (of %s); waiting for %d", ", ".join(devices), count - len(taken))
             told = True
         time.sleep(POLL * random.uniform(0.5, 1.5))
 
 
 def choose(count: int) -> dict[str, str]:
-    """Environment that gives the verb its device. Raises ConfigError where there is none or several are asked for."""
+    """Environment that gives the verb its devices. Raises ConfigError where there are fewer."""
     if count == 0:
         log.info("device: CPU")
         return {"CUDA_VISIBLE_DEVICES": "", "RWKVPIPE_DEVICE": "cpu"}
     devices = pool()
+    if devices and len(devices) < count:
+        raise ConfigError(f"{count} GPUs asked for, and here are {len(devices)}; lower the resource gpu")
     if scheduled():
         log.info("device: GPU %s, given by the scheduler", ",".join(devices) or "of this node")
         return {"RWKVPIPE_DEVICE": "cuda"}
     if not devices:
         raise ConfigError("no GPU is visible here; set the resource gpu to 0 to run on the CPU")
-    name = take(devices, _locks())
-    log.info("device: GPU %s", name)
+    names = ",".join(take(devices, count, _locks()))
+    log.info("device: GPU %s", names)
     order = os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi's numbering
-    return {"CUDA_VISIBLE_DEVICES": name, "CUDA_DEVICE_ORDER": order, "RWKVPIPE_DEVICE": "cuda"}
+    return {"CUDA_VISIBLE_DEVICES": names, "CUDA_DEVICE_ORDER": order, "RWKVPIPE_DEVICE": "cuda"}
 
 
 def main(argv=None) -> None:
     """Take what the job needs and become the verb; returns only by raising."""
     parser = Parser(prog="rwkvpipe.launch", description="Start a verb on a device.")
-    parser.add_argument("count", type=int, choices=range(0, 1025), metavar="N", help="GPUs: 1, or 0 for the CPU")
+    parser.add_argument("count", type=int, choices=range(0, 1025), metavar="N", help="GPUs, or 0 for the CPU")
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="processes that train together on the CPU; each GPU has one"
+    )
     parser.add_argument("--threads", type=int, help="threads to compute with; the last digits of results depend on it")
     parser.add_argument("verb", help="a module of rwkvpipe")
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="the verb's own arguments")
     args = parser.parse_args(argv)
     known("the command line", args.verb, "verb", VERBS)
-    if args.count > 1:
-        raise ConfigError(f"{args.count} devices asked for, and a job takes one device; set the resource gpu to 1 or 0")
+    ranks = max(args.count, args.ranks)
+    if args.ranks < 1 or args.count and args.ranks not in (1, args.count):
+        raise ConfigError(f"--ranks: {args.ranks} processes on {args.count} GPUs; each GPU has one, so leave it out")
+    if ranks > 1 and args.verb not in CREWS:
+        raise ConfigError(f"{args.verb} runs in one process; {', '.join(CREWS)} in several. Set gpu and ranks to 1")
     asked = os.getppid()
     claim(args.words)  # before the device: a job that waits here must not hold one
     if os.getppid() != asked:
         raise Stopped("whoever started this is gone, and the result was in work: left to whom starts it next")
     os.environ.update(choose(args.count))
     if args.threads is not None:
-        os.environ.update(dict.fromkeys(THREADS, str(max(1, args.threads))))
+        os.environ.update(dict.fromkeys(THREADS, str(max(1, args.threads // ranks))))
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN)
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-m", f"rwkvpipe.{args.verb}", *args.words])
+    words = [sys.executable, "-m", f"rwkvpipe.{args.verb}", *args.words]
+    if ranks > 1:
+        os._exit(lead(words, ranks))
+    os.execv(sys.executable, words)
 
 
 if __name__ == "__main__":

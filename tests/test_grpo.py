@@ -26,8 +26,8 @@ class PlainEngine:
         self.model, self.tokenizer = model, tokenizer
 
     @torch.no_grad()
-    def generate(self, prompts, sampling, samples=1):
-        for number, prompt in enumerate(prompts):
+    def generate(self, prompts, sampling, samples=1, *, numbers):
+        for number, prompt in zip(numbers, prompts, strict=True):
             for sample in range(samples):
                 key = f"{sampling.seed} {number} {sample}".encode()
                 stream = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7]))
@@ -192,8 +192,8 @@ def test_completions_cut_off_are_masked_when_asked(home):
 
 def test_empty_completions_are_legal(home, monkeypatch):
     class Silent(PlainEngine):
-        def generate(self, prompts, sampling, samples=1):
-            for number in range(len(prompts)):
+        def generate(self, prompts, sampling, samples=1, *, numbers):
+            for number in numbers:
                 for sample in range(samples):
                     yield Completion(number, sample, [], "", [], "stop")
 

@@ -34,7 +34,7 @@ NO_RULE = {"inspect", "launch", "plan"}
 VERBS = {file.stem for file in PACKAGE.glob("*.py")} - {"__init__"}
 # Snakemake waits for some of these each time it parses, the user for the others: a second of torch is too much
 TORCH_FREE = ("plan", "launch", "settings", "download", "questions", "score", "plot", "report")
-ENVIRONMENT = {"base/compiler.py", "launch.py", "train/dist.py", "weights/hub.py"}
+ENVIRONMENT = {"base/compiler.py", "base/crew.py", "base/lock.py", "launch.py", "train/dist.py", "weights/hub.py"}
 HOMES = {
     "pydantic": ("base/",),
     "safetensors": ("weights/",),

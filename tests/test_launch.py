@@ -94,10 +94,13 @@ def test_the_driver_lists_slices_instead_of_a_cut_card(monkeypatch, tmp_path):
     assert launch._listed() == []
 
 
-def test_no_gpu_and_several_gpus_are_refused(door):
+def test_no_gpu_and_more_gpus_than_there_are_are_refused(door, monkeypatch):
     with pytest.raises(ConfigError, match="no GPU is visible"):
         launch.main(["1", "sft"])
-    with pytest.raises(ConfigError, match="one device"):
+    with pytest.raises(ConfigError, match="bench runs in one process"):
+        launch.main(["2", "bench"])
+    monkeypatch.setenv("RWKVPIPE_GPUS", "6")
+    with pytest.raises(ConfigError, match="2 GPUs asked for, and here are 1; lower the resource gpu"):
         launch.main(["2", "sft"])
     with pytest.raises(ConfigError, match="no verb"):
         launch.main(["0", "sing"])

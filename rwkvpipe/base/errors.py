@@ -25,6 +25,7 @@ BAD_INPUT = 2
 LINE = 600  # characters of an error at most
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a scheduler, a terminal that closes
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again, it goes on
+PARTED = 69  # EX_UNAVAILABLE of sysexits.h: another of the processes that train together has failed, and says why
 
 
 class PipeError(Exception):
@@ -45,6 +46,10 @@ class WeightsError(PipeError):
 
 class HubError(PipeError):
     """A download failed or brought something else than promised."""
+
+
+class Parted(PipeError):
+    """Another of the processes that train together is gone."""
 
 
 class Stopped(PipeError):
@@ -146,7 +151,7 @@ def _on_stop(number: int, frame) -> None:
 def outcome(main: Callable[[], int | None]) -> int:
     """Run a verb's `main` and return its exit status, what went wrong said in one line.
 
-    Status 0 is done, 2 is bad input, 75 is stopped on request; a bug raises.
+    Status 0 is done, 2 is bad input, 75 is stopped on request, 69 that another process failed; a bug raises.
     """
     try:
         return main() or 0
@@ -156,6 +161,9 @@ def outcome(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt as stop:
         log.info("stopped (%s); run the same command again to go on", stop or "SIGINT")
         return STOPPED
+    except Parted as parting:
+        log.info("%s", parting)
+        return PARTED
     except (PipeError, OSError) as error:
         log.error("error: %s", explain(error))
         return BAD_INPUT

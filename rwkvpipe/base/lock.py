@@ -76,7 +76,7 @@ def claim(words: list[str]) -> Path | None:
     What this process locked before it became another program stays its own. Where the disk has no locks, says so.
     """
     out = out_of(words)
-    if out is None:
+    if out is None or os.environ.get("RANK", "0") != "0":  # of those that train together the first one has it
         return None
     file = out.parent / f".{out.name}.lock"
     if any(_same(handle, file) for handle in range(3, HIGHEST)):

@@ -7,6 +7,7 @@ from rwkvpipe.base.errors import ConfigError, DataError
 from rwkvpipe.base.files import read_json
 from rwkvpipe.data.batches import Mix
 from rwkvpipe.data.binidx import Binidx
+from rwkvpipe.train.dist import ALONE
 from rwkvpipe.train.heldout import held_out_loss
 from rwkvpipe.train.infctx import chunked_lm_losses
 from rwkvpipe.train.loop import Hooks, fit
@@ -53,6 +54,9 @@ def train(
     """
     if micro_batch < 1:
         raise ConfigError(f"--micro-batch: {micro_batch} rows at a time; 1 is the least")
+    batch, count = stage.settings.train.batch, stage.rank.count
+    if batch < count:
+        raise ConfigError(f"train.batch: {batch} rows a step for {count} devices; each needs one at least")
     masked = stage.settings.kind == "sft"
     inputs: list[Path] = []
     for folder in folders:
@@ -66,13 +70,13 @@ def train(
     data = Mix(tuple(Binidx(folder / "train", rows) for folder in folders), _weights(stage, folders))
     valid = [file for folder in folders for file in _files(folder, "valid", masked)]
     parts = [Binidx(folder / "valid", rows) for folder in folders if _files(folder, "valid", masked)]
-    validate = held_out_loss(parts, config, micro_batch, masked=masked) if parts else None
+    validate = held_out_loss(parts, config, micro_batch, masked=masked, rank=stage.rank) if parts else None
     begun = any(stage.folder.glob("step-*.json"))
-    stream = None if begun else batches(data, config, stage.rank, 0)  # judges the corpus before anything is written
+    stream = None if begun else batches(data, config, ALONE, 0)  # judges the corpus before anything is written
     metrics = fit(
         stage.model,
-        lambda first, carried: stream if stream and not first else batches(data, config, stage.rank, first),
-        (lm_losses if config.chunk is None else chunked_lm_losses)(micro_batch, config),
+        lambda first, carried: stream if stream and not first else batches(data, config, ALONE, first),
+        (lm_losses if config.chunk is None else chunked_lm_losses)(micro_batch, config, stage.rank),
         config=config,
         run=run_of(stage, inputs + valid, save_every),
         hooks=Hooks(validate=validate),

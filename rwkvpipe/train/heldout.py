@@ -10,6 +10,7 @@ from torch import nn
 from rwkvpipe.base.config import TrainConfig
 from rwkvpipe.data.batches import Batch
 from rwkvpipe.data.binidx import Binidx
+from rwkvpipe.train.dist import ALONE, Rank
 from rwkvpipe.train.loss import mean_loss
 
 
@@ -42,7 +43,7 @@ def windows(data: Binidx, ctx_len: int, rows: int, masked: bool, by_document: bo
 
 
 def held_out_loss(
-    data: Binidx | Sequence[Binidx], config: TrainConfig, micro_batch: int, *, masked: bool
+    data: Binidx | Sequence[Binidx], config: TrainConfig, micro_batch: int, *, masked: bool, rank: Rank = ALONE
 ) -> Callable[[nn.Module], float]:
     """Function of a model: its mean loss over all target tokens of the validation parts, in nats."""
     parts = [data] if isinstance(data, Binidx) else list(data)
@@ -50,6 +51,6 @@ def held_out_loss(
 
     def loss(model: nn.Module) -> float:
         found = (windows(part, config.ctx_len, micro_batch, masked, by_document) for part in parts)
-        return mean_loss(model, chain.from_iterable(found), micro_batch, config.precision, config.chunk)
+        return mean_loss(model, chain.from_iterable(found), micro_batch, config.precision, config.chunk, rank)
 
     return loss

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rwkvpipe.base.config import TrainConfig
 from rwkvpipe.data.batches import Batch
 from rwkvpipe.model.layers import State
+from rwkvpipe.train.dist import ALONE, Rank
 from rwkvpipe.train.loss import Losses, arithmetic, device_of, l2_wrap, masked_cross_entropy
 from rwkvpipe.weights.lora import row_dropout
 
@@ -115,7 +116,7 @@ def _whole(model: nn.Module, rows: _Rows, chunks: int, step: _Step) -> Iterator[
         wanted = [] if start is None else [value.grad for value in _flat(start)]
 
 
-def chunked_lm_losses(micro_batch: int, config: TrainConfig) -> Losses:
+def chunked_lm_losses(micro_batch: int, config: TrainConfig, rank: Rank = ALONE) -> Losses:
     """Next-token loss in chunks of `config.chunk` tokens, `micro_batch` rows at a time.
 
     `bptt: full` gives the gradient of `lm_losses` on whole rows; `truncated` lets no gradient across a chunk's begin.
@@ -127,14 +128,13 @@ def chunked_lm_losses(micro_batch: int, config: TrainConfig) -> Losses:
         chosen = real if batch.mask is None else (batch.mask != 0) & real
         step = _Step(config, int(chosen.sum()), int(real.sum()))
         gradient = _whole if config.bptt == "full" else _truncated
-        for first in range(0, len(batch.ids), micro_batch):
-            part = slice(first, first + micro_batch)
+        for part in rank.mine(len(batch.ids), micro_batch):
             used = (real if config.l2_wrap else chosen)[part].any(0).nonzero()
             if not len(used):
                 continue
             width = int(used.max()) + 1
             mask = None if batch.mask is None else batch.mask[part, :width]
-            rows = _Rows(batch.ids[part, :width], batch.targets[part, :width], mask, first)
+            rows = _Rows(batch.ids[part, :width], batch.targets[part, :width], mask, part.start)
             yield from gradient(model, rows, -(-width // config.chunk), step)
 
     return losses

@@ -19,6 +19,7 @@ from rwkvpipe.base.config import TrainConfig
 from rwkvpipe.base.errors import DataError, PipeError, Stopped
 from rwkvpipe.base.files import append_line, settle, write_jsonl
 from rwkvpipe.train import checkpoint
+from rwkvpipe.train.dist import ALONE, Rank
 from rwkvpipe.train.optim import adamw, lr_at, set_rate
 
 log = logging.getLogger("rwkvpipe")
@@ -34,6 +35,7 @@ class Run:
     mark: str
     save_every: int
     seed: int
+    rank: Rank = ALONE
 
 
 def _count(batch: Any) -> int:
@@ -55,14 +57,18 @@ class Hooks:
 
 
 class Log:
-    """Rows with a `step`, one JSON line each, that survive a kill: what lies past a resume point is cut off."""
+    """Rows with a `step`, one JSON line each, that survive a kill: what lies past a resume point is cut off.
 
-    def __init__(self, path: Path):
-        self.path = path
+    Of processes that train together the first one writes; to the others it is a file to read.
+    """
+
+    def __init__(self, path: Path, rank: Rank = ALONE):
+        self.path, self.writes = path, rank.index == 0
 
     def add(self, row: dict) -> None:
         """Append a row; `cut` has begun the file. Raises DataError if it vanished since."""
-        append_line(self.path, row)
+        if self.writes:
+            append_line(self.path, row)
 
     def settle(self) -> None:
         """Have it on disk, so that no resume point outlives the rows before it. Raises DataError if it vanished."""
@@ -83,7 +89,8 @@ class Log:
 
     def cut(self, step: int) -> None:
         """Begin, or go on with the rows up to and with `step`."""
-        write_jsonl(self.path, [row for row in self.rows() if row["step"] <= step])
+        if self.writes:
+            write_jsonl(self.path, [row for row in self.rows() if row["step"] <= step])
 
 
 @dataclass
@@ -170,7 +177,31 @@ def _unpack(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[st
     return {name.removeprefix("carry/"): value for name, value in tensors.items() if name.startswith("carry/")}
 
 
-def _gradient(model: nn.Module, losses: Iterator[Tensor], clip: float) -> tuple[float, float]:
+@dataclass
+class _Stops:
+    """Whether a stop signal came. Processes that train together note it, and all stop after the same step."""
+
+    came: bool = False
+    agreed: bool = False
+
+    def _note(self, number: int, frame) -> None:
+        self.came = True
+
+    @contextmanager
+    def noted(self, rank: Rank) -> Iterator[None]:
+        """Signals are noted inside the block; a process that trains alone is stopped by them at once."""
+        numbers = () if rank.count == 1 else (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.signal(number, self._note) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _gradient(
+    model: nn.Module, losses: Iterator[Tensor], clip: float, rank: Rank, stops: _Stops
+) -> tuple[float, float]:
     """Gradients of one step, clipped: (loss, norm before the clip). Raises PipeError where a number is not finite."""
     model.zero_grad(set_to_none=True)
     total: Tensor | float = 0.0
@@ -179,8 +210,9 @@ def _gradient(model: nn.Module, losses: Iterator[Tensor], clip: float) -> tuple[
             part.backward()
         total = total + part.detach()
     trained = [value for value in model.parameters() if value.requires_grad]
+    stops.agreed = rank.sum_gradients(trained, stops.came)
     norm = float(torch.nn.utils.clip_grad_norm_(trained, clip))
-    loss = float(total)
+    (loss,) = rank.total(float(total))
     for name, value in (("loss", loss), ("norm of the gradient", norm)):
         if not math.isfinite(value):
             raise PipeError(f"the {name} is {value}; no weight was moved. Lower train.lr, or look at the step's data")
@@ -205,12 +237,21 @@ class _Training:
         self.model, self.config, self.run, self.hooks = model, config, run, hooks
         self.optimizer = adamw(model, config)
         self.progress = Progress()
-        self.log = Log(run.folder / "log.jsonl")
+        self.log = Log(run.folder / "log.jsonl", run.rank)
+        self.stops = _Stops()
         self.saved = 0
 
     def resume(self) -> dict[str, Tensor]:
         """Go back to the newest resume point, if there is one; returns what the batches carried."""
+        rank = self.run.rank
+        if rank.index:  # the first one removes what is no use
+            rank.wait()
         found = checkpoint.latest(self.run.folder, self.run.mark)
+        if not rank.index:
+            rank.wait()
+        step = 0 if found is None else found.step
+        if rank.total(step) != [step * rank.count]:
+            raise PipeError(f"{self.run.folder}: the processes do not see the same resume points; share the folder")
         carried: dict[str, Tensor] = {}
         if found is not None:
             carried = _unpack(self.model, self.optimizer, found.tensors)
@@ -224,7 +265,7 @@ class _Training:
 
     def save(self) -> None:
         """Write a resume point at the present step."""
-        if self.saved == self.progress.step:
+        if self.saved == self.progress.step or self.run.rank.index:
             return
         self.log.settle()
         tensors = _pack(self.model, self.optimizer, self.hooks.carry())
@@ -244,7 +285,7 @@ class _Training:
         set_rate(self.optimizer, lr_at(self.config, step))
         torch.manual_seed(step_seed(self.run.seed, step))
         try:
-            loss, norm = _gradient(self.model, losses(self.model, batch), self.config.clip)
+            loss, norm = _gradient(self.model, losses(self.model, batch), self.config.clip, self.run.rank, self.stops)
         except PipeError as error:
             raise type(error)(f"step {step + 1}: {error}") from None
         with held():
@@ -281,17 +322,20 @@ def fit(
     model.train()
     first, begin, said = training.progress.step, time.monotonic(), -math.inf
     try:
-        training.line()  # told to stop after a step and before its line, a run still owes it
-        stream = batches(first, carried)
-        while training.progress.step < config.steps:
-            training.advance(stream, losses)
-            row = training.line()
-            now, done = time.monotonic(), training.progress.step
-            if row and (now - said > SECONDS_BETWEEN_WORDS or done == config.steps):
-                _say(training.progress, row, config, now - begin, first)
-                said = now
-            if done % run.save_every == 0 or done == config.steps:
-                training.save()
+        with training.stops.noted(run.rank):
+            training.line()  # told to stop after a step and before its line, a run still owes it
+            stream = batches(first, carried)
+            while training.progress.step < config.steps:
+                training.advance(stream, losses)
+                row = training.line()
+                now, done = time.monotonic(), training.progress.step
+                if row and (now - said > SECONDS_BETWEEN_WORDS or done == config.steps):
+                    _say(training.progress, row, config, now - begin, first)
+                    said = now
+                if done % run.save_every == 0 or done == config.steps:
+                    training.save()
+                if training.stops.agreed and done < config.steps:
+                    raise KeyboardInterrupt
     except KeyboardInterrupt:
         with held(stopping=True):  # whoever presses Ctrl-C twice loses nothing
             training.save()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from rwkvpipe.base.config import TrainConfig
 from rwkvpipe.data.batches import Batch
+from rwkvpipe.train.dist import ALONE, Rank
 from rwkvpipe.weights.lora import row_dropout
 
 Losses = Callable[[nn.Module, Batch], Iterator[Tensor]]
@@ -53,8 +55,8 @@ def l2_wrap(logits: Tensor, pull: float = 1e-4, *, total=None, mask: Tensor | No
     return square - square.detach()
 
 
-def lm_losses(micro_batch: int, config: TrainConfig) -> Losses:
-    """Next-token loss, `micro_batch` rows at a time, whose sum does not depend on `micro_batch`.
+def lm_losses(micro_batch: int, config: TrainConfig, rank: Rank = ALONE) -> Losses:
+    """Next-token loss of this process's rows, `micro_batch` at a time; the sum over all depends on neither.
 
     The sum over the target tokens of the whole step is divided by their number. L2Wrap covers every position
     that has a next token (targets >= 0), masked out of the loss or not.
@@ -64,14 +66,13 @@ def lm_losses(micro_batch: int, config: TrainConfig) -> Losses:
         device = device_of(model)
         real = batch.targets >= 0  # (B, T): below 0 is padding
         count = int(real.sum() if batch.mask is None else ((batch.mask != 0) & real).sum())
-        for first in range(0, len(batch.ids), micro_batch):
-            part = slice(first, first + micro_batch)
+        for part in rank.mine(len(batch.ids), micro_batch):
             width = int(real[part].any(0).sum())  # rows are padded on the right: what no row uses is not computed
             if width == 0:
                 continue
             targets = batch.targets[part, :width].to(device)
             mask = None if batch.mask is None else batch.mask[part, :width].to(device)
-            with arithmetic(config.precision, device), row_dropout(model, first):
+            with arithmetic(config.precision, device), row_dropout(model, part.start):
                 logits, _ = model(batch.ids[part, :width].to(device))
             loss = masked_cross_entropy(logits, targets, mask, total=count)
             if config.l2_wrap:
@@ -83,16 +84,21 @@ def lm_losses(micro_batch: int, config: TrainConfig) -> Losses:
 
 @torch.no_grad()
 def mean_loss(
-    model: nn.Module, batches: Iterator[Batch], micro_batch: int, precision: str, chunk: int | None = None
+    model: nn.Module,
+    batches: Iterator[Batch],
+    micro_batch: int,
+    precision: str,
+    chunk: int | None = None,
+    rank: Rank = ALONE,
 ) -> float:
     """Mean cross-entropy over the target tokens of all batches, in nats; the model's mode is left as it was.
 
-    Rows are read `chunk` tokens at a time, the state carried on; left out, whole.
+    Rows are read `chunk` tokens at a time, the state carried on; left out, whole. Processes share the batches.
     """
     device, training = device_of(model), model.training
     model.eval()
     total, count = 0.0, 0
-    for batch in batches:
+    for batch in islice(batches, rank.index, None, rank.count):
         for first in range(0, len(batch.ids), micro_batch):
             part = slice(first, first + micro_batch)
             targets = batch.targets[part].to(device)
@@ -107,4 +113,5 @@ def mean_loss(
                 total += float(masked_cross_entropy(logits, wanted, total=1))
             count += int((targets >= 0).sum())
     model.train(training)
+    total, count = rank.total(total, count)
     return total / max(count, 1)

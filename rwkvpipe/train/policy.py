@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rwkvpipe.base.config import RolloutConfig
 from rwkvpipe.base.errors import ConfigError
+from rwkvpipe.train.dist import ALONE, Rank
 from rwkvpipe.train.loss import arithmetic, device_of
 
 
@@ -175,9 +176,14 @@ def policy_loss(new: Tensor, rollout: Rollout, config: RolloutConfig, *, share: 
 
 
 def grpo_losses(
-    config: RolloutConfig, micro_batch: int, *, precision: str = "fp32", report: Callable[[dict], None] | None = None
+    config: RolloutConfig,
+    micro_batch: int,
+    *,
+    precision: str = "fp32",
+    report: Callable[[dict], None] | None = None,
+    rank: Rank = ALONE,
 ) -> Callable[[nn.Module, Rollout], Iterator[Tensor]]:
-    """The policy loss of a `Rollout`, `micro_batch` rows at a time; the sum does not depend on `micro_batch`.
+    """The policy loss of a `Rollout`, `micro_batch` of this process's rows at a time; the sum depends on neither.
 
     Since a step is the whole rollout, `bnpo` (the mean over a batch's tokens) equals `dapo` here.
     `report` is told the token sums of each part.
@@ -186,8 +192,8 @@ def grpo_losses(
     def losses(model: nn.Module, rollout: Rollout) -> Iterator[Tensor]:
         device = device_of(model)
         share = Share(len(rollout.ids), float(rollout.mask.sum()), config.sampling.max_tokens)
-        for first in range(0, len(rollout.ids), micro_batch):
-            part = rollout.rows(slice(first, first + micro_batch))
+        for rows in rank.mine(len(rollout.ids), micro_batch):
+            part = rollout.rows(rows)
             if not part.mask.any():
                 continue
             part = part.to(device)

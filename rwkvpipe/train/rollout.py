@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -74,7 +74,7 @@ class Sampler:
         self.stage, self.questions, self.tokenizer, self.micro_batch = stage, questions, tokenizer, micro_batch
         self.config = stage.settings.rollout
         self.grade: Callable[[dict, str], float] = reward(self.config.reward)
-        self.log = Log(stage.folder / "rollouts.jsonl")
+        self.log = Log(stage.folder / "rollouts.jsonl", stage.rank)
         self.current: Rollout | None = None
         self.facts: dict[str, float] = {}
         self.parts: list[dict] = []
@@ -104,11 +104,10 @@ class Sampler:
 
     def measures(self) -> dict[str, float]:
         """Numbers of the step just made."""
-        tokens = max(sum(part["tokens"] for part in self.parts), 1)
-        found = {"clip_ratio": sum(part["clipped"] for part in self.parts) / tokens}
-        found["kl"] = sum(part["kl"] for part in self.parts) / tokens
+        sums = [sum(part[name] for part in self.parts) for name in ("tokens", "clipped", "kl")]
+        tokens, clipped, divergence = self.stage.rank.total(*sums)
         self.parts.clear()
-        return self.facts | found
+        return self.facts | {"clip_ratio": clipped / max(tokens, 1), "kl": divergence / max(tokens, 1)}
 
     def sample(self, step: int) -> Rollout:
         """Ask, answer, grade: the rollout that starts at `step`."""
@@ -117,11 +116,13 @@ class Sampler:
         asked = [self.questions[i] for i in drawn(len(self.questions), settings.train, number, self.stage.seed)]
         seed = step_seed(step_seed(self.stage.seed, self.config.sampling.seed), number)
         sampling = self.config.sampling.model_copy(update={"seed": seed})
-        model = self.stage.model
+        model, rank = self.stage.model, self.stage.rank
         model.eval()
         with lora.folded(model) if settings.lora else nullcontext():
             engine = Engine(model, self.tokenizer, 4 * self.micro_batch)
-            found = list(engine.generate([q.prompt for q in asked], sampling, samples))
+            own = range(rank.index, len(asked), rank.count)
+            given = list(engine.generate([asked[n].prompt for n in own], sampling, samples, numbers=own))
+        found = [Completion(**fields) for part in rank.gather(list(map(asdict, given))) for fields in part]
         found.sort(key=lambda completion: (completion.prompt, completion.sample))
         rewards = [self.grade(asked[c.prompt].row, c.text) for c in found]
         rewards = torch.tensor([math.nan if r is None else r for r in rewards], dtype=torch.float64)
@@ -161,8 +162,7 @@ class Sampler:
     def logprobs(self, model: torch.nn.Module, rollout: Rollout) -> Tensor:
         """Log-probabilities (R, C) on the CPU, `micro_batch` rows at a time."""
         found = torch.zeros_like(rollout.mask)
-        for first in range(0, len(found), self.micro_batch):
-            part = slice(first, first + self.micro_batch)
+        for part in self.stage.rank.mine(len(found), self.micro_batch):
             rows = rollout.rows(part)
             if rows.mask.any():
                 values = completion_logprobs(
@@ -172,7 +172,7 @@ class Sampler:
                     self.stage.settings.train.precision,
                 )
                 found[part, : values.shape[1]] = values.cpu()
-        return found
+        return self.stage.rank.sum(found)
 
     def describe(self, found: list[Completion], rewards: Tensor, rollout: Rollout) -> dict[str, float]:
         """Facts of a rollout for the metrics."""

@@ -67,7 +67,7 @@ def run_of(stage: Stage, inputs: list[Path], save_every: int) -> Run:
     if save_every < 1:
         raise ConfigError(f"--save-every: {save_every} steps between resume points; 1 is the least")
     mark = checkpoint.fingerprint(stage.settings.model_dump(mode="json"), stage.base, [digest(p) for p in inputs])
-    return Run(stage.folder, mark, save_every, stage.seed)
+    return Run(stage.folder, mark, save_every, stage.seed, stage.rank)
 
 
 def finish(stage: Stage, metrics: Log) -> None:
@@ -76,6 +76,8 @@ def finish(stage: Stage, metrics: Log) -> None:
     They stay where the one who asked is gone: the next one may begin by deleting results that it saw nobody finish, as
     Snakemake does, and then makes them from the last point.
     """
+    if stage.rank.index:  # the first one writes
+        return
     write_jsonl(stage.out.parent / "metrics.jsonl", metrics.rows())
     if stage.settings.lora is not None:
         write_adapter(stage.out, stage.model, stage.settings.lora, base=stage.base)

@@ -1,0 +1,193 @@
+"""Processes that train together come to what one comes to, stop together and say in one line why."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rwkvpipe import grpo, pretrain, sft
+from rwkvpipe.base.config import RwkvConfig, Settings
+from rwkvpipe.base.errors import ConfigError
+from rwkvpipe.base.files import write_json, write_jsonl
+from rwkvpipe.data.binidx import BinidxWriter
+from rwkvpipe.model.family import build
+from rwkvpipe.train import dist
+from rwkvpipe.train.dist import Rank
+from rwkvpipe.weights import store
+
+ROOT = Path(__file__).resolve().parents[2]
+VERBS = {"pretrain": pretrain, "sft": sft, "grpo": grpo}
+TRAIN = {"ctx_len": 16, "batch": 5, "lr": 0.01, "warmup": 1, "log_every": 1}
+STAGES = {
+    "pretrain": {"kind": "pretrain", "train": TRAIN | {"steps": 3, "valid_every": 2, "chunk": 7}},
+    "sft": {
+        "kind": "sft",
+        "train": TRAIN | {"steps": 4, "l2_wrap": 1e-4},
+        "lora": {"rank": 2, "full": ["ln1"], "dropout": 0.2},
+    },
+    "grpo": {
+        "kind": "grpo",
+        "train": TRAIN | {"steps": 2, "batch": 3},
+        "rollout": {"samples": 3, "iterations": 2, "beta": 0.1, "sampling": {"max_tokens": 4}},
+        "prompt": "{question}=",
+    },
+}
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("RWKVPIPE_DEVICE", "cpu")
+    stream = np.random.default_rng(0)
+    (tmp_path / "corpus").mkdir()
+    for part, count in (("train", 30), ("valid", 7)):
+        with BinidxWriter(tmp_path / "corpus" / part, np.uint16) as writer:
+            for _ in range(count):
+                ids = stream.integers(1, 250, int(stream.integers(4, 15)))
+                writer.add([*map(int, ids), 0], [0, 0, *[1] * (len(ids) - 1)])
+    write_json(tmp_path / "corpus/corpus.json", {"vocab_size": 256})
+    rows = [{"question": f"{n}+1", "answer": f"{n + 1}"} for n in range(5)]
+    write_jsonl(tmp_path / "questions.jsonl", rows)
+    model = build(RwkvConfig(n_layer=2, n_embd=32, head_size=16, vocab_size=256))
+    model.initialise(0)
+    store.write_tensors(tmp_path / "start.safetensors", model.state_dict())
+    return tmp_path
+
+
+def words(home, kind, name, **train) -> list[str]:
+    asked = STAGES[kind] | {"train": STAGES[kind]["train"] | train, "seed": 5}
+    path = home / f"{kind}-{name}.json"
+    write_json(path, Settings.model_validate(asked).model_dump(mode="json"))
+    out = home / name / ("adapter.safetensors" if "lora" in asked else "model.safetensors")
+    data = home / ("questions.jsonl" if kind == "grpo" else "corpus")
+    words = [path, "--model", home / "start.safetensors", "--data", data, "--micro-batch", 2, "--out", out]
+    return [str(word) for word in [*words, *(("--tokenizer", "bytes") if kind == "grpo" else ())]]
+
+
+def start(count, kind, given, **env) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "rwkvpipe.launch", "--threads", str(count), "--ranks", str(count), "0", kind, *given],
+        cwd=ROOT, env={**os.environ, **env}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def result(given):
+    out = Path(given[given.index("--out") + 1])
+    rows = [json.loads(line) for line in (out.parent / "metrics.jsonl").read_text().splitlines()]
+    return store.read_tensors(out)[0], rows
+
+
+def same(given, wanted) -> None:
+    tensors, rows = result(given)
+    for name, value in wanted[0].items():
+        assert (tensors[name] - value).abs().max() <= 1e-6, name
+    for row, other in zip(rows, wanted[1], strict=True):
+        for name in row.keys() - {"seconds", "tokens_per_second"}:
+            assert row[name] == pytest.approx(other[name], abs=2e-5), (row["step"], name)
+
+
+def until(process, reached) -> None:
+    end = time.monotonic() + 300
+    while not reached():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("kind", "count"), [("pretrain", 2), ("grpo", 2)])
+def test_processes_together_end_where_one_ends(home, kind, count):
+    alone, shared = words(home, kind, "alone"), words(home, kind, "shared")
+    VERBS[kind].main(alone)
+    process = start(count, kind, shared)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, said
+    assert said.count("device cpu, 2 processes") == 1  # one speaks for all
+    same(shared, result(alone))
+
+
+def test_a_stop_ends_all_after_the_same_step_and_what_follows_has_the_same_bits(home):
+    whole, shared = words(home, "sft", "whole", steps=120), words(home, "sft", "shared", steps=120)
+    process, log = start(2, "sft", shared), home / "shared/checkpoints/log.jsonl"
+    until(process, lambda: log.exists() and log.read_bytes().count(b"\n") > 3)
+    process.terminate()
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 75, said
+    step = int(re.search(r"stopped after step (\d+) of 120", said)[1])
+    assert step == len(log.read_text().splitlines())
+    shutil.copytree(home / "shared", home / "other")
+    for given in (shared, whole):
+        process = start(2, "sft", given)
+        said = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, said
+        assert (f"going on after step {step} of 120" in said) == (given is shared)
+    tensors, rows = result(whole)
+    again, found = result(shared)
+    assert all(torch.equal(again[name], value) for name, value in tensors.items())
+    assert [row["loss"] for row in found] == [row["loss"] for row in rows]
+    other = words(home, "sft", "other", steps=120)
+    sft.main(other)  # alone it goes on as well
+    assert [row["loss"] for row in result(other)[1]] == pytest.approx([row["loss"] for row in rows], abs=0.05)
+
+
+def test_one_that_is_killed_ends_all_with_one_line_and_the_rest_goes_on(home):
+    given = words(home, "sft", "shared", steps=100_000)
+    process, log = start(2, "sft", [*given, "--save-every", "2"]), home / "shared/checkpoints/log.jsonl"
+    until(process, lambda: log.exists() and log.read_bytes().count(b"\n") > 3)
+    below = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    environments = {int(pid): Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in below}
+    os.kill(next(pid for pid, values in environments.items() if b"RANK=1" in values), signal.SIGKILL)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 137
+    assert said.splitlines()[-1] == (
+        "error: process 2 of 2 was killed (SIGKILL), so all were stopped; the same command goes on from the last"
+        " resume point"
+    )
+    assert "Traceback" not in said
+    assert list(log.parent.glob("step-*.json"))
+
+
+def test_what_one_of_them_refuses_is_said_once(home):
+    given = words(home, "sft", "shared")
+    (home / "corpus/train.mask").unlink()
+    process = start(2, "sft", given)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 2
+    assert said.count("error:") == 1 and "Traceback" not in said
+
+
+@pytest.mark.parametrize(("words", "line"), [
+    (["2", "bench"], "bench runs in one process"),
+    (["--ranks", "0", "0", "sft"], "--ranks: 0 processes"),
+    (["--ranks", "3", "2", "sft"], "--ranks: 3 processes on 2 GPUs"),
+])  # fmt: skip
+def test_numbers_of_processes_that_cannot_be_are_refused(words, line):
+    from rwkvpipe import launch
+
+    with pytest.raises(ConfigError, match=line):
+        launch.main(words)
+
+
+def test_an_environment_at_odds_is_refused(monkeypatch):
+    for count, index, line in (("2", "2", "RANK: 2 is not below"), ("x", "0", "WORLD_SIZE: 'x'")):
+        monkeypatch.setenv("WORLD_SIZE", count)
+        monkeypatch.setenv("RANK", index)
+        with pytest.raises(ConfigError, match=line):
+            dist.start()
+
+
+def test_rows_are_shared_out_and_none_is_left():
+    for rows in range(1, 20):
+        for micro_batch in (1, 3, 8):
+            for count in (1, 2, 3, 8):
+                parts = [list(Rank(n, count, torch.device("cpu")).mine(rows, micro_batch)) for n in range(count)]
+                found = sorted(row for part in parts for cut in part for row in range(cut.start, cut.stop))
+                assert found == list(range(rows))
+                assert all(cut.stop - cut.start <= micro_batch for part in parts for cut in part)
+                assert rows < count or all(len(part) > 0 for part in parts[: -(-rows // (-(-rows // count)))])
