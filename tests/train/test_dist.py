@@ -113,25 +113,25 @@ def test_processes_together_end_where_one_ends(home, kind, count):
 
 
 def test_a_stop_ends_all_after_the_same_step_and_what_follows_has_the_same_bits(home):
-    whole, shared = words(home, "sft", "whole", steps=120), words(home, "sft", "shared", steps=120)
+    whole, shared = words(home, "sft", "whole", steps=60), words(home, "sft", "shared", steps=60)
     process, log = start(2, "sft", shared), home / "shared/checkpoints/log.jsonl"
     until(process, lambda: log.exists() and log.read_bytes().count(b"\n") > 3)
     process.terminate()
     said = process.communicate(timeout=300)[1]
     assert process.returncode == 75, said
-    step = int(re.search(r"stopped after step (\d+) of 120", said)[1])
+    step = int(re.search(r"stopped after step (\d+) of 60", said)[1])
     assert step == len(log.read_text().splitlines())
     shutil.copytree(home / "shared", home / "other")
     for given in (shared, whole):
         process = start(2, "sft", given)
         said = process.communicate(timeout=300)[1]
         assert process.returncode == 0, said
-        assert (f"going on after step {step} of 120" in said) == (given is shared)
+        assert (f"going on after step {step} of 60" in said) == (given is shared)
     tensors, rows = result(whole)
     again, found = result(shared)
     assert all(torch.equal(again[name], value) for name, value in tensors.items())
     assert [row["loss"] for row in found] == [row["loss"] for row in rows]
-    other = words(home, "sft", "other", steps=120)
+    other = words(home, "sft", "other", steps=60)
     sft.main(other)  # alone it goes on as well
     assert [row["loss"] for row in result(other)[1]] == pytest.approx([row["loss"] for row in rows], abs=0.05)
 
