@@ -4,11 +4,9 @@ python -m rwkvpipe.convert RWKV-x070-World-0.1B.pth --out results/shared/weights
 """
 
 import logging
-from pathlib import Path
 
 from rwkvpipe.base.errors import Parser, new_file, run
-from rwkvpipe.base.sizes import claimed
-from rwkvpipe.model.family import released
+from rwkvpipe.model.family import contradiction
 from rwkvpipe.weights import store
 
 log = logging.getLogger("rwkvpipe")
@@ -22,9 +20,8 @@ def main(argv: list[str] | None = None) -> None:
     given = parser.parse_args(argv)
     found = store.open_model(given.checkpoint)
     config = found.config
-    name, preset = Path(given.checkpoint).name, claimed(Path(given.checkpoint).name)
-    if preset is not None and preset != (sizes := released(config)):
-        log.warning("%s: its name speaks of %s, its sizes are %s", name, preset, sizes or "of no released model")
+    if what := contradiction(given.checkpoint, config):
+        log.warning("%s: %s", given.checkpoint, what)
     store.write(given.out, config, found.tensors)
     log.info("%s: %s, %d layers, width %d", given.out, config.family, config.n_layer, config.n_embd)
 

@@ -10,7 +10,7 @@ from collections import Counter
 from rwkvpipe.base.config import LoraConfig
 from rwkvpipe.base.errors import Parser, run
 from rwkvpipe.base.strict import check_json
-from rwkvpipe.model.family import released
+from rwkvpipe.model.family import contradiction, released
 from rwkvpipe.weights import store
 from rwkvpipe.weights.source import open_source
 from rwkvpipe.weights.states import states_of
@@ -39,6 +39,8 @@ def describe(path: str) -> dict:
     found = store.open_model(path)
     facts |= {"layout": found.layout, "never_read": sum(found.tensors.like[n].numel() for n in found.unread)}
     facts |= {"sizes_of": released(found.config) or "no released model"}
+    if what := contradiction(path, found.config):
+        facts |= {"odd": what}
     return facts | {"vocabulary": found.config.vocab_size} | found.config.model_dump(exclude={"vocab_size"})
 
 

@@ -34,4 +34,4 @@ def test_a_name_that_promises_other_sizes_is_told(tmp_path, caplog, name, said):
     torch.save(model.state_dict(), tmp_path / name)
     convert.main([str(tmp_path / name), "--out", str(tmp_path / "model.safetensors")])
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warnings == ([f"{name}: {said}"] if said else [])
+    assert warnings == ([f"{tmp_path / name}: {said}"] if said else [])

@@ -157,9 +157,10 @@ def test_files_are_written_whole():
         text = file.read_text()
         if name(file) == "base/files.py" or re.search(r"\batomic\b", text):
             continue
+        imported = imports(file)
         for where, node in each(ast.Call, files=[file]):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            ours_own = isinstance(node.func, ast.Name) and f"rwkvpipe.base.files.{called}" in imports(file)
+            ours_own = isinstance(node.func, ast.Name) and f"rwkvpipe.base.files.{called}" in imported
             assert called not in WRITERS or ours_own, f"{where}: {called} outside base/files.py"
             if called == "open":
                 words = [ast.unparse(value) for value in [*node.args, *(k.value for k in node.keywords)]]

@@ -66,7 +66,8 @@ def test_initial_states_alone_are_known_as_such(tmp_path, capsys):
 def test_the_sizes_of_a_released_model_are_known_without_its_data(tmp_path, capsys):
     with torch.device("meta"):
         like = {name: value.bfloat16() for name, value in build(RwkvConfig(preset="rwkv7-0.1b")).state_dict().items()}
-    path = tmp_path / "m.safetensors"
+    path = tmp_path / "8a1b2c3d-rwkv7-g1-0.4b-20250722-ctx4096" / "model.safetensors"
+    path.parent.mkdir()
     header, end = {}, 0
     for name, value in like.items():
         header[name] = {"dtype": "BF16", "shape": list(value.shape), "data_offsets": [end, end + value.nbytes]}
@@ -78,6 +79,7 @@ def test_the_sizes_of_a_released_model_are_known_without_its_data(tmp_path, caps
     inspect.main([str(path), "--json"])
     facts = json.loads(capsys.readouterr().out)
     assert facts["sizes_of"] == "rwkv7-0.1b" and facts["parameters"] == 191_034_624
+    assert facts["odd"] == "its name speaks of rwkv7-0.4b, its sizes are rwkv7-0.1b"
 
 
 @pytest.mark.parametrize("settings", ["{", "[1]", '{"rank": "x"}'])

@@ -42,9 +42,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "rwkv7-7.2b": _preset7(32, 4096, 128, 96, 480),
     "rwkv7-13.3b": _preset7(61, 4096, 192, 128, 384),
 }
-# as in RWKV-x060-World-1B6-v2.1-20240328-ctx4096, rwkv7-g1-0.1b-20250307-ctx4096, RWKV-5-World-3B-v2, rwkv7-0.1b
+# as in RWKV-x060-World-1B6-v2.1-20240328-ctx4096, rwkv7-g1-0.1b-20250307-ctx4096, RWKV-5-World-3B-v2, rwkv7-0.1b,
+# RWKV7-Goose-World2.8-0.1B-HF, RWKV-v5-Eagle-World-7B-v2, v6-Finch-14B-HF
 _RELEASE = re.compile(
-    r"rwkv-?(?:x0)?([567])(?:[0-9]{1,2})?-(?:[a-z][a-z0-9]*-)?(\d+)(?:\.(\d)b|b(\d?))(?![a-z0-9])", re.IGNORECASE
+    r"(?:rwkv-?(?:x0|v)?|(?<![a-z0-9])v)([567])(?:[0-9]{1,2})?-(?:[a-z][a-z0-9.]*-){0,3}(\d+)(?:\.(\d)b|b(\d?))"
+    r"(?![a-z0-9])",
+    re.IGNORECASE,
 )
 
 

@@ -65,7 +65,7 @@ def _line(model: type[BaseModel], value: Any, problem: dict) -> str:
     if len(problem["loc"]) > 1 and problem["loc"][0] == "stages" and isinstance(problem["loc"][1], int):
         with contextlib.suppress(KeyError, TypeError, IndexError):  # name the stage rather than count it
             parts[1] = str(value["stages"][problem["loc"][1]]["name"])
-    if parts[0] == "stages" and parts[2:3] == ["data"]:
+    if parts[:1] == ["stages"] and parts[2:3] == ["data"]:
         parts[3:4] = []  # which of its two forms was meant
     key = ".".join(parts)
     if problem["type"] == "extra_forbidden":

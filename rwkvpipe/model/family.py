@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.base.errors import WeightsError
 from rwkvpipe.base.sizes import FAMILIES as NAMES
-from rwkvpipe.base.sizes import PRESETS, title
+from rwkvpipe.base.sizes import PRESETS, claimed, title
 
 TRACKED_FILES = ["rwkv*.py"]  # imported by name
 
@@ -56,6 +57,15 @@ def released(config: RwkvConfig) -> str | None:
     """The preset that has exactly these sizes; None if no released model has them."""
     plain = complete(config.model_copy(update={"time_state": False}))
     return next((name for name in PRESETS if complete(RwkvConfig(preset=name)) == plain), None)
+
+
+def contradiction(path: str | Path, config: RwkvConfig) -> str | None:
+    """What is odd about a checkpoint whose name, or whose folder's, speaks of another released model; else None."""
+    path = Path(path)
+    preset = claimed(path.name) or claimed(path.parent.name)
+    if preset is None or preset == (sizes := released(config)):
+        return None
+    return f"its name speaks of {preset}, its sizes are {sizes or 'of no released model'}"
 
 
 def detect(tensors: dict[str, Tensor]) -> RwkvConfig:
