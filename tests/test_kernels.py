@@ -17,8 +17,9 @@ def test_every_level_of_this_machine_is_compiled_once(tmp_path, monkeypatch, cap
         kernels.main([])
         made = set((tmp_path / "kept").glob("*.so"))
         kernels.main([])
-    assert len(made) == len(build.levels()) and made == set((tmp_path / "kept").glob("*.so"))
+    assert len(made) == len(build.levels()) + 1 and made == set((tmp_path / "kept").glob("*.so"))
     assert caplog.text.count("compiling") == len(made) and caplog.text.count("used here") == 2
+    assert sum(path.name.startswith("trie-") for path in made) == 1  # the tokenizer's
 
 
 def test_without_a_compiler_it_fails_in_one_line(tmp_path, monkeypatch):

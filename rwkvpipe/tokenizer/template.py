@@ -2,123 +2,68 @@
 
 import datetime
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import wraps
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError, nodes
-from jinja2.compiler import CodeGenerator, Frame
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 
 from rwkvpipe.base.errors import DataError
 from rwkvpipe.base.files import read_json
+from rwkvpipe.tokenizer.bounds import LONGEST, Sandbox
 from rwkvpipe.tokenizer.load import Tokenizer
 
-WIDENING = ("center", "ljust", "rjust", "zfill", "expandtabs")
-LONGEST = 1 << 22  # characters that a template may write, or make of one text by repeating it
+# what a template may raise while it runs, besides TemplateError what Python raises for values of the wrong kind
+FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+
 FILES = ("chat_template.jinja", "tokenizer_config.json")
 
 
-def _bearable(*values: Any) -> Any:
-    """The last value. Raises TemplateError where one is a number or a text that makes others endless."""
-    for value in values:
-        large = isinstance(value, int) and abs(value) > LONGEST**2
-        if large or (isinstance(value, str | list | tuple) and len(value) > LONGEST):
-            raise TemplateError("something is too large")
-    return values[-1] if values else None
+class Said(str):
+    """What a template writes between `generation` and `endgeneration`."""
 
 
-def _narrow(text: str) -> None:
-    """Raise TemplateError for a format with a large width, or one that comes from elsewhere."""
-    if re.search(r"\d{5}|%[^a-zA-Z%]*\*|\{[^{}]*:[^{}]*\{", text):
-        raise TemplateError("formats of such widths are not allowed")
+class _Generation(Extension):
+    """The tag by which a template says which words are the assistant's."""
 
+    tags = {"generation"}
 
-def _bounded(name: str, use: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that makes nothing too large."""
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("said"), [], [], body).set_lineno(line)
 
-    @wraps(use)
-    def bounded(*args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(value, int) and value > LONGEST for value in (*args[1:], *kwargs.values())):
-            raise TemplateError(f"{name} makes something too large")
-        if name == "format" and args:
-            _narrow(str(args[0]))
-        return _bearable(use(*args, **kwargs))
-
-    return bounded
-
-
-class _Code(CodeGenerator):
-    """Has the sandbox look at `~` as at other operators."""
-
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
-        self.write("environment.call_binop(context, '~', " * (len(node.nodes) - 1))
-        self.visit(node.nodes[0], frame)
-        for following in node.nodes[1:]:
-            self.write(", ")
-            self.visit(following, frame)
-            self.write(")")
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """The sandbox, in which nothing grows without bounds either."""
-
-    intercepted_binops = frozenset(["*", "**", "%", "+"])
-
-    def __init__(self, **more: Any):
-        super().__init__(**more)
-        self.code_generator_class = _Code
-        self.filters = {name: _bounded(name, use) for name, use in self.filters.items()}
-
-    def call(self, context, obj, /, *args: Any, **kwargs: Any) -> Any:
-        """Calls, but none with or of something too large."""
-        _bearable(*args, *kwargs.values())
-        text, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
-        words = [word for word in args if isinstance(word, str)]
-        large = name == "replace" and len(words) > 1 and text.count(words[0]) * len(words[1]) > LONGEST
-        if isinstance(text, str) and (large or (name == "join" and len(text) > LONGEST >> 12)):
-            raise TemplateError(f"{name} makes something too large")
-        return _bearable(super().call(context, obj, *args, **kwargs))
-
-    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """Also not what widens a text to any size."""
-        return attr not in WIDENING and super().is_safe_attribute(obj, attr, value)
-
-    def wrap_str_format(self, value: Any) -> Any:
-        """The methods `format` of a text, of bearable widths."""
-        found = super().wrap_str_format(value)
-        if found is not None:
-            _narrow(value.__self__)
-        return found
-
-    def call_binop(self, context, operator: str, left: Any, right: Any) -> Any:
-        """`*` and `**`, but of small things; `%`, but not to any width."""
-        if operator == "%" and isinstance(left, str) and re.search(r"\*|\d{4}", left):
-            raise TemplateError("% with such widths is not allowed")
-        sized = [len(side) for side in (left, right) if isinstance(side, str | list | tuple)]
-        numbers = [side for side in (left, right) if isinstance(side, int)]
-        if (sized and numbers and sized[0] * abs(numbers[0]) > LONGEST) or (operator == "**" and max(numbers) > 64):
-            raise TemplateError(f"{operator} makes something too large")
-        if operator == "~":
-            return _bearable(f"{left}{right}")
-        return _bearable(super().call_binop(context, operator, left, right))
+    def said(self, caller: Callable[[], str]) -> Said:
+        """What stands between the tags."""
+        return Said(caller())
 
 
 def _complain(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
-def _json(value: Any, indent: int | None = None, **_: Any) -> str:
-    # not jinja2's own, which writes for HTML
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: Sequence[str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # not jinja2's own, which writes for HTML; these are what transformers takes
+    if indent is not None and not (isinstance(indent, int) and indent <= 64):
+        raise TemplateError("tojson: indent is a number to 64")
+    pair = None if separators is None else (str(separators[0]), str(separators[1]))
+    if pair and max(map(len, pair)) > 64:
+        raise TemplateError("tojson: separators are too large")
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=pair, sort_keys=sort_keys)
 
 
-def _environment() -> _Sandbox:
-    found = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    found.filters["tojson"] = _json
+def _environment() -> Sandbox:
+    found = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
+    found.add_filter("tojson", _json)
     found.globals["raise_exception"] = _complain
     found.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return found
@@ -129,35 +74,51 @@ class ChatTemplate:
 
     def __init__(self, source: str, words: Mapping[str, str] | None = None, where: str | Path = "the template"):
         self.words, self.where = dict(words or {}), where
+        self._sandbox = _environment()
         try:
-            self._template = _environment().from_string(source)
-        except TemplateError as error:
+            self._template = self._sandbox.from_string(source)
+        except (RecursionError, MemoryError, SyntaxError):  # SyntaxError: Python's own limits of what stands in what
+            raise DataError(f"{where}: no Jinja template: what stands in it is nested too deep; flatten it") from None
+        except (TemplateError, ValueError) as error:
             raise DataError(f"{where}: no Jinja template: {error}; mend it") from None
-        except (RecursionError, MemoryError):
-            raise DataError(f"{where}: no Jinja template: brackets too deep to be read; flatten it") from None
 
-    def text(self, messages: Sequence[dict], *, prompt: bool = False, **more: Any) -> str:
-        """A talk as text; with `prompt`, up to where the assistant begins. Raises DataError for what it refuses."""
+    def _parts(self, messages: Sequence[dict], prompt: bool, more: Mapping[str, Any]) -> list[str]:
+        """What the template writes, piece after piece. Raises DataError."""
         parts, size = [], 0
+        self._sandbox.begin()
         try:
             given = {**self.words, **more, "messages": list(messages), "add_generation_prompt": prompt}
             for part in self._template.generate(**given):
                 parts.append(part)
                 size += len(part)
                 if size > LONGEST:
-                    raise DataError(f"{self.where}: writes without end; mend it")
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            raise DataError(f"{self.where}: cannot lay out the talk: {error}") from None
+                    raise DataError(f"{self.where}: writes more than {LONGEST:,} characters; mend it")
         except (RecursionError, MemoryError):
             raise DataError(f"{self.where}: calls itself, or writes, without end; mend it") from None
-        return "".join(parts)
+        except FAILURES as error:
+            raise DataError(f"{self.where}: cannot lay out the talk: {error}") from None
+        return parts
+
+    def text(self, messages: Sequence[dict], *, prompt: bool = False, **more: Any) -> str:
+        """A talk as text; with `prompt`, up to where the assistant begins. `more` is what else it names: `tools`.
+
+        Raises DataError for what the template refuses, and for one that has no bounds.
+        """
+        return "".join(self._parts(messages, prompt, more))
 
     def segments(self, messages: Sequence[dict]) -> Iterator[tuple[str, bool]]:
-        """(text, learned) parts of a talk: what stands between a prompt and the end of the turn is the assistant's.
+        """(text, learned) parts of a talk. Where the template marks what is generated, that is the assistant's; else
+        what stands between a prompt and the end of the turn.
 
-        Raises DataError where the template changes what stood before, so that nobody can tell whose words are whose.
+        Raises DataError where an unmarked template changes what stood before, so that nobody can tell whose words
+        are whose.
         """
-        done = ""
+        parts = self._parts(messages, False, {})
+        if any(isinstance(part, Said) for part in parts):
+            for learned, run in groupby(parts, lambda part: isinstance(part, Said)):
+                yield "".join(run), learned
+            return
+        done, whole = "", "".join(parts)
         for count, message in enumerate(messages, 1):
             if message["role"] != "assistant":
                 continue
@@ -166,11 +127,10 @@ class ChatTemplate:
                 if not now.startswith(done):
                     raise DataError(
                         f"{self.where}: turn {count} changes what stood before it, so what the assistant says cannot"
-                        " be told from the rest; use a template that only adds"
+                        " be told from the rest; use a template that only adds, or one with generation tags"
                     )
                 yield now[len(done) :], learned
                 done = now
-        whole = self.text(messages)
         if whole.startswith(done) and whole != done:
             yield whole[len(done) :], False
 
