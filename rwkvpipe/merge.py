@@ -5,7 +5,10 @@ python -m rwkvpipe.merge --model base/model.safetensors --adapter chat/adapter.s
 
 import logging
 
-from rwkvpipe.base.errors import Parser, WeightsError, new_file, run
+import torch
+
+from rwkvpipe.base.errors import Parser, PipeError, WeightsError, new_file, run
+from rwkvpipe.model.family import build
 from rwkvpipe.train.stage import read_adapter
 from rwkvpipe.weights import lora, store
 from rwkvpipe.weights.states import read_states, with_states
@@ -14,7 +17,7 @@ log = logging.getLogger("rwkvpipe")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Merge: W + s B A in fp64, rounded once to the dtype of W; tensors without adapter stay as they are."""
+    """Merge in fp64, rounded once to the dtype of each matrix; tensors without adapter stay as they are."""
     parser = Parser(prog="rwkvpipe.merge", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="the weights that training started from")
     parser.add_argument("--adapter", required=True, help="adapter.safetensors, or a file of initial states")
@@ -29,6 +32,12 @@ def main(argv: list[str] | None = None) -> None:
     config, tensors = store.read(given.model)
     if base and base != store.mark(given.model):
         raise WeightsError(f"{given.adapter}: was trained beside other weights than {given.model}; give those")
+    with torch.device("meta"):
+        network = build(config)
+    try:
+        lora.check_fits(network, adapter, settings)
+    except PipeError as error:
+        raise WeightsError(f"{given.adapter}: {error}") from None
     store.write(given.out, config, lora.merged(tensors, adapter, settings))
     log.info("%s: %d tensors of the adapter merged", given.out, len(adapter))
 

@@ -307,6 +307,19 @@ config(
 config(
     "rollouts of pretrain", "kind that does not fit", "    bench", "    rollout: {}\n    bench", "belong to kind grpo"
 )
+config(
+    "an adapter there is none of", "unknown value", "start: base", "start: base\n    lora: {kind: dorra}", "lora.kind"
+)
+config(
+    "rounds of an SVD that is none", "kind that does not fit", "start: base", "start: base\n    lora: {svd: 4}", "svd"
+)
+config(
+    "a scale of disha",
+    "kind that does not fit",
+    "start: base",
+    "start: base\n    lora: {kind: disha, alpha: 4}",
+    "alpha and rslora do nothing in kind disha",
+)
 config("an unknown corpus", "unknown name", "data: sums", "data: sum", "stages.base.data", "did you mean sums?")
 config(
     "an unknown tokenizer",

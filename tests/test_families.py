@@ -104,7 +104,8 @@ def test_every_verb_takes_it_further(home, name, capsys):
 
     asked = {"samples": 2, "sampling": {"max_tokens": 2}, "beta": 0.1}
     train = TRAIN | {"steps": 2, "ctx_len": 64, "batch": 2}
-    for out, more in (("reason/model.safetensors", {}), ("reason2/adapter.safetensors", {"lora": {"rank": 2}})):
+    lora = {"rank": 2, "kind": "disha"}
+    for out, more in (("reason/model.safetensors", {}), ("reason2/adapter.safetensors", {"lora": lora})):
         rows = home.train(grpo, "chat/model.safetensors", out, rollout=asked, train=train, prompt="{question}=", **more)
         assert [row["step"] for row in rows] == [1, 2]
 

@@ -152,7 +152,7 @@ STAGES = {
     "sft": {
         "kind": "sft",
         "train": TRAIN | {"steps": 12, "ctx_len": 64, "log_every": 1},
-        "lora": LORA | {"dropout": 0.1},
+        "lora": LORA | {"kind": "dora", "dropout": 0.1},
     },
     "grpo": {
         "kind": "grpo",
@@ -162,7 +162,7 @@ STAGES = {
     },
 }
 STAGES["grpo_again"] = STAGES["grpo"] | {
-    "lora": {"rank": 2},
+    "lora": {"rank": 2, "kind": "pissa"},
     "rollout": {"samples": 4, "sampling": {"max_tokens": 5}, "iterations": 3, "beta": 0.1},
 }
 TALK = {"synthetic": "counting.chats", "count": 300, "tokenizer": "t", "format": "chat", "valid": 0.1}

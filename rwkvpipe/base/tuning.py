@@ -8,12 +8,17 @@ from rwkvpipe.base.strict import Count, Name, NotNegative, Positive, Real, Share
 
 
 class LoraConfig(Strict):
-    """Low-rank adapters beside frozen matrices."""
+    """Adapters beside frozen matrices."""
 
+    kind: Literal["lora", "pissa", "dora", "disha"] = "lora"
+    """lora: W + B A; pissa: the same, begun from the largest singular values of W; dora: the same with a trained length
+    of each row; disha (Bone, MiSS): rows added to W that repeat along its inputs."""
     rank: Count = 64
-    """Inner size."""
+    """Inner size; for disha, after how many inputs the rows repeat."""
     alpha: Positive | None = None
-    """The adapter is scaled by alpha / rank; left out, twice the rank."""
+    """The adapter is scaled by alpha / rank; left out, twice the rank, and for pissa the rank. Not for disha."""
+    svd: Count | None = None
+    """pissa: rounds of a randomized SVD, fast for large matrices (16 come close to exact); left out, the exact one."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the adapter's inputs set to zero while training."""
     rslora: bool = False
@@ -24,6 +29,14 @@ class LoraConfig(Strict):
     and rwkv6 the gate of the one and the receptance of the other."""
     full: tuple[str, ...] = ()
     """Tensors trained whole beside them, by the last parts of their path (`ln1`, `att.ln_x`, `att.w0`)."""
+
+    @model_validator(mode="after")
+    def _suits(self):
+        if self.svd is not None and self.kind != "pissa":
+            raise ValueError(f"svd belongs to kind pissa, this is {self.kind}")
+        if self.kind == "disha" and (self.alpha is not None or self.rslora):
+            raise ValueError("alpha and rslora do nothing in kind disha, which is not scaled")
+        return self
 
 
 class SamplingConfig(Strict):

@@ -16,6 +16,7 @@ KINDS = {
     "grpo": "reinforcement (GRPO)",
     "weights": "given weights",
 }
+ADAPTERS = {"lora": "LoRA", "pissa": "PiSSA", "dora": "DoRA", "disha": "DiSHA"}
 EXAMPLES, SAMPLES, LONGEST = 3, 6, 1500
 
 
@@ -81,7 +82,7 @@ def _training(evidence: Evidence, subject: Subject, settings: Settings) -> dict[
         "Learned from": _data(evidence, subject),
         "Started from": subject.start or "new weights, from the seed",
         "Model": size(settings.model) if settings.model else None,
-        "Adapters": f"LoRA of rank {settings.lora.rank}" if settings.lora else None,
+        "Adapters": f"{ADAPTERS[settings.lora.kind]} of rank {settings.lora.rank}" if settings.lora else None,
         "Weights trained": f"{trained[0]} of {trained[1]}" if trained else None,
         "Learning rate": f"{train.lr:g}{final}, {train.schedule}, {train.warmup} steps of warm-up",
         "Batch": f"{train.batch} {rows} of at most {train.ctx_len} tokens",

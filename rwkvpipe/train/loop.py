@@ -154,8 +154,12 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def _pack(model: nn.Module, optimizer: torch.optim.Optimizer, carried: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Everything a resume point holds, under flat names: trained weights, Adam's moments, what the batches carry."""
+    """Everything a resume point holds, under flat names: trained weights, Adam's moments, what the batches carry.
+
+    What adapters began with is in it, too: another machine would find other last digits.
+    """
     tensors = {f"carry/{name}": value for name, value in carried.items()}
+    tensors |= {f"kept/{name}": value for name, value in model.named_buffers()}
     for name, value in model.named_parameters():
         if value.requires_grad:
             tensors[f"weight/{name}"] = value
@@ -167,6 +171,8 @@ def _pack(model: nn.Module, optimizer: torch.optim.Optimizer, carried: dict[str,
 def _unpack(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Put weights and moments back; returns what the batches carried."""
     with torch.no_grad():
+        for name, value in model.named_buffers():
+            value.copy_(tensors[f"kept/{name}"])
         for name, value in model.named_parameters():
             if value.requires_grad:
                 value.copy_(tensors[f"weight/{name}"])

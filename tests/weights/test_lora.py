@@ -5,21 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from rwkvpipe.base.config import LoraConfig
 from rwkvpipe.base.errors import ConfigError, WeightsError
-from rwkvpipe.weights.lora import (
-    LoraLinear,
-    adapter,
-    disabled,
-    folded,
-    inject,
-    load_adapter,
-    merged,
-    row_dropout,
-    scaling,
-)
+from rwkvpipe.weights.kinds import LoraLinear, PissaLinear, scaling
+from rwkvpipe.weights.lora import adapter, check_fits, disabled, folded, inject, load_adapter, merged, row_dropout
+
+KINDS = ("lora", "pissa", "dora", "disha")
 
 
 class Part(nn.Module):
@@ -126,9 +120,10 @@ def test_a_full_tensor_must_exist_and_have_no_adapter(toy):
         inject(toy, LoraConfig(rank=2, targets=("key",), full=("att.key",)))
 
 
-@pytest.mark.parametrize("config", [LoraConfig(rank=1), LoraConfig(rank=4, rslora=True, alpha=3.0)])
-def test_the_merged_model_is_the_model_with_its_adapter(config):
-    config = config.model_copy(update={"targets": ("key", "att.value"), "full": ("ln1", "w0")})
+@pytest.mark.parametrize("changes", [{"kind": kind, "rank": rank} for kind in KINDS for rank in (1, 3, 4)])
+def test_the_merged_model_is_the_model_with_its_adapter(changes):
+    changes |= {"rslora": True, "alpha": 3.0} if changes["rank"] == 4 and changes["kind"] != "disha" else {}
+    config = LoraConfig(**changes, targets=("key", "att.value"), full=("ln1", "w0"))
     model = Toy()
     base = {name: value.detach().clone() for name, value in model.state_dict().items()}
     inject(model, config)
@@ -139,15 +134,20 @@ def test_the_merged_model_is_the_model_with_its_adapter(config):
     assert torch.equal(whole["head.weight"], base["head.weight"])
     plain = Toy()
     plain.load_state_dict(whole)
-    torch.testing.assert_close(plain(x), model(x), atol=1e-6, rtol=0)
+    torch.testing.assert_close(plain(x), model(x), atol=2e-6, rtol=0)
     with folded(model):
-        torch.testing.assert_close(model(x), plain(x), atol=1e-6, rtol=0)
+        torch.testing.assert_close(model(x), plain(x), atol=2e-6, rtol=0)
+    again = Toy()
+    again.load_state_dict(whole)  # trained, merged, and begun anew
+    inject(again, config)
+    torch.testing.assert_close(again(x), plain(x), atol=1e-6, rtol=0)
 
 
-def test_what_is_disabled_or_folded_comes_back_whatever_happens(toy):
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_disabled_or_folded_comes_back_whatever_happens(toy, kind):
     x = torch.randn(4, 8)
-    start = toy(x).detach()
-    inject(toy, LoraConfig(rank=2, targets=("key",), full=("ln1",)))
+    start, base = toy(x).detach(), {name: value.clone() for name, value in toy.state_dict().items()}
+    inject(toy, LoraConfig(kind=kind, rank=2, targets=("key",), full=("ln1",)))
     trained(toy)
     toy.train()
     after, kept = toy(x).detach(), {name: value.clone() for name, value in toy.state_dict().items()}
@@ -155,33 +155,104 @@ def test_what_is_disabled_or_folded_comes_back_whatever_happens(toy):
         with pytest.raises(ZeroDivisionError), context(toy):
             if context is disabled:
                 assert torch.equal(toy(x), start)
+                assert all(torch.equal(value, toy.state_dict()[name]) for name, value in base.items())
             raise ZeroDivisionError
         assert toy.training
         assert torch.equal(toy(x), after)
         assert all(torch.equal(value, kept[name]) for name, value in toy.state_dict().items())
 
 
-def test_an_adapter_of_another_model_is_refused(toy):
-    config = LoraConfig(rank=2, targets=("key",))
-    base = dict(toy.state_dict())
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_begins_as_the_model_beneath_it(toy, kind):
+    x = torch.randn(3, 8)
+    before = toy(x)
+    inject(toy, LoraConfig(kind=kind, rank=3), seed=1)
+    assert torch.equal(toy(x), before)
+    toy(x).square().sum().backward()
+    moved = {name for name, value in toy.named_parameters() if value.grad is not None and value.grad.any()}
+    assert moved and all(name.rpartition(".")[2] in ("lora_A", "lora_B", "lora_m", "disha") for name in moved)
+    assert {"lora": "lora_B", "pissa": "lora_A", "dora": "lora_m", "disha": "disha"}[kind] in {
+        name.rpartition(".")[2] for name in moved
+    }
+
+
+def test_pissa_begins_with_the_best_part_of_a_rank(toy):
+    weight = toy.blocks[0]["att"].key.weight.detach().clone()
+    inject(toy, LoraConfig(kind="pissa", rank=3, alpha=12))
+    layer = toy.blocks[0]["att"].key
+    left, values, right = np.linalg.svd(weight.double().numpy())
+    best = left[:, :3] * values[:3] @ right[:3]
+    found = (4 * layer.lora_B @ layer.lora_A).detach()
+    np.testing.assert_allclose(found, best, atol=1e-6)
+    np.testing.assert_allclose((layer.lora_A @ layer.lora_A.T).diag().detach(), values[:3] / 4, rtol=1e-5)
+    other = nn.Linear(90, 70, bias=False)
+    pieces = [PissaLinear(other, LoraConfig(kind="pissa", rank=5, svd=svd), torch.Generator(), 0) for svd in (None, 16)]
+    exact, near = ((piece.lora_B @ piece.lora_A).detach() for piece in pieces)
+    assert not torch.equal(exact, near)
+    torch.testing.assert_close(near, exact, atol=2e-3, rtol=0)
+
+
+def test_dora_is_the_formula_of_its_paper_and_its_length_counts_as_constant(toy):
+    inject(toy, LoraConfig(kind="dora", rank=2, alpha=6, targets=("att.key",)))
+    trained(toy)
+    layer, x = toy.blocks[0]["att"].key, torch.randn(5, 8)
+    rows = layer.weight + 3 * layer.lora_B @ layer.lora_A
+    wanted = F.linear(x, layer.lora_m[:, None] * rows / rows.norm(dim=1, keepdim=True).detach())
+    torch.testing.assert_close(layer(x), wanted)
+    parts = [layer.lora_A, layer.lora_B, layer.lora_m]
+    for got, plain in zip(
+        torch.autograd.grad(layer(x).sin().sum(), parts), torch.autograd.grad(wanted.sin().sum(), parts), strict=True
+    ):
+        torch.testing.assert_close(got, plain, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [2, 3, 8])
+def test_disha_adds_rows_that_repeat_along_the_input(toy, rank):
+    inject(toy, LoraConfig(kind="disha", rank=rank, targets=("att.key",)))
+    trained(toy)
+    layer, x = toy.blocks[0]["att"].key, torch.randn(2, 3, 8)
+    wanted = layer.weight.clone()
+    for column in range(8):
+        wanted[:, column] += layer.disha[column % rank]
+    torch.testing.assert_close(layer(x), F.linear(x, wanted))
+
+
+@pytest.mark.parametrize("kind, rank", [("pissa", 9), ("disha", 9)])
+def test_a_rank_that_no_matrix_has_is_refused(toy, kind, rank):
+    with pytest.raises(ConfigError, match="lora.rank: 9 is too much for blocks.0.att.key, which has 8"):
+        inject(toy, LoraConfig(kind=kind, rank=rank))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_of_another_model_is_refused(toy, kind):
+    config = LoraConfig(kind=kind, rank=2, targets=("key",), full=("ln1",))
+    base, plain = dict(toy.state_dict()), Toy()
     inject(toy, config)
     tensors = adapter(toy)
+    load_adapter(toy, tensors)
+    check_fits(plain, tensors, config)
     name = "blocks.0.att.key"
+    part = {"disha": "disha"}.get(kind, "lora_A")
     for broken in (
-        {k: v for k, v in tensors.items() if k != f"{name}.lora_A"},
-        {k: v for k, v in tensors.items() if k != f"{name}.lora_B"},
-        tensors | {"blocks.7.att.key.lora_A": torch.ones(2, 8), "blocks.7.att.key.lora_B": torch.ones(8, 2)},
-        tensors | {f"{name}.lora_A": torch.ones(2, 9)},
+        {k: v for k, v in tensors.items() if k != f"{name}.{part}"},
+        tensors | {f"blocks.7.att.key.{p}": v for p in ("lora_A", "lora_B") for v in [torch.ones(2, 8)]},
+        tensors | {f"{name}.{part}": torch.ones(2, 9)},
         tensors | {"blocks.0.att.zzz": torch.ones(3)},
+        {k: v for k, v in tensors.items() if not k.startswith("blocks.0.ffn.key")},
+        {k: v for k, v in tensors.items() if ".ln1." not in k},
     ):
         with pytest.raises(WeightsError):
-            merged(base, broken, config)
-        with pytest.raises(WeightsError):
             load_adapter(toy, broken)
+        with pytest.raises(WeightsError):
+            check_fits(plain, broken, config)
+        if tensors.keys() <= broken.keys():  # what a whole matrix lacks only the model tells
+            with pytest.raises(WeightsError):
+                merged(base, broken, config)
 
 
-def test_dropout_depends_on_the_row_and_the_step_and_not_on_the_micro_batch(toy):
-    inject(toy, LoraConfig(rank=2, targets=("key",), dropout=0.5))
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_depends_on_the_row_and_the_step_and_not_on_the_micro_batch(toy, kind):
+    inject(toy, LoraConfig(kind=kind, rank=2, targets=("key",), dropout=0.5))
     trained(toy)
     toy.train()
     x = torch.randn(4, 3, 8)
