@@ -307,15 +307,11 @@ config(
 config(
     "rollouts of pretrain", "kind that does not fit", "    bench", "    rollout: {}\n    bench", "belong to kind grpo"
 )
-config(
-    "an adapter there is none of", "unknown value", "start: base", "start: base\n    lora: {kind: dorra}", "lora.kind"
-)
-config(
-    "rounds of an SVD that is none", "kind that does not fit", "start: base", "start: base\n    lora: {svd: 4}", "svd"
-)
+config("an adapter there is none of", "adapters", "start: base", "start: base\n    lora: {kind: dorra}", "lora.kind")
+config("rounds of an SVD that is none", "adapters", "start: base", "start: base\n    lora: {svd: 4}", "svd")
 config(
     "a scale of disha",
-    "kind that does not fit",
+    "adapters",
     "start: base",
     "start: base\n    lora: {kind: disha, alpha: 4}",
     "alpha and rslora do nothing in kind disha",
