@@ -15,6 +15,7 @@ from rwkvpipe.train.loop import Hooks, fit
 from rwkvpipe.train.policy import Rollout, grpo_losses
 from rwkvpipe.train.rollout import Sampler, check_fits, read_questions
 from rwkvpipe.train.stage import finish, open_stage, run_of
+from rwkvpipe.train.tracker import add_trackers
 
 
 def _tokens(rollout: Rollout) -> int:
@@ -30,11 +31,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="questions with answers, JSONL")
     parser.add_argument("--micro-batch", type=int, default=8, help="rows at a time; decides memory, no result")
     parser.add_argument("--save-every", type=int, default=100, help="steps between resume points")
+    add_trackers(parser)
     parser.add_argument("--out", required=True, type=new_file, help="model.safetensors; with lora adapter.safetensors")
     given = parser.parse_args(argv)
     if given.micro_batch < 1:
         raise ConfigError(f"--micro-batch: {given.micro_batch} rows at a time; 1 is the least")
-    stage = open_stage(given.settings, given.model, given.out, kind="grpo")
+    stage = open_stage(given.settings, given.model, given.out, kind="grpo", track=given.track)
     tokenizer = load_vocabulary(given.tokenizer, stage.model.config.vocab_size, given.model)
     settings = stage.settings
     task = grader(settings.rollout.reward)(settings.prompt or PROMPT)

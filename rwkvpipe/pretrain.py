@@ -9,6 +9,7 @@ from rwkvpipe.base.errors import Parser, new_file, run
 from rwkvpipe.data.batches import token_batches
 from rwkvpipe.train.corpus import train
 from rwkvpipe.train.stage import open_stage
+from rwkvpipe.train.tracker import add_trackers
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -19,9 +20,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders of packed corpora, as mixed")
     parser.add_argument("--micro-batch", type=int, default=8, help="rows at a time; decides memory, no result")
     parser.add_argument("--save-every", type=int, default=100, help="steps between resume points")
+    add_trackers(parser)
     parser.add_argument("--out", required=True, type=new_file, help="model.safetensors; with lora adapter.safetensors")
     given = parser.parse_args(argv)
-    stage = open_stage(given.settings, given.model, given.out, kind="pretrain")
+    stage = open_stage(given.settings, given.model, given.out, kind="pretrain", track=given.track)
     train(stage, given.data, token_batches, micro_batch=given.micro_batch, save_every=given.save_every)
 
 

@@ -234,6 +234,9 @@ class StageConfig(Strict):
         return self
 
 
+Tracker = Literal["tensorboard", "wandb", "swanlab"]
+
+
 class CheckpointConfig(Strict):
     """Resume points of running stages. They never decide a result."""
 
@@ -273,6 +276,8 @@ class PipelineConfig(Strict):
     """What is done, in order."""
     checkpoints: CheckpointConfig = CheckpointConfig()
     """Resume points."""
+    track: tuple[Tracker, ...] = ()
+    """Programs that are told each line of metrics as it comes; they decide no result."""
 
 
 class Settings(Strict):

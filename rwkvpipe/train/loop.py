@@ -21,6 +21,7 @@ from rwkvpipe.base.files import append_line, settle, write_jsonl
 from rwkvpipe.train import checkpoint
 from rwkvpipe.train.dist import ALONE, Rank
 from rwkvpipe.train.optim import adamw, lr_at, set_rate
+from rwkvpipe.train.tracker import Trackers
 
 log = logging.getLogger("rwkvpipe")
 
@@ -36,6 +37,7 @@ class Run:
     save_every: int
     seed: int
     rank: Rank = ALONE
+    trackers: Trackers = field(default_factory=Trackers)
 
 
 def _count(batch: Any) -> int:
@@ -311,6 +313,7 @@ class _Training:
         with held():
             row = self.progress.row(lr_at(config, number - 1)) | held_out
             self.log.add(row)
+        self.run.trackers.add(row)
         return row
 
 
@@ -347,5 +350,7 @@ def fit(
             training.save()
         done = training.progress.step
         raise Stopped(f"stopped after step {done} of {config.steps}; the same command goes on from there") from None
+    finally:
+        run.trackers.close()
     model.eval()
     return training.log

@@ -1,6 +1,7 @@
 """One training stage from its files to its files: what pretrain, sft and grpo have in common."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from rwkvpipe.base.files import canonical, digest, write_jsonl
 from rwkvpipe.base.strict import check_json
 from rwkvpipe.train import checkpoint, dist
 from rwkvpipe.train.loop import Log, Run, held
+from rwkvpipe.train.tracker import Trackers
 from rwkvpipe.weights import lora, store
 
 log = logging.getLogger("rwkvpipe")
@@ -27,6 +29,8 @@ class Stage:
     out: Path
     base: str
     """sha256 of the weights it starts from."""
+    track: tuple[str, ...] = ()
+    """Programs that are told the metrics."""
 
     @property
     def seed(self) -> int:
@@ -40,7 +44,9 @@ class Stage:
         return self.out.parent / "checkpoints"
 
 
-def open_stage(settings: str | Path, model: str | Path, out: str | Path, *, kind: str) -> Stage:
+def open_stage(
+    settings: str | Path, model: str | Path, out: str | Path, *, kind: str, track: Sequence[str] = ()
+) -> Stage:
     """Read settings and weights and make the model ready to train.
 
     Raises ConfigError when the settings are of another kind of stage.
@@ -53,7 +59,7 @@ def open_stage(settings: str | Path, model: str | Path, out: str | Path, *, kind
     rank = dist.start()
     base = store.mark(model)
     network = store.load_model(model, rank.device)
-    stage = Stage(asked, network, rank, Path(out), base)
+    stage = Stage(asked, network, rank, Path(out), base, tuple(track))
     if asked.lora is not None:
         lora.inject(network, asked.lora, stage.seed)
     trained = sum(value.numel() for value in network.parameters() if value.requires_grad)
@@ -67,7 +73,9 @@ def run_of(stage: Stage, inputs: list[Path], save_every: int) -> Run:
     if save_every < 1:
         raise ConfigError(f"--save-every: {save_every} steps between resume points; 1 is the least")
     mark = checkpoint.fingerprint(stage.settings.model_dump(mode="json"), stage.base, [digest(p) for p in inputs])
-    return Run(stage.folder, mark, save_every, stage.seed, stage.rank)
+    names = () if stage.rank.index else stage.track
+    trackers = Trackers(names, folder=stage.out.parent, mark=mark, config=stage.settings.model_dump(mode="json"))
+    return Run(stage.folder, mark, save_every, stage.seed, stage.rank, trackers)
 
 
 def finish(stage: Stage, metrics: Log) -> None:

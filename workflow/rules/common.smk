@@ -169,9 +169,9 @@ def training(rule):
     return lambda wildcards, threads: (lora if plan.stages[wildcards.stage].lora else plain)(wildcards, threads)
 
 
-# a function of threads is not tracked by Snakemake: this setting decides no result
-def save_every(wildcards, threads):
-    return settled.checkpoints.every
+# a function of threads is not tracked by Snakemake: these settings decide no result
+def knobs(wildcards, threads):
+    return ["--save-every", settled.checkpoints.every, *(word for name in settled.track for word in ("--track", name))]
 
 
 def micro_batch(wildcards):

@@ -60,12 +60,12 @@ rule pretrain:
     params:
         code=plan.code("pretrain"),
         data=packed_folders,
-        save_every=save_every,
+        knobs=knobs,
         threads=training("pretrain"),
     shell:
         "exec python -m rwkvpipe.launch --threads {params.threads} {resources.gpu} pretrain --code {params.code:q}"
         " {input.settings:q} --model {input.model:q} --data {params.data:q} --micro-batch {resources.micro_batch}"
-        " --save-every {params.save_every} --out {output.weights:q} > {log:q} 2>&1"
+        " {params.knobs} --out {output.weights:q} > {log:q} 2>&1"
 
 
 use rule pretrain as pretrain_lora with:
@@ -100,12 +100,12 @@ rule sft:
     params:
         code=plan.code("sft"),
         data=packed_folders,
-        save_every=save_every,
+        knobs=knobs,
         threads=training("sft"),
     shell:
         "exec python -m rwkvpipe.launch --threads {params.threads} {resources.gpu} sft --code {params.code:q}"
         " {input.settings:q} --model {input.model:q} --data {params.data:q} --micro-batch {resources.micro_batch}"
-        " --save-every {params.save_every} --out {output.weights:q} > {log:q} 2>&1"
+        " {params.knobs} --out {output.weights:q} > {log:q} 2>&1"
 
 
 use rule sft as sft_lora with:
@@ -141,12 +141,12 @@ rule grpo:
     params:
         code=plan.code("grpo"),
         tokenizer=tokenizer_folder,
-        save_every=save_every,
+        knobs=knobs,
         threads=training("grpo"),
     shell:
         "exec python -m rwkvpipe.launch --threads {params.threads} {resources.gpu} grpo --code {params.code:q}"
         " {input.settings:q} --model {input.model:q} --tokenizer {params.tokenizer:q} --data {input.data:q}"
-        " --micro-batch {resources.micro_batch} --save-every {params.save_every} --out {output.weights:q} > {log:q}"
+        " --micro-batch {resources.micro_batch} {params.knobs} --out {output.weights:q} > {log:q}"
         " 2>&1"
 
 
