@@ -26,6 +26,25 @@ class Odd(Letters):
 
 class Silent:
     pass
+
+class Broken(Letters):
+    """Does wrong what `how` names."""
+    def __init__(self, how=""):
+        if how == "init":
+            raise KeyError("no\\nsuch")
+        super().__init__()
+        self.how, self.eos = how, 99 if how == "eos" else 0
+    def encode(self, text):
+        if self.how == "leave":
+            raise SystemExit(0)
+        odd = {"raises": lambda: 1 / 0, "none": lambda: None, "words": lambda: "12", "floats": lambda: [1.5]}
+        return odd.get(self.how, lambda: [ord(c) - 96 for c in text])()
+    def decode(self, ids):
+        return None if self.how == "decode" else b"".join(ids) if self.how == "mixed" else "a"
+    def decode_bytes(self, ids):
+        return "a"
+    def owns(self, number):
+        return number / 0 if self.how == "owns" else True
 '''
 
 
@@ -72,6 +91,8 @@ def test_edited_code_is_noticed(module, tmp_path):
         ("subprocess:Popen", {"args": ["true"]}, "is no class with encode and decode"),
         ("letters_of_mine:Letters", {"first": "a"}, "options: .* does not take them"),
         ("letters_of_mine:Odd", {}, "size must be a whole number from 1, it is 'many'"),
+        ("letters_of_mine:Broken", {"how": "init"}, r"making one raises KeyError at .*letters_of_mine.py:\d+: 'no"),
+        ("letters_of_mine:Broken", {"how": "eos"}, "eos must be a whole number from 0 to 26, it is 99"),
     ],
 )
 def test_what_is_no_tokenizer_is_named(module, path, options, problem):
@@ -83,3 +104,50 @@ def test_a_description_without_a_class_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"kind": "own"}))
     with pytest.raises(DataError, match="import_path is a text"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "how, use, problem",
+    [
+        (
+            "raises",
+            lambda own: own.encode("a"),
+            r"encode raises ZeroDivisionError at .*letters_of_mine.py:\d+: division",
+        ),
+        ("leave", lambda own: own.encode("a"), "encode raises SystemExit"),
+        ("none", lambda own: own.encode("a"), "encode raises TypeError"),
+        ("words", lambda own: own.encode("a"), "encode gives '1', which is no whole number"),
+        ("floats", lambda own: own.encode("a"), "encode gives 1.5, which is no whole number"),
+        ("decode", lambda own: own.decode([1]), "decode gives NoneType, str is needed"),
+        ("mixed", lambda own: own.decode([1]), "decode raises TypeError"),
+        ("", lambda own: own.decode_bytes([1]), "decode_bytes gives str, bytes is needed"),
+        ("owns", lambda own: own.owns(1), "owns raises ZeroDivisionError"),
+    ],
+)
+def test_what_a_class_does_wrong_is_said_in_one_line(module, how, use, problem):
+    own = OwnTokenizer("letters_of_mine:Broken", {"how": how})
+    with pytest.raises(DataError, match=problem) as caught:
+        use(own)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "code, problem",
+    [
+        ("class Letters:\n  def", r"its module raises SyntaxError at .*broken_of_mine.py:2"),
+        ("import no_such_module_here", "its module raises ModuleNotFoundError at .*broken_of_mine.py:1: No module"),
+        ("raise SystemExit(3)", "its module raises SystemExit at .*broken_of_mine.py:1"),
+        ("Letters = 3", "is no class with encode and decode"),
+    ],
+)
+def test_a_module_that_cannot_be_loaded_is_named(tmp_path, monkeypatch, code, problem):
+    (tmp_path / "broken_of_mine.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "broken_of_mine", raising=False)
+    with pytest.raises(DataError, match=problem):
+        OwnTokenizer("broken_of_mine:Letters")
+    sys.modules.pop("broken_of_mine", None)
+
+
+def test_bytes_that_are_a_text_come_as_text(module):
+    assert OwnTokenizer("letters_of_mine:Letters").encode(b"abc") == [1, 2, 3]
