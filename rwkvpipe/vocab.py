@@ -11,7 +11,7 @@ from rwkvpipe.base.config import TokenizerConfig
 from rwkvpipe.base.errors import ConfigError, DataError, Parser, run
 from rwkvpipe.base.files import write_text
 from rwkvpipe.base.strict import check_json
-from rwkvpipe.data.corpus import texts
+from rwkvpipe.data.corpus import largest, texts
 from rwkvpipe.data.synthetic import generate
 from rwkvpipe.tokenizer.bpe import BpeTokenizer, learn
 from rwkvpipe.tokenizer.byte import ByteTokenizer
@@ -69,14 +69,18 @@ def make(spec: TokenizerConfig, files: list[str], made: list[str], out: Path) ->
     """The tokenizer that the settings ask for. Raises ConfigError when the files do not suit them."""
     if spec.corpora and not files and not made:
         raise ConfigError("--spec: corpora are named, but neither a file nor --synthetic is given")
-    if spec.corpora:
+    if spec.kind == "integer" and spec.corpora and not made:
+        return IntegerTokenizer(1 + max(map(largest, files)))
+    if spec.corpora and spec.kind != "integer":
         found = corpora(files, made)
         return characters(found) if spec.kind == "trie" else pairs(found, spec.vocab_size, out)
     if spec.kind == "own":  # a file is the class's own, named so that an edit of it is seen
         return OwnTokenizer(spec.import_path, spec.options)
     if spec.kind in ("bytes", "integer"):
         if files or made:
-            raise ConfigError(f"--spec: kind {spec.kind} learns from no corpus; give no files, or kind trie or bpe")
+            raise ConfigError(
+                f"--spec: kind {spec.kind} learns from no such corpus; give no files, or kind trie or bpe"
+            )
         return ByteTokenizer(spec.offset) if spec.kind == "bytes" else IntegerTokenizer(spec.size)
     if made or len(files) > 1:
         raise ConfigError("--spec: path names one vocabulary file; give that file and nothing else")

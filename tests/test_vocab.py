@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from rwkvpipe import vocab
@@ -24,8 +25,26 @@ def test_bytes_and_numbers_need_no_file(tmp_path):
     assert run(tmp_path, kind="bytes", offset=0).size == 256
     assert run(tmp_path, kind="bytes").encode("a") == [98]
     assert run(tmp_path, kind="integer", size=10).encode("9") == [10]
-    with pytest.raises(ConfigError, match="kind bytes learns from no corpus"):
+    with pytest.raises(ConfigError, match="kind bytes learns from no such corpus"):
         run(tmp_path, "--synthetic", "counting.chats:1:2", kind="bytes")
+
+
+def test_numbers_end_with_the_largest_of_the_corpora(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([[1, 41, 3], [0, 2, 7]]))
+    (tmp_path / "b.jsonl").write_text('{"id": 900, "walk": [5, 40]}\n{"id": 901, "walk": [6], "steps": [[12], []]}\n')
+    assert run(tmp_path, tmp_path / "a.npy", kind="integer", corpora=["a"]).size == 43
+    assert run(tmp_path, tmp_path / "b.jsonl", kind="integer", corpora=["b"]).size == 42
+    assert run(tmp_path, tmp_path / "a.npy", tmp_path / "b.jsonl", kind="integer", corpora=["a", "b"]).encode("41") == [
+        42
+    ]
+    (tmp_path / "c.txt").write_text("41 words")
+    (tmp_path / "d.jsonl").write_text('{"id": 900, "text": "7"}\n')
+    for name in ("c.txt", "d.jsonl"):
+        with pytest.raises(DataError, match=f"{name}: no row of whole numbers in it"):
+            run(tmp_path, tmp_path / name, kind="integer", corpora=["c"])
+    np.save(tmp_path / "e.npy", np.array([[1, -1]]))
+    with pytest.raises(DataError, match="e.npy:.*holds -1"):
+        run(tmp_path, tmp_path / "e.npy", kind="integer", corpora=["e"])
 
 
 def test_characters_are_numbered_in_order(tmp_path):

@@ -78,7 +78,12 @@ def _sources(config: PipelineConfig) -> None:
     for name, tokenizer in config.tokenizers.items():
         for corpus in tokenizer.corpora:
             known(f"tokenizers.{name}.corpora", corpus, "corpus", config.corpora)
-            if config.corpora[corpus].format in ("array", "binidx"):
+            format = config.corpora[corpus].format
+            if tokenizer.kind == "integer" and (format != "array" or config.corpora[corpus].synthetic):
+                raise ConfigError(
+                    f"tokenizers.{name}.corpora: {corpus} is of format {format}; numbers are in format array"
+                )
+            if tokenizer.kind != "integer" and format in ("array", "binidx"):
                 raise ConfigError(f"tokenizers.{name}.corpora: {corpus} holds numbers and has no characters")
     for name, weights in config.weights.items():
         known(f"weights.{name}.tokenizer", weights.tokenizer, "tokenizer", config.tokenizers)

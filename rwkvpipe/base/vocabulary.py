@@ -11,7 +11,7 @@ TOKENIZER_FIELDS = {
     "offset": ("bytes",),
     "size": ("integer",),
     "path": ("world", "trie", "bpe"),
-    "corpora": ("trie", "bpe"),
+    "corpora": ("trie", "bpe", "integer"),
     "vocab_size": ("bpe",),
     "end": ("bpe",),
     "import_path": ("own",),
@@ -27,12 +27,14 @@ class TokenizerConfig(Strict):
     offset: Annotated[int, Field(ge=0, le=1, strict=True)] = 1
     """bytes: id of byte 0. With 1, id 0 ends a document; with 0 nothing does."""
     size: Count | None = None
-    """integer: numbers run from 0 to size - 1 (id = number + 1, id 0 ends a document)."""
+    """integer: numbers run from 0 to size - 1 (id = number + 1, id 0 ends a document). Left out, they run as far
+    as in corpora."""
     path: str | None = None
     """trie: a vocabulary file in RWKV-LM's format, or a URL; bpe: a tokenizer.json; world: left out, the file in the
     package rwkv."""
     corpora: tuple[Name, ...] = ()
-    """trie: or the corpora whose characters become the vocabulary; bpe: or those it is learned from."""
+    """trie: or the corpora whose characters become the vocabulary; bpe: or those it is learned from; integer: or those
+    whose largest number is the last."""
     vocab_size: Count | None = None
     """bpe, learned: how many ids at most; id 0 ends a document, every byte has one."""
     end: str | None = None
@@ -48,8 +50,8 @@ class TokenizerConfig(Strict):
             default = type(self).model_fields[field].default
             if self.kind not in kinds and getattr(self, field) != default:
                 raise ValueError(f"{field} belongs to kind {' or '.join(kinds)}, this is {self.kind}")
-        if self.kind == "integer" and self.size is None:
-            raise ValueError("kind integer needs size: how many different numbers there are")
+        if self.kind == "integer" and (self.size is None) == (not self.corpora):
+            raise ValueError("kind integer needs one of size (how many different numbers there are) and corpora")
         if self.kind in ("trie", "bpe") and (self.path is None) == (not self.corpora):
             raise ValueError(f"kind {self.kind} needs one of path and corpora")
         if self.kind == "bpe" and (self.vocab_size is None) != (not self.corpora):

@@ -88,6 +88,32 @@ def _texts(value, where: object) -> Iterator[str]:
         yield json.dumps(value, default=str)
 
 
+def largest(path: str | Path) -> int:
+    """The largest whole number in a file's arrays, or in the lists of its rows, whatever its columns are called.
+
+    Raises DataError when there is none.
+    """
+    kind, _ = kind_of(path)
+    found = -1
+    if kind in ARRAYS:
+        for document in (one for unit in array_units(str(path), kind, None) for one in array_documents(unit, None)):
+            if isinstance(document, DataError):
+                raise document
+            found = max(found, int(np.max(document.ids, initial=-1)))
+    elif kind in TABLES:
+        found = max((_largest(row, False) for _, row in rows(path)), default=-1)
+    if found < 0:
+        raise DataError(f"{path}: no row of whole numbers in it; give size, or a file that has some")
+    return found
+
+
+def _largest(value, listed: bool) -> int:
+    if isinstance(value, dict | list):
+        parts = value.values() if isinstance(value, dict) else value
+        return max((_largest(part, isinstance(value, list)) for part in parts), default=-1)
+    return value if listed and isinstance(value, int) and not isinstance(value, bool) else -1
+
+
 class Reader:
     """Documents of one corpus: the units that its files are cut into, and what stands in each.
 
