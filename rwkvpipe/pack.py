@@ -20,7 +20,7 @@ from rwkvpipe.base.pace import Pace
 from rwkvpipe.base.strict import check_json
 from rwkvpipe.data.binidx import Binidx
 from rwkvpipe.data.document import Document
-from rwkvpipe.data.packing import Packing, adopt, tell
+from rwkvpipe.data.packing import Packing, adopt, owned, tell
 from rwkvpipe.data.parcel import Packer, Parcel, Task, limited, loose
 from rwkvpipe.data.synthetic import generate
 from rwkvpipe.data.unit import Unit
@@ -152,6 +152,8 @@ def main(argv: list[str] | None = None) -> None:
         found = {part: Binidx(path) for part, path in (("train", file), ("valid", valid)) if path}
         if not len(found["train"]):
             raise DataError(f"{file}: no tokens in it; give a pair that has some")
+        for pair in found.values():
+            owned(pair, tokenizer)
         about = {"format": spec.format, "vocab_size": tokenizer.size, "tokenizer": _tokenizer_digest(given.tokenizer)}
         about["inputs"] = [{"file": pair.prefix, "tokens": len(pair)} for pair in found.values()]
         tell(adopt(given.out, found, about), Counter())

@@ -15,7 +15,7 @@ from rwkvpipe.base import growing
 from rwkvpipe.base.errors import ConfigError, DataError
 from rwkvpipe.base.files import digest
 from rwkvpipe.data import packing, table
-from rwkvpipe.data.binidx import Binidx
+from rwkvpipe.data.binidx import Binidx, BinidxWriter
 from rwkvpipe.data.synthetic import generate
 from rwkvpipe.tokenizer.byte import ByteTokenizer
 from rwkvpipe.tokenizer.integer import IntegerTokenizer
@@ -407,3 +407,17 @@ def test_a_pair_is_used_where_it_lies(tmp_path):
         run(tmp_path, tmp_path / "none", format="binidx")
     with pytest.raises(ConfigError, match="used as it is: valid, duplicates cannot be"):
         run(tmp_path, given / "train", format="binidx", valid=0.1, duplicates="drop")
+
+
+def test_an_id_of_a_given_pair_that_no_token_owns_is_named(tmp_path):
+    for name, dtype, ids, wrong in (
+        ("small", np.uint16, [1, 0, 5, 3], "token 4 is the id 3"),
+        ("large", np.int32, [1, 5, 70000, 6], "token 4 is the id 6"),
+        ("below", np.int32, [1, -1], "token 2 is the id -1"),
+    ):
+        with BinidxWriter(tmp_path / name, dtype) as writer:
+            writer.add(ids)
+        trie = TrieTokenizer({1: b"a", 5: b"b", 70000: b"c"} if dtype == np.int32 else {1: b"a", 5: b"b"})
+        with pytest.raises(DataError, match=f"{name}.bin: {wrong}, which stands for nothing in the vocabulary"):
+            run(tmp_path, tmp_path / name, tokenizer=trie, format="binidx")
+    assert not (tmp_path / "out/corpus.json").exists()

@@ -15,6 +15,7 @@ from rwkvpipe.base.pace import Pace
 from rwkvpipe.data.binidx import Binidx, BinidxWriter, link, write_index
 from rwkvpipe.data.card import Card, Seen, count_parcel, kept
 from rwkvpipe.data.parcel import PARTS, Parcel
+from rwkvpipe.tokenizer.load import Tokenizer
 
 log = logging.getLogger("rwkvpipe")
 
@@ -114,6 +115,21 @@ class Packing:
         write_json(folder / "corpus.json", described)
         self.files.remove()
         return described
+
+
+def owned(pair: Binidx, tokenizer: Tokenizer) -> None:
+    """Read a pair that others made, and raise DataError for the first id in it that no token of the tokenizer owns."""
+    known = np.array([tokenizer.owns(number) or number == tokenizer.eos for number in range(tokenizer.size)])
+    for start in range(0, len(pair), BLOCK):
+        ids = pair.tokens(start, min(BLOCK, len(pair) - start))
+        fits = (ids >= 0) & (ids < len(known))
+        fits[fits] = known[ids[fits]]
+        if not fits.all():
+            place = int(np.argmin(fits))
+            raise DataError(
+                f"{pair.prefix}.bin: token {start + place + 1} is the id {ids[place]}, which stands for nothing in the"
+                f" vocabulary of {tokenizer.size}; name the tokenizer that the pair was made with"
+            )
 
 
 def adopt(folder: Path, found: dict[str, Binidx], about: dict) -> dict:
