@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -17,10 +17,11 @@ from rwkvpipe.base.errors import ConfigError, DataError, Parser, PipeError, run
 from rwkvpipe.base.files import canonical, digest
 from rwkvpipe.base.fingerprint import fingerprint
 from rwkvpipe.base.pace import Pace
+from rwkvpipe.base.sources import pairs_of
 from rwkvpipe.base.strict import check_json
-from rwkvpipe.data.binidx import Binidx
 from rwkvpipe.data.document import Document
-from rwkvpipe.data.packing import Packing, adopt, owned, tell
+from rwkvpipe.data.given import adopt
+from rwkvpipe.data.packing import Packing, tell
 from rwkvpipe.data.parcel import Packer, Parcel, Task, limited, loose
 from rwkvpipe.data.synthetic import generate
 from rwkvpipe.data.unit import Unit
@@ -47,6 +48,11 @@ def _made(spec: CorpusConfig, seed: int) -> Iterator[Document]:
 def _stamp(file: str) -> list:
     found = os.stat(file)
     return [file, found.st_size, found.st_mtime_ns]
+
+
+def _paths(given: str | Sequence[str] | None) -> list[str]:
+    """One path, several or none, as a list."""
+    return [given] if isinstance(given, str) else list(given or ())
 
 
 class Source:
@@ -128,10 +134,10 @@ def pack(folder: Path, spec: CorpusConfig, tokenizer: str, source: Source, made:
 def main(argv: list[str] | None = None) -> None:
     """Pack files or a made corpus; writes train and valid pairs and, last of all, corpus.json."""
     parser = Parser(prog="rwkvpipe.pack", description=__doc__.splitlines()[0])
-    parser.add_argument("file", nargs="?", help="the corpus: a file, a folder or a glob; nothing for a made one")
+    parser.add_argument("file", nargs="*", help="the corpus: a file, a folder or a glob; nothing for a made one")
     parser.add_argument("--spec", required=True, help="the corpus's settings as JSON")
     parser.add_argument("--tokenizer", required=True, help="its vocabulary: a folder, or `bytes`")
-    parser.add_argument("--valid", help="files of its own to validate with")
+    parser.add_argument("--valid", nargs="+", help="files of its own to validate with")
     parser.add_argument("--seed", type=int, default=0, help="of a made corpus whose settings name none")
     parser.add_argument("--workers", type=int, default=1, help="processes that read and encode")
     parser.add_argument("--out", required=True, type=Path, help="folder of the packed corpus")
@@ -144,28 +150,23 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError("--spec: format question is not packed; rwkvpipe.questions writes such corpora")
     if spec.format == "array" and not isinstance(tokenizer, IntegerTokenizer):
         raise ConfigError(f"--tokenizer: format array holds numbers, {given.tokenizer} is not of kind integer")
-    file = given.file or spec.path
-    valid = given.valid or spec.valid_path
-    if (file is None) == (spec.synthetic is None):
+    files, valid = _paths(given.file or spec.path), _paths(given.valid or spec.valid_path)
+    if (not files) == (spec.synthetic is None):
         raise ConfigError("--spec: synthetic makes the corpus; give a file or synthetic, not both")
     if spec.format == "binidx":
-        found = {part: Binidx(path) for part, path in (("train", file), ("valid", valid)) if path}
-        if not len(found["train"]):
-            raise DataError(f"{file}: no tokens in it; give a pair that has some")
-        for pair in found.values():
-            owned(pair, tokenizer)
+        parts = {"train": files, "valid": valid}
+        found = {part: [pair for path in paths for pair in pairs_of(path)] for part, paths in parts.items()}
         about = {"format": spec.format, "vocab_size": tokenizer.size, "tokenizer": _tokenizer_digest(given.tokenizer)}
-        about["inputs"] = [{"file": pair.prefix, "tokens": len(pair)} for pair in found.values()]
-        tell(adopt(given.out, found, about), Counter())
+        tell(adopt(given.out, found, about, how=spec.join, tokenizer=tokenizer), Counter())
         return
+    if max(len(files), len(valid)) > 1:
+        raise ConfigError(f"{files[1]}: one path, please: a folder or a glob means many files")
     task = Task(spec, given.tokenizer)
     task.packer = Packer(spec, tokenizer)
     source = Source(task.packer, task, given.workers)
-    if file is not None:
-        source.add(file, None)
-    if valid:
-        source.add(valid, "valid")
-    pack(given.out, spec, given.tokenizer, source, _made(spec, given.seed) if file is None else None)
+    for path, part in [(path, None) for path in files] + [(path, "valid") for path in valid]:
+        source.add(path, part)
+    pack(given.out, spec, given.tokenizer, source, None if files else _made(spec, given.seed))
 
 
 if __name__ == "__main__":

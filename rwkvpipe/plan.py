@@ -20,6 +20,7 @@ from rwkvpipe.base.config import CorpusConfig, PipelineConfig, RolloutConfig, Se
 from rwkvpipe.base.errors import Parser, run
 from rwkvpipe.base.files import canonical
 from rwkvpipe.base.fingerprint import fingerprint
+from rwkvpipe.base.sources import pair_files
 from rwkvpipe.base.strict import Strict
 from rwkvpipe.base.tree import Tree, local
 from rwkvpipe.data.synthetic import SYNTHETIC
@@ -240,8 +241,10 @@ class Plan(Tree):
         for section in ("weights", "tokenizers", "corpora", "benchmarks"):
             for name, entry in getattr(self.config, section).items():
                 for field in ("path", "valid_path", "template"):
-                    if (given := getattr(entry, field, None)) and path == local(given):
-                        return f"{section}.{name}.{field}"
+                    given = getattr(entry, field, None) or ()
+                    for each in (given,) if isinstance(given, str) else given:
+                        if path in (local(each), *pair_files(each)):
+                            return f"{section}.{name}.{field}"
         return "config"
 
     # the report

@@ -30,7 +30,7 @@ FLOORS = {
     "verb": 5,
 }
 # programs that no rule starts by its own name
-NO_RULE = {"inspect", "launch", "plan"}
+NO_RULE = {"inspect", "join", "launch", "plan"}
 VERBS = {file.stem for file in PACKAGE.glob("*.py")} - {"__init__"}
 # Snakemake waits for some of these each time it parses, the user for the others: a second of torch is too much
 TORCH_FREE = ("plan", "launch", "settings", "download", "questions", "score", "plot", "report")

@@ -421,3 +421,44 @@ def test_an_id_of_a_given_pair_that_no_token_owns_is_named(tmp_path):
         with pytest.raises(DataError, match=f"{name}.bin: {wrong}, which stands for nothing in the vocabulary"):
             run(tmp_path, tmp_path / name, tokenizer=trie, format="binidx")
     assert not (tmp_path / "out/corpus.json").exists()
+def pairs(folder, masked=False):
+    """Two packed corpora of talks or texts, and their texts."""
+    spec = {"format": "chat"} if masked else {}
+    for number in range(2):
+        run(folder, synthetic=f"counting.{'chats' if masked else 'documents'}", count=5, seed=number, **spec)
+        (folder / "out").rename(folder / f"given{number}")
+    return [texts(Binidx(folder / f"given{number}/train")) for number in range(2)]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_several_pairs_are_read_where_they_lie_or_copied_into_one(tmp_path, masked):
+    given = [part for parts in pairs(tmp_path, masked) for part in parts]
+    both = [tmp_path / "given0/train", tmp_path / "given1/train.bin"]
+    train, about = run(tmp_path, *both, format="binidx", path=[str(path) for path in both])
+    assert texts(train) == given and about["documents"] == 10 and about["tokens"] == len(train)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "corpus.json", "train.idx", "train.parts", "valid.idx", "valid.parts"
+    ]  # fmt: skip
+    assert len(Binidx(tmp_path / "out/valid")) == 0 and train.masked == masked
+    marks = train.mask(0, len(train)).tolist() if masked else None
+    run(tmp_path, tmp_path / "given*/train.idx", "--valid", both[0], format="binidx", valid_path="x")
+    assert texts(Binidx(tmp_path / "out/train")) == given and len(Binidx(tmp_path / "out/valid")) > 0
+    copied, _ = run(tmp_path, *both, format="binidx", path=["a", "b"], join="copy")
+    assert not (tmp_path / "out/train.bin").is_symlink() and not (tmp_path / "out/train.parts").exists()
+    assert texts(copied) == given and (not masked or copied.mask(0, len(copied)).tolist() == marks)
+    linked, _ = run(tmp_path, both[0], format="binidx")
+    assert texts(linked) == given[:5] and (tmp_path / "out/train.mask").is_symlink() == masked
+    run(tmp_path, tmp_path / "given0", format="binidx")  # a folder's pairs: train and an empty valid
+    assert texts(Binidx(tmp_path / "out/train")) == given[:5]
+
+
+def test_a_pair_that_changes_after_it_was_joined_is_named(tmp_path):
+    pairs(tmp_path)
+    both = [tmp_path / "given0/train", tmp_path / "given1/train"]
+    run(tmp_path, *both, format="binidx", path=["a", "b"])
+    for suffix in ("bin", "idx"):
+        (tmp_path / f"given0/train.{suffix}").write_bytes((tmp_path / f"given1/valid.{suffix}").read_bytes())
+    with pytest.raises(DataError, match="train.parts: its pairs are others than when they were joined"):
+        Binidx(tmp_path / "out/train")
+    with pytest.raises(ConfigError, match="one path, please: a folder or a glob means many"):
+        run(tmp_path, *both)

@@ -5,7 +5,8 @@ The models of `base.config` judge each key by itself; this judges them together,
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from glob import has_magic
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
@@ -13,7 +14,7 @@ from rwkvpipe.base.config import PipelineConfig, StageConfig
 from rwkvpipe.base.errors import ConfigError
 from rwkvpipe.base.strict import check, read_yaml
 
-FORMATS = {"pretrain": ("text", "array", "binidx"), "sft": ("chat",), "grpo": ("question",)}
+FORMATS = {"pretrain": ("text", "array", "binidx"), "sft": ("chat", "binidx"), "grpo": ("question",)}
 SECRETS = re.compile("token|secret|passw|key|sig|auth|credential", re.I)  # in names of an address's query
 TAKEN = ("plots", "log", "report.html")  # what else stands in results/<run>/
 
@@ -168,41 +169,50 @@ def _measures(config: PipelineConfig) -> None:
             raise ConfigError(f"{key}.export: a format stands twice; remove one")
 
 
-def _addresses(config: PipelineConfig) -> None:
-    """No address has a secret in it: what the config says stands in commands, logs and reports."""
+def _paths(config: PipelineConfig) -> Iterator[tuple[str, str, str, str]]:
+    """(section, name, field, path) of all that comes from somewhere."""
     for section in ("weights", "tokenizers", "corpora", "benchmarks"):
         for name, entry in getattr(config, section).items():
             for field in ("path", "valid_path"):
-                key, source = f"{section}.{name}.{field}", getattr(entry, field, None) or ""
-                if "://" not in source:
-                    continue
-                try:
-                    parts = urlsplit(source)
-                    asked = [word for word, _ in parse_qsl(parts.query, keep_blank_values=True)]
-                except ValueError:  # its text would repeat parts of the address
-                    raise ConfigError(f"{key}: an address that cannot be read; mend it") from None
-                if "@" in parts.netloc or any(map(SECRETS.search, asked)):
-                    raise ConfigError(
-                        f"{key}: an address with a password or a token, which logs and reports would show; fetch the"
-                        " file with python -m rwkvpipe.download ADDRESS --out FILE, and give FILE"
-                    )
+                given = getattr(entry, field, None) or ()
+                for source in (given,) if isinstance(given, str) else given:
+                    yield section, name, field, source
+
+
+def _addresses(config: PipelineConfig) -> None:
+    """No address has a secret in it: what the config says stands in commands, logs and reports."""
+    for section, name, field, source in _paths(config):
+        key = f"{section}.{name}.{field}"
+        if "://" not in source:
+            continue
+        try:
+            parts = urlsplit(source)
+            asked = [word for word, _ in parse_qsl(parts.query, keep_blank_values=True)]
+        except ValueError:  # its text would repeat parts of the address
+            raise ConfigError(f"{key}: an address that cannot be read; mend it") from None
+        if "@" in parts.netloc or any(map(SECRETS.search, asked)):
+            raise ConfigError(
+                f"{key}: an address with a password or a token, which logs and reports would show; fetch the"
+                " file with python -m rwkvpipe.download ADDRESS --out FILE, and give FILE"
+            )
 
 
 def _repositories(config: PipelineConfig) -> None:
-    """Only weights may be a whole repository; patterns belong to one, a digest to a file."""
-    for section in ("weights", "tokenizers", "corpora", "benchmarks"):
-        for name, entry in getattr(config, section).items():
-            for field in ("path", "valid_path"):
-                scheme, _, words = (getattr(entry, field, None) or "").partition("://")
-                hub, parts = scheme in ("hf", "modelscope"), words.removeprefix("datasets/").strip("/").split("/")
-                key = f"{section}.{name}"
-                if hub and (len(parts) < 2 or not all(parts)):
-                    raise ConfigError(f"{key}.{field}: not {scheme}://owner/name/file; mend it")
-                whole = hub and len(parts) == 2
-                if whole and (section != "weights" or entry.sha256):
-                    raise ConfigError(f"{key}.{field}: a whole repository; name the file in it that is meant")
-                if field == "path" and getattr(entry, "files", ()) and not whole:
-                    raise ConfigError(f"{key}.files: path names no whole repository; leave files out")
+    """Weights may be a whole repository, corpora and benchmarks a data set; patterns and digests have their places."""
+    for section, name, field, source in _paths(config):
+        scheme, _, words = source.partition("://")
+        data = scheme == "hf" and words.startswith("datasets/") and section in ("corpora", "benchmarks")
+        hub, parts = scheme in ("hf", "modelscope"), words.removeprefix("datasets/").strip("/").split("/")
+        key, entry = f"{section}.{name}", getattr(config, section)[name]
+        if hub and (len(parts) < 2 or not all(parts)):
+            raise ConfigError(f"{key}.{field}: not {scheme}://owner/name/file; mend it")
+        whole = hub and len(parts) == 2
+        if whole and not data and (section != "weights" or entry.sha256):
+            raise ConfigError(f"{key}.{field}: a whole repository; name the file in it that is meant")
+        if hub and not data and has_magic(words):
+            raise ConfigError(f"{key}.{field}: a pattern of files is for data sets, hf://datasets/owner/name/pattern")
+        if field == "path" and getattr(entry, "files", ()) and not whole:
+            raise ConfigError(f"{key}.files: path names no whole repository; leave files out")
 
 
 def agree(config: PipelineConfig) -> None:

@@ -2,12 +2,17 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from rwkvpipe.base.column import Columns
 from rwkvpipe.base.errors import ConfigError
 from rwkvpipe.base.strict import Count, Name, Strict, Whole
 
+# one path, or several: the tag keeps errors to the form that was meant
+Paths = Annotated[
+    Annotated[str, Tag("one")] | Annotated[tuple[str, ...], Tag("several")],
+    Discriminator(lambda value: "several" if isinstance(value, list | tuple) else "one"),
+]
 # what templates may make, by format
 OWN = {"text": {"text"}, "chat": {"question", "answer"}, "question": {"question", "answer"}}
 
@@ -23,9 +28,9 @@ def check_columns(columns: dict[str, str], templates: dict[str, str]) -> None:
 class CorpusConfig(Strict):
     """Documents, and how they become tokens."""
 
-    path: str | None = None
+    path: Paths | None = None
     """A file (JSONL, JSON, parquet, Arrow, text, numpy; lines and texts also as .gz and .zst), a folder or a glob of
-    such files, a data set's folder (save_to_disk), or a URL of one file."""
+    such files, a data set's folder (save_to_disk), or a URL of one file; of format binidx also several of them."""
     synthetic: str | None = None
     """Or the name of a made corpus."""
     count: Count | None = None
@@ -36,8 +41,11 @@ class CorpusConfig(Strict):
     """Its vocabulary; only a corpus of questions goes without."""
     format: Literal["text", "chat", "question", "array", "binidx"] = "text"
     """text: documents; chat: turns, only the assistant's are learned; question: prompts with answers, for grpo;
-    array: whole numbers from a .npy file, one row a document; binidx: tokens of a .bin and .idx pair, used where it
-    lies."""
+    array: whole numbers from a .npy file, one row a document; binidx: tokens of .bin and .idx pairs, used where they
+    lie."""
+    join: Literal["link", "copy"] = "link"
+    """binidx: several pairs are read where they lie, through one index (link), or copied into one pair, which other
+    programs read too (copy)."""
     limit: Count | None = None
     """Only so many documents, for a trial."""
     on_error: Literal["stop", "skip"] = "stop"
@@ -57,7 +65,7 @@ class CorpusConfig(Strict):
     """array: a one-dimensional array is cut into documents of this length."""
     valid: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the documents held out for the validation loss (chosen by each document's digest)."""
-    valid_path: str | None = None
+    valid_path: Paths | None = None
     """Or a file of its own for it."""
 
     @model_validator(mode="after")
@@ -94,6 +102,11 @@ class CorpusConfig(Strict):
                 raise ValueError(
                     f"a binidx pair is local and used as it is: {', '.join(odd) or 'an address'} cannot be"
                 )
+        several = any(isinstance(path, tuple) for path in (self.path, self.valid_path))
+        if self.format != "binidx" and (self.join != "link" or several):
+            raise ValueError("join, and a list of paths, belong to format binidx; a folder or a glob means many files")
+        if () in (self.path, self.valid_path):
+            raise ValueError("path: a list without a path")
         if self.format == "question" and self.duplicates != "keep":
             raise ValueError("duplicates belongs to corpora that become tokens")
         if self.format == "question" and (self.valid or self.valid_path):

@@ -31,13 +31,32 @@ def _folder(folder: Path) -> list[str]:
 
 def prefix_of(path: str | Path) -> str:
     """The common part of a pair's names, whichever of its files is named."""
-    return str(path).removesuffix(".bin").removesuffix(".idx")
+    path = str(path)
+    return next((path.removesuffix(f".{part}") for part in PAIR if path.endswith(f".{part}")), path)
+
+
+def pairs_of(path: str | Path) -> list[str]:
+    """The pairs that a path means, by the common part of their names: one pair, a folder's, those of a glob.
+
+    A path that means none stands for itself.
+    """
+    path = str(path)
+    if Path(path).is_dir() and not Path(f"{path}.idx").is_file():
+        inside = Path(path).rglob("*.idx")
+        found = [str(each) for each in inside if not any(p.startswith(".") for p in each.relative_to(path).parts)]
+    elif glob.has_magic(path) and not Path(f"{prefix_of(path)}.idx").is_file():
+        found = [each for each in glob.glob(path, recursive=True) if Path(each).suffix.removeprefix(".") in PAIR]
+    else:
+        found = [path]
+    return list(dict.fromkeys(sorted(map(prefix_of, found)))) or [path]
 
 
 def pair_files(path: str | Path) -> list[str]:
-    """The files of a binidx pair."""
-    found = [f"{prefix_of(path)}.{part}" for part in PAIR]
-    return found if Path(found[-1]).is_file() else found[:-1]
+    """The files of the binidx pairs that a path means."""
+    found = []
+    for prefix in pairs_of(path):
+        found += [f"{prefix}.{part}" for part in PAIR if part != "mask" or Path(f"{prefix}.mask").is_file()]
+    return found
 
 
 def files_of(path: str | Path) -> list[str]:

@@ -65,8 +65,9 @@ def _line(model: type[BaseModel], value: Any, problem: dict) -> str:
     if len(problem["loc"]) > 1 and problem["loc"][0] == "stages" and isinstance(problem["loc"][1], int):
         with contextlib.suppress(KeyError, TypeError, IndexError):  # name the stage rather than count it
             parts[1] = str(value["stages"][problem["loc"][1]]["name"])
-    if parts[:1] == ["stages"] and parts[2:3] == ["data"]:
-        parts[3:4] = []  # which of its two forms was meant
+    for place in (0, 2):
+        if parts[place : place + 1] in (["data"], ["path"], ["valid_path"]):
+            parts[place + 1 : place + 2] = []  # which of its two forms was meant
     key = ".".join(parts)
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(parts[-1], known := _known(model, problem["loc"][:-1]), n=1)

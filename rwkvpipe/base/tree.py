@@ -10,13 +10,14 @@ from urllib.parse import unquote, urlsplit
 
 from rwkvpipe.base.agree import agree, vocabulary
 from rwkvpipe.base.config import ExportConfig, PipelineConfig, SamplesConfig, StageConfig
-from rwkvpipe.base.sources import files_of, pair_files
+from rwkvpipe.base.sources import files_of, pair_files, pairs_of
 
 TEMPLATES = ("chat_template.jinja", "tokenizer_config.json")  # where a hub's folder keeps a chat template
 # what says that an export is whole: the file itself, or the last one of a folder
 EXPORTED = {format: f"{format}/model.{format}" for format in ("safetensors", "pth", "gguf")}
 EXPORTED |= {"hub": "hub/README.md", "hf": "hf/README.md"}
 HUBS = ("hf", "modelscope")  # schemes of addresses that hubs answer to
+FIELDS = ("path", "valid_path")  # of a corpus
 PLOTS = ("loss", "lr", "grad_norm", "throughput")
 
 
@@ -137,7 +138,7 @@ class Tree:
         config = self.config
         sources: list[tuple] = [(w.path, w.sha256, w.files) for w in config.weights.values()]
         sources += [(entry.path, None, ()) for entry in (*config.tokenizers.values(), *config.benchmarks.values())]
-        sources += [(path, None, ()) for corpus in config.corpora.values() for path in (corpus.path, corpus.valid_path)]
+        sources += [(path, None, ()) for name in config.corpora for f in FIELDS for path in self._given(name, f)]
         wanted = [Download(local(source), sha256, files) for source, sha256, files in sources if source]
         return {download_name(d.source): d for d in wanted if remote(d.source) or d.sha256}
 
@@ -157,8 +158,12 @@ class Tree:
 
     def corpus_source(self, name: str, field: str = "path") -> list[str]:
         """What a corpus is read from, as its step is told: a file, a folder, a glob; nothing for a made one."""
-        path = getattr(self.config.corpora[name], field)
-        return [self.fetched(path)] if path else []
+        return [self.fetched(path) for path in self._given(name, field)]
+
+    def _given(self, name: str, field: str) -> list[str]:
+        """The paths of a corpus as the config says them."""
+        given = getattr(self.config.corpora[name], field) or ()
+        return [given] if isinstance(given, str) else list(given)
 
     def corpus_file(self, name: str, field: str = "path") -> list[str]:
         """The files of a corpus as they came."""
@@ -208,11 +213,27 @@ class Tree:
         """Files of the tokenizer that a subject speaks."""
         return self.tokenizer_files(vocabulary(self.config, subject))
 
+    def pack_form(self, name: str) -> str:
+        """Which files a packed corpus has: plain (a pair), masked (with masks), spread (pairs that lie elsewhere)."""
+        corpus = self.config.corpora[name]
+        if corpus.format != "binidx":
+            return "masked" if corpus.format == "chat" else "plain"
+        halves = [[pair for path in self._given(name, field) for pair in pairs_of(path)] for field in FIELDS]
+        if corpus.join == "link" and max(map(len, halves)) > 1:
+            return "spread"
+        return "masked" if all(Path(f"{pair}.mask").is_file() for half in halves for pair in half) else "plain"
+
+    def packed_as(self, form: str) -> str:
+        """Pattern of the corpora that are packed in a form."""
+        packed = [name for name, corpus in self.config.corpora.items() if corpus.format != "question"]
+        return any_of(name for name in packed if self.pack_form(name) == form)
+
     def packed(self, name: str) -> list[str]:
         """Files of a packed corpus, corpus.json first."""
         folder = f"{self.shared}/corpora/{name}"
-        parts = ["bin", "idx", "mask"] if self.config.corpora[name].format == "chat" else ["bin", "idx"]
-        return [f"{folder}/corpus.json", *(f"{folder}/{half}.{part}" for half in ("train", "valid") for part in parts)]
+        parts = {"plain": ("bin", "idx"), "masked": ("bin", "idx", "mask"), "spread": ("parts", "idx")}
+        found = parts[self.pack_form(name)]
+        return [f"{folder}/corpus.json", *(f"{folder}/{half}.{part}" for half in ("train", "valid") for part in found)]
 
     def data(self, stage: str) -> list[str]:
         """What a stage learns from: the packed corpora, or for grpo the questions."""

@@ -1,7 +1,8 @@
 """The binidx pair: all tokens of a corpus in one file, where each document lies in another.
 
 PREFIX.bin is the tokens one after another; PREFIX.idx is Megatron's index (magic, version, dtype, sizes, pointers,
-document index, little-endian). A mask beside them, PREFIX.mask, is ours: one uint8 a token.
+document index, little-endian). Two more files are ours: a mask beside them, PREFIX.mask, one uint8 a token; and, in
+place of the .bin, PREFIX.parts, which names the pairs that the tokens lie in.
 """
 
 from array import array
@@ -13,10 +14,11 @@ import numpy as np
 
 from rwkvpipe.base.errors import DataError
 from rwkvpipe.base.files import atomic
+from rwkvpipe.data.spread import Spread, read_parts
 
 MAGIC = b"MMIDIDX\x00\x00"
 CODES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
-FLOATS = (6, 7)
+FLOATS = {6: ("<f4", "<f8"), 7: ("<f8",)}  # read if they are whole; which of two, the length of the .bin says
 HEAD = 34  # bytes before the sizes
 BLOCK = 1 << 20  # items of an index that are checked at once
 LONGEST = 2**31 - 1  # tokens of a document: sizes are int32
@@ -131,28 +133,42 @@ def write_index(path: Path, dtype: np.dtype, sizes: np.ndarray, ends: np.ndarray
             file.write(ends[first : first + BLOCK].astype("<i8").tobytes())
 
 
-def link(pair: "Binidx", prefix: Path) -> None:
-    """Let the pair at `prefix` be another one, where that lies: nothing is copied."""
-    for kind in ("bin", "idx"):
-        with atomic(f"{prefix}.{kind}") as part:
-            part.unlink()
-            part.symlink_to(Path(f"{pair.prefix}.{kind}").resolve())
-
-
 class Binidx:
     """A binidx pair, memory-mapped: `len` is the number of tokens.
 
-    `dtype` is the tokens'. The index of a corpus of many millions of documents is checked block by block and stays on
-    disk until `documents` is asked for. Raises DataError naming the file that is missing or damaged, and how; with
-    `rows`, also for an id that a model of so many rows has none for, when it is read.
+    `dtype` is the tokens'; floats, if they are whole numbers, are read as int64. The index of a corpus of many millions
+    of documents is checked block by block and stays on disk until `documents` is asked for. Raises DataError naming the
+    file that is missing or damaged, and how; with `rows`, also for an id that a model of so many rows has none for,
+    when it is read.
     """
 
     def __init__(self, path: str | Path, rows: int | None = None):
         self.prefix, self.rows = _prefix(path), rows
         self.dtype, self._sizes, self._ends = self._index(Path(f"{self.prefix}.idx"))
-        count = int(self._sizes.sum(dtype=np.int64))
-        self._tokens = _mapped(Path(f"{self.prefix}.bin"), self.dtype, count)
-        self._marks: np.ndarray | None = None
+        count, listed = int(self._sizes.sum(dtype=np.int64)), Path(f"{self.prefix}.parts")
+        self.parts = [Binidx(part) for part in read_parts(listed)] if listed.is_file() else []
+        if listed.is_file():
+            self._tokens = Spread([part._tokens for part in self.parts])
+            if len(self) != count or any(part.dtype != self.dtype for part in self.parts):
+                raise DataError(f"{listed}: its pairs are others than when they were joined; make the corpus again")
+        else:
+            self._tokens = _mapped(Path(f"{self.prefix}.bin"), self.dtype, count)
+        self._marks: np.ndarray | Spread | None = None
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """How many tokens each item has (n,)."""
+        return self._sizes
+
+    @property
+    def ends(self) -> np.ndarray:
+        """Items before each document, and all items (m,)."""
+        return self._ends
+
+    @property
+    def masked(self) -> bool:
+        """Whether there is a mask beside it."""
+        return all(part.masked for part in self.parts) if self.parts else Path(f"{self.prefix}.mask").is_file()
 
     @cached_property
     def documents(self) -> np.ndarray:
@@ -174,9 +190,9 @@ class Binidx:
         count, documents = int.from_bytes(head[18:26], "little"), int.from_bytes(head[26:34], "little")
         if version != 1:
             raise DataError(f"{path}: version {version} of the format; only 1 is known")
-        if code not in CODES:
-            what = "stands for floats, tokens are whole numbers" if code in FLOATS else "is unknown"
-            raise DataError(f"{path}: dtype code {code} {what}; known: {', '.join(map(str, CODES))}")
+        if code not in CODES and code not in FLOATS:
+            known = ", ".join(map(str, sorted((*CODES, *FLOATS))))
+            raise DataError(f"{path}: dtype code {code} is unknown; known: {known}")
         wanted = HEAD + 12 * count + 8 * documents
         if len(raw) != wanted:
             how = "cut short" if len(raw) < wanted else "too long"
@@ -187,11 +203,10 @@ class Binidx:
         sizes = raw[HEAD : HEAD + 4 * count].view("<i4")
         pointers = raw[HEAD + 4 * count : HEAD + 12 * count].view("<i8")
         ends = raw[HEAD + 12 * count :].view("<i8")
-        dtype = np.dtype(CODES[code])
-        if not _adjacent(sizes, pointers, dtype.itemsize):
-            raise DataError(f"{path}: damaged: sizes and pointers of its items do not fit together; make it again")
-        if not documents or ends[0] != 0 or ends[-1] != count or (ends[1:] < ends[:-1]).any():
-            raise DataError(f"{path}: damaged: the document index does not lead from 0 to {count}; make it again")
+        dtype = _dtype(path, code, sizes)
+        wrong = _items(sizes, pointers, dtype.itemsize) or _borders(ends, count)
+        if wrong:
+            raise DataError(f"{path}: damaged: {wrong}; copy or make it again")
         return dtype, sizes, ends
 
     def __len__(self) -> int:
@@ -201,6 +216,10 @@ class Binidx:
         """`count` tokens (count,) from token `start` on, across the borders of documents; a view of the file."""
         assert start >= 0 and start + count <= len(self), f"{self.prefix}: {start} + {count} of {len(self)} tokens"
         found = self._tokens[start : start + count]
+        if self.dtype.kind == "f":
+            if not np.array_equal(found, np.trunc(found)) or not np.isfinite(found).all():
+                raise DataError(f"{self.prefix}.bin: holds a number that is not whole near token {start}; tokens are")
+            found = found.astype(np.int64)
         if self.rows is not None and count and (found.min() < 0 or found.max() >= self.rows):
             wrong = found[(found < 0) | (found >= self.rows)][0]
             raise DataError(
@@ -212,21 +231,60 @@ class Binidx:
     def mask(self, start: int, count: int) -> np.ndarray:
         """The marks (count,) uint8 of those tokens. Raises DataError when there is no mask file."""
         if self._marks is None:
-            self._marks = _mapped(Path(f"{self.prefix}.mask"), np.dtype(np.uint8), len(self))
+            self._marks = self._beside()
         assert start >= 0 and start + count <= len(self), f"{self.prefix}: {start} + {count} of {len(self)} marks"
         return self._marks[start : start + count]
 
 
-def _adjacent(sizes: np.ndarray, pointers: np.ndarray, width: int) -> bool:
-    """Whether each item (n,) of tokens of `width` bytes begins where the one before it ends."""
+    def _beside(self) -> np.ndarray | Spread:
+        """The marks of all tokens, on disk."""
+        if self.parts:
+            return Spread([part._beside() for part in self.parts])
+        return _mapped(Path(f"{self.prefix}.mask"), np.dtype(np.uint8), len(self._tokens))
+
+
+def _dtype(path: Path, code: int, sizes: np.ndarray) -> np.dtype:
+    """What a code stands for: of floats of two kinds, the one that the length of the .bin fits."""
+    if code in CODES:
+        return np.dtype(CODES[code])
+    tokens, file = int(sizes.sum(dtype=np.int64)), path.with_name(f"{path.name.removesuffix('.idx')}.bin")
+    found = [np.dtype(name) for name in FLOATS[code]]
+    held = file.stat().st_size if file.is_file() else 0
+    return next((dtype for dtype in found if dtype.itemsize * tokens == held), found[-1])
+
+
+def _items(sizes: np.ndarray, pointers: np.ndarray, width: int) -> str | None:
+    """What is wrong with items (n,) of tokens of `width` bytes, each of which begins where the one before it ends."""
     before = 0
     for first in range(0, len(sizes), BLOCK):
-        block = sizes[first : first + BLOCK]
+        block, given = sizes[first : first + BLOCK], pointers[first : first + BLOCK]
+        if block.min() < 0:
+            number = int((block < 0).argmax())
+            return f"item {first + number + 1} has {block[number]} tokens"
         after = before + np.cumsum(block, dtype=np.int64)
-        if block.min() < 0 or not np.array_equal(pointers[first : first + BLOCK], (after - block) * width):
-            return False
+        wanted = (after - block) * width
+        if not np.array_equal(given, wanted):
+            number = int((given != wanted).argmax())
+            end, whole = int(given[number]) + int(block[number]) * width, int(sizes.sum(dtype=np.int64)) * width
+            outside = f", outside the {whole} bytes of all items" if given[number] < 0 or end > whole else ""
+            return (
+                f"item {first + number + 1} of {block[number]} tokens begins at byte {given[number]}{outside}; the one"
+                f" before it ends at byte {wanted[number]}"
+            )
         before = int(after[-1])
-    return True
+    return None
+
+
+def _borders(ends: np.ndarray, count: int) -> str | None:
+    """What is wrong with a document index (m,), which leads from 0 to the number of items."""
+    if not len(ends) or ends[0] != 0 or ends[-1] != count:
+        return f"the document index does not lead from 0 to its {count} items"
+    for first in range(0, len(ends) - 1, BLOCK):
+        back = np.diff(ends[first : first + BLOCK + 1]) < 0
+        if back.any():
+            number = first + int(back.argmax())
+            return f"the document index goes back: document {number + 1} is items {ends[number]} to {ends[number + 1]}"
+    return None
 
 
 def _mapped(path: Path, dtype: np.dtype, count: int | None) -> np.ndarray:

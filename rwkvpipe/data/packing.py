@@ -12,10 +12,9 @@ from rwkvpipe.base.errors import DataError
 from rwkvpipe.base.files import atomic, canonical, write_json
 from rwkvpipe.base.growing import Growing
 from rwkvpipe.base.pace import Pace
-from rwkvpipe.data.binidx import Binidx, BinidxWriter, link, write_index
+from rwkvpipe.data.binidx import write_index
 from rwkvpipe.data.card import Card, Seen, count_parcel, kept
 from rwkvpipe.data.parcel import PARTS, Parcel
-from rwkvpipe.tokenizer.load import Tokenizer
 
 log = logging.getLogger("rwkvpipe")
 
@@ -115,39 +114,6 @@ class Packing:
         write_json(folder / "corpus.json", described)
         self.files.remove()
         return described
-
-
-def owned(pair: Binidx, tokenizer: Tokenizer) -> None:
-    """Read a pair that others made, and raise DataError for the first id in it that no token of the tokenizer owns."""
-    known = np.array([tokenizer.owns(number) or number == tokenizer.eos for number in range(tokenizer.size)])
-    for start in range(0, len(pair), BLOCK):
-        ids = pair.tokens(start, min(BLOCK, len(pair) - start))
-        fits = (ids >= 0) & (ids < len(known))
-        fits[fits] = known[ids[fits]]
-        if not fits.all():
-            place = int(np.argmin(fits))
-            raise DataError(
-                f"{pair.prefix}.bin: token {start + place + 1} is the id {ids[place]}, which stands for nothing in the"
-                f" vocabulary of {tokenizer.size}; name the tokenizer that the pair was made with"
-            )
-
-
-def adopt(folder: Path, found: dict[str, Binidx], about: dict) -> dict:
-    """Make a corpus of pairs that are there, train and perhaps valid, by links; returns what corpus.json says."""
-    (folder / "corpus.json").unlink(missing_ok=True)
-    card = Card()
-    for part in PARTS:
-        if part in found:
-            link(found[part], folder / part)
-            card.parts[part].update(documents=len(found[part].documents), tokens=len(found[part]))
-            sizes = np.diff(found[part].documents, axis=1).ravel()
-            card.lengths += np.bincount(np.frexp(sizes.astype(np.float64))[1], minlength=len(card.lengths))
-        else:
-            with BinidxWriter(folder / part, found["train"].dtype):
-                pass
-    described = about | {"dtype": str(found["train"].dtype)} | card.describe()
-    write_json(folder / "corpus.json", described)
-    return described
 
 
 def tell(described: dict, counts: Counter) -> None:

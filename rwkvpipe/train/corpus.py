@@ -7,6 +7,7 @@ from rwkvpipe.base.errors import ConfigError, DataError
 from rwkvpipe.base.files import read_json
 from rwkvpipe.data.batches import Mix
 from rwkvpipe.data.binidx import Binidx
+from rwkvpipe.data.spread import read_parts
 from rwkvpipe.train.dist import ALONE
 from rwkvpipe.train.heldout import held_out_loss
 from rwkvpipe.train.infctx import chunked_lm_losses
@@ -17,8 +18,12 @@ from rwkvpipe.train.stage import Stage, finish, run_of
 
 def _files(folder: Path, part: str, masked: bool) -> list[Path]:
     """The files of one part of a corpus; none where the part is absent or empty."""
-    found = [folder / f"{part}.{kind}" for kind in ("bin", "idx", *(("mask",) if masked else ()))]
-    return found if found[0].is_file() and found[0].stat().st_size else []
+    listed, kinds = folder / f"{part}.parts", ("bin", "idx", *(("mask",) if masked else ()))
+    prefixes = read_parts(listed) if listed.is_file() else [str(folder / part)]
+    found = [Path(f"{prefix}.{kind}") for prefix in prefixes for kind in kinds]
+    if not any(file.is_file() and file.stat().st_size for file in found if file.suffix == ".bin"):
+        return []
+    return [*found, listed, folder / f"{part}.idx"] if listed.is_file() else found
 
 
 def _fits(stage: Stage, folder: Path) -> None:
@@ -62,7 +67,10 @@ def train(
     for folder in folders:
         found = _files(folder, "train", masked)
         if not found or not all(path.is_file() for path in found):
-            raise DataError(f"{folder}: no packed corpus for {stage.settings.kind} in it; make it with rwkvpipe.pack")
+            lacking = " (no .mask, which says what is learned)" if _files(folder, "train", False) else ""
+            raise DataError(
+                f"{folder}: no packed corpus for {stage.settings.kind} in it{lacking}; make it with rwkvpipe.pack"
+            )
         _fits(stage, folder)
         inputs += found
     config = stage.settings.train.model_copy(update={"seed": stage.seed})

@@ -111,12 +111,15 @@ def _edit(path, place, value):
         ("idx", lambda path: path.write_bytes(path.read_bytes()[:20]), "the head alone has 34"),
         ("idx", lambda path: _edit(path, 9, b"\2"), "version 2"),
         ("idx", lambda path: _edit(path, 17, b"\x09"), "dtype code 9 is unknown"),
-        ("idx", lambda path: _edit(path, 17, b"\x07"), "stands for floats"),
+        ("idx", lambda path: _edit(path, 17, b"\x07"), "item 2 of 0 tokens begins at byte 6; the one before"),
         ("idx", lambda path: path.write_bytes(path.read_bytes()[:-1]), "cut short"),
         ("idx", lambda path: path.write_bytes(path.read_bytes() + b"\0"), "too long"),
         ("idx", lambda path: _edit(path, 25, b"\xff"), "cut short"),
-        ("idx", lambda path: _edit(path, HEAD, b"\4"), "sizes and pointers"),
-        ("idx", lambda path: _edit(path, HEAD + 48, b"\1"), "document index"),
+        ("idx", lambda path: _edit(path, HEAD, b"\4"), "item 2 of 0 tokens begins at byte 6; the one before"),
+        ("idx", lambda path: _edit(path, HEAD + 7, b"\xff"), "item 2 has -16777216 tokens"),
+        ("idx", lambda path: _edit(path, HEAD + 16 + 30, b"\xff"), "byte 71776119061217288, outside the 12 bytes"),
+        ("idx", lambda path: _edit(path, HEAD + 48, b"\1"), "the document index does not lead from 0 to its 4 items"),
+        ("idx", lambda path: _edit(path, HEAD + 56, b"\4"), "the document index goes back: document 2 is items 4 to 2"),
         ("bin", lambda path: path.write_bytes(path.read_bytes()[:-2]), "has 10 bytes"),
         ("bin", lambda path: path.write_bytes(path.read_bytes() + b"\0"), "has 13 bytes"),
     ],
@@ -135,7 +138,7 @@ def test_an_index_is_checked_in_every_block(tmp_path, monkeypatch, block):
     assert len(Binidx(write(tmp_path / "a"))) == 6
     for item in range(len(DOCUMENTS)):
         _edit(write(tmp_path / "a").with_suffix(".idx"), HEAD + 4 * len(DOCUMENTS) + 8 * item, b"\1")
-        with pytest.raises(DataError, match="sizes and pointers"):
+        with pytest.raises(DataError, match=f"item {item + 1} of"):
             Binidx(tmp_path / "a")
 
 
@@ -195,3 +198,42 @@ def test_a_pair_of_a_hundred_gigabytes_is_opened_and_sampled_without_memory(tmp_
     batch = next(token_batches(data, config, SimpleNamespace(index=0, count=1), 1000))
     assert batch.ids.shape == (4, 512)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
+
+
+@pytest.mark.parametrize(("code", "dtype"), [(2, "<i1"), (3, "<i2"), (6, "<f4"), (6, "<f8"), (7, "<f8")])
+def test_other_dtypes_of_the_format_are_read(tmp_path, code, dtype):
+    ids = [5, 0, 7, 1, 9, 100]
+    with BinidxWriter(tmp_path / "a", np.int8) as writer:
+        writer.add(ids[:3])
+        writer.add(ids[3:])
+    width = np.dtype(dtype).itemsize
+    (tmp_path / "a.bin").write_bytes(np.array(ids, dtype).tobytes())
+    _edit(tmp_path / "a.idx", 17, bytes([code]))
+    _edit(tmp_path / "a.idx", HEAD + 8, np.array([0, 3 * width], "<i8").tobytes())
+    data = Binidx(tmp_path / "a", rows=101)
+    assert data.tokens(0, 6).tolist() == ids and data.tokens(0, 6).dtype.kind == "i"
+    assert data.documents.tolist() == [[0, 3], [3, 6]]
+    if "f" in dtype:
+        (tmp_path / "a.bin").write_bytes(np.array([1, 2, 3.5, 4, np.nan, 6], dtype).tobytes())
+        with pytest.raises(DataError, match="a.bin: holds a number that is not whole near token 2"):
+            Binidx(tmp_path / "a").tokens(2, 2)
+
+
+def test_the_reference_builder_s_bytes_come_out_of_its_rows_in_its_order(tmp_path, goldens, shared_data):
+    from rwkvpipe import pack
+    from rwkvpipe.tokenizer.load import load_tokenizer, save_tokenizer
+    from rwkvpipe.tokenizer.trie import TrieTokenizer, read_vocab
+
+    save_tokenizer(tmp_path / "world", TrieTokenizer(read_vocab(shared_data / "rwkv_vocab_v20230424.txt")))
+    tokenizer, reference = load_tokenizer(tmp_path / "world"), Binidx(goldens / "rwkv/make_data_tiny")
+    lines = (goldens / "rwkv/make_data_tiny.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines if line.strip()]
+    order = [tokenizer.decode(reference.tokens(start, end - start)) for start, end in reference.documents.tolist()]
+    assert set(order) == {row["text"] for row in rows}
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in order))
+    spec = json.dumps({"path": "x", "tokenizer": "world"})
+    pack.main([str(tmp_path / "a.jsonl"), "--spec", spec, "--tokenizer", str(tmp_path / "world"), "--out",
+               str(tmp_path / "out")])  # fmt: skip
+    for suffix in ("bin", "idx"):
+        theirs = (goldens / f"rwkv/make_data_tiny.{suffix}").read_bytes()
+        assert (tmp_path / f"out/train.{suffix}").read_bytes() == theirs

@@ -129,7 +129,8 @@ def held_out(wildcards, input):
     return ["--valid", *source] if source else []
 
 
-# a folder or a glob of many files is named as the config does: a command line has an end
+# a folder or a glob of many files is named as the config does: a command line has an end; so are pairs, whose files
+# are two
 def sources(files, given):
     return list(files) if len(files) < 2 else given
 

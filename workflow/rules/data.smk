@@ -51,7 +51,7 @@ rule pack:
     benchmark:
         "<results>/shared/log/pack-{corpus}.jsonl"
     wildcard_constraints:
-        corpus=plan.corpora_of("text", "array", "binidx"),
+        corpus=plan.packed_as("plain"),
     conda:
         ENVIRONMENT
     threads: lambda wildcards: 1 if settled.corpora[wildcards.corpus].synthetic else 8
@@ -67,13 +67,22 @@ rule pack:
         " {params.tokenizer:q} {params.valid:q} --workers {threads} --out {params.folder:q} > {log:q} 2>&1"
 
 
-use rule pack as pack_chat with:
+use rule pack as pack_masked with:
     output:
         info="<results>/shared/corpora/{corpus}/corpus.json",
         tokens=multiext("<results>/shared/corpora/{corpus}/", "train.bin", "train.idx", "valid.bin", "valid.idx"),
         masks=multiext("<results>/shared/corpora/{corpus}/", "train.mask", "valid.mask"),
     wildcard_constraints:
-        corpus=plan.corpora_of("chat"),
+        corpus=plan.packed_as("masked"),
+
+
+# pairs that are read where they lie, through one index
+use rule pack as pack_spread with:
+    output:
+        info="<results>/shared/corpora/{corpus}/corpus.json",
+        tokens=multiext("<results>/shared/corpora/{corpus}/", "train.parts", "train.idx", "valid.parts", "valid.idx"),
+    wildcard_constraints:
+        corpus=plan.packed_as("spread"),
 
 
 rule questions:
