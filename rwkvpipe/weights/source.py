@@ -5,6 +5,7 @@ import mmap
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from dataclasses import dataclass
 from functools import cache
@@ -25,6 +26,8 @@ SUFFIXES = (".safetensors", ".pth", ".gguf")
 WRAPPERS = ("state_dict", "model_state_dict", "module", "model")  # of Lightning, DeepSpeed and others
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 BLOCK = 1 << 24  # bytes copied at once
+HEAD = 512  # bytes that tell what a file is
+PRINTED = {*b"\t\n\r", *range(32, 127)}
 # what torch raises on half a file: its reader of pickles trusts them to be whole
 HALF_A_FILE = (
     *(RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError),
@@ -41,6 +44,9 @@ OTHERS = {
     b"lmgg": "a file of an old ggml; give the weights that it was made from",
     b"\x93NUMPY": "a single numpy array; give a .pth or .safetensors file",
     b"\x89HDF": "an HDF5 file; give a .pth or .safetensors file",
+    b"BZh": "packed with bzip2; unpack it first",
+    b"\xfd7zXZ": "packed with xz; unpack it first",
+    b"Rar!": "packed with RAR; unpack it first",
 }
 
 
@@ -62,6 +68,8 @@ def find(path: str | Path) -> Path:
         if found := [path / name for name in NAMES if (path / name).is_file()]:
             return found[0]
         found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and not SHARD.search(file.name))
+        if not found and (shards := sorted(file.name for file in path.iterdir() if SHARD.search(file.name))):
+            raise WeightsError(f"{path}: holds shards ({shards[0]}, ...) and no index of them; fetch *.index.json too")
         if len(found) != 1:
             names = [file.name for file in found[:3]] + ["..."] * (len(found) > 3)
             some = f" ({', '.join(names)})" if names else ""
@@ -95,7 +103,7 @@ def open_source(path: str | Path) -> Source:
 def _kind(path: Path) -> str:
     """`safetensors`, `pth` (zipped), `old pth` (before torch 1.6) or `gguf`, by what the file begins with."""
     with open(path, "rb") as file:
-        head = file.read(64)
+        head = file.read(HEAD)
     if not head:
         raise WeightsError(f"{path}: is empty; fetch it again")
     if head[:4] == b"GGUF":
@@ -108,10 +116,14 @@ def _kind(path: Path) -> str:
         return "old pth"
     if what := next((text for start, text in OTHERS.items() if head.lstrip()[: len(start)] == start), None):
         raise WeightsError(f"{path}: no checkpoint: {what}")
+    if head[257:262] == b"ustar":
+        raise WeightsError(f"{path}: no checkpoint: a tar archive; unpack it first")
+    if not any(head) and len(head) > 8:
+        raise WeightsError(f"{path}: no checkpoint: it begins with zeros, as if never fetched whole; fetch it again")
+    if len(head) > 8 and all(byte in PRINTED for byte in head):
+        raise WeightsError(f"{path}: no checkpoint: a text; give a .pth, .safetensors or .gguf file")
     if path.suffix == ".safetensors":
         return "safetensors"
-    if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
-        return "old pth"
     raise WeightsError(f"{path}: no checkpoint; give a .pth, .safetensors or .gguf file, or a folder that holds one")
 
 
@@ -153,14 +165,14 @@ def _pickled(path: Path, kind: str) -> Tensors:
     # zipped: the file is mapped and its data stays on disk; torch judges a path by its suffix, which may lie
     mapped = kind == "pth" and path.suffix != ".safetensors"
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
             found = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        if "Weights only load failed" in str(error) and "Unsupported" in str(error):
-            name = re.search(r"GLOBAL (\S+)", str(error))
-            what = f"Python objects ({name[1]})" if name else "Python objects"
-            raise WeightsError(f"{path}: holds {what}, which are not run; save its tensors alone") from None
-        raise WeightsError(f"{path}: not a checkpoint, or damaged; fetch it again") from None
+        if name := re.search(r"(?:unsupported |: )GLOBAL ([\w.]+)|unrecognized function <?([\w. ]+)", str(error)):
+            what = f"holds Python objects ({name[1] or name[2]}), which are not run; save its tensors alone"
+            raise WeightsError(f"{path}: {what}") from None
+        what = "not a checkpoint, or damaged (nothing in it was run)"
+        raise WeightsError(f"{path}: {what}; fetch it again") from None
     except HALF_A_FILE as error:
         raise WeightsError(f"{path}: damaged or cut short ({said(error)}); fetch it again") from None
     if isinstance(found, dict):
@@ -169,7 +181,9 @@ def _pickled(path: Path, kind: str) -> Tensors:
     if not isinstance(found, dict) or not found:
         raise WeightsError(f"{path}: holds no tensors by name")
     for name, value in found.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
+        if not isinstance(name, str):
+            raise WeightsError(f"{path}: holds no tensors by name, but by {type(name).__name__}")
+        if not isinstance(value, Tensor):
             raise WeightsError(f"{path}: {name} is a {type(value).__name__}, not a tensor; save the flat weights alone")
         if value.layout != torch.strided or value.is_quantized:
             raise WeightsError(f"{path}: {name} is sparse or quantised; give plain weights")

@@ -1,11 +1,16 @@
 """Every kind of checkpoint file is opened, and what is none is named in one line."""
 
+import bz2
 import gzip
+import importlib
+import io
 import json
+import lzma
 import pickle
 import shutil
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -116,6 +121,16 @@ def test_parameters_and_turned_or_shared_storages_are_read_as_they_are(tmp_path,
     same(store.read(tmp_path / "a.pth")[1], tensors)
 
 
+def tar(data):
+    """An archive with one file."""
+    whole = io.BytesIO()
+    with tarfile.open(fileobj=whole, mode="w") as archive:
+        entry = tarfile.TarInfo("model.pth")
+        entry.size = len(data)
+        archive.addfile(entry, io.BytesIO(data))
+    return whole.getvalue()
+
+
 FILES = {
     "an empty file": (b"", "is empty"),
     "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
@@ -123,8 +138,14 @@ FILES = {
     "gzip": (gzip.compress(b"weights"), "gzip"),
     "an array": (b"\x93NUMPY\x01\x00", "numpy array"),
     "rwkv.cpp": (b"fmgg\x65\x00\x00\x00", r"rwkv\.cpp"),
-    "text": (b"hello, I am no checkpoint at all", "no"),
+    "bzip2": (bz2.compress(b"weights"), "bzip2"),
+    "xz": (lzma.compress(b"weights"), "with xz"),
+    "a tar archive": (tar(b"weights"), "tar archive"),
+    "text": (b"hello, I am no checkpoint at all", "no checkpoint: a text"),
+    "zeros": (bytes(3000), "begins with zeros"),
+    "a picture": (b"\x89PNG\r\n\x1a\n" + bytes(60), "no checkpoint; give|damaged or cut short"),
     "a pickle": (pickle.dumps({"a": 1}, protocol=2), "not a checkpoint, or damaged|damaged or cut short"),
+    "a newer pickle": (pickle.dumps({"a": 1}, protocol=4), r"not a checkpoint, or damaged \(nothing in it was run\)"),
 }
 
 
@@ -165,6 +186,37 @@ def test_several_checkpoints_in_a_folder_are_listed(tmp_path, tensors):
         torch.save(tensors, tmp_path / f"rwkv-{number}.pth")
     with pytest.raises(WeightsError, match=r"holds 4 checkpoints \(rwkv-0\.pth, rwkv-1\.pth, rwkv-2\.pth, \.\.\.\)"):
         store.read(tmp_path)
+
+
+def test_shards_without_their_index_are_told(tmp_path, tensors):
+    store.write_tensors(tmp_path / "model-00001-of-00002.safetensors", tensors)
+    with pytest.raises(WeightsError, match=r"holds shards \(model-00001-of-00002\.safetensors, \.\.\.\) and no index"):
+        store.read(tmp_path)
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_that_are_numbers_and_pickles_of_another_protocol_are_told_without_a_warning(tmp_path, tensors):
+    torch.save({1: torch.zeros(2)}, tmp_path / "a.pth")
+    with pytest.raises(WeightsError, match="holds no tensors by name, but by int"):
+        store.read(tmp_path / "a.pth")
+    (tmp_path / "b.pth").write_bytes(pickle.dumps({"a": [1]}, protocol=4))
+    with pytest.raises(WeightsError, match="not a checkpoint, or damaged"):
+        store.read(tmp_path / "b.pth")
+
+
+@pytest.mark.parametrize("call", [("posix", "system"), ("builtins", "eval"), ("subprocess", "Popen")])
+@pytest.mark.parametrize("old", [True, False])
+def test_any_code_is_named_and_not_run(tmp_path, call, old):
+    found = getattr(importlib.import_module(call[0]), call[1])
+
+    class Code:
+        def __reduce__(self):
+            return found, (f"touch {tmp_path}/run",)
+
+    torch.save({"emb.weight": Code()}, tmp_path / "a.pth", _use_new_zipfile_serialization=not old)
+    with pytest.raises(WeightsError, match=rf"holds Python objects \((\w+\.)?{call[1]}\), which are not run"):
+        store.read(tmp_path / "a.pth")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
 
 
 MEASURE = """
