@@ -168,34 +168,64 @@ def test_every_mode_starts_from_the_states_of_the_weights(home, family, monkeypa
         assert value != zero[mode], mode
 
 
-TOY = '''"""RWKV-7 under another name, with values that are read twice."""
+TOY = '''"""Decaying means of what was read, gated: nothing of another family."""
 
-from rwkvpipe.model import rwkv7
+import torch
+from torch import nn
+
+from rwkvpipe.base.config import RwkvConfig
+from rwkvpipe.model.language import LanguageModel, outline
+from rwkvpipe.model.layers import token_shift
 
 
 def complete(config):
-    """As RWKV-7's."""
-    return rwkv7.complete(config)
+    return config if config.dim_ffn else config.model_copy(update={"dim_ffn": 2 * config.n_embd})
 
 
 def detect(tensors):
-    """As RWKV-7's, but marked by a tensor of its own."""
-    found = rwkv7.detect({k: v for k, v in tensors.items()}) if "blocks.0.att.mark" in tensors else None
-    return found and found.model_copy(update={"family": "toy"})
+    if "blocks.0.att.fade" not in tensors:
+        return None
+    return RwkvConfig(family="toy", head_size=tensors["blocks.0.att.fade"].shape[1], **outline(tensors))
 
 
-class TimeMix(rwkv7.TimeMix):
-    """With the mark."""
-
+class TimeMix(nn.Module):
     def __init__(self, config, layer):
-        super().__init__(config, layer)
-        self.mark = rwkv7.nn.Parameter(rwkv7.torch.zeros(1))
+        super().__init__()
+        D, N = config.n_embd, config.head_size
+        self.fade = nn.Parameter(torch.zeros(D // N, N))
+        self.value, self.gate, self.output = (nn.Linear(D, D, bias=False) for _ in range(3))
+
+    def forward(self, x, first, last, memory, lengths=None):
+        v, d, means = self.value(x).unflatten(-1, self.fade.shape), torch.sigmoid(self.fade), [memory[..., 0]]
+        for t in range(x.shape[1]):
+            mean = means[-1] * d + v[:, t] * (1 - d)
+            means.append(mean if lengths is None else torch.where((t < lengths)[:, None, None], mean, means[-1]))
+        y = torch.stack(means[1:], 1).flatten(2) * torch.sigmoid(self.gate(x))
+        return self.output(y), first, token_shift(x, last, lengths)[1], means[-1][..., None].expand_as(memory)
+
+    def initialise(self, layer, n_layer, stream):
+        self.fade.uniform_(0, 3, generator=stream)
 
 
-class Toy(rwkv7.Rwkv7):
-    """The model."""
+class ChannelMix(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.key = nn.Linear(config.n_embd, config.dim_ffn, bias=False)
+        self.value = nn.Linear(config.dim_ffn, config.n_embd, bias=False)
 
-    TimeMix = TimeMix
+    def forward(self, x, last, lengths=None):
+        dx, last = token_shift(x, last, lengths)
+        return self.value(self.key(x + dx / 2).relu().square()), last
+
+    def initialise(self, layer, n_layer, stream):
+        pass
+
+
+class Toy(LanguageModel):
+    TimeMix, ChannelMix = TimeMix, ChannelMix
+
+    def __init__(self, config):
+        super().__init__(complete(config))
 '''
 
 
@@ -204,17 +234,23 @@ def test_a_family_is_added_by_one_file_and_one_line(tmp_path):
     shutil.copytree(Path(rwkvpipe.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     (package / "model/toy.py").write_text(TOY)
     sizes = package / "base/sizes.py"
-    line = '    "toy": ("d_decay", "d_aaa", "d_mv", "d_gate"),\n'
+    line = '    "toy": (),\n'
     begin = "FAMILIES: dict[str, tuple[str, ...]] = {\n"
     assert begin in sizes.read_text()
     sizes.write_text(sizes.read_text().replace(begin, begin + line))
     asked = {"kind": "pretrain", "seed": 1, "model": {"family": "toy", **SIZES}, "train": TRAIN}
     write_json(tmp_path / "s.json", asked)
+    asked = {"kind": "sft", "seed": 1, "lora": {"rank": 2}, "train": TRAIN | {"chunk": 5}}
+    write_json(tmp_path / "t.json", asked)
     write_corpus(tmp_path / "corpus")
     program = """
-from rwkvpipe import init, inspect, pretrain
+from rwkvpipe import generate, init, inspect, merge, pretrain, sft
 init.main("s.json --tokenizer bytes --out init.safetensors".split())
 pretrain.main("s.json --model init.safetensors --data corpus --micro-batch 4 --out base/model.safetensors".split())
+sft.main("t.json --model base/model.safetensors --data corpus --micro-batch 3 --out chat/adapter.safetensors".split())
+merge.main("--model base --adapter chat/adapter.safetensors --out chat/model.safetensors".split())
+generate.main("--model chat --tokenizer bytes --prompt abc --max-tokens 3".split())
+print()
 inspect.main(["base", "--json"])
 """
     found = subprocess.run(
@@ -225,4 +261,4 @@ inspect.main(["base", "--json"])
         text=True,
     )
     assert found.returncode == 0, found.stderr
-    assert json.loads(found.stdout)["family"] == "toy"
+    assert json.loads(found.stdout[found.stdout.index("\n{") :])["family"] == "toy"

@@ -13,8 +13,8 @@ def held() -> float:
         return int(file.read().split()[1]) * resource.getpagesize() / 1e6
 
 
-def serve(load, *, fresh: bool = False) -> None:
-    """Answer questions about what `load()` gives: a function of text to ids. `fresh` makes it anew after the parity."""
+def serve(load) -> None:
+    """Answer questions about what `load()` gives, a function of text to ids. `cold` is `encode` by a new one."""
     share = int(sys.argv[3])
     with open(sys.argv[1], encoding="utf-8") as file:
         documents = [json.loads(line) for line in file]
@@ -28,8 +28,8 @@ def serve(load, *, fresh: bool = False) -> None:
             for document in some:
                 ids.update(json.dumps([int(number) for number in encode(document)]).encode())
             answer = {"digest": ids.hexdigest()}
-            encode = load() if fresh else encode
-        elif line.strip() == "encode":
+        elif line.strip() in ("encode", "cold"):
+            encode = load() if line.strip() == "cold" else encode
             began = time.process_time()
             for document in mine:
                 encode(document)

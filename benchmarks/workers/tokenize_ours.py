@@ -20,4 +20,4 @@ def load():
     return found.encode if form == "list" or engine == "numpy" else found.encode_array
 
 
-serve(load, fresh=engine == "numpy")
+serve(load)

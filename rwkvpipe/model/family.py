@@ -12,7 +12,7 @@ from rwkvpipe.base.errors import WeightsError
 from rwkvpipe.base.sizes import FAMILIES as NAMES
 from rwkvpipe.base.sizes import PRESETS, claimed, title
 
-TRACKED_FILES = ["rwkv*.py"]  # imported by name
+TRACKED_FILES = ["*.py"]  # families are imported by name
 
 
 @dataclass(frozen=True)

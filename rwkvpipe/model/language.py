@@ -101,8 +101,9 @@ class LanguageModel(nn.Module):
             for norm in block.children():
                 if isinstance(norm, nn.LayerNorm):
                     norm.reset_parameters()
-            block.att.ln_x.weight.fill_(((1 + layer) / config.n_layer) ** 0.7)
-            block.att.ln_x.bias.zero_()
+            if hasattr(block.att, "ln_x"):
+                block.att.ln_x.weight.fill_(((1 + layer) / config.n_layer) ** 0.7)
+                block.att.ln_x.bias.zero_()
             block.att.initialise(layer, config.n_layer, stream)
             block.ffn.initialise(layer, config.n_layer, stream)
             if config.time_state:
