@@ -61,6 +61,13 @@ class CorpusConfig(Strict):
     """Our name (also text) to a text that puts columns together: question: "{context} {ask}"."""
     template: str | None = None
     """chat: a Jinja template (a file, or a hub's folder) that lays talks out; left out, the form of released models."""
+    replies: Literal["all", "last"] = "all"
+    """chat: whether all that the assistant says is learned, or its last turn alone."""
+    eod: bool = False
+    """chat: end every talk with the id that ends texts, learned, too."""
+    labels: Literal["auto", "internal", "preshifted"] = "auto"
+    """chat: whether labels of tokenised rows are those of the same positions or of the next ones; auto: each row
+    shows it."""
     cut: Count | None = None
     """array: a one-dimensional array is cut into documents of this length."""
     valid: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -80,6 +87,8 @@ class CorpusConfig(Strict):
             raise ValueError("every format but question needs a tokenizer, and question takes none")
         if self.template is not None and (self.format != "chat" or "://" in self.template):
             raise ValueError("template is a local file or folder, and belongs to format chat")
+        if self.format != "chat" and (self.replies != "all" or self.eod or self.labels != "auto"):
+            raise ValueError("replies, eod and labels belong to format chat")
         if self.cut is not None and self.format != "array":
             raise ValueError("cut belongs to format array")
         if self.field != "text" and (self.format not in ("text", "array") or "text" in self.templates):

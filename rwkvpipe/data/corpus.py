@@ -15,14 +15,14 @@ from rwkvpipe.base.sources import files_of
 from rwkvpipe.data.array import array_documents, array_units
 from rwkvpipe.data.document import Document
 from rwkvpipe.data.kind import BOM, TABLES, kind_of, opened
-from rwkvpipe.data.question import filled, question, talk, words
+from rwkvpipe.data.question import filled, question, words
 from rwkvpipe.data.table import raw_rows, row_of, table_units
+from rwkvpipe.data.talk import KEYS, talk
 from rwkvpipe.data.unit import Place, Unit
 
 ARRAYS = ("numpy", "arrays")
-# what rows of questions and talks may be called without `columns`
+# what rows of questions may be called without `columns`
 ASKED = {"question", "answer", "options", "label"}
-TALKED = ASKED | {"messages", "conversations", "instruction", "input", "output", "response"}
 Bad = Callable[[DataError], None]
 
 
@@ -125,7 +125,7 @@ class Reader:
         named = format in ("chat", "question") or "text" in spec.templates or "text" in spec.columns
         field = {} if named else {"text": getattr(spec, "field", "text")}
         self.columns = Columns(spec.columns | field, spec.templates)
-        names = {"question": ASKED, "chat": TALKED}.get(format, set())
+        names = {"question": ASKED, "chat": KEYS}.get(format, set())
         self.needed = frozenset(self.columns.tops | names)
         self.cut = getattr(spec, "cut", None)
 
@@ -201,7 +201,7 @@ class Reader:
         if self.format == "question":
             return question(record, self.columns.names, where)
         if self.format == "chat":
-            return talk(record, self.columns.names, where)
+            return talk(record, self.columns.names, where, self.spec)
         column = self.columns.names["text"]
         value = record.get(column)
         if isinstance(value, list):

@@ -13,10 +13,10 @@ from rwkvpipe.base.errors import DataError
 from rwkvpipe.data.binidx import LONGEST, token_dtype
 from rwkvpipe.data.corpus import Bad, Reader
 from rwkvpipe.data.document import Document, encoded
+from rwkvpipe.data.talk import Layout
 from rwkvpipe.data.unit import Unit, survey
 from rwkvpipe.tokenizer import chat
 from rwkvpipe.tokenizer.load import Tokenizer, load_tokenizer
-from rwkvpipe.tokenizer.template import load_template
 
 PARTS = ("train", "valid")
 TOP = 10  # longest documents that are told of
@@ -89,7 +89,7 @@ class Packer:
 
     def __init__(self, spec: CorpusConfig, tokenizer: Tokenizer):
         self.spec, self.tokenizer = spec, tokenizer
-        self.render = load_template(spec.template).render if spec.template else chat.render
+        self.render = Layout(spec)
         self.reader = Reader(spec, spec.format)
         self.dtype = token_dtype(tokenizer.size).newbyteorder("<")
 

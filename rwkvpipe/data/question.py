@@ -1,4 +1,4 @@
-"""Rows of files as questions and talks, each checked, under the names that their authors chose."""
+"""Rows of files as questions, each checked, under the names that their authors chose."""
 
 import math
 from collections.abc import Mapping
@@ -7,9 +7,6 @@ from typing import Any
 from rwkvpipe.base.column import NAMES, Columns, fill, slots
 from rwkvpipe.base.errors import DataError
 from rwkvpipe.data.document import Document
-from rwkvpipe.tokenizer.chat import ROLES
-
-SHAREGPT = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
 def words(row: dict, column: str, where: object, *, least: int = 1) -> str:
@@ -92,47 +89,6 @@ def question(row: dict, columns: Mapping[str, str], where: object) -> Document:
     if label is not None and isinstance(given, str) and given in options and given != options[right]:
         raise DataError(f"{where}: `{column['answer']}` and `{column['label']}` name different options")
     return Document(question=asked, answer=options[right], options=tuple(options), label=right, origin=where)
-
-
-def _turns(turns: Any, column: str, where: object) -> tuple[dict, ...]:
-    """Messages, or the conversations of ShareGPT, checked."""
-    if not isinstance(turns, list) or not turns:
-        raise DataError(f"{where}: `{column}` must be a list of turns, each with role and content")
-    found = []
-    for number, turn in enumerate(turns, 1):
-        place = f"{where}: turn {number}"
-        if not isinstance(turn, dict):
-            raise DataError(f"{place} of `{column}` is no object with role and content")
-        foreign = "from" in turn and "role" not in turn
-        role = turn.get("from" if foreign else "role")
-        role = SHAREGPT.get(role) if foreign and isinstance(role, str) else role
-        if not isinstance(role, str) or role not in ROLES:
-            raise DataError(f"{place}: role is {turn.get('from' if foreign else 'role')!r}; known: {', '.join(ROLES)}")
-        found.append({"role": role, "content": words(turn, "value" if foreign else "content", place)})
-    return tuple(found)
-
-
-def talk(row: dict, columns: Mapping[str, str], where: object) -> Document:
-    """A row as a talk: `messages`, ShareGPT's `conversations`, Alpaca's `instruction`, or a question with its answer.
-
-    What `columns` names goes before what is recognised. Raises DataError naming `where`.
-    """
-    column = columns.get("messages", "messages")
-    asked = "question" in columns or "answer" in columns
-    if column in row and not asked:
-        return Document(messages=_turns(row[column], column, where), origin=where)
-    if "conversations" in row and not columns:
-        return Document(messages=_turns(row["conversations"], "conversations", where), origin=where)
-    if "instruction" in row and not columns:
-        task = words(row, "instruction", where)
-        if row.get("input"):
-            task += "\n" + words(row, "input", where)
-        said = words(row, "output" if "output" in row else "response", where)
-        turns = ({"role": "user", "content": task}, {"role": "assistant", "content": said})
-        return Document(messages=turns, origin=where)
-    if not asked and columns.get("question", "question") not in row:
-        raise DataError(f"{where}: no `{column}` and no `question`; the row has {', '.join(row) or 'nothing'}")
-    return Document(messages=tuple(question(row, columns, where).talk()), origin=where)
 
 
 def filled(record: dict, columns: Columns, where: object) -> dict:

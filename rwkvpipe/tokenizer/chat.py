@@ -40,13 +40,20 @@ def _said(message: Mapping) -> str:
 
 
 def segments(messages: Sequence[dict]) -> Iterator[tuple[str, bool]]:
-    """(text, learned) parts of a talk; of a role in ROLES each. What the assistant says stays as it is."""
+    """(text, learned) parts of a talk; of a role in ROLES each. What the assistant says stays as it is.
+
+    A turn with `train: false` is not learned. One of the role raw is text that stands as it is.
+    """
     for message in messages:
+        learned = message.get("train", True)
+        if message["role"] in ("raw", "ids"):
+            yield message["content"], learned
+            continue
         name = ROLES[message["role"]]
         if message["role"] == "assistant":
             yield f"{name}:", False
-            yield f" {message['content']}", True
-            yield TURN_END, True
+            yield f" {message['content']}", learned
+            yield TURN_END, learned
         else:
             yield f"{name}: {_said(message)}", False
             yield TURN_END, False

@@ -129,7 +129,7 @@ class ChatTemplate:
                         f"{self.where}: turn {count} changes what stood before it, so what the assistant says cannot"
                         " be told from the rest; use a template that only adds, or one with generation tags"
                     )
-                yield now[len(done) :], learned
+                yield now[len(done) :], learned and message.get("train", True)
                 done = now
         if whole.startswith(done) and whole != done:
             yield whole[len(done) :], False

@@ -6,7 +6,8 @@ import pytest
 
 from rwkvpipe.base.column import Columns
 from rwkvpipe.base.errors import ConfigError, DataError
-from rwkvpipe.data.question import question, talk
+from rwkvpipe.data.question import question
+from rwkvpipe.data.talk import talk
 from rwkvpipe.tokenizer import chat
 
 OPTIONS = ["cats", "dogs", "2"]
@@ -99,7 +100,7 @@ def test_the_reference_s_rows_become_its_texts(goldens):
 @pytest.mark.parametrize(
     "row, problem",
     [
-        ({"text": "x"}, "no `messages` and no `question`; the row has text"),
+        ({"txt": "x"}, "no `messages`, `question` or other keys of a talk; the row has txt"),
         ({"messages": []}, "list of turns"),
         ({"messages": "x"}, "list of turns"),
         ({"messages": ["x"]}, "turn 1 of `messages` is no object"),

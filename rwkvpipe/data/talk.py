@@ -1,0 +1,183 @@
+"""Rows as talks, told by their keys, and talks as ids of which some are learned.
+
+A talk is a list of turns (role, content), of which those with `train: false` are read and not learned. What is laid out
+by its author already has turns of roles that no row can name: `raw`, texts as they stand, and `ids`, tokens.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+from rwkvpipe.base.errors import DataError
+from rwkvpipe.data.document import Document
+from rwkvpipe.data.question import question, words
+from rwkvpipe.tokenizer import chat
+from rwkvpipe.tokenizer.chat import ROLES
+from rwkvpipe.tokenizer.load import Tokenizer
+from rwkvpipe.tokenizer.template import load_template
+
+SHAREGPT = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+SHAREGPT |= {"tool": "tool", "gpt_ignore": "assistant"}
+UNLEARNED = -100  # a label that says so
+# what rows of talks may be called without `columns`
+KEYS = {"messages", "conversations", "input_ids", "labels", "prompt", "completion", "instruction", "input", "output"}
+KEYS |= {"query", "response", "question", "answer", "options", "label", "text"}
+
+
+class Choices(Protocol):
+    """Settings that say what of a talk is learned."""
+
+    replies: Literal["all", "last"]
+    labels: Literal["auto", "internal", "preshifted"]
+    eod: bool
+    template: str | None
+
+
+def _content(turn: dict, column: str, place: object) -> str:
+    """What is said in a turn: a text, or a list of texts as some chats keep it."""
+    value = turn.get(column)
+    if isinstance(value, list) and value and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
+        return "".join(words(part, "text", place) for part in value)
+    return words(turn, column, place)
+
+
+def _learned(turn: dict, role: str, place: object) -> bool:
+    """Whether a turn of the assistant is learned: `train` and `weight` may say that it is not."""
+    train, weight = turn.get("train"), turn.get("weight")
+    if train is not None and not isinstance(train, bool):
+        raise DataError(f"{place}: train is {train!r}; true and false are known")
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        raise DataError(f"{place}: weight is {weight!r}; 0 and 1 are known")
+    return role != "gpt_ignore" and train is not False and weight != 0
+
+
+def turns(value: Any, column: str, where: object) -> tuple[dict, ...]:
+    """Messages, or the conversations of ShareGPT, checked. Raises DataError naming the turn."""
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where}: `{column}` must be a list of turns, each with role and content")
+    found = []
+    for number, turn in enumerate(value, 1):
+        place = f"{where}: turn {number}"
+        if not isinstance(turn, dict):
+            raise DataError(f"{place} of `{column}` is no object with role and content")
+        foreign = "from" in turn and "role" not in turn
+        given = turn.get("from" if foreign else "role")
+        role = SHAREGPT.get(given) if foreign and isinstance(given, str) else given
+        if not isinstance(role, str) or role not in ROLES:
+            raise DataError(f"{place}: role is {given!r}; known: {', '.join(SHAREGPT if foreign else ROLES)}")
+        said = {"role": role, "content": _content(turn, "value" if foreign else "content", place)}
+        found.append(said if _learned(turn, given, place) else said | {"train": False})
+    return tuple(found)
+
+
+def _completion(row: dict, where: object) -> tuple[dict, ...]:
+    """A prompt with its completion: texts as they stand, or turns, of which those of the completion are learned."""
+    if not isinstance(row["prompt"], list) and not isinstance(row["completion"], list):
+        asked = {"role": "raw", "content": words(row, "prompt", where, least=0), "train": False}
+        return asked, {"role": "raw", "content": words(row, "completion", where)}
+    both = []
+    for column, role in (("prompt", "user"), ("completion", "assistant")):
+        value = row[column]
+        listed = value if isinstance(value, list) else [{"role": role, "content": words(row, column, where)}]
+        both.append(turns(listed, column, where))
+    return (*({**turn, "train": False} for turn in both[0]), *both[1])
+
+
+def _tokens(row: dict, where: object, shift: str) -> tuple[dict, ...]:
+    """Ids with labels: each label that of its own position, or of the one after it (preshifted)."""
+    ids, labels = row["input_ids"], row.get("labels")
+    for column, value, least in (("input_ids", ids, 0), ("labels", labels, UNLEARNED)):
+        whole = isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in value)
+        if not whole or not value or min(value) < least:
+            raise DataError(f"{where}: `{column}` must be a list of whole numbers from {least} up; mend the row")
+    if len(ids) != len(labels):
+        raise DataError(f"{where}: {len(ids)} `input_ids` with {len(labels)} `labels`; mend the row")
+    wanted = [place for place, label in enumerate(labels) if label != UNLEARNED]
+    own = all(labels[place] == ids[place] for place in wanted)
+    next_ = all(labels[place] == ids[place + 1] for place in wanted if place + 1 < len(ids))
+    if (shift == "internal" and not own) or (shift == "preshifted" and not next_) or not (own or next_):
+        raise DataError(
+            f"{where}: `labels` are neither those of the same positions nor of the next ones of `input_ids`"
+            f" (labels: {shift}); a label is an id that is learned, or {UNLEARNED}"
+        )
+    if shift == "internal" or (shift == "auto" and own):
+        marks = [int(label != UNLEARNED) for label in labels]
+    else:
+        marks, ids = [0, *(int(label != UNLEARNED) for label in labels)], [*ids, labels[-1]]
+        if labels[-1] == UNLEARNED:
+            marks, ids = marks[:-1], ids[:-1]
+    return ({"role": "ids", "content": "", "ids": ids, "marks": marks},)
+
+
+def _instruction(row: dict, where: object) -> tuple[dict, ...]:
+    task = words(row, "instruction", where)
+    if row.get("input"):
+        task += "\n" + words(row, "input", where)
+    return _asked(task, words(row, "output" if "output" in row else "response", where))
+
+
+def _asked(asked: str, said: str) -> tuple[dict, ...]:
+    return {"role": "user", "content": asked}, {"role": "assistant", "content": said}
+
+
+def _recognised(row: dict, columns: Mapping[str, str], where: object, shift: str) -> Sequence[dict]:
+    """The turns of a row, by the keys that it has; what `columns` names goes before what is recognised."""
+    column = columns.get("messages", "messages")
+    asked = "question" in columns or "answer" in columns
+    if column in row and row[column] is not None and not asked:
+        return turns(row[column], column, where)
+    if not columns:
+        # a table has all columns in every row, some of them null
+        has = {name for name, value in row.items() if value is not None}
+        if "conversations" in has:
+            return turns(row["conversations"], "conversations", where)
+        if "input_ids" in has:
+            return _tokens(row, where, shift)
+        if {"prompt", "completion"} <= has:
+            return _completion(row, where)
+        if "instruction" in has:
+            return _instruction(row, where)
+        if {"query", "response"} <= has:
+            return _asked(words(row, "query", where), words(row, "response", where))
+        if "text" in has and not {"question", "answer"} & has:
+            return ({"role": "raw", "content": words(row, "text", where)},)
+    if not asked and columns.get("question", "question") not in row:
+        raise DataError(
+            f"{where}: no `{column}`, `question` or other keys of a talk; the row has {', '.join(row) or 'nothing'}"
+        )
+    return question(row, columns, where).talk()
+
+
+def talk(row: dict, columns: Mapping[str, str], where: object, choices: Choices | None = None) -> Document:
+    """A row as a talk, by its keys, or by `columns` (our name to the file's).
+
+    Known are `messages`; ShareGPT's `conversations`; `input_ids` with `labels`; `prompt` with `completion`, texts or
+    turns; Alpaca's `instruction`, `input` and `output`; `query` with `response`; a question with its answer; `text`.
+    Raises DataError naming `where`.
+    """
+    found = _recognised(row, columns, where, choices.labels if choices else "auto")
+    if choices and choices.replies == "last":
+        last = max((n for n, turn in enumerate(found) if turn["role"] == "assistant"), default=-1)
+        kept = ("assistant", "raw", "ids")
+        found = [
+            turn if n == last or turn["role"] in kept[1:] or turn["role"] not in kept else {**turn, "train": False}
+            for n, turn in enumerate(found)
+        ]
+    return Document(messages=tuple(found), origin=where)
+
+
+class Layout:
+    """Talks as ids (n,) with marks (n,), 1 over what is learned: in the form of released models, or by a template."""
+
+    def __init__(self, choices: Choices):
+        self.render: Callable = load_template(choices.template).render if choices.template else chat.render
+        self.eod = choices.eod
+
+    def __call__(self, messages: Sequence[dict], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+        """Ids and marks of a talk. What its author laid out, and with `eod` every talk, ends with the end of texts."""
+        if messages[0]["role"] == "ids":
+            return messages[0]["ids"], messages[0]["marks"]
+        raw = messages[0]["role"] == "raw"
+        ids, mask = (chat.render if raw else self.render)(messages, tokenizer)
+        if (raw or self.eod) and tokenizer.eos is not None:
+            return [*ids, tokenizer.eos], [*mask, 1]
+        return ids, mask
