@@ -22,7 +22,7 @@ from rwkvpipe.data.unit import Place, Unit
 
 ARRAYS = ("numpy", "arrays")
 # what rows of questions may be called without `columns`
-ASKED = {"question", "answer", "options", "label"}
+ASKED = {"question", "prompt", "answer", "options", "label"}
 Bad = Callable[[DataError], None]
 
 

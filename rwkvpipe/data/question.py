@@ -7,6 +7,7 @@ from typing import Any
 from rwkvpipe.base.column import NAMES, Columns, fill, slots
 from rwkvpipe.base.errors import DataError
 from rwkvpipe.data.document import Document
+from rwkvpipe.tokenizer.chat import ROLES, TURN_END, text
 
 
 def words(row: dict, column: str, where: object, *, least: int = 1) -> str:
@@ -68,13 +69,30 @@ def _answer(value: Any, column: str, where: object) -> str:
     return words({column: value}, column, where)
 
 
+def _prompt(row: dict, column: str, where: object) -> str:
+    """What is asked: a text, or turns of talk that begin with the user's, whose name a stage's prompt writes."""
+    value = row.get(column)
+    if not isinstance(value, list):
+        return words(row, column, where)
+    known = all(isinstance(turn, dict) and turn.get("role") in ROLES for turn in value)
+    if not value or not known or value[0]["role"] != "user" or value[-1]["role"] != "user":
+        raise DataError(
+            f"{where}: `{column}` is a list, but not of turns (role, content) from the user's first to the user's last;"
+            " give such turns, or a text"
+        )
+    said = [{"role": turn["role"], "content": words(turn, "content", where)} for turn in value]
+    return text(said).removeprefix("User: ").removesuffix(TURN_END)
+
+
 def question(row: dict, columns: Mapping[str, str], where: object) -> Document:
     """A row with a question and its answer (with options: which of them) as a document.
 
     `columns` is our name to the file's. Raises DataError naming `where` and the column.
     """
     column = {name: columns.get(name, name) for name in NAMES}
-    asked = words(row, column["question"], where)
+    if "question" not in columns and column["question"] not in row and "prompt" in row:
+        column["question"] = "prompt"
+    asked = _prompt(row, column["question"], where)
     options = _options(row, column["options"], where)
     if column["options"] in columns.values() and options is None:
         raise DataError(f"{where}: no `{column['options']}`, which columns.options names")

@@ -115,3 +115,15 @@ def test_the_reference_s_rows_become_its_texts(goldens):
 def test_a_talk_that_does_not_do_is_named(row, problem):
     with pytest.raises(DataError, match=f"^f:1: .*{problem}"):
         talk(row, {}, "f:1")
+
+
+def test_a_prompt_is_a_question_and_its_turns_are_laid_out():
+    assert question({"prompt": "2+2?", "answer": "4"}, {}, "f:1").question == "2+2?"
+    assert question({"prompt": "x", "question": "2+2?", "answer": "4"}, {}, "f:1").question == "2+2?"
+    user, reply = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
+    assert question({"prompt": [user], "answer": "4"}, {}, "f:1").question == "2+2?"
+    asked = question({"prompt": [user, reply, user], "answer": "4"}, {}, "f:1").question
+    assert f"User: {asked}\n\nAssistant:" == chat.prompt([user, reply, user])
+    for wrong in ([], [reply], [user, reply], ["x"], [{"role": "system", "content": "x"}, user]):
+        with pytest.raises(DataError, match="^f:1: `prompt` is a list, but not of turns"):
+            question({"prompt": wrong, "answer": "4"}, {}, "f:1")
