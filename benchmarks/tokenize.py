@@ -50,13 +50,15 @@ def measure(peer: Path, folder: Path, rounds: int, files: list[Path], megabytes:
     parity = {name: worker.ask("parity")["digest"] for name, worker in workers.items()}
     if len(set(parity.values())) > 1:
         raise SystemExit(f"the ids differ, so there is nothing to compare: {parity}")
+    for worker in workers.values():
+        worker.ask("encode")
+    memory = {name: worker.ask("memory")["megabytes_added"] for name, worker in workers.items()}
     rates: dict[str, list[float]] = {name: [] for name in (*workers, COLD)}
     for _ in range(rounds):
         for name, worker in workers.items():
             if name == f"{OURS} numpy":  # what it remembers goes, and comes again
                 rates[COLD].append(worker.ask("cold")["megabytes_per_second"])
             rates[name].append(worker.ask("encode")["megabytes_per_second"])
-    memory = {name: worker.ask("memory")["megabytes_added"] for name, worker in workers.items()}
     for worker in workers.values():
         worker.close()
     return {

@@ -1,6 +1,7 @@
 """RWKV World is known by its content, wherever it comes from, and gives the reference's ids."""
 
 import json
+import random
 
 import pytest
 
@@ -100,3 +101,13 @@ def test_comments_blank_lines_and_the_end_s_own_line_are_skipped(tmp_path):
     lines = ["# made by hand", "", "0 b'\\x00' 1", "1 'a' 1", "   ", "#2 'b' 1", '3 "#" 1', "4 '\\'\\\\' 2"]
     (tmp_path / "v.txt").write_bytes("\r\n".join(lines).encode())
     assert read_vocab(tmp_path / "v.txt") == {1: b"a", 3: b"#", 4: b"'\\"}
+
+
+def test_any_bytes_come_back_by_ids_that_are_owned(tokenizer):
+    lots = random.Random(4)
+    words = list(tokenizer.entries.values())
+    for _ in range(300):
+        kinds = (lots.randbytes(lots.randrange(99)), b"".join(lots.choices(words, k=20)), b"<|endoftext|>\0\r\n \xff")
+        data = b"".join(lots.sample(kinds, 3))
+        ids = tokenizer.encode(data)
+        assert tokenizer.decode_bytes([0, *ids, 0]) == data and all(map(tokenizer.owns, ids))
