@@ -137,6 +137,8 @@ class ExportConfig(Strict):
     """A paragraph for the page."""
     ctx_len: Count | None = None
     """hub, hf: the longest text it was trained at; left out, the stage's, or 4096."""
+    shard_bytes: Count | None = None
+    """hub, hf: weights larger than that are written in files of no more, with an index; left out, in one."""
 
 
 class WeightsConfig(Strict):

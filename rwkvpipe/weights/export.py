@@ -18,7 +18,7 @@ from rwkvpipe.tokenizer.world import WorldTokenizer
 from rwkvpipe.weights import card, gguf, store
 from rwkvpipe.weights.layouts import DEAD, hf7
 from rwkvpipe.weights.pth import write_pth
-from rwkvpipe.weights.tensors import Piece, Tensors, write_tensors
+from rwkvpipe.weights.tensors import Piece, Tensors, write_sharded
 
 log = logging.getLogger("rwkvpipe")
 
@@ -130,7 +130,7 @@ def _folder(
             write_text(out / file, code)
     else:
         described = card.hub_config(config, ctx_len=ctx_len, eos=eos, dtype=dtype)
-    write_tensors(out / "model.safetensors", tensors, {"format": "pt"})
+    write_sharded(out, tensors, spec.shard_bytes)
     write_json(out / "config.json", described)
     write_json(out / "generation_config.json", card.generation_config(eos, ctx_len))
     if entries is not None and 0 not in entries:

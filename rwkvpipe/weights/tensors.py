@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rwkvpipe.base.errors import WeightsError
-from rwkvpipe.base.files import atomic
+from rwkvpipe.base.files import atomic, write_json
 from rwkvpipe.base.pace import Pace
 
 DTYPES = {
@@ -153,3 +153,29 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
         for name in names:
             pace.at(header[name]["data_offsets"][0])
             file.write(to_bytes(tensors[name]))
+
+
+def write_sharded(folder: Path, tensors: Tensors, limit: int | None) -> None:
+    """Write model.safetensors into a folder, or, if it has more than `limit` bytes, shards of no more and their index.
+
+    A tensor larger than that has a shard of its own. What another such call left in the folder goes.
+    """
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, like in tensors.like.items():
+        if limit is not None and size and size + like.nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += like.nbytes
+    named = [f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)]
+    named = named if len(groups) > 1 else ["model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    for file in {index, *folder.glob("model*.safetensors")} - {folder / name for name in named}:
+        file.unlink(missing_ok=True)
+    for file, names in zip(named, groups, strict=True):
+        write_tensors(folder / file, Tensors({name: tensors.like[name] for name in names}, tensors.load))
+    if len(groups) > 1:
+        total = sum(like.nbytes for like in tensors.like.values())
+        places = {name: file for file, names in zip(named, groups, strict=True) for name in names}
+        write_json(index, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})

@@ -55,17 +55,24 @@ def test_every_format_comes_back_bit_for_bit(tmp_path, family, format, sizes, dt
     same(read, tensors)
 
 
-@pytest.mark.parametrize("format", OUT)
-def test_a_trained_model_gives_the_given_logits_from_every_format(tmp_path, shared_data, format):
+WAYS: list[tuple] = [(None, {})]  # as it was given
+WAYS += [(format, {}) for format in OUT]
+WAYS += [(format, {"shard_bytes": 200_000}) for format in ("hub", "hf")]
+
+
+@pytest.mark.parametrize(("format", "more"), WAYS)
+def test_a_trained_model_gives_the_given_logits_from_every_format(tmp_path, shared_data, format, more):
     folder = shared_data / "tiny-rwkv7"
     if not folder.is_dir():
         pytest.skip("tiny-rwkv7 is not here")
     data = np.load(folder / "tiny-x070.npz", allow_pickle=False)
-    export(folder / "tiny-x070.pth", tmp_path / OUT[format], ExportConfig(format=format), tokenizer="bytes")
-    model = store.load_model(tmp_path / OUT[format])
+    path = folder / "tiny-x070.pth"
+    if format is not None:
+        export(path, tmp_path / OUT[format], ExportConfig(format=format, **more), tokenizer="bytes")
+        path = tmp_path / OUT[format]
     with torch.no_grad():
-        logits, _ = model(torch.from_numpy(data["tokens"])[None])
-    np.testing.assert_allclose(logits[0], data["logits"], atol=2e-5)
+        logits, _ = store.load_model(path)(torch.from_numpy(data["tokens"])[None])
+    np.testing.assert_allclose(logits[0], data["logits"], rtol=0, atol=2e-5)
 
 
 def test_a_pth_file_has_all_that_rwkv_lm_loads_strictly(tmp_path):
@@ -132,6 +139,23 @@ def test_a_folded_embedding_has_its_place_in_hugging_face_s_layout(tmp_path):
     export(path, tmp_path / "hf", ExportConfig(format="hf"))
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["norm_first"] is False
     same(store.read(tmp_path / "hf")[1], tensors)
+
+
+@pytest.mark.parametrize("format", ["hub", "hf"])
+def test_large_weights_are_written_in_shards_with_their_index(tmp_path, format):
+    path, config, tensors = given(tmp_path, "rwkv7", torch.bfloat16)
+    limit = max(value.nbytes for value in tensors.values())
+    for bytes_of_a_shard in (None, limit, limit // 2, 10**9, limit):  # what another form left is gone each time
+        export(path, tmp_path / "m", ExportConfig(format=format, shard_bytes=bytes_of_a_shard))
+        found, read = store.read(tmp_path / "m")
+        assert found == config
+        same(read, tensors)
+    index = json.loads((tmp_path / "m/model.safetensors.index.json").read_text())
+    files = {file.name for file in (tmp_path / "m").glob("*.safetensors")}
+    assert set(index["weight_map"].values()) == files and len(files) > 2
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in tensors.values())
+    for file in files:
+        assert sum(value.nbytes for value in store.read_tensors(tmp_path / "m" / file)[0].values()) <= limit
 
 
 WORDS = TrieTokenizer({1: b"a", 2: b"\n", 3: b"\n\n", 4: "é".encode(), 5: b"\xff", 6: b" a"})

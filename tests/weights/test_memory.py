@@ -1,6 +1,5 @@
 """Converting a checkpoint of a released size takes less memory than the checkpoint."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import torch
 from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.model.family import build
 from rwkvpipe.weights.pth import write_pth
-from rwkvpipe.weights.tensors import Tensors, write_tensors
+from rwkvpipe.weights.tensors import Tensors, write_sharded
 
 # memory of its own and mapped files together, as the system counts the most there ever was
 MEASURE = """
@@ -35,24 +34,6 @@ def made_up() -> Tensors:
     return Tensors(like, load)
 
 
-def sharded(folder, tensors: Tensors, limit: int) -> int:
-    """Write shards of at most `limit` bytes; returns the size of the largest."""
-    groups, size = [[]], 0
-    for name, like in tensors.like.items():
-        if size and size + like.nbytes > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += like.nbytes
-    places = {}
-    for number, names in enumerate(groups, 1):
-        file = f"model-{number:05}-of-{len(groups):05}.safetensors"
-        write_tensors(folder / file, Tensors({name: tensors.like[name] for name in names}, tensors.load))
-        places |= dict.fromkeys(names, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-    return max(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
 @pytest.mark.large
 @pytest.mark.parametrize("kind", ["pth", "shards"])
 def test_converting_takes_no_more_memory_than_the_largest_file(tmp_path, kind):
@@ -64,7 +45,8 @@ def test_converting_takes_no_more_memory_than_the_largest_file(tmp_path, kind):
         write_pth(given / "model.pth", tensors)
         largest = (given / "model.pth").stat().st_size
     else:
-        largest = sharded(given, tensors, 10**9)
+        write_sharded(given, tensors, 10**9)
+        largest = max(file.stat().st_size for file in given.glob("*.safetensors"))
     calls = {"convert": ["--out", "model.safetensors"]}
     outs = {"pth": "m.pth", "gguf": "m.gguf", "hf": "hf"}
     calls |= {f"export {to}": ["--to", to, "--out", out] for to, out in outs.items()}
