@@ -115,8 +115,7 @@ class ChatTemplate:
         """
         parts = self._parts(messages, False, {})
         if any(isinstance(part, Said) for part in parts):
-            for learned, run in groupby(parts, lambda part: isinstance(part, Said)):
-                yield "".join(run), learned
+            yield from self._tagged(parts, [m.get("train", True) for m in messages if m["role"] == "assistant"])
             return
         done, whole = "", "".join(parts)
         for count, message in enumerate(messages, 1):
@@ -133,6 +132,21 @@ class ChatTemplate:
                 done = now
         if whole.startswith(done) and whole != done:
             yield whole[len(done) :], False
+
+    def _tagged(self, parts: list[str], wanted: list[bool]) -> Iterator[tuple[str, bool]]:
+        """(text, learned) parts by generation tags, of which there is one a turn where not all turns are `wanted`."""
+        tagged = sum(isinstance(part, Said) for part in parts)
+        if tagged != len(wanted) and not all(wanted):
+            raise DataError(
+                f"{self.where}: {tagged} generation tags for {len(wanted)} replies, some of which are not"
+                " to be learned; nobody can tell which"
+            )
+        learned = iter(wanted if tagged == len(wanted) else [True] * tagged)
+        for said, run in groupby(parts, lambda part: isinstance(part, Said)):
+            if said:
+                yield from ((str(part), next(learned)) for part in run)
+            else:
+                yield "".join(run), False
 
     def render(self, messages: Sequence[dict], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
         """Ids of a talk, and a mask of equal length: 1 over the assistant's words and what ends its turn."""

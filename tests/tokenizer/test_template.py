@@ -210,6 +210,12 @@ def test_generation_tags_say_what_is_learned():
     parts = [*ChatTemplate(source).segments(TALK)]
     assert [text for text, learned in parts if learned] == ["Hello!</s>", "No more.</s>"]
     assert "".join(text for text, _ in parts) == ChatTemplate(source).text(TALK)
+    one = [turn | {"train": False} if turn["content"] == "Hello!" else turn for turn in TALK]
+    assert [text for text, learned in ChatTemplate(source).segments(one) if learned] == ["No more.</s>"]
+    twice = source.replace("{% else %}", "{% generation %}!{% endgeneration %}{% else %}")
+    assert [text for text, learned in ChatTemplate(twice).segments(TALK[:3]) if learned] == ["Hello!</s>", "!"]
+    with pytest.raises(DataError, match="4 generation tags for 2 replies"):
+        list(ChatTemplate(twice).segments(one))
     # without the tags nobody could tell: the number at the end changes
     with pytest.raises(DataError, match="generation tags"):
         list(ChatTemplate(source.replace("{% generation %}", "").replace("{% endgeneration %}", "")).segments(TALK))
