@@ -9,14 +9,16 @@ from pathlib import Path
 
 from rwkvpipe.base.errors import HubError, Parser, run
 from rwkvpipe.base.tree import remote, whole_repository
-from rwkvpipe.weights import hub, repository
+from rwkvpipe.weights import dataset, hub, repository
 from rwkvpipe.weights.transfer import amount
 
 
 def tell(given: argparse.Namespace) -> None:
-    """Print the weights that a repository has, or the files that fit the patterns."""
+    """Print the weights that a repository has, of a data set its rows, or the files that fit the patterns."""
     found = hub.listed(given.source, given.mirror)
-    wanted = repository.chosen(found, tuple(given.files)) if given.files else filter(repository.is_weights, found)
+    data = given.source.startswith("hf://datasets/")
+    shown = dataset.documents(found) if data else filter(repository.is_weights, found)
+    wanted = repository.chosen(found, tuple(given.files)) if given.files else shown
     for file in wanted:
         size = "" if file.size is None else amount(file.size)
         sys.stdout.write(f"{file.path}  {size}  {file.sha256 or ''}".rstrip() + "\n")
@@ -26,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     """Fetch one file, or the files of a repository into a folder, or list them."""
     parser = Parser(prog="rwkvpipe.download", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "source", help="a path, file://, http(s)://, or hf:// or modelscope://owner/name[@revision][/file]"
+        "source", help="a path, file://, http(s)://, hf:// or modelscope://owner/name[@revision][/file]"
     )
     parser.add_argument("--sha256", help="digest that the file must have, in hex")
     parser.add_argument("--files", action="append", default=[], metavar="PATTERN", help="of a repository: only these")

@@ -10,6 +10,7 @@ from pathlib import Path
 from rwkvpipe.base.config import TokenizerConfig
 from rwkvpipe.base.errors import ConfigError, DataError, Parser, run
 from rwkvpipe.base.files import write_text
+from rwkvpipe.base.sources import files_of
 from rwkvpipe.base.strict import check_json
 from rwkvpipe.data.corpus import largest, texts
 from rwkvpipe.data.synthetic import generate
@@ -37,7 +38,7 @@ def parse_made(made: str) -> tuple[str, int, int]:
 
 def corpora(files: Iterable[str], made: Iterable[str]) -> Iterator[str]:
     """Every text that a model may read because of these; of JSON rows all, whatever their columns are called."""
-    for file in files:
+    for file in (file for path in files for file in files_of(path)):
         yield from texts(file)
     for name, seed, count in map(parse_made, made):
         for document in generate(name, seed, count):
@@ -70,7 +71,7 @@ def make(spec: TokenizerConfig, files: list[str], made: list[str], out: Path) ->
     if spec.corpora and not files and not made:
         raise ConfigError("--spec: corpora are named, but neither a file nor --synthetic is given")
     if spec.kind == "integer" and spec.corpora and not made:
-        return IntegerTokenizer(1 + max(map(largest, files)))
+        return IntegerTokenizer(1 + max(largest(file) for path in files for file in files_of(path)))
     if spec.corpora and spec.kind != "integer":
         found = corpora(files, made)
         return characters(found) if spec.kind == "trie" else pairs(found, spec.vocab_size, out)

@@ -390,6 +390,31 @@ def test_only_weights_are_whole_repositories():
         Plan(parse(HUB | {"tokenizers": {**HUB["tokenizers"], "t": {"kind": "trie", "path": "hf://o/n"}}}, "config"))
 
 
+def test_a_data_set_of_a_hub_is_fetched_as_a_folder():
+    config = changed("corpora.text.path", "hf://datasets/o/n@v1/data/*.parquet")
+    config["benchmarks"]["bits"]["path"] = "hf://datasets/o/n"
+    plan = Plan(parse(config, "c.yaml"))
+    folder = plan.fetched("hf://datasets/o/n@v1/data/*.parquet")
+    assert plan.corpus_file("text") == plan.corpus_source("text") == [folder]
+    assert plan.benchmark_file("bits") == [plan.fetched("hf://datasets/o/n")] != [folder]
+    assert re.fullmatch(plan.downloads_of(whole=True), folder.rpartition("/")[2])
+    assert "hf" not in folder.rpartition("/")[2]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("weights.given.path", "hf://o/n/*.pth", "a pattern of files is for data sets"),
+        ("corpora.text.path", "hf://o/n", "corpora.text.path: a whole repository; name the file"),
+        ("tokenizers.letters", {"kind": "bpe", "path": "hf://datasets/o/n"}, "a whole repository; name the file"),
+        ("corpora.text", {"path": ["a", "b"], "tokenizer": "bytes"}, "a list of paths, belong to format binidx"),
+        ("corpora.text.path", 5, "corpora.text.path: Input should be a valid string (got 5)"),
+    ],
+)
+def test_paths_that_cannot_be_are_refused(path, value, message):
+    assert message in error(changed(path, value))
+
+
 def test_a_stage_learns_from_several_corpora_by_weights():
     config = changed("stages.base.data", {"sums": 3, "more": 1.5})
     config["corpora"]["more"] = config["corpora"]["sums"] | {"count": 7}

@@ -6,6 +6,7 @@ from pathlib import Path
 from rwkvpipe.base.errors import ConfigError, DataError
 from rwkvpipe.base.files import read_json
 
+ABOUT = ("state.json", "dataset_info.json")  # what lies beside the data of a saved data set
 PAIR = ("bin", "idx", "mask")
 
 
@@ -14,8 +15,15 @@ def _saved(folder: Path) -> list[str]:
     state = read_json(folder / "state.json")
     listed = state.get("_data_files") if isinstance(state, dict) else None
     names = [each.get("filename") if isinstance(each, dict) else None for each in listed or ()]
-    if not names or not all(isinstance(name, str) for name in names):
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise DataError(f"{folder}/state.json: no list of data files; save the data set again with save_to_disk")
+    if state.get("_indices_data_files") or state.get("_indices_files"):
+        raise DataError(
+            f"{folder}/state.json: its rows are a choice of those in its files; save it again, after flatten_indices()"
+        )
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise DataError(f"{folder}/{absent[0]}: no such file, which state.json lists; copy the data set again")
     return [str(folder / name) for name in names]
 
 
@@ -25,8 +33,11 @@ def _folder(folder: Path) -> list[str]:
         raise ConfigError(f"{folder}: a data set of the parts {', '.join(parts)}; name one: {folder}/{parts[0]}")
     if (folder / "state.json").is_file():
         return _saved(folder)
-    found = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(str(path) for path in found if not any(p.startswith(".") for p in path.relative_to(folder).parts))
+    found = [path for path in folder.rglob("*") if path.is_file()]
+    saved = {path.parent for path in found if path.name == "state.json"} - {folder}
+    plain = [str(path) for path in found if not any(p.startswith(".") for p in path.relative_to(folder).parts)]
+    beside = [str(place / file) for place in saved for file in ABOUT]
+    return sorted(path for path in plain if path not in beside)
 
 
 def prefix_of(path: str | Path) -> str:

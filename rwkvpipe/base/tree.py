@@ -2,9 +2,10 @@
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from glob import has_magic
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -43,9 +44,10 @@ def remote(source: str) -> bool:
 
 
 def whole_repository(source: str) -> bool:
-    """Whether an address is that of a hub's repository, not of a file in it."""
+    """Whether an address is that of a hub's repository, or of a data set's files by a pattern, not of one file."""
     scheme, _, words = source.partition("://")
-    return scheme in HUBS and words.removeprefix("datasets/").strip("/").count("/") == 1
+    name = words.removeprefix("datasets/").strip("/")
+    return scheme in HUBS and (name.count("/") == 1 or (name != words and has_magic(name)))
 
 
 def download_name(source: str) -> str:
@@ -168,7 +170,12 @@ class Tree:
     def corpus_file(self, name: str, field: str = "path") -> list[str]:
         """The files of a corpus as they came."""
         means = pair_files if self.config.corpora[name].format == "binidx" else files_of
-        return [file for source in self.corpus_source(name, field) for file in means(source)]
+        return [file for path in self._given(name, field) for file in self._files(path, means)]
+
+    def _files(self, path: str, means: Callable[[str], list[str]]) -> list[str]:
+        """The files of a path; what comes as a folder is one thing, whatever is in it when it has come."""
+        source = self.fetched(path)
+        return [source] if whole_repository(path) else means(source)
 
     def valid_file(self, name: str) -> list[str]:
         """The files of a corpus's own validation part."""
@@ -189,7 +196,8 @@ class Tree:
 
     def benchmark_file(self, name: str) -> list[str]:
         """The files of a benchmark as they came."""
-        return [file for source in self.benchmark_source(name) for file in files_of(source)]
+        path = self.config.benchmarks[name].path
+        return self._files(path, files_of) if path else []
 
     def vocabulary_files(self, name: str) -> list[str]:
         """What a vocabulary is read or learned from."""

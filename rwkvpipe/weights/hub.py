@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 from rwkvpipe.base.errors import HubError
 from rwkvpipe.base.files import atomic, digest
-from rwkvpipe.weights import repository
+from rwkvpipe.weights import dataset, repository
 from rwkvpipe.weights.part import Part, written
 from rwkvpipe.weights.repository import Repo, RepoFile
 from rwkvpipe.weights.transfer import bring, shown
@@ -166,9 +166,10 @@ def _file_of(repo: Repo, path: str, out: Path, sha256: str | None, endpoint: str
 
 
 def _all_of(repo: Repo, patterns: tuple[str, ...], out: Path, endpoint: str, headers: dict[str, str]) -> None:
-    found = repository.chosen(repository.files(repo, endpoint, headers), patterns)
+    choose, kind = (repository.chosen, "weights") if repo.kind == "models" else (dataset.documents, "data")
+    found = choose(repository.files(repo, endpoint, headers), patterns)
     if not found:
-        raise HubError(f"{repo.name} of {shown(endpoint)}: no file fits {' '.join(patterns) or 'any form of weights'}")
+        raise HubError(f"{repo.name} of {shown(endpoint)}: no file fits {' '.join(patterns) or f'any form of {kind}'}")
     # beside its place until all are there; what is there is kept
     coming = out if out.is_dir() else out.with_name(f".{out.name}.coming")
     pool = ThreadPoolExecutor(AT_ONCE)
@@ -188,13 +189,18 @@ def _all_of(repo: Repo, patterns: tuple[str, ...], out: Path, endpoint: str, hea
 
 
 def fetch_repository(source: str, out: Path, *, patterns: Sequence[str], mirrors: Sequence[str]) -> None:
-    """Put the files of a repository that fit `patterns` into the folder `out`, several at once. Raises HubError."""
-    repo, _ = repository.parse(source) or (None, "")
+    """Put the files of a repository that fit `patterns` into the folder `out`, several at once. Raises HubError.
+
+    Of a data set the address may end in a pattern; without any its rows come, those of the training part if parts are
+    told.
+    """
+    repo, pattern = repository.parse(source) or (None, "")
     if repo is None:
         raise HubError(f"{shown(source)}: no repository; give hf://owner/name or modelscope://owner/name")
     if out.is_file():
         raise HubError(f"{out}: a file; name the folder to write")
-    _anywhere(repo, mirrors, partial(_all_of, repo, tuple(patterns), out))
+    wanted = (*patterns, *([pattern] if pattern else ()))
+    _anywhere(repo, mirrors, partial(_all_of, repo, wanted, out))
 
 
 def fetch(source: str | Path, out: str | Path, sha256: str | None = None, *, mirrors: Sequence[str] = ()) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from rwkvpipe import download
 from rwkvpipe.base.errors import HubError
-from rwkvpipe.weights import hub, repository, transfer
+from rwkvpipe.weights import dataset, hub, repository, transfer
 
 FILES = {
     "config.json": b'{"n_layer": 2}',
@@ -33,6 +33,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.seen, self.asked = dict(FILES), [], Counter()
+        self.rows: dict[str, bytes] = {}  # of a data set
         self.cuts, self.list_cuts, self.statuses, self.lengths = deque(), deque(), deque(), True
         self.wrong, self.longer, self.elsewhere, self.pages = set(), 0, None, False
         self.extra, self.most, self.busy = [], 0, 0
@@ -70,6 +71,12 @@ class Handler(BaseHTTPRequestHandler):
             if server.elsewhere:
                 return self.tell(b"", 302, {"Location": f"{server.elsewhere}/moved/{name.replace(' ', '%20')}"})
             return self.file(name)
+        if path.startswith("/api/datasets/o/d/tree/main"):
+            folder = path.removeprefix("/api/datasets/o/d/tree/main").strip("/")
+            rows = [self.hf(name, data) for name, data in server.rows.items() if name.startswith(folder)]
+            return self.page(rows, asked)
+        if path.startswith("/datasets/o/d/resolve/main/"):
+            return self.file(path.removeprefix("/datasets/o/d/resolve/main/"))
         if path.startswith("/moved/"):
             return self.file(path.removeprefix("/moved/"))
         self.tell(b"", 404)
@@ -94,9 +101,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def file(self, name):
         server = self.server
-        if name not in server.files:
+        if name not in server.files | server.rows:
             return self.tell(b"", 404)
-        data = server.files[name]
+        data = (server.files | server.rows)[name]
         if name in server.wrong:
             data = data[:-1] + b"?"
         with server.lock:
@@ -345,3 +352,69 @@ def test_addresses_mean_repositories():
     assert (found.kind, found.name, found.revision, path) == ("datasets", "o/n", "v1", "a/b.parquet")
     assert found.address("https://h", path) == "https://h/datasets/o/n/resolve/v1/a/b.parquet"
     assert repository.parse("https://o/n") is None and hub.is_offline() in (True, False)
+
+
+def rows(*texts):
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+def test_a_data_set_comes_by_its_training_part_or_by_a_pattern(server, tmp_path, monkeypatch):
+    train = {f"data/train-0000{n}-of-00002.jsonl": rows(f"train {n}") for n in range(2)}
+    other = {"data/test-00000.jsonl": rows("test"), "more/x.jsonl": rows("x"), "top.jsonl": rows("top")}
+    server.rows = train | other | {"README.md": b"# words", "dataset_infos.json": b"{}", ".gitattributes": b"x"}
+    assert held(get("hf://datasets/o/d", tmp_path / "a")) == train
+    assert held(get("hf://datasets/o/d@main/data/*.jsonl", tmp_path / "b")).keys() == {*train, "data/test-00000.jsonl"}
+    assert held(get("hf://datasets/o/d/**/*.jsonl", tmp_path / "c")).keys() == {*train, *other}
+    with pytest.raises(HubError, match="o/d of .*: no file fits none/"):
+        get("hf://datasets/o/d/none/*", tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    get("hf://datasets/o/d", tmp_path / "a")
+    with pytest.raises(HubError, match="offline, and .*e is not here"):
+        get("hf://datasets/o/d", tmp_path / "e")
+
+
+def test_of_a_data_set_a_damaged_file_is_named_and_a_mirror_asked(server, tmp_path, monkeypatch):
+    server.rows = {"train.parquet": b"PAR1" * 900}
+    server.wrong = {"train.parquet"}
+    with pytest.raises(HubError, match="o/d/train.parquet of .*: git's digest is"):
+        get("hf://datasets/o/d", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    server.wrong = set()
+    assert held(get("hf://datasets/o/d", tmp_path / "a", "--mirror", server.url())) == server.rows
+
+
+def test_a_data_set_is_listed_by_its_rows(server, capsys):
+    server.rows = {"train.jsonl": rows("a"), "README.md": b"# words"}
+    download.main(["hf://datasets/o/d", "--list"])
+    assert capsys.readouterr().out.split()[0] == "train.jsonl"
+
+
+def test_the_rows_of_a_fetched_data_set_are_packed(server, tmp_path):
+    from rwkvpipe import pack
+    from rwkvpipe.data.binidx import Binidx
+
+    server.rows = {"data/train-1.jsonl": rows("b"), "data/train-0.jsonl": rows("a"), "data/valid-0.jsonl": rows("no")}
+    get("hf://datasets/o/d", tmp_path / "got")
+    spec = json.dumps({"path": "hf://datasets/o/d", "tokenizer": "b"})
+    pack.main([str(tmp_path / "got"), "--spec", spec, "--tokenizer", "bytes", "--out", str(tmp_path / "out")])
+    assert Binidx(tmp_path / "out/train").tokens(0, 2).tolist() == [97, 98]
+
+
+@pytest.mark.parametrize(
+    ("files", "chosen"),
+    [
+        (["a.parquet", "a.jsonl"], ["a.parquet"]),
+        (["test.jsonl", "validation.jsonl"], ["test.jsonl", "validation.jsonl"]),
+        (["part-1.jsonl", "dev.jsonl"], ["part-1.jsonl"]),
+        (["training/a.json.gz", "eval/a.json.gz"], ["training/a.json.gz"]),
+        (["train/data-0.arrow", "train/state.json", "train/dataset_info.json", "dataset_dict.json", "test/data-0.arrow",
+          "test/state.json"], ["train/data-0.arrow", "train/state.json"]),
+        (["constrained.txt", "latest.txt", "README.txt"], ["constrained.txt", "latest.txt"]),
+        (["README.md", "image.png"], []),
+    ],
+)  # fmt: skip
+def test_training_rows_are_told_by_names(files, chosen):
+    found = [repository.RepoFile(path, 1, None, None) for path in files]
+    assert [file.path for file in dataset.documents(found)] == chosen
