@@ -175,6 +175,12 @@ class Layout:
     def __call__(self, messages: Sequence[dict], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
         """Ids and marks of a talk. What its author laid out, and with `eod` every talk, ends with the end of texts."""
         if messages[0]["role"] == "ids":
+            for number in set(messages[0]["ids"]):
+                if number != tokenizer.eos and not tokenizer.owns(number):
+                    raise DataError(
+                        f"`input_ids` holds the id {number}, which stands for nothing in the vocabulary of"
+                        f" {tokenizer.size}; name the tokenizer that made the row"
+                    )
             return messages[0]["ids"], messages[0]["marks"]
         raw = messages[0]["role"] == "raw"
         ids, mask = (chat.render if raw else self.render)(messages, tokenizer)

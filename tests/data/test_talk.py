@@ -121,6 +121,13 @@ def test_a_row_that_says_nothing_to_learn_from_is_named(row, problem):
         talk(row, {}, "f:1", spec())
 
 
+def test_an_id_of_a_row_that_no_token_owns_is_named():
+    given = talk({"input_ids": [1, 0, 7, 2], "labels": [1, 0, 7, 2]}, {}, "f:1", spec())
+    trie = TrieTokenizer({1: b"a", 2: b"b", 9: b"c"})
+    with pytest.raises(DataError, match="`input_ids` holds the id 7, which stands for nothing in the vocabulary of 10"):
+        Layout(spec())(given.messages, trie)
+
+
 def test_rows_of_several_kinds_are_packed_with_their_marks(tmp_path):
     rows = [{"messages": [USER, REPLY]}, {"prompt": "1 + 1 =", "completion": " 2"}, {"text": "Once."},
             {"input_ids": [73, 106], "labels": [-100, 106]}]  # fmt: skip
