@@ -12,6 +12,7 @@ from rwkvpipe.base.errors import Parser, run
 from rwkvpipe.base.strict import check_json
 from rwkvpipe.model.family import contradiction, released
 from rwkvpipe.weights import store
+from rwkvpipe.weights.kinds import PARTS
 from rwkvpipe.weights.source import open_source
 from rwkvpipe.weights.states import states_of
 
@@ -31,7 +32,7 @@ def describe(path: str) -> dict:
     }
     if "lora" in source.metadata:
         settings = check_json(LoraConfig, source.metadata["lora"], path).model_dump()
-        full = sorted({name for name in like if not name.endswith((".lora_A", ".lora_B"))})
+        full = sorted({name for name in like if name.rpartition(".")[2] not in PARTS})
         return facts | {"adapter": settings | {"full_tensors": full}, "base_sha256": source.metadata.get("base", "")}
     if (states := states_of(source)) is not None:
         shapes = ", ".join(sorted({" x ".join(map(str, value.shape)) for value in states.like.values()}))

@@ -33,7 +33,7 @@ log = logging.getLogger("rwkvpipe")
 
 SCHEDULERS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID", "KUBERNETES_SERVICE_HOST")
 VERBS = sorted({file.stem for file in Path(__file__).parent.glob("*.py")} - {"__init__", "launch", "plan"})
-CREWS = ("grpo", "pretrain", "sft")  # verbs whose processes may be several
+CREWS = ("dpo", "grpo", "pretrain", "sft")  # verbs whose processes may be several
 PLANNED = "RWKVPIPE_PLANNED"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 POLL = 0.5  # seconds between looks at devices that are all taken

@@ -25,6 +25,9 @@ def main(argv: list[str] | None = None) -> None:
     given = parser.parse_args(argv)
     states = read_states(given.adapter)
     if states is not None:
+        base = store.describe(given.adapter)[1].get("base")
+        if base and base != store.mark(given.model):
+            raise WeightsError(f"{given.adapter}: was trained beside other weights than {given.model}; give those")
         store.write(given.out, *with_states(*store.read(given.model), states, given.adapter))
         log.info("%s: starts from the states of %s", given.out, given.adapter)
         return

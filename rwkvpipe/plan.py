@@ -16,13 +16,13 @@ from pathlib import Path
 import yaml
 
 from rwkvpipe.base.agree import known, load
-from rwkvpipe.base.config import CorpusConfig, PipelineConfig, RolloutConfig, Settings
+from rwkvpipe.base.config import CorpusConfig, DpoConfig, PipelineConfig, RolloutConfig, Settings
 from rwkvpipe.base.errors import Parser, run
 from rwkvpipe.base.files import canonical
 from rwkvpipe.base.fingerprint import fingerprint
 from rwkvpipe.base.sources import pair_files
 from rwkvpipe.base.strict import Strict
-from rwkvpipe.base.tree import Tree, local
+from rwkvpipe.base.tree import SPOKEN, Tree, local
 from rwkvpipe.data.synthetic import SYNTHETIC
 from rwkvpipe.tasks.registry import REWARDS
 
@@ -90,9 +90,12 @@ class Plan(Tree):
             "seed": seed,
             "model": stage.model,
             "lora": stage.lora,
+            "state": stage.state,
             "mix": tuple(stage.shares.values()) if len(stage.shares) > 1 else (),
             "train": stage.train.model_copy(update={"seed": seed}),
         }
+        if stage.kind == "dpo":
+            values |= {"dpo": stage.dpo or DpoConfig()}
         if stage.kind == "grpo":
             values |= {"rollout": stage.rollout or RolloutConfig(), "prompt": stage.prompt or PROMPT}
         return Settings(**values).model_dump(mode="json")
@@ -118,7 +121,8 @@ class Plan(Tree):
     def micro_batch(self, name: str) -> int:
         """Rows at once that should fit anywhere; the profile may say better."""
         stage = self.stages[name]
-        rows = stage.train.batch * ((stage.rollout or RolloutConfig()).samples if stage.kind == "grpo" else 1)
+        of_one = {"grpo": (stage.rollout or RolloutConfig()).samples, "dpo": 2}
+        rows = stage.train.batch * of_one.get(stage.kind, 1)
         return max(1, min(rows, TOKENS_AT_ONCE // stage.train.ctx_len))
 
     # the graph
@@ -182,10 +186,10 @@ class Plan(Tree):
         yield Step("settings", name, (), (settings,))
         if stage.model is not None:
             yield Step("init", name, (settings, *self.vocabulary(name)), (self.start(name),), f"{log}/init.jsonl")
-        weights = f"{home}/adapter.safetensors" if stage.lora else self.model(name)
-        reads = (settings, self.start(name), *self.data(name), *(self.vocabulary(name) if stage.kind == "grpo" else ()))
+        weights = f"{home}/adapter.safetensors" if stage.apart else self.model(name)
+        reads = (settings, self.start(name), *self.data(name), *(self.vocabulary(name) if stage.kind in SPOKEN else ()))
         yield Step(stage.kind, name, reads, (weights, metrics), f"{log}/{stage.kind}.jsonl")
-        if stage.lora:
+        if stage.apart:
             yield Step("merge", name, (self.start(name), weights), (self.model(name),), f"{log}/merge.jsonl")
         yield Step("plot", name, (metrics,), tuple(self.plots(name)), f"{log}/plot.jsonl")
 
@@ -284,7 +288,7 @@ class Plan(Tree):
 
     def _subject(self, name: str) -> dict:
         stage, folder = self.stages.get(name), self.of(name)
-        trained = stage is not None and stage.kind != "grpo"
+        trained = stage is not None and stage.kind not in SPOKEN
         shares = stage.shares if stage else {}
         parts = {name: f"{name} ({weight / sum(shares.values()):.1%})" for name, weight in shares.items()}
         return {
@@ -293,6 +297,7 @@ class Plan(Tree):
             "data": next(iter(shares)) if len(shares) == 1 else ", ".join(parts.values()) or None,
             "start": stage.start if stage else None,
             "lora": bool(stage and stage.lora),
+            "state": bool(stage and stage.state),
             "folder": folder,
             "bench": list(self.bench(name)),
             "samples": f"{folder}/samples.jsonl" if self.samples(name) else None,

@@ -1,4 +1,4 @@
-"""Write the questions of a benchmark or of a corpus as rows that the other steps read.
+"""Write the questions of a benchmark, or the questions or pairs of a corpus, as rows that the other steps read.
 
 python -m rwkvpipe.questions --spec '{"task":"choice","synthetic":"counting.exam","limit":200}' --out exam.jsonl
 """
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from itertools import chain, islice
 
 from rwkvpipe.base.config import BenchmarkConfig, CorpusConfig
+from rwkvpipe.base.corpus import PLAIN
 from rwkvpipe.base.errors import ConfigError, DataError, Parser, new_file, run
 from rwkvpipe.base.files import write_jsonl
 from rwkvpipe.base.strict import check, given_json
@@ -24,8 +25,8 @@ def read_spec(text: str) -> BenchmarkConfig | CorpusConfig:
     value = given_json(text, "--spec")
     benchmark = isinstance(value, dict) and "task" in value
     spec = check(BenchmarkConfig if benchmark else CorpusConfig, value, "--spec")
-    if not benchmark and spec.format != "question":
-        raise ConfigError(f"--spec: format {spec.format}; a corpus of questions has format question")
+    if not benchmark and spec.format not in PLAIN:
+        raise ConfigError(f"--spec: format {spec.format}; a corpus of questions has format question, of pairs pairs")
     return spec
 
 
@@ -48,6 +49,9 @@ def found(
 ) -> Iterator[Document]:
     """Questions of a file or of a made corpus, each with what the task needs; bad rows go to `bad`."""
     choice = isinstance(spec, BenchmarkConfig) and spec.task == "choice"
+    if isinstance(spec, CorpusConfig) and spec.format == "pairs":
+        yield from corpus.documents(file, spec, bad)
+        return
     if file is not None:
         source = corpus.questions(file, spec, bad)
     elif isinstance(spec, CorpusConfig):

@@ -12,9 +12,11 @@ from urllib.parse import parse_qsl, urlsplit
 
 from rwkvpipe.base.config import PipelineConfig, StageConfig
 from rwkvpipe.base.errors import ConfigError
+from rwkvpipe.base.sizes import FAMILIES
 from rwkvpipe.base.strict import check, read_yaml
 
-FORMATS = {"pretrain": ("text", "array", "binidx"), "sft": ("chat", "binidx"), "grpo": ("question",)}
+FORMATS = {"pretrain": ("text", "array", "binidx"), "sft": ("chat", "binidx"), "dpo": ("pairs",)}
+FORMATS["grpo"] = ("question",)
 SECRETS = re.compile("token|secret|passw|key|sig|auth|credential", re.I)  # in names of an address's query
 TAKEN = ("plots", "log", "report.html")  # what else stands in results/<run>/
 
@@ -131,6 +133,15 @@ def _data(config: PipelineConfig, stage: StageConfig) -> None:
         )
 
 
+def _states(config: PipelineConfig, stage: StageConfig) -> None:
+    """States are tuned where the family, as far as the config tells it, has them."""
+    first: StageConfig | None = stage
+    while first is not None and first.model is None:
+        first = next((other for other in config.stages if other.name == first.start), None)
+    if stage.state and first is not None and "time_state" not in FAMILIES[first.model.family]:
+        raise ConfigError(f"stages.{stage.name}.state: {first.model.family} has no initial states; tune it with lora")
+
+
 def _rollout(stage: StageConfig) -> None:
     if stage.rollout is None:
         return
@@ -225,6 +236,7 @@ def agree(config: PipelineConfig) -> None:
     for stage in config.stages:
         _data(config, stage)
         _rollout(stage)
+        _states(config, stage)
     _measures(config)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from rwkvpipe.base.errors import ConfigError, DataError
 
-NAMES = ("question", "answer", "options", "label", "messages", "text")
+NAMES = ("question", "answer", "options", "label", "messages", "text", "prompt", "chosen", "rejected")
 STEP = re.compile(r'(?P<dot>\.)?(?:"(?P<quoted>(?:[^"\\]|\\.)*)"|(?P<name>[^."\[\]]+))|\[(?P<index>\*|-?\d{1,9})\]')
 SLOT = re.compile(r"\{(\w+)\}")
 EACH = None  # the step of [*]

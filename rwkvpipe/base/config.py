@@ -12,7 +12,7 @@ from rwkvpipe.base.corpus import CorpusConfig, check_columns
 from rwkvpipe.base.files import read_json
 from rwkvpipe.base.sizes import RwkvConfig
 from rwkvpipe.base.strict import Count, Name, NotNegative, Positive, Share, Strict, Whole, check
-from rwkvpipe.base.tuning import LoraConfig, RolloutConfig, SamplingConfig
+from rwkvpipe.base.tuning import DpoConfig, LoraConfig, RolloutConfig, SamplingConfig
 from rwkvpipe.base.vocabulary import TokenizerConfig
 
 
@@ -27,6 +27,7 @@ Data = Annotated[
     Discriminator(lambda value: "mix" if isinstance(value, dict) else "name"),
 ]
 LEAST = 1e-3  # share of a corpus in a mix
+Kind = Literal["pretrain", "sft", "dpo", "grpo"]
 
 
 class TrainConfig(Strict):
@@ -35,9 +36,9 @@ class TrainConfig(Strict):
     steps: Count
     """Optimizer steps."""
     ctx_len: Count = 512
-    """Tokens a row; for grpo, the longest prompt plus completion."""
+    """Tokens a row; for grpo and dpo, the longest prompt plus completion."""
     batch: Count = 16
-    """Rows a step over all devices; for grpo, prompts a step."""
+    """Rows a step over all devices; for grpo prompts, for dpo pairs of answers."""
     lr: Positive = 6e-4
     """Highest learning rate."""
     lr_final: NotNegative | None = None
@@ -58,7 +59,7 @@ class TrainConfig(Strict):
     clip: Positive = 1.0
     """Largest global norm of the gradient."""
     l2_wrap: NotNegative = 1e-4
-    """Pull on the largest logit (RWKV's L2Wrap); 0 is none."""
+    """Pull on the largest logit (RWKV's L2Wrap) in pretrain and sft; 0 is none."""
     chunk: Count | None = None
     """Infinite context: rows are read so many tokens at a time, the state carried on, so that memory does not grow
     with ctx_len; left out, whole."""
@@ -175,7 +176,7 @@ class StageConfig(Strict):
 
     name: Name
     """Names its folder in results/<run>/."""
-    kind: Literal["pretrain", "sft", "grpo"]
+    kind: Kind
     """What is done."""
     data: Data
     """The corpus it learns from; or several with their weights, {stories: 3, code: 1}: of each so large a part of the
@@ -186,6 +187,10 @@ class StageConfig(Strict):
     """Or the sizes of a new model."""
     lora: LoraConfig | None = None
     """Train an adapter instead of the weights."""
+    state: bool = False
+    """Or the states alone that every text starts from (rwkv6, rwkv7): a small file, which is merged like an adapter."""
+    dpo: DpoConfig | None = None
+    """dpo only: how strongly answers are preferred."""
     rollout: RolloutConfig | None = None
     """grpo only."""
     prompt: str | None = None
@@ -211,12 +216,31 @@ class StageConfig(Strict):
             raise ValueError("data: names no corpus")
         if min(weights) < LEAST * sum(weights):
             raise ValueError("data: a weight is less than a thousandth of all; leave that corpus out, or give it more")
-        if self.kind == "grpo" and len(weights) > 1:
-            raise ValueError("data: grpo asks the questions of one corpus; put them into one")
+        if self.kind in ("grpo", "dpo") and len(weights) > 1:
+            raise ValueError(f"data: {self.kind} learns from one corpus; put them into one")
         if self.kind != "pretrain" and self.train.rows is not None:
             raise ValueError("train.rows belongs to pretrain: a row of sft is a document, of grpo a question")
         if self.kind != "pretrain" and self.train.order == "magic":
             raise ValueError("train.order: magic reads a stream of tokens, in pretrain; choose shuffled or sequential")
+
+    @property
+    def apart(self) -> bool:
+        """Whether its result lies beside the weights, an adapter or states, and is merged into them on demand."""
+        return self.lora is not None or self.state
+
+    def _judged(self) -> None:
+        """Raise ValueError for what does nothing where whole answers are judged."""
+        train, kind = self.train, self.kind
+        if train.chunk is not None:
+            raise ValueError(f"train.chunk belongs to pretrain and sft: {kind} scores answers whole")
+        if train.l2_wrap not in (0, TrainConfig.model_fields["l2_wrap"].default):
+            raise ValueError(f"train.l2_wrap belongs to pretrain and sft; {kind} has no such pull")
+        if train.valid_every:
+            raise ValueError(f"train.valid_every belongs to pretrain and sft; {kind} holds nothing out")
+        if self.lora is not None and self.lora.dropout:
+            raise ValueError(f"lora.dropout: {kind} compares a model with itself, which needs dropout 0")
+        if self.model is not None:
+            raise ValueError(f"{kind} improves a model that can already answer: give start, not model")
 
     @model_validator(mode="after")
     def _fits(self):
@@ -225,12 +249,15 @@ class StageConfig(Strict):
             raise ValueError("give one of start (go on from weights) and model (start from nothing)")
         if self.kind != "grpo" and (self.rollout or self.prompt):
             raise ValueError(f"rollout and prompt belong to kind grpo, this is {self.kind}")
-        if self.kind == "grpo" and self.train.chunk is not None:
-            raise ValueError("train.chunk belongs to pretrain and sft: a rollout is scored whole")
-        if self.kind == "grpo" and self.model is not None:
-            raise ValueError("grpo improves a model that can already answer: give start, not model")
-        if self.lora and self.model is not None:
-            raise ValueError("lora needs trained weights beneath it: give start, not model")
+        if self.kind != "dpo" and self.dpo:
+            raise ValueError(f"dpo belongs to kind dpo, this is {self.kind}")
+        if self.kind in ("grpo", "dpo"):
+            self._judged()
+        if self.lora and self.state:
+            raise ValueError("state trains the initial states alone, lora an adapter: give one")
+        if self.apart and self.model is not None:
+            what = "lora" if self.lora else "state"
+            raise ValueError(f"{what} needs trained weights beneath it: give start, not model")
         if self.prompt is not None and "{question}" not in self.prompt:
             raise ValueError("prompt must hold {question}")
         return self
@@ -285,14 +312,27 @@ class PipelineConfig(Strict):
 class Settings(Strict):
     """What one training stage is asked to do: settings.json. Nothing about later steps or hardware."""
 
-    kind: Literal["pretrain", "sft", "grpo"]
+    kind: Kind
     seed: Whole
     model: RwkvConfig | None = None
     lora: LoraConfig | None = None
+    state: bool = False
+    dpo: DpoConfig | None = None
     rollout: RolloutConfig | None = None
     prompt: str | None = None
     mix: tuple[Positive, ...] = ()
     train: TrainConfig
+
+    @property
+    def apart(self) -> bool:
+        """Whether its result lies beside the weights, as an adapter or states."""
+        return self.lora is not None or self.state
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.lora and self.state:
+            raise ValueError("state trains the initial states alone, lora an adapter: give one")
+        return self
 
 
 def read_settings(path: str | Path) -> Settings:

@@ -15,6 +15,8 @@ Paths = Annotated[
 ]
 # what templates may make, by format
 OWN = {"text": {"text"}, "chat": {"question", "answer"}, "question": {"question", "answer"}}
+OWN["pairs"] = {"prompt", "chosen", "rejected"}
+PLAIN = ("question", "pairs")  # formats that become rows of JSON, not tokens
 
 
 def check_columns(columns: dict[str, str], templates: dict[str, str]) -> None:
@@ -38,9 +40,10 @@ class CorpusConfig(Strict):
     seed: Whole | None = None
     """synthetic: left out, the run's seed."""
     tokenizer: Name | None = None
-    """Its vocabulary; only a corpus of questions goes without."""
-    format: Literal["text", "chat", "question", "array", "binidx"] = "text"
+    """Its vocabulary; only formats question and pairs go without."""
+    format: Literal["text", "chat", "question", "pairs", "array", "binidx"] = "text"
     """text: documents; chat: turns, only the assistant's are learned; question: prompts with answers, for grpo;
+    pairs: prompts with an answer that is chosen and one that is rejected, for dpo;
     array: whole numbers from a .npy file, one row a document; binidx: tokens of .bin and .idx pairs, used where they
     lie."""
     join: Literal["link", "copy"] = "link"
@@ -55,8 +58,8 @@ class CorpusConfig(Strict):
     field: str = "text"
     """text, array: the column that holds the document; a path such as meta.body or parts[0] may stand there."""
     columns: dict[str, str] = {}
-    """Our name (question, answer, options, label, messages) to the file's: a column, or a path into it, such as
-    paragraphs[*].qas[*].question, which makes a record of each item."""
+    """Our name (question, answer, options, label, messages; prompt, chosen, rejected) to the file's: a column, or a
+    path into it, such as paragraphs[*].qas[*].question, which makes a record of each item."""
     templates: dict[str, str] = {}
     """Our name (also text) to a text that puts columns together: question: "{context} {ask}"."""
     template: str | None = None
@@ -83,8 +86,10 @@ class CorpusConfig(Strict):
             raise ValueError("count belongs to synthetic, and synthetic needs it")
         if self.synthetic is None and self.seed is not None:
             raise ValueError("seed belongs to synthetic")
-        if (self.format == "question") != (self.tokenizer is None):
-            raise ValueError("every format but question needs a tokenizer, and question takes none")
+        if (self.format in PLAIN) != (self.tokenizer is None):
+            raise ValueError("every format but question and pairs needs a tokenizer, and those take none")
+        if self.format == "pairs" and self.synthetic is not None:
+            raise ValueError("no pairs are made here; give path")
         if self.template is not None and (self.format != "chat" or "://" in self.template):
             raise ValueError("template is a local file or folder, and belongs to format chat")
         if self.format != "chat" and (self.replies != "all" or self.eod or self.labels != "auto"):
@@ -93,8 +98,8 @@ class CorpusConfig(Strict):
             raise ValueError("cut belongs to format array")
         if self.field != "text" and (self.format not in ("text", "array") or "text" in self.templates):
             raise ValueError("field belongs to formats text and array, and to no template of the text")
-        if self.columns and self.format not in ("chat", "question") and "text" not in self.templates:
-            raise ValueError("columns belongs to formats chat and question, and to templates.text")
+        if self.columns and self.format not in ("chat", *PLAIN) and "text" not in self.templates:
+            raise ValueError("columns belongs to formats chat, question and pairs, and to templates.text")
         if self.templates and not set(self.templates) <= (own := OWN.get(self.format, set())):
             raise ValueError(f"templates of format {self.format}: {', '.join(sorted(own)) or 'none'}")
         if self.synthetic is not None and (self.limit or self.on_error != "stop" or self.templates):
@@ -116,8 +121,8 @@ class CorpusConfig(Strict):
             raise ValueError("join, and a list of paths, belong to format binidx; a folder or a glob means many files")
         if () in (self.path, self.valid_path):
             raise ValueError("path: a list without a path")
-        if self.format == "question" and self.duplicates != "keep":
+        if self.format in PLAIN and self.duplicates != "keep":
             raise ValueError("duplicates belongs to corpora that become tokens")
-        if self.format == "question" and (self.valid or self.valid_path):
-            raise ValueError("a corpus of questions has no validation part; make a benchmark of it")
+        if self.format in PLAIN and (self.valid or self.valid_path):
+            raise ValueError(f"format {self.format} has no validation part; make a benchmark of what is held out")
         return self

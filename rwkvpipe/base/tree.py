@@ -19,6 +19,7 @@ EXPORTED = {format: f"{format}/model.{format}" for format in ("safetensors", "pt
 EXPORTED |= {"hub": "hub/README.md", "hf": "hf/README.md"}
 HUBS = ("hf", "modelscope")  # schemes of addresses that hubs answer to
 FIELDS = ("path", "valid_path")  # of a corpus
+SPOKEN = ("grpo", "dpo")  # kinds of stages that read rows of words, not a packed corpus
 PLOTS = ("loss", "lr", "grad_norm", "throughput")
 
 
@@ -79,12 +80,15 @@ class Tree:
         self.stages: dict[str, StageConfig] = {stage.name: stage for stage in config.stages}
 
     def only(self, *kinds: str, lora: bool | None = None, fresh: bool | None = None) -> str:
-        """Pattern of the stages of these kinds (of none named: all), with or without adapter, from nothing or not."""
+        """Pattern of the stages of these kinds (of none named: all), from nothing or not.
+
+        `lora`: whether what they learn lies beside the weights.
+        """
         return any_of(
             name
             for name, stage in self.stages.items()
             if (not kinds or stage.kind in kinds)
-            and lora in (None, stage.lora is not None)
+            and lora in (None, stage.apart)
             and fresh in (None, stage.model is not None)
         )
 
@@ -244,9 +248,9 @@ class Tree:
         return [f"{folder}/corpus.json", *(f"{folder}/{half}.{part}" for half in ("train", "valid") for part in found)]
 
     def data(self, stage: str) -> list[str]:
-        """What a stage learns from: the packed corpora, or for grpo the questions."""
+        """What a stage learns from: the packed corpora, or for grpo and dpo the rows."""
         names = list(self.stages[stage].shares)
-        if self.stages[stage].kind == "grpo":
+        if self.stages[stage].kind in SPOKEN:
             return [f"{self.shared}/corpora/{name}.jsonl" for name in names]
         return [file for name in names for file in self.packed(name)]
 
@@ -282,7 +286,7 @@ class Tree:
             if subject in self.stages:
                 files += [f"{self.of(subject)}/settings.json", f"{self.of(subject)}/metrics.jsonl"]
                 files += self.plots(subject)
-                files += [] if self.stages[subject].kind == "grpo" else self.cards(subject).values()
+                files += [] if self.stages[subject].kind in SPOKEN else self.cards(subject).values()
             files += self.scores(subject)
             files += [f"{self.of(subject)}/bench/{name}.samples.jsonl" for name in self.bench(subject)]
             files += [f"{self.of(subject)}/samples.jsonl"] if self.samples(subject) else []

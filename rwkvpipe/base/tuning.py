@@ -39,6 +39,23 @@ class LoraConfig(Strict):
         return self
 
 
+class DpoConfig(Strict):
+    """DPO: how answers that people prefer are told from others."""
+
+    beta: Positive = 0.1
+    """How much a preference counts beside the divergence from the starting model."""
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """DPO's own; ipo draws the difference, a token, towards 1 / (2 beta) instead of ever further."""
+    smoothing: Annotated[Real, Field(ge=0, lt=0.5)] = 0.0
+    """Share of the pairs that may stand the wrong way round."""
+
+    @model_validator(mode="after")
+    def _suits(self):
+        if self.loss == "ipo" and self.smoothing:
+            raise ValueError("smoothing belongs to loss sigmoid")
+        return self
+
+
 class SamplingConfig(Strict):
     """How the next token is chosen."""
 

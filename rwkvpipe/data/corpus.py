@@ -15,6 +15,7 @@ from rwkvpipe.base.sources import files_of
 from rwkvpipe.data.array import array_documents, array_units
 from rwkvpipe.data.document import Document
 from rwkvpipe.data.kind import BOM, TABLES, kind_of, opened
+from rwkvpipe.data.pair import PARTS, pair
 from rwkvpipe.data.question import filled, question, words
 from rwkvpipe.data.table import raw_rows, row_of, table_units
 from rwkvpipe.data.talk import KEYS, talk
@@ -23,6 +24,7 @@ from rwkvpipe.data.unit import Place, Unit
 ARRAYS = ("numpy", "arrays")
 # what rows of questions may be called without `columns`
 ASKED = {"question", "prompt", "answer", "options", "label"}
+PAIRED = set(PARTS)
 Bad = Callable[[DataError], None]
 
 
@@ -122,10 +124,10 @@ class Reader:
 
     def __init__(self, spec: CorpusConfig | Named, format: str):
         self.spec, self.format = spec, format
-        named = format in ("chat", "question") or "text" in spec.templates or "text" in spec.columns
+        named = format in ("chat", "question", "pairs") or "text" in spec.templates or "text" in spec.columns
         field = {} if named else {"text": getattr(spec, "field", "text")}
         self.columns = Columns(spec.columns | field, spec.templates)
-        names = {"question": ASKED, "chat": KEYS}.get(format, set())
+        names = {"question": ASKED, "chat": KEYS, "pairs": PAIRED}.get(format, set())
         self.needed = frozenset(self.columns.tops | names)
         self.cut = getattr(spec, "cut", None)
 
@@ -200,6 +202,8 @@ class Reader:
     def _document(self, record: dict, where: object) -> Document:
         if self.format == "question":
             return question(record, self.columns.names, where)
+        if self.format == "pairs":
+            return Document(pair=pair(record, self.columns.names, where), origin=where)
         if self.format == "chat":
             return talk(record, self.columns.names, where, self.spec)
         column = self.columns.names["text"]

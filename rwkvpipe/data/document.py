@@ -18,7 +18,7 @@ Render = Callable[[Sequence[dict], Tokenizer], tuple[list[int], list[int]]]
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """One of: `text`; `messages` (role and content each); `ids` (whole numbers); `question` with `answer`.
+    """One of: `text`; `messages` (role and content each); `ids` (whole numbers); `question` with `answer`; a `pair`.
 
     A question of multiple choice has `options` and the index of the right one, `label`. `origin` is where the
     document came from, as text `file:line`, for errors.
@@ -31,6 +31,7 @@ class Document:
     answer: str | None = None
     options: Sequence[str] | None = None
     label: int | None = None
+    pair: dict | None = None
     origin: object = ""
 
     def talk(self) -> list[dict]:
@@ -52,7 +53,9 @@ class Document:
         return []
 
     def row(self) -> dict:
-        """A question as a row of a question file."""
+        """A question, or a pair of answers, as a row of JSON."""
+        if self.pair is not None:
+            return dict(self.pair)
         row: dict = {"question": self.question, "answer": self.answer}
         if self.options is not None:
             row |= {"options": list(self.options), "label": self.label}

@@ -13,10 +13,12 @@ from rwkvpipe.show.metrics import Metrics
 KINDS = {
     "pretrain": "pretraining",
     "sft": "supervised tuning",
+    "dpo": "preferences (DPO)",
     "grpo": "reinforcement (GRPO)",
     "weights": "given weights",
 }
 ADAPTERS = {"lora": "LoRA", "pissa": "PiSSA", "dora": "DoRA", "disha": "DiSHA"}
+ROWS = {"grpo": "questions", "dpo": "pairs"}
 EXAMPLES, SAMPLES, LONGEST = 3, 6, 1500
 
 
@@ -48,7 +50,7 @@ def amount(evidence: Evidence, subject: Subject) -> str | None:
     if known:
         return ", ".join(f"{rough(train[name])} {name}" for name in known)
     if isinstance(source.get("count"), int):
-        return f"{rough(source['count'])} {'questions' if subject.kind == 'grpo' else 'documents'}"
+        return f"{rough(source['count'])} {ROWS.get(subject.kind, 'documents')}"
     return None
 
 
@@ -76,13 +78,14 @@ def _data(evidence: Evidence, subject: Subject) -> Html:
 def _training(evidence: Evidence, subject: Subject, settings: Settings) -> dict[str, object]:
     """What was asked for, in a dozen words."""
     train, trained = settings.train, weights(evidence, subject)
-    rows = "prompts" if subject.kind == "grpo" else "rows"
+    rows = {"grpo": "prompts", "dpo": "pairs"}.get(subject.kind, "rows")
     final = f" to {train.lr_final:g}" if train.lr_final else ""
     return {
         "Learned from": _data(evidence, subject),
         "Started from": subject.start or "new weights, from the seed",
         "Model": size(settings.model) if settings.model else None,
         "Adapters": f"{ADAPTERS[settings.lora.kind]} of rank {settings.lora.rank}" if settings.lora else None,
+        "Preferences": f"{settings.dpo.loss}, beta {settings.dpo.beta:g}" if settings.dpo else None,
         "Weights trained": f"{trained[0]} of {trained[1]}" if trained else None,
         "Learning rate": f"{train.lr:g}{final}, {train.schedule}, {train.warmup} steps of warm-up",
         "Batch": f"{train.batch} {rows} of at most {train.ctx_len} tokens",
@@ -151,7 +154,7 @@ def _graded(evidence: Evidence, subject: Subject) -> Html:
 def card(evidence: Evidence, subject: Subject, number: int) -> Html:
     """Everything about one subject."""
     settings, metrics = evidence.settings(subject), evidence.metrics(subject)
-    chips = [KINDS[subject.kind], *(["LoRA"] if subject.lora else [])]
+    chips = [KINDS[subject.kind], *(["adapters"] if subject.lora else ["states"] if subject.state else [])]
     parts: list[Html] = [
         el("p", f"Stage {number}" if subject.kind != "weights" else "Given", klass="over"),
         el("h2", subject.name, *(el("span", chip, klass="chip") for chip in chips)),

@@ -20,10 +20,11 @@ class Subject(Strict):
     """Something that was trained, or measured as it came, and where its files are."""
 
     name: str
-    kind: Literal["pretrain", "sft", "grpo", "weights"]
+    kind: Literal["pretrain", "sft", "dpo", "grpo", "weights"]
     data: str | None = None
     start: str | None = None
     lora: bool = False
+    state: bool = False
     folder: str
     bench: tuple[str, ...] = ()
     samples: str | None = None

@@ -11,7 +11,7 @@ LETTERS = 19  # of a label that fit into a box
 KINDS = {
     "data": ("download", "convert", "vocab", "questions", "pack"),
     "setup": ("settings", "init"),
-    "training": ("pretrain", "sft", "grpo", "merge"),
+    "training": ("pretrain", "sft", "dpo", "grpo", "merge"),
     "measuring": ("bench", "score", "generate"),
     "showing": ("plot", "report"),
 }

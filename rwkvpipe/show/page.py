@@ -13,7 +13,8 @@ from rwkvpipe.show.markup import Html, anchor, count, duration, el, facts, fold,
 
 TRACKED_FILES = ["style.css"]
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-DEEDS = {"pretrain": "read", "sft": "learned to answer from", "grpo": "learned from the grades of its own answers to"}
+DEEDS = {"pretrain": "read", "sft": "learned to answer from", "dpo": "learned to prefer answers by"}
+DEEDS["grpo"] = "learned from the grades of its own answers to"
 COMMANDS = """snakemake --configfile run.yaml --cores all
 snakemake --configfile run.yaml --cores all --report snakemake.html"""
 
@@ -49,7 +50,7 @@ def _step(evidence: Evidence, subject: Subject, number: int) -> Html:
     else:
         begin = f"From {subject.start}" if subject.start else "From new weights"
         model = f" ({size(settings.model)})" if settings and settings.model else ""
-        means = " with LoRA adapters" if subject.lora else ""
+        means = " with adapters" if subject.lora else " in its initial states alone" if subject.state else ""
         much = f" ({told})" if (told := amount(evidence, subject)) else ""
         deed = join([f"{begin}{model}{means}, {DEEDS[subject.kind]} ", el("b", subject.data), f"{much}."])
     found = next((s for s in evidence.scores if s.subject == subject.name), None)

@@ -78,8 +78,8 @@ class Sampler:
         self.current: Rollout | None = None
         self.facts: dict[str, float] = {}
         self.parts: list[dict] = []
-        # with lora the start is the model less its adapter; without, a copy is needed
-        frozen = self.config.beta > 0 and stage.settings.lora is None
+        # beside an adapter the start is the model less that; else a copy is needed
+        frozen = self.config.beta > 0 and not stage.settings.apart
         self.start = copy.deepcopy(stage.model).eval().requires_grad_(False) if frozen else None
 
     def batches(self, first_step: int, carried: dict[str, Tensor]) -> Iterator[Rollout]:

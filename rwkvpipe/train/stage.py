@@ -1,4 +1,4 @@
-"""One training stage from its files to its files: what pretrain, sft and grpo have in common."""
+"""One training stage from its files to its files: what all kinds of training have in common."""
 
 import logging
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from rwkvpipe.train import checkpoint, dist
 from rwkvpipe.train.loop import Log, Run, held
 from rwkvpipe.train.tracker import Trackers
 from rwkvpipe.weights import lora, store
+from rwkvpipe.weights.states import tune_states
 
 log = logging.getLogger("rwkvpipe")
 
@@ -62,6 +63,8 @@ def open_stage(
     stage = Stage(asked, network, rank, Path(out), base, tuple(track))
     if asked.lora is not None:
         lora.inject(network, asked.lora, stage.seed)
+    if asked.state:
+        tune_states(network)
     trained = sum(value.numel() for value in network.parameters() if value.requires_grad)
     whole = sum(value.numel() for value in network.parameters())
     log.info("%s: %s of %s numbers are trained, for %d steps", kind, f"{trained:,}", f"{whole:,}", asked.train.steps)
@@ -89,6 +92,8 @@ def finish(stage: Stage, metrics: Log) -> None:
     write_jsonl(stage.out.parent / "metrics.jsonl", metrics.rows())
     if stage.settings.lora is not None:
         write_adapter(stage.out, stage.model, stage.settings.lora, base=stage.base)
+    elif stage.settings.state:
+        store.write_tensors(stage.out, lora.adapter(stage.model), {"base": stage.base})
     else:
         store.write(stage.out, stage.model.config, stage.model.state_dict())
     log.info("wrote %s", stage.out)

@@ -161,7 +161,8 @@ class PissaLinear(Adapted):
 class DoraLinear(Adapted):
     """y = m / |W + s B A| (W x + s B A x): each row of the matrix has a length m that is trained by itself.
 
-    The length it is divided by counts as a constant in the gradient (section 4.3 of the paper).
+    The length it is divided by counts as a constant in the gradient (section 4.3 of the paper). A row that began as
+    zeros has no direction that a length could be of; it is that of lora.
     """
 
     trained = ("lora_A", "lora_B", "lora_m")
@@ -180,14 +181,19 @@ class DoraLinear(Adapted):
     def whole(weight: Tensor, parts: Mapping[str, Tensor], scale: float) -> Tensor:
         """Rows of W + s B A, brought to the lengths m."""
         rows = Adapted.whole(weight, parts, scale)
-        return rows * (parts["lora_m"] / torch.linalg.vector_norm(rows, dim=1).clamp(min=TINY))[:, None]
+        return rows * DoraLinear.stretched(parts["lora_m"], rows)[:, None]
+
+    @staticmethod
+    def stretched(wanted: Tensor, rows: Tensor) -> Tensor:
+        """What rows (out, in) are multiplied by to be of the lengths (out,) that are wanted."""
+        lengths = torch.linalg.vector_norm(rows.detach(), dim=1).clamp(min=TINY)
+        return torch.where(wanted == 0, 1.0, wanted / lengths)
 
     def adapted(self, x: Tensor, dropped: Tensor) -> Tensor:
         """Both parts times m over the length that the row has."""
         with torch.no_grad():
             rows = Adapted.whole(self.weight, self.parts(), self.scaling)
-            length = torch.linalg.vector_norm(rows, dim=1).clamp(min=TINY)
-        return super().adapted(x, dropped) * (self.lora_m / length)
+        return super().adapted(x, dropped) * self.stretched(self.lora_m, rows)
 
 
 class DishaLinear(Adapted):

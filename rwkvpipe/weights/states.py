@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from rwkvpipe.base.config import RwkvConfig
-from rwkvpipe.base.errors import WeightsError
+from rwkvpipe.base.errors import ConfigError, WeightsError
 from rwkvpipe.base.sizes import FAMILIES, title
 from rwkvpipe.weights.layouts import official
+from rwkvpipe.weights.lora import train_whole
 from rwkvpipe.weights.source import Source, open_source
 from rwkvpipe.weights.tensors import Tensors
 
@@ -43,3 +45,21 @@ def with_states(
         if tuple(value.shape) != shape:
             raise WeightsError(f"{path}: {name} is {tuple(value.shape)}, needed is {shape}; it is of another model")
     return config.model_copy(update={"time_state": True}), {**tensors, **found}
+
+
+def tune_states(model: nn.Module) -> None:
+    """Freeze a model but for the states that its texts start from; without such yet, they begin as zeros.
+
+    Raises ConfigError for a family that has none.
+    """
+    config = model.config
+    if "time_state" not in FAMILIES[config.family]:
+        raise ConfigError(f"state: {title(config.family)} has no initial states; tune it with lora")
+    model.requires_grad_(False)
+    if not config.time_state:
+        heads, N = config.n_embd // config.head_size, config.head_size
+        for block in model.blocks:
+            zeros = torch.zeros(heads, N, N, device=model.ln_out.weight.device)
+            block.att.time_state = nn.Parameter(zeros, requires_grad=False)
+        model.config = config.model_copy(update={"time_state": True})
+    train_whole(model, [f"blocks.{layer}.{NAME}" for layer in range(config.n_layer)])

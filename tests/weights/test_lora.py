@@ -193,7 +193,14 @@ def test_pissa_begins_with_the_best_part_of_a_rank(toy):
 
 
 def test_dora_is_the_formula_of_its_paper_and_its_length_counts_as_constant(toy):
-    inject(toy, LoraConfig(kind="dora", rank=2, alpha=6, targets=("att.key",)))
+    with torch.no_grad():
+        toy.blocks[0]["ffn"].key.weight[3] = 0
+    inject(toy, LoraConfig(kind="dora", rank=2, alpha=6, targets=("key",)))
+    empty = toy.blocks[0]["ffn"].key
+    assert empty.lora_m[3] == 0
+    with torch.no_grad():
+        empty.lora_B.fill_(0.5)  # a row of zeros is not stuck
+        torch.testing.assert_close(empty(empty.lora_A)[:, 3], 3 * 0.5 * (empty.lora_A @ empty.lora_A.T).sum(1))
     trained(toy)
     layer, x = toy.blocks[0]["att"].key, torch.randn(5, 8)
     rows = layer.weight + 3 * layer.lora_B @ layer.lora_A

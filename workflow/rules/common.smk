@@ -66,7 +66,7 @@ if workflow.exec_mode == ExecMode.DEFAULT:
     launch.pass_on_stops()
 GPU = 1 if devices else 0
 THREADS = {"bench": 1, "generate": 1}
-THREADS |= dict.fromkeys(["pretrain", "pretrain_lora", "sft", "sft_lora", "grpo", "grpo_lora"], 2)
+THREADS |= dict.fromkeys([f"{kind}{end}" for kind in ("pretrain", "sft", "dpo", "grpo") for end in ("", "_lora")], 2)
 ENVIRONMENT = "../../envs/cuda.yaml" if devices else "../../envs/cpu.yaml"
 
 
@@ -167,7 +167,7 @@ def computing(rule):
 
 def training(rule):
     plain, lora = computing(rule), computing(f"{rule}_lora")
-    return lambda wildcards, threads: (lora if plan.stages[wildcards.stage].lora else plain)(wildcards, threads)
+    return lambda wildcards, threads: (lora if plan.stages[wildcards.stage].apart else plain)(wildcards, threads)
 
 
 # a function of threads is not tracked by Snakemake: these settings decide no result

@@ -116,7 +116,7 @@ use rule questions as questions_corpus with:
     benchmark:
         "<results>/shared/log/questions-corpus-{corpus}.jsonl"
     wildcard_constraints:
-        corpus=plan.corpora_of("question"),
+        corpus=plan.corpora_of("question", "pairs"),
     params:
         source=corpus_source,
         spec=lambda wildcards: spec(plan.corpus(wildcards.corpus)),

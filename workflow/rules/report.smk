@@ -14,7 +14,7 @@ rule plot:
     benchmark:
         "<results>/{run}/{stage}/log/plot.jsonl"
     wildcard_constraints:
-        stage=plan.only("pretrain", "sft"),
+        stage=plan.only("pretrain", "sft", "dpo"),
     conda:
         ENVIRONMENT
     params:

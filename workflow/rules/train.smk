@@ -116,6 +116,48 @@ use rule sft as sft_lora with:
         stage=plan.only("sft", lora=True),
 
 
+rule dpo:
+    input:
+        settings="<results>/{run}/{stage}/settings.json",
+        model=lambda wildcards: plan.start(wildcards.stage),
+        tokenizer=lambda wildcards: plan.vocabulary(wildcards.stage),
+        data=lambda wildcards: plan.data(wildcards.stage),
+    output:
+        weights="<results>/{run}/{stage}/model.safetensors",
+        config="<results>/{run}/{stage}/config.json",
+        metrics="<results>/{run}/{stage}/metrics.jsonl",
+    log:
+        "<results>/{run}/{stage}/log/dpo.log",
+    benchmark:
+        "<results>/{run}/{stage}/log/dpo.jsonl"
+    wildcard_constraints:
+        stage=plan.only("dpo", lora=False),
+    conda:
+        ENVIRONMENT
+    threads: THREADS["dpo"]
+    resources:
+        gpu=GPU,
+        micro_batch=micro_batch,
+    params:
+        code=plan.code("dpo"),
+        tokenizer=tokenizer_folder,
+        save_every=save_every,
+        threads=training("dpo"),
+    shell:
+        "exec python -m rwkvpipe.launch --threads {params.threads} {resources.gpu} dpo --code {params.code:q}"
+        " {input.settings:q} --model {input.model:q} --tokenizer {params.tokenizer:q} --data {input.data:q}"
+        " --micro-batch {resources.micro_batch} --save-every {params.save_every} --out {output.weights:q} > {log:q}"
+        " 2>&1"
+
+
+use rule dpo as dpo_lora with:
+    output:
+        weights="<results>/{run}/{stage}/adapter.safetensors",
+        metrics="<results>/{run}/{stage}/metrics.jsonl",
+    wildcard_constraints:
+        stage=plan.only("dpo", lora=True),
+
+
 rule grpo:
     input:
         settings="<results>/{run}/{stage}/settings.json",
