@@ -9,7 +9,7 @@ from rwkvpipe.base.errors import ConfigError, Parser, new_file, run
 from rwkvpipe.base.files import write_jsonl
 from rwkvpipe.data.batches import check_batch
 from rwkvpipe.infer.engine import load_vocabulary
-from rwkvpipe.tasks.answer import PROMPT
+from rwkvpipe.tasks.answer import PROMPT, Answer
 from rwkvpipe.tasks.registry import grader
 from rwkvpipe.train.loop import Hooks, fit
 from rwkvpipe.train.policy import Rollout, grpo_losses
@@ -39,8 +39,9 @@ def main(argv: list[str] | None = None) -> None:
     stage = open_stage(given.settings, given.model, given.out, kind="grpo", track=given.track)
     tokenizer = load_vocabulary(given.tokenizer, stage.model.config.vocab_size, given.model)
     settings = stage.settings
-    task = grader(settings.rollout.reward)(settings.prompt or PROMPT)
-    questions = read_questions(given.data, task, tokenizer, check_fits(stage))
+    tasks = [grader(name)(settings.prompt or PROMPT) for name in settings.rollout.rewards if ":" not in name]
+    asked = Answer(settings.prompt or PROMPT).prompt
+    questions = read_questions(given.data, asked, tokenizer, check_fits(stage), [task.check for task in tasks])
     check_batch(given.data, len(questions), "questions", settings.train)
     sampler = Sampler(stage, questions, tokenizer, given.micro_batch)
     losses = grpo_losses(
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         report=sampler.parts.append, rank=stage.rank,
     )  # fmt: skip
     hooks = Hooks(measures=sampler.measures, carry=sampler.carry, tokens=_tokens)
-    where = run_of(stage, [given.data], given.save_every)
+    where = run_of(stage, [given.data, *map(Path, settings.rollout.reward_files)], given.save_every)
     metrics = fit(stage.model, sampler.batches, losses, config=settings.train, run=where, hooks=hooks)
     write_jsonl(stage.out.parent / "rollouts.jsonl", sampler.log.rows())
     finish(stage, metrics)

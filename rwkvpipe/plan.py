@@ -38,7 +38,9 @@ def check_names(config: PipelineConfig) -> None:
                 known(f"{section}.{name}.synthetic", entry.synthetic, "made corpus", SYNTHETIC)
     for stage in config.stages:
         if stage.rollout is not None:
-            known(f"stages.{stage.name}.rollout.reward", stage.rollout.reward, "reward", REWARDS)
+            for name in stage.rollout.rewards:
+                if ":" not in name:
+                    known(f"stages.{stage.name}.rollout.reward", name, "reward", REWARDS)
 
 
 def spec(model: Strict) -> str:
@@ -188,6 +190,7 @@ class Plan(Tree):
             yield Step("init", name, (settings, *self.vocabulary(name)), (self.start(name),), f"{log}/init.jsonl")
         weights = f"{home}/adapter.safetensors" if stage.apart else self.model(name)
         reads = (settings, self.start(name), *self.data(name), *(self.vocabulary(name) if stage.kind in SPOKEN else ()))
+        reads += tuple(self.judges(name))
         yield Step(stage.kind, name, reads, (weights, metrics), f"{log}/{stage.kind}.jsonl")
         if stage.apart:
             yield Step("merge", name, (self.start(name), weights), (self.model(name),), f"{log}/merge.jsonl")
@@ -249,6 +252,9 @@ class Plan(Tree):
                     for each in (given,) if isinstance(given, str) else given:
                         if path in (local(each), *pair_files(each)):
                             return f"{section}.{name}.{field}"
+        for name in self.stages:
+            if path in self.judges(name):
+                return f"stages.{name}.rollout.reward"
         return "config"
 
     # the report

@@ -211,3 +211,74 @@ def test_a_model_smaller_than_the_vocabulary_is_refused(home):
     settings(home)
     with pytest.raises(ConfigError, match="--tokenizer"):
         run(home, "a")
+
+
+JUDGES = """
+def short(completions, **columns):
+    assert len(columns["question"]) == len(columns["completion_ids"]) == len(completions)
+    return [-len(text) for text in completions]
+
+def sometimes(prompts, completions, answer):
+    return [None if prompt[0] in "02" else float(answer[n][-1] in text) for n, (prompt, text) in
+            enumerate(zip(prompts, completions))]
+
+def few(completions):
+    return [1.0]
+
+def words(completions):
+    return ["good" for _ in completions]
+
+def breaks(completions):
+    return completions[0] + 1
+"""
+
+
+def test_rewards_are_weighed_and_come_from_files_too(home, monkeypatch):
+    monkeypatch.chdir(home)
+    (home / "judges.py").write_text(JUDGES)
+    seen = []
+    for weights in ({"answer": 1.0, "judges.py:short": 0.5}, {"answer": 1.0, "judges.py:short": 0.1}):
+        settings(home, rollout={"reward": weights | {"judges.py:sometimes": 2.0}})
+        tensors, rows, _ = run(home, f"{len(seen)}")
+        seen.append(tensors["head.weight"])
+        for name in ("answer", "judges.py:short", "judges.py:sometimes"):
+            assert {f"rewards/{name}/mean", f"rewards/{name}/std"} <= rows[0].keys()
+        assert rows[0]["rewards/judges.py:short/mean"] < 0
+        assert rows[0]["reward_min"] <= rows[0]["reward"] <= rows[0]["reward_max"]
+        assert rows[0]["completion_shortest"] <= rows[0]["completion_length"] <= rows[0]["completion_longest"]
+    assert not torch.equal(*seen)
+
+
+@pytest.mark.parametrize(
+    "name, error, said",
+    [
+        ("judges.py:none", ConfigError, "judges.py has no function none"),
+        ("other.py:short", ConfigError, "there is no file other.py"),
+        ("judges.py:few", DataError, "judges.py:few returns 1 for 8 completions"),
+        ("judges.py:words", DataError, "judges.py:words returns 'good' at 0, no number"),
+        ("judges.py:breaks", DataError, r"judges.py:breaks raises TypeError at .*judges.py:\d+"),
+        ("broken.py:f", DataError, r"broken.py:f raises SyntaxError at .*broken.py:1"),
+    ],
+)
+def test_rewards_that_cannot_be_used_are_told_in_one_line(home, monkeypatch, name, error, said):
+    monkeypatch.chdir(home)
+    (home / "judges.py").write_text(JUDGES)
+    (home / "broken.py").write_text("def f(:\n")
+    settings(home, rollout={"reward": name})
+    with pytest.raises(error, match=said) as told:
+        run(home, "a")
+    assert "\n" not in str(told.value)
+
+
+def test_bnpo_averages_parts_that_the_settings_name_and_no_others(home):
+    seen = {}
+    for part, loss in ((None, "bnpo"), (2, "bnpo"), (8, "bnpo"), (None, "dapo")):
+        settings(home, train={"steps": 1}, rollout={"loss": loss, "part": part})
+        seen[part, loss] = run(home, f"{part}{loss}")[0]["head.weight"]
+    assert torch.allclose(seen[8, "bnpo"], seen[None, "dapo"], atol=1e-6)
+    assert not torch.equal(seen[None, "bnpo"], seen[2, "bnpo"])
+    assert not torch.equal(seen[None, "bnpo"], seen[8, "bnpo"])
+    settings(home, train={"steps": 1}, rollout={"loss": "bnpo", "part": 2})
+    torch.testing.assert_close(
+        run(home, "again", micro_batch=3)[0]["head.weight"], seen[2, "bnpo"], atol=1e-5, rtol=1e-4
+    )

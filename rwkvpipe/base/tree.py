@@ -254,6 +254,10 @@ class Tree:
             return [f"{self.shared}/corpora/{name}.jsonl" for name in names]
         return [file for name in names for file in self.packed(name)]
 
+    def judges(self, stage: str) -> list[str]:
+        """Python files of the user's in which a stage's rewards are."""
+        return self.stages[stage].rollout.reward_files if self.stages[stage].rollout else []
+
     def cards(self, stage: str) -> dict[str, str]:
         """What tells of each corpus that a stage learns from, by name."""
         return {name: self.packed(name)[0] for name in self.stages[stage].shares}

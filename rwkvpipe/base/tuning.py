@@ -2,9 +2,17 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from rwkvpipe.base.strict import Count, Name, NotNegative, Positive, Real, Share, Strict, Whole
+from rwkvpipe.base.strict import Count, NotNegative, Positive, Real, Share, Strict, Whole
+
+# a task, or a function in a Python file
+Judge = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]*|[^:]+\.py:[A-Za-z_][A-Za-z0-9_]*)$")]
+# the tag keeps errors to the form that was meant
+Reward = Annotated[
+    Annotated[Judge, Tag("one")] | Annotated[dict[Judge, Real], Tag("several")],
+    Discriminator(lambda value: "several" if isinstance(value, dict) else "one"),
+]
 
 
 class LoraConfig(Strict):
@@ -90,13 +98,16 @@ class RolloutConfig(Strict):
 
     samples: Annotated[int, Field(ge=2, strict=True)] = 8
     """Completions a prompt (a group)."""
-    reward: Name = "answer"
-    """The task that grades completions."""
+    reward: Reward = "answer"
+    """The task that grades completions; or `file.py:function`, a function of yours; or several of them with their
+    weights, {answer: 1, "rewards.py:short": 0.2}."""
     sampling: SamplingConfig = SamplingConfig()
     """How they are sampled."""
     loss: Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo"] = "dapo"
     """Normaliser of the policy loss; cispo: that of dapo, where the clipped ratio weighs the gradient of each token
     and silences none."""
+    part: Count | None = None
+    """bnpo: completions in a row whose tokens are averaged, before the parts are; left out, a group."""
     level: Literal["token", "sequence"] = "token"
     """Importance ratios by token or by completion."""
     epsilon: Positive = 0.2
@@ -120,4 +131,20 @@ class RolloutConfig(Strict):
     def _bounds(self):
         if self.loss == "cispo" and self.delta is not None:
             raise ValueError("delta does nothing in loss cispo, whose ratios epsilon and epsilon_high bound")
+        if self.loss != "bnpo" and self.part is not None:
+            raise ValueError(f"part belongs to loss bnpo, this is {self.loss}")
+        if self.kl != "k3" and not self.beta:
+            raise ValueError(f"kl {self.kl} estimates a divergence that beta 0 leaves out; give beta")
+        if not self.rewards or not any(self.rewards.values()):
+            raise ValueError("reward: names none, or only such of weight 0")
         return self
+
+    @property
+    def rewards(self) -> dict[str, float]:
+        """The rewards with their weights; the order in which they are written decides nothing."""
+        return dict(sorted(self.reward.items())) if isinstance(self.reward, dict) else {self.reward: 1.0}
+
+    @property
+    def reward_files(self) -> list[str]:
+        """The Python files in which rewards are."""
+        return list(dict.fromkeys(name.rpartition(":")[0] for name in self.rewards if ":" in name))

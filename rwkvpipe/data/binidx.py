@@ -235,7 +235,6 @@ class Binidx:
         assert start >= 0 and start + count <= len(self), f"{self.prefix}: {start} + {count} of {len(self)} marks"
         return self._marks[start : start + count]
 
-
     def _beside(self) -> np.ndarray | Spread:
         """The marks of all tokens, on disk."""
         if self.parts:

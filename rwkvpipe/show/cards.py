@@ -89,7 +89,7 @@ def _training(evidence: Evidence, subject: Subject, settings: Settings) -> dict[
         "Weights trained": f"{trained[0]} of {trained[1]}" if trained else None,
         "Learning rate": f"{train.lr:g}{final}, {train.schedule}, {train.warmup} steps of warm-up",
         "Batch": f"{train.batch} {rows} of at most {train.ctx_len} tokens",
-        "Completions": f"{settings.rollout.samples} a prompt, graded by {settings.rollout.reward}"
+        "Completions": f"{settings.rollout.samples} a prompt, graded by {', '.join(settings.rollout.rewards)}"
         if settings.rollout
         else None,
         "Arithmetic": train.precision,

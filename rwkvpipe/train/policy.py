@@ -15,14 +15,6 @@ from rwkvpipe.train.dist import ALONE, Rank
 from rwkvpipe.train.loss import arithmetic, device_of
 
 
-def combine_rewards(rewards: Tensor | Sequence, weights: Sequence[float] | None = None) -> Tensor:
-    """Weighted sum (N,) of the rewards (N, F) that apply; NaN does not apply, and a row of NaN stays NaN."""
-    rewards = torch.as_tensor(rewards, dtype=torch.float64)
-    scale = torch.ones(rewards.shape[1]) if weights is None else torch.as_tensor(weights)
-    total = (rewards * scale.to(rewards)).nansum(1)
-    return total.masked_fill(rewards.isnan().all(1), torch.nan)
-
-
 def _deviation(values: Tensor, known: Tensor, dim: int) -> Tensor:
     """Sample deviation over the known values; 0 where fewer than two are known."""
     count = known.sum(dim, keepdim=True)
@@ -122,7 +114,7 @@ class Share:
     """What the loss of some rows is divided by: numbers of the whole optimizer step, so that parts add up."""
 
     rows: int
-    tokens: float
+    tokens: float | Tensor
     longest: int
 
 
@@ -140,7 +132,7 @@ def policy_loss(new: Tensor, rollout: Rollout, config: RolloutConfig, *, share: 
 
     new (R, C) log-probabilities with gradient. With ratio = exp(new - old), a token costs
     -min(c1 A, c2 A) + beta k: c1 = min(ratio, delta), c2 = ratio clamped to [1 - epsilon, 1 + epsilon_high].
-    `grpo` averages rows of token means; `bnpo` and `dapo` average tokens; `dr_grpo` divides by rows x longest.
+    `grpo` averages rows of token means; `dapo` tokens, `bnpo` those of a part; `dr_grpo` divides by rows x longest.
     `cispo` averages tokens that cost -c2 A new, c2 without gradient (MiniMax-M1, arXiv 2506.13585).
     """
     mask = rollout.mask.to(new.dtype)
@@ -154,12 +146,13 @@ def policy_loss(new: Tensor, rollout: Rollout, config: RolloutConfig, *, share: 
     gain = rollout.advantages.to(new.dtype).unsqueeze(1)  # (R, 1)
     if config.loss == "cispo":
         cost = -ratio.clamp(low, high).detach() * gain * torch.where(mask != 0, new, 0.0)
-        clipped = (ratio < low) | (ratio > high)
+        below, above = ratio < low, ratio > high
     else:
         bounded = ratio if config.delta is None else ratio.clamp(max=config.delta)
         cost = -torch.minimum(bounded * gain, ratio.clamp(low, high) * gain)
-        clipped = ((ratio < low) & (gain < 0)) | ((ratio > high) & (gain > 0))
-    measures = {"clipped": (clipped * mask).sum(), "tokens": mask.sum(), "kl": new.new_zeros(())}
+        below, above = (ratio < low) & (gain < 0), (ratio > high) & (gain > 0)
+    measures = {"clip_low": (below * mask).sum(), "clip_high": (above * mask).sum()}
+    measures |= {"tokens": mask.sum(), "kl": new.new_zeros(())}
     if rollout.reference is not None:
         apart = torch.where(mask != 0, rollout.reference.to(new.dtype) - new, 0.0)
         divergence = _divergence(config.kl, apart)
@@ -170,9 +163,18 @@ def policy_loss(new: Tensor, rollout: Rollout, config: RolloutConfig, *, share: 
         total = (cost.sum(1) / lengths.clamp(min=1)).sum() / max(share.rows, 1)
     elif config.loss == "dr_grpo":
         total = cost.sum() / max(share.rows * share.longest, 1)
+    elif isinstance(share.tokens, Tensor):
+        total = (cost.sum(1) / share.tokens.to(cost)).sum()
     else:
         total = cost.sum() / max(share.tokens, 1)
     return total, {name: float(value.detach()) for name, value in measures.items()}
+
+
+def by_parts(lengths: Tensor, part: int) -> Tensor:
+    """What the costs of each row (R,) are divided by: the tokens of its part, times the number of parts."""
+    parts = lengths.split(part)
+    sums = [chunk.sum().clamp(min=1).expand(len(chunk)) for chunk in parts]
+    return torch.cat(sums) * len(parts)
 
 
 def grpo_losses(
@@ -185,15 +187,17 @@ def grpo_losses(
 ) -> Callable[[nn.Module, Rollout], Iterator[Tensor]]:
     """The policy loss of a `Rollout`, `micro_batch` of this process's rows at a time; the sum depends on neither.
 
-    Since a step is the whole rollout, `bnpo` (the mean over a batch's tokens) equals `dapo` here.
-    `report` is told the token sums of each part.
+    `bnpo` averages over the tokens of `part` completions, then over the parts, which are the config's and not those
+    that memory asks for. `report` is told the token sums of each part.
     """
 
     def losses(model: nn.Module, rollout: Rollout) -> Iterator[Tensor]:
         device = device_of(model)
         share = Share(len(rollout.ids), float(rollout.mask.sum()), config.sampling.max_tokens)
+        apart = by_parts(rollout.mask.sum(1), config.part or config.samples) if config.loss == "bnpo" else None
         for rows in rank.mine(len(rollout.ids), micro_batch):
             part = rollout.rows(rows)
+            share = share if apart is None else replace(share, tokens=apart[rows])
             if not part.mask.any():
                 continue
             part = part.to(device)

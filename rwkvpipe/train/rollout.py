@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,15 +14,17 @@ from rwkvpipe.base.config import TrainConfig
 from rwkvpipe.base.errors import ConfigError, DataError
 from rwkvpipe.base.files import read_jsonl
 from rwkvpipe.infer.engine import Completion, Engine
-from rwkvpipe.tasks.registry import Task, reward
+from rwkvpipe.tasks.registry import reward
 from rwkvpipe.tokenizer.load import Tokenizer
 from rwkvpipe.train.loop import Log, step_seed
 from rwkvpipe.train.policy import Rollout, advantages, completion_logprobs
+from rwkvpipe.train.reward import Rewards
 from rwkvpipe.train.stage import Stage
 from rwkvpipe.weights import lora
 
 KEPT = 4  # samples of a step that go to rollouts.jsonl
-FACTS = ("completion_length", "equal_groups", "reward", "reward_std", "sampler_gap", "truncated")
+Check = Callable[[dict], None]
+"""Raises DataError for a row that cannot be graded."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,21 @@ class Question:
     ids: list[int]
 
 
-def read_questions(path: Path, task: Task, tokenizer: Tokenizer, longest: int) -> list[Question]:
-    """Questions as prompts of at most `longest` tokens. Raises DataError naming the line of one that does not do."""
+def read_questions(
+    path: Path, prompt_of: Callable[[dict], str], tokenizer: Tokenizer, longest: int, checks: Sequence[Check] = ()
+) -> list[Question]:
+    """Questions as prompts of at most `longest` tokens, each judged by `checks`.
+
+    Raises DataError naming the line of one that does not do.
+    """
     found = []
     for number, row in enumerate(read_jsonl(path), 1):
         try:
-            task.check(row)
-            prompt = task.prompt(row)
+            if not isinstance(row.get("question"), str):
+                raise DataError("no text under `question`")
+            for check in checks:
+                check(row)
+            prompt = prompt_of(row)
             ids = tokenizer.encode(prompt)
         except DataError as error:
             raise DataError(f"{path}:{number}: {error}") from None
@@ -73,7 +83,7 @@ class Sampler:
     def __init__(self, stage: Stage, questions: list[Question], tokenizer: Tokenizer, micro_batch: int):
         self.stage, self.questions, self.tokenizer, self.micro_batch = stage, questions, tokenizer, micro_batch
         self.config = stage.settings.rollout
-        self.grade: Callable[[dict, str], float] = reward(self.config.reward)
+        self.rewards = Rewards(self.config, reward)
         self.log = Log(stage.folder / "rollouts.jsonl", stage.rank)
         self.current: Rollout | None = None
         self.facts: dict[str, float] = {}
@@ -86,8 +96,10 @@ class Sampler:
         """Rollouts from step `first_step` on; `carried` is what `carry` gave at the resume point."""
         self.log.cut(first_step)
         if carried:
-            self.facts = dict(zip(FACTS, carried["facts"].tolist(), strict=True))
-            self.current = Rollout(**{name: value for name, value in carried.items() if name != "facts"})
+            facts = {name: value for name, value in carried.items() if name.startswith("fact/")}
+            self.facts = {name.removeprefix("fact/"): float(value) for name, value in facts.items()}
+            carried = {name: value for name, value in carried.items() if name not in facts}
+            self.current = Rollout(**{name: value for name, value in carried.items()})
         step = first_step
         while True:
             if step % self.config.iterations == 0 or self.current is None:
@@ -99,15 +111,16 @@ class Sampler:
         """What is needed to go on in the middle of the steps on one rollout."""
         if self.config.iterations == 1 or self.current is None:
             return {}
-        facts = torch.tensor([self.facts[name] for name in FACTS], dtype=torch.float64)
-        return {name: value for name, value in vars(self.current).items() if value is not None} | {"facts": facts}
+        facts = {f"fact/{name}": torch.tensor(value, dtype=torch.float64) for name, value in self.facts.items()}
+        return {name: value for name, value in vars(self.current).items() if value is not None} | facts
 
     def measures(self) -> dict[str, float]:
         """Numbers of the step just made."""
-        sums = [sum(part[name] for part in self.parts) for name in ("tokens", "clipped", "kl")]
-        tokens, clipped, divergence = self.stage.rank.total(*sums)
+        sums = [sum(part[name] for part in self.parts) for name in ("tokens", "clip_low", "clip_high", "kl")]
+        tokens, low, high, divergence = self.stage.rank.total(*sums)
         self.parts.clear()
-        return self.facts | {"clip_ratio": clipped / max(tokens, 1), "kl": divergence / max(tokens, 1)}
+        shares = {"clip_ratio": low + high, "clip_low": low, "clip_high": high, "kl": divergence}
+        return self.facts | {name: value / max(tokens, 1) for name, value in shares.items()}
 
     def sample(self, step: int) -> Rollout:
         """Ask, answer, grade: the rollout that starts at `step`."""
@@ -124,11 +137,13 @@ class Sampler:
             given = list(engine.generate([asked[n].prompt for n in own], sampling, samples, numbers=own))
         found = [Completion(**fields) for part in rank.gather(list(map(asdict, given))) for fields in part]
         found.sort(key=lambda completion: (completion.prompt, completion.sample))
-        rewards = [self.grade(asked[c.prompt].row, c.text) for c in found]
-        rewards = torch.tensor([math.nan if r is None else r for r in rewards], dtype=torch.float64)
+        texts = ([asked[c.prompt].row for c in found], [asked[c.prompt].prompt for c in found])
+        # one process grades for all: a function of the user's may draw lots
+        grades = torch.tensor(rank.gather(self.rewards(*texts, found) if not rank.index else None)[0])
+        rewards = self.rewards.total(grades.double())
         gains = advantages(rewards, samples, self.config.scale)
         rollout = self.with_logprobs(self.arrange(asked, found, gains))
-        self.facts = self.describe(found, rewards, rollout)
+        self.facts = self.describe(found, rewards, rollout) | self.rewards.facts(grades)
         for completion, grade, gain in list(zip(found, rewards.tolist(), gains.tolist(), strict=True))[:KEPT]:
             row = {"step": step + 1, "prompt": asked[completion.prompt].prompt, "text": completion.text}
             self.log.add(row | {"reward": None if math.isnan(grade) else grade, "advantage": gain})
@@ -184,12 +199,18 @@ class Sampler:
         for row, completion in enumerate(found):
             sampled[row, : len(completion.logprobs)] = torch.tensor(completion.logprobs)
         gap = ((sampled - rollout.old).abs() * rollout.mask).sum() / rollout.mask.sum().clamp(min=1)
+        lengths = [len(completion.ids) for completion in found]
         ended = [completion.finish == "length" for completion in found]
         return {
             "reward": float(rewards.nansum() / known.sum().clamp(min=1)),
             "reward_std": float(spread.mean()),
+            "reward_min": float(rewards.nan_to_num(math.inf).min().nan_to_num(posinf=0.0)),
+            "reward_max": float(rewards.nan_to_num(-math.inf).max().nan_to_num(neginf=0.0)),
+            "advantage": float(rollout.advantages.mean()),
             "equal_groups": float((spread == 0).double().mean()),
-            "completion_length": sum(len(completion.ids) for completion in found) / len(found),
+            "completion_length": sum(lengths) / len(found),
+            "completion_shortest": min(lengths),
+            "completion_longest": max(lengths),
             "truncated": sum(ended) / len(found),
             "sampler_gap": float(gap),
         }

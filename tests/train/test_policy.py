@@ -8,7 +8,8 @@ import torch
 
 from rwkvpipe.base.config import RolloutConfig, SamplingConfig
 from rwkvpipe.base.errors import ConfigError
-from rwkvpipe.train.policy import Rollout, Share, advantages, combine_rewards, policy_loss, token_logprobs
+from rwkvpipe.train.policy import Rollout, Share, advantages, by_parts, policy_loss, token_logprobs
+from rwkvpipe.train.reward import Rewards
 
 
 def load(path):
@@ -23,7 +24,9 @@ def tensor(array):
 def test_advantages_are_those_of_trl(goldens, scale):
     data = load(goldens / "tune/advantages.npz")
     for case in {k.split("/")[0] for k in data.files}:
-        rewards = combine_rewards(data[f"{case}/rewards_per_func"], data[f"{case}/reward_weights"])
+        weights = {f"r{n}": float(weight) for n, weight in enumerate(data[f"{case}/reward_weights"])}
+        both = Rewards(RolloutConfig(reward=weights), lambda name: None)
+        rewards = both.total(tensor(data[f"{case}/rewards_per_func"]).double())
         np.testing.assert_allclose(rewards, data[f"{case}/rewards"], atol=1e-12)
         found = advantages(rewards, int(data[f"{case}/num_generations"]), scale)
         np.testing.assert_allclose(found, data[f"{case}/trl_{scale}"], atol=1e-9)
@@ -121,7 +124,8 @@ def test_parts_of_a_step_add_up_as_in_trl(goldens, kind):
         part = rollout_of(data, torch.float64, slice(first, first + rows // blocks))
         new = tensor(data["logp_new"])[first : first + rows // blocks].requires_grad_()
         # TRL's bnpo averages each block by its own tokens, then the blocks
-        tokens = float(part.mask.sum()) * blocks if kind == "bnpo" else float(data["num_items"])
+        apart = by_parts(tensor(data["mask"]).sum(1), rows // blocks)[first : first + rows // blocks]
+        tokens = apart if kind == "bnpo" else float(data["num_items"])
         loss, _ = policy_loss(new, part, config, share=Share(rows, tokens, int(data["max_completion_length"])))
         loss.backward()
         total += loss.item()
@@ -155,8 +159,8 @@ def test_clipping_is_counted_on_the_side_it_binds():
     )  # fmt: skip
     high, low = torch.tensor([[1.0], [1.0]]), torch.tensor([[-1.0], [-1.0]])
     share = Share(2, 2, 1)
-    assert policy_loss(high, rollout, RolloutConfig(), share=share)[1]["clipped"] == 1
-    assert policy_loss(low, rollout, RolloutConfig(), share=share)[1]["clipped"] == 1
+    assert policy_loss(high, rollout, RolloutConfig(), share=share)[1]["clip_high"] == 1
+    assert policy_loss(low, rollout, RolloutConfig(), share=share)[1]["clip_low"] == 1
 
 
 def test_cispo_weighs_the_gradient_by_the_clipped_ratio_and_silences_no_token():
@@ -171,7 +175,7 @@ def test_cispo_weighs_the_gradient_by_the_clipped_ratio_and_silences_no_token():
         weight = ratio.clamp(low, high) * mask * gain[:, None]
         torch.testing.assert_close(new.grad, -weight / 5)
         torch.testing.assert_close(loss.detach(), -(weight * new.detach()).sum() / 5)
-        assert measures["clipped"] == (4 if "epsilon" in changes else 3)
+        assert measures["clip_low"] + measures["clip_high"] == (4 if "epsilon" in changes else 3)
 
 
 def test_a_bound_that_cispo_would_not_read_is_refused():

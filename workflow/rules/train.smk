@@ -164,6 +164,7 @@ rule grpo:
         model=lambda wildcards: plan.start(wildcards.stage),
         tokenizer=lambda wildcards: plan.vocabulary(wildcards.stage),
         data=lambda wildcards: plan.data(wildcards.stage),
+        judges=lambda wildcards: plan.judges(wildcards.stage),
     output:
         weights="<results>/{run}/{stage}/model.safetensors",
         config="<results>/{run}/{stage}/config.json",
