@@ -12,6 +12,7 @@ from rwkvpipe.infer.engine import load_vocabulary
 from rwkvpipe.train.loop import Hooks, fit
 from rwkvpipe.train.preference import Preferences, pair_batches, read_pairs, tokens
 from rwkvpipe.train.stage import finish, open_stage, run_of
+from rwkvpipe.train.tracker import add_trackers
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -23,11 +24,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="pairs, JSONL: prompt, chosen, rejected")
     parser.add_argument("--micro-batch", type=int, default=8, help="answers at a time; decides memory, no result")
     parser.add_argument("--save-every", type=int, default=100, help="steps between resume points")
+    add_trackers(parser)
     parser.add_argument("--out", required=True, type=new_file, help="model.safetensors; with lora adapter.safetensors")
     given = parser.parse_args(argv)
     if given.micro_batch < 1:
         raise ConfigError(f"--micro-batch: {given.micro_batch} rows at a time; 1 is the least")
-    stage = open_stage(given.settings, given.model, given.out, kind="dpo")
+    stage = open_stage(given.settings, given.model, given.out, kind="dpo", track=given.track)
     tokenizer = load_vocabulary(given.tokenizer, stage.model.config.vocab_size, given.model)
     config = stage.settings.train
     pairs = read_pairs(given.data, tokenizer, config.ctx_len)

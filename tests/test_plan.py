@@ -110,6 +110,7 @@ def test_a_config_that_does_not_fit_is_refused_by_key(path, value, message):
     ("path", "value", "message"),
     [
         ("stages.reason.rollout.reward", "anwser", ".reward: there is no reward anwser; did you mean answer?"),
+        ("stages.reason.rollout.reward", {"my.py:f": 1, "my.pyf": 1}, "there is no reward my.pyf"),
         ("stages.reason.rollout.reward", "bits", "there is no reward bits; known: answer"),
         ("corpora.sums.synthetic", "counting.document", "corpora.sums.synthetic: there is no made corpus"),
         ("benchmarks.free.synthetic", "counting.exams", "benchmarks.free.synthetic: there is no made corpus"),
@@ -439,7 +440,7 @@ def test_a_stage_learns_from_several_corpora_by_weights():
         ("stages.base.data", {"sums": 1, "text": 1e-4}, "a weight is less than a thousandth of all"),
         ("stages.base.data", {"sums": 1, "talks": 1}, "pretrain learns from format text or array"),
         ("stages.base.data", {"sums": 1, "text": 1}, "text is made with tokenizer bytes, but sums with letters"),
-        ("stages.reason.data", {"asked": 1, "sums": 1}, "grpo asks the questions of one corpus"),
+        ("stages.reason.data", {"asked": 1, "sums": 1}, "grpo learns from one corpus; put them into one"),
         ("stages.chat.train", {"steps": 9, "order": "magic"}, "magic reads a stream of tokens, in pretrain"),
         ("stages.chat.train", {"steps": 9, "rows": "stream"}, "train.rows belongs to pretrain"),
         ("stages.base.train", {"steps": 9, "order": "magic", "rows": "documents"}, "order magic reads one stream"),
@@ -447,3 +448,66 @@ def test_a_stage_learns_from_several_corpora_by_weights():
 )
 def test_corpora_that_cannot_be_mixed_are_refused(path, value, message):
     assert message in error(changed(path, value))
+
+
+LIKED = {"path": "pairs.jsonl", "format": "pairs"}
+
+
+def with_stage(**more) -> dict:
+    config = changed("corpora.liked", LIKED)
+    config["stages"].append(
+        {"name": "polite", "kind": "dpo", "data": "liked", "start": "chat", "train": {"steps": 3}} | more
+    )
+    return config
+
+
+def test_preferences_states_and_files_of_rewards_are_parts_of_the_plan():
+    plan = Plan(parse(with_stage(lora={"kind": "disha"}), "c.yaml"), "results")
+    steps = {step.id: step for step in plan.steps}
+    rows = "results/shared/corpora/liked.jsonl"
+    assert steps["questions liked"].reads == ("pairs.jsonl",) and steps["questions liked"].writes == (rows,)
+    assert {rows, "results/demo/chat/model.safetensors"} < set(steps["dpo polite"].reads)
+    assert steps["dpo polite"].writes[0] == "results/demo/polite/adapter.safetensors" and "merge polite" in steps
+    assert plan.settings("polite")["dpo"] == {"beta": 0.1, "loss": "sigmoid", "smoothing": 0.0}
+    assert plan.micro_batch("polite") == 32
+    config = with_stage()
+    config["stages"][1] |= {"lora": None, "state": True}
+    tuned = Plan(parse(config, "c.yaml"), "results")
+    assert "merge chat" in {step.id for step in tuned.steps} and tuned.settings("chat")["state"]
+    judged = Plan(
+        parse(changed("stages.reason.rollout", {"reward": {"answer": 1, "my.py:f": -0.5}}), "c.yaml"), "results"
+    )
+    assert "my.py" in {step.id: step for step in judged.steps}["grpo reason"].reads
+    assert judged._key("my.py") == "stages.reason.rollout.reward"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"data": "asked"}, "stages.polite.data: dpo learns from format pairs, asked is of format question"),
+        ({"kind": "sft"}, "sft learns from format chat"),
+        ({"kind": "sft", "dpo": {}}, "dpo belongs to kind dpo, this is sft"),
+        ({"state": True, "lora": {}}, "state trains the initial states alone"),
+        ({"lora": {"dropout": 0.1}}, "lora.dropout: dpo compares a model with itself"),
+        ({"train": {"steps": 3, "chunk": 8}}, "train.chunk belongs to pretrain and sft: dpo scores answers whole"),
+        ({"train": {"steps": 3, "l2_wrap": 0.5}}, "train.l2_wrap belongs to pretrain and sft"),
+        ({"train": {"steps": 3, "valid_every": 5}}, "train.valid_every belongs to pretrain and sft"),
+        ({"dpo": {"loss": "ipo", "smoothing": 0.1}}, "smoothing belongs to loss sigmoid"),
+        ({"dpo": {"smoothing": 0.5}}, "stages.polite.dpo.smoothing"),
+        ({"kind": "grpo", "data": "asked", "rollout": {"part": 4}}, "part belongs to loss bnpo, this is dapo"),
+        (
+            {"kind": "grpo", "data": "asked", "rollout": {"kl": "k1"}},
+            "kl k1 estimates a divergence that beta 0 leaves out",
+        ),
+        ({"kind": "grpo", "data": "asked", "rollout": {"reward": {}}}, "reward: names none"),
+        ({"kind": "grpo", "data": "asked", "rollout": {"reward": "my.txt:f"}}, "rollout.reward"),
+    ],
+)
+def test_what_does_nothing_in_a_kind_of_stage_is_refused(more, message):
+    assert message in error(with_stage(**more))
+
+
+def test_states_are_refused_where_the_family_has_none():
+    config = changed("stages.base.model", {"family": "rwkv5", "n_layer": 2, "n_embd": 64})
+    config["stages"][1] |= {"lora": None, "state": True}
+    assert "stages.chat.state: rwkv5 has no initial states" in error(config)

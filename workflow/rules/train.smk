@@ -141,13 +141,12 @@ rule dpo:
     params:
         code=plan.code("dpo"),
         tokenizer=tokenizer_folder,
-        save_every=save_every,
+        knobs=knobs,
         threads=training("dpo"),
     shell:
         "exec python -m rwkvpipe.launch --threads {params.threads} {resources.gpu} dpo --code {params.code:q}"
         " {input.settings:q} --model {input.model:q} --tokenizer {params.tokenizer:q} --data {input.data:q}"
-        " --micro-batch {resources.micro_batch} --save-every {params.save_every} --out {output.weights:q} > {log:q}"
-        " 2>&1"
+        " --micro-batch {resources.micro_batch} {params.knobs} --out {output.weights:q} > {log:q} 2>&1"
 
 
 use rule dpo as dpo_lora with:
@@ -189,8 +188,7 @@ rule grpo:
     shell:
         "exec python -m rwkvpipe.launch --threads {params.threads} {resources.gpu} grpo --code {params.code:q}"
         " {input.settings:q} --model {input.model:q} --tokenizer {params.tokenizer:q} --data {input.data:q}"
-        " --micro-batch {resources.micro_batch} {params.knobs} --out {output.weights:q} > {log:q}"
-        " 2>&1"
+        " --micro-batch {resources.micro_batch} {params.knobs} --out {output.weights:q} > {log:q} 2>&1"
 
 
 use rule grpo as grpo_lora with:
