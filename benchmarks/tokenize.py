@@ -81,8 +81,9 @@ def table(found: dict) -> str:
     """The numbers for people."""
     lines = [f"{'':22} {'MB/s':>7} {'x Rust':>7} {'x trie':>7} {'MB added':>9}"]
     for name, rates in found["megabytes_per_cpu_second"].items():
+        added = found["megabytes_added"].get(name)
         lines.append(
             f"{name:22} {median(rates):7.2f} {found['ratio_to_rust'][name]:7.2f}"
-            f" {found['ratio_to_trie'][name]:7.2f} {found['megabytes_added'].get(name, float('nan')):9.0f}"
+            f" {found['ratio_to_trie'][name]:7.2f} {'' if added is None else round(added):>9}"
         )
     return "\n".join(lines)
