@@ -5,22 +5,26 @@ python -m benchmarks families
 python -m benchmarks op
 python -m benchmarks tokenize [FILE ...]
 python -m benchmarks pack [FILE ...]
+python -m benchmarks bpe [FILE ...]
+python -m benchmarks memory [--gigabytes 2] [FILE ...]
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from benchmarks import families, op, pack, peers, tokenize, train
+from benchmarks import bpe, families, memory, op, pack, peers, tokenize, train
 
 
 def main() -> None:
     """Print a table and keep the numbers in a file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    what = ["train", "op", "families", "tokenize", "pack"]
+    what = ["train", "op", "families", "tokenize", "pack", "bpe", "memory"]
     parser.add_argument("what", choices=what, help="a step of training; the operator; text to ids, and to files")
     parser.add_argument("files", nargs="*", type=Path, help="the text; left out, Python's library and papers")
     parser.add_argument("--peer-python", type=Path, help="a Python that has the peer; left out, one is set up")
+    parser.add_argument("--gigabytes", type=float, default=2, help="memory: of input")
+    parser.add_argument("--case", action="append", choices=memory.CASES, help="memory: only these")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each program")
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="folder for the numbers")
     given = parser.parse_args()
@@ -33,6 +37,13 @@ def main() -> None:
         python = given.peer_python or peers.set_up("rwkv")
         found = pack.measure(python, given.out, given.rounds, given.files)
         print(pack.table(found))
+    elif given.what == "bpe":
+        python = given.peer_python or peers.set_up("data")
+        found = bpe.measure(dict.fromkeys(bpe.PEERS, python), given.out, given.rounds, given.files)
+        print(bpe.table(found))
+    elif given.what == "memory":
+        found = memory.measure(given.out, given.gigabytes, given.files, given.case or list(memory.CASES))
+        print(memory.table(found))
     elif given.what == "families":
         found = families.measure(given.rounds)
         print(families.table(found))

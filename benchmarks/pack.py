@@ -20,9 +20,9 @@ WORKER = Path(__file__).parent / "workers/make_data.py"
 OURS, THEIRS = "rwkvpipe", "make_data.py"
 
 
-def _held(process: int) -> float:
-    """Megabytes that a process and those that it started hold, what they share counted once."""
-    kilobytes, waiting = 0, [process]
+def _held(process: int) -> tuple[float, float]:
+    """Megabytes that a process and those that it started hold, what they share counted once; and counted by each."""
+    once, each, waiting = 0, 0, [process]
     while waiting:
         folder = Path(f"/proc/{waiting.pop()}")
         try:
@@ -30,23 +30,25 @@ def _held(process: int) -> float:
             waiting += [int(word) for task in folder.glob("task/*/children") for word in task.read_text().split()]
         except OSError:  # it has ended meanwhile
             continue
-        kilobytes += sum(int(line.split()[1]) for line in said.splitlines() if line.startswith("Pss:"))
-    return kilobytes / 1024
+        once += sum(int(line.split()[1]) for line in said.splitlines() if line.startswith("Pss:"))
+        each += sum(int(line.split()[1]) for line in said.splitlines() if line.startswith("Rss:"))
+    return once / 1024, each / 1024
 
 
-def _run(words: list, log: Path) -> dict:
+def run(words: list, log: Path) -> dict:
     """CPU seconds of a program and of all it starts, and the most memory that they held together."""
     with open(log, "w") as said:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
         process = subprocess.Popen([str(word) for word in words], stdout=said, stderr=said, env=environment)
-        most, ended = 0.0, 0
+        most, resident, ended = 0.0, 0.0, 0
         while not ended:
-            time.sleep(0.05)
-            most = max(most, _held(process.pid))
+            time.sleep(0.2)
+            held = _held(process.pid)
+            most, resident = max(most, held[0]), max(resident, held[1])
             ended, status, used = os.wait4(process.pid, os.WNOHANG)
     if status:
         raise SystemExit(f"{words[:3]} failed:\n{log.read_text()[-2000:]}")
-    return {"cpu_seconds": used.ru_utime + used.ru_stime, "megabytes": most}
+    return {"cpu_seconds": used.ru_utime + used.ru_stime, "megabytes": most, "resident": resident}
 
 
 def documents(files: list[Path], folder: Path, megabytes: float) -> Path:
@@ -66,19 +68,19 @@ def documents(files: list[Path], folder: Path, megabytes: float) -> Path:
 def measure(peer: Path, folder: Path, rounds: int, files: list[Path], megabytes: float = 30) -> dict:
     """CPU seconds of both, in turns, and of an empty start of ours. Raises SystemExit when their bytes differ."""
     text = documents(files, folder, megabytes)
-    part = folder / "pack-part.jsonl"  # theirs is slow: it gets a tenth
+    part = folder / "pack-part.jsonl"  # theirs is slow: it gets a fifth
     with open(text, "rb") as file:
-        part.write_bytes(b"".join(file.readlines(int(megabytes * 1e5))))
+        part.write_bytes(b"".join(file.readlines(int(megabytes * 2e5))))
     subprocess.run([sys.executable, "-m", "rwkvpipe.vocab", "--spec", '{"kind": "world"}', "--out", folder / "world"],
                    check=True)  # fmt: skip
     spec = json.dumps({"path": "x", "tokenizer": "world"})
 
     def ours(source: Path) -> dict:
         words = [sys.executable, "-m", "rwkvpipe.pack", source, "--spec", spec, "--tokenizer", folder / "world"]
-        return _run([*words, "--out", folder / "ours"], folder / "ours.log")
+        return run([*words, "--out", folder / "ours"], folder / "ours.log")
 
     def theirs(source: Path) -> dict:
-        return _run([peer, WORKER, source, folder / "theirs"], folder / "theirs.log")
+        return run([peer, WORKER, source, folder / "theirs"], folder / "theirs.log")
 
     theirs(part)
     shuffled = folder / "theirs/shuffled.jsonl"  # theirs shuffles: ours gets the documents as that wrote them

@@ -17,6 +17,7 @@ PINNED = {
     "rwkv": ["rwkv==0.8.32"],
     "rwkv7-hf": ["rwkv7-hf==0.9.0", "transformers==5.23.0"],
     "pyrwkv-tokenizer": ["pyrwkv-tokenizer==0.9.1"],  # beside our rwkv, which has the trie
+    "data": ["datatrove==0.10.1", "megatron-core==0.16.1", "orjson", "regex"],
     "llama-cpp": ["llama-cpp-python==0.3.36"],  # compiles llama.cpp: some eight minutes of a core
     # flash-linear-attention, whose kernels triton's interpreter runs without a GPU
     "fla": ["flash-linear-attention==0.6.0", "triton==3.9.0", "einops==0.8.2", "transformers==5.23.0"],

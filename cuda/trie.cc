@@ -100,6 +100,23 @@ class Trie {
         return out - begin;
     }
 
+    // Ids of texts, text k from starts[k] to ends[k], each with `last` behind it, one after the other; how many there
+    // are, and of each text in `sizes`, where -1 is one in which nothing fits somewhere: its ids are left out. There
+    // must be room for as many ids as there are bytes and texts.
+    template <class T>
+    int64_t encode_all(const uint8_t* text, const int64_t* starts, const int64_t* ends, int64_t count, T last, T* out,
+                       int64_t* sizes) const {
+        T* const begin = out;
+        for (int64_t k = 0; k < count; ++k) {
+            const int64_t size = ends[k] - starts[k];
+            int64_t place = 0;
+            const int64_t found = encode(text + starts[k], size, &place, size, out);
+            sizes[k] = place < size ? -1 : found + 1;
+            if (place == size) out[found] = last, out += found + 1;
+        }
+        return out - begin;
+    }
+
   private:
     // A block of 256 cells more, all free: two numbers below 256 apart by XOR stay in one block.
     void grow() {
@@ -190,6 +207,18 @@ int64_t trie_encode16(const void* trie, const uint8_t* text, int64_t size, int64
 
 int64_t trie_encode32(const void* trie, const uint8_t* text, int64_t size, int64_t* place, int64_t stop, void* out) {
     return static_cast<const Trie*>(trie)->encode(text, size, place, stop, static_cast<int32_t*>(out));
+}
+
+int64_t trie_all16(const void* trie, const uint8_t* text, const int64_t* starts, const int64_t* ends, int64_t count,
+                   int64_t last, void* out, int64_t* sizes) {
+    return static_cast<const Trie*>(trie)->encode_all<uint16_t>(text, starts, ends, count, static_cast<uint16_t>(last),
+                                                                static_cast<uint16_t*>(out), sizes);
+}
+
+int64_t trie_all32(const void* trie, const uint8_t* text, const int64_t* starts, const int64_t* ends, int64_t count,
+                   int64_t last, void* out, int64_t* sizes) {
+    return static_cast<const Trie*>(trie)->encode_all<int32_t>(text, starts, ends, count, static_cast<int32_t>(last),
+                                                               static_cast<int32_t*>(out), sizes);
 }
 
 // A list of the numbers in `ids`, made of the objects in `numbers`; null if there is no memory.

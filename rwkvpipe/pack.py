@@ -21,7 +21,7 @@ from rwkvpipe.base.sources import pairs_of
 from rwkvpipe.base.strict import check_json
 from rwkvpipe.data.document import Document
 from rwkvpipe.data.given import adopt
-from rwkvpipe.data.packing import Packing, tell
+from rwkvpipe.data.packing import WORK, Packing, tell
 from rwkvpipe.data.parcel import Packer, Parcel, Task, limited, loose
 from rwkvpipe.data.synthetic import generate
 from rwkvpipe.data.unit import Unit
@@ -161,8 +161,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     if max(len(files), len(valid)) > 1:
         raise ConfigError(f"{files[1]}: one path, please: a folder or a glob means many files")
-    task = Task(spec, given.tokenizer)
-    task.packer = Packer(spec, tokenizer)
+    room = given.out.resolve() / WORK
+    task = Task(spec, given.tokenizer, room)
+    task.packer = Packer(spec, tokenizer, room)
     source = Source(task.packer, task, given.workers)
     for path, part in [(path, None) for path in files] + [(path, "valid") for path in valid]:
         source.add(path, part)

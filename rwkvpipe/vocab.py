@@ -4,7 +4,10 @@ python -m rwkvpipe.vocab --spec '{"kind":"trie","corpora":["c"]}' --synthetic co
 """
 
 import logging
+import os
+import re
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 from rwkvpipe.base.config import TokenizerConfig
@@ -13,6 +16,7 @@ from rwkvpipe.base.files import write_text
 from rwkvpipe.base.sources import files_of
 from rwkvpipe.base.strict import check_json
 from rwkvpipe.data.corpus import largest, texts
+from rwkvpipe.data.kind import kind_of
 from rwkvpipe.data.synthetic import generate
 from rwkvpipe.tokenizer.bpe import BpeTokenizer, learn
 from rwkvpipe.tokenizer.byte import ByteTokenizer
@@ -24,6 +28,10 @@ from rwkvpipe.tokenizer.trie import TrieTokenizer
 from rwkvpipe.tokenizer.world import load_vocabulary, load_world
 
 log = logging.getLogger("rwkvpipe")
+PIECE = 1 << 16  # characters of a text that are taken or left
+PIECES = re.compile(rf"(?s).{{1,{PIECE}}}")
+LONGEST = 128  # characters of a run without spaces
+NO_WORD = re.compile(rf"[!-~]{{{LONGEST},}}")
 TALK = "".join(f"{name}: {TURN_END}" for name in ROLES.values())  # what turns are made of besides their words
 
 
@@ -38,7 +46,7 @@ def parse_made(made: str) -> tuple[str, int, int]:
 
 def corpora(files: Iterable[str], made: Iterable[str]) -> Iterator[str]:
     """Every text that a model may read because of these; of JSON rows all, whatever their columns are called."""
-    for file in (file for path in files for file in files_of(path)):
+    for file in chain.from_iterable(map(files_of, files)):
         yield from texts(file)
     for name, seed, count in map(parse_made, made):
         for document in generate(name, seed, count):
@@ -60,9 +68,33 @@ def characters(found: Iterable[str]) -> TrieTokenizer:
     return TrieTokenizer(dict(enumerate(words, 1)))
 
 
-def pairs(found: Iterable[str], vocab_size: int, out: Path) -> BpeTokenizer:
+def sampled(found: Iterable[str], size: float, most: int) -> Iterator[str]:
+    """Of texts of about `size` bytes `most`, taken evenly from all of them; the same each time.
+
+    A run of letters that no word has, such as encoded pictures, is cut short.
+    """
+    share, seen, taken = most / max(size, 1), 0, 0
+    for text in found:
+        pieces = [text] if share >= 1 and len(text) <= PIECE else re.findall(PIECES, text)
+        for piece in pieces:
+            width = len(piece.encode("utf-8"))
+            if taken + width > most:
+                return
+            if taken <= share * seen:
+                taken += width
+                yield NO_WORD.sub(lambda run: run[0][:LONGEST], piece)
+            seen += width
+
+
+def size_of(files: Iterable[str]) -> float:
+    """About how many bytes of text are in files."""
+    found = list(chain.from_iterable(map(files_of, files)))
+    return sum(os.path.getsize(file) * (4 if kind_of(file)[1] else 1) for file in found)
+
+
+def pairs(found: Iterable[str], spec: TokenizerConfig, out: Path) -> BpeTokenizer:
     """Byte pair encoding learned from texts. Raises DataError when there is none, or vocab_size is too small."""
-    write_text(out / MERGES, learn(found, vocab_size))
+    write_text(out / MERGES, learn(found, spec.vocab_size))
     return BpeTokenizer(out / MERGES)
 
 
@@ -74,7 +106,9 @@ def make(spec: TokenizerConfig, files: list[str], made: list[str], out: Path) ->
         return IntegerTokenizer(1 + max(largest(file) for path in files for file in files_of(path)))
     if spec.corpora and spec.kind != "integer":
         found = corpora(files, made)
-        return characters(found) if spec.kind == "trie" else pairs(found, spec.vocab_size, out)
+        if spec.kind == "trie":
+            return characters(found)
+        return pairs(sampled(found, size_of(files), spec.sample * 1_000_000), spec, out)
     if spec.kind == "own":  # a file is the class's own, named so that an edit of it is seen
         return OwnTokenizer(spec.import_path, spec.options)
     if spec.kind in ("bytes", "integer"):

@@ -35,6 +35,7 @@ VERBS = {file.stem for file in PACKAGE.glob("*.py")} - {"__init__"}
 # Snakemake waits for some of these each time it parses, the user for the others: a second of torch is too much
 TORCH_FREE = ("plan", "launch", "settings", "download", "questions", "score", "plot", "report")
 ENVIRONMENT = {"base/compiler.py", "base/crew.py", "base/lock.py", "launch.py", "train/dist.py", "weights/hub.py"}
+ENVIRONMENT |= {"tokenizer/bpe.py"}  # the library tokenizers is told by the environment alone to keep to one core
 HOMES = {
     "pydantic": ("base/",),
     "safetensors": ("weights/",),

@@ -3,13 +3,16 @@
 import json
 import os
 import shutil
+import tempfile
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rwkvpipe.base.files import naming
 
+COPIED = 1 << 20  # bytes that are copied at once
 EVERY = 2.0  # seconds between records: what is lost at most, give or take one piece
 
 
@@ -47,6 +50,8 @@ class Growing:
             if lines[-1].endswith(b"\n"):
                 record = json.loads(lines[-1])
                 if all(record["lengths"][name] <= lengths[name] for name in self.names):
+                    for left in set(os.listdir(self.folder)) - {*self.names, self.journal.name}:
+                        (self.folder / left).unlink(missing_ok=True)  # what was handed over and not taken
                     for name in self.names:
                         os.truncate(self.folder / name, record["lengths"][name])
                     with open(self.journal, "rb+") as file:
@@ -59,6 +64,16 @@ class Growing:
         """Let a file grow."""
         with naming(self.folder / name):
             self.files[name].write(data)
+
+    def take(self, name: str, path: Path, parts: Iterable[tuple[int, int]]) -> None:
+        """Let a file grow by parts (start, stop) of another one, which then is no more."""
+        with open(path, "rb") as file, naming(self.folder / name):
+            for start, stop in parts:
+                file.seek(start)
+                while start < stop and (block := file.read(min(COPIED, stop - start))):
+                    self.files[name].write(block)
+                    start += len(block)
+        path.unlink()
 
     def record(self, state: Any, *, now: bool = False) -> None:
         """Keep what is there, with `state` (JSON), if some time has gone by or it must be `now`."""
@@ -101,3 +116,45 @@ class Growing:
             with suppress(OSError):  # what a full disk does not take is thrown away anyway
                 file.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Spool:
+    """Bytes in memory, which go into a file of `folder` when they are over `most`; without a folder they never do."""
+
+    def __init__(self, folder: Path | None, most: int):
+        self.folder, self.most = folder, most
+        self.held = bytearray()
+        self.path: Path | None = None
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Let them grow."""
+        self.held += data
+        if self.folder is not None and len(self.held) > self.most:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self.path is None:
+            with naming(self.folder / "spool"):
+                handle, name = tempfile.mkstemp(dir=self.folder, prefix="spool-")
+                os.close(handle)
+                self.path = Path(name)
+        with naming(self.path), open(self.path, "ab") as file:
+            file.write(self.held)
+        self.held = bytearray()
+
+    def __len__(self) -> int:
+        return len(self.held) + (self.path.stat().st_size if self.path else 0)
+
+    def cut(self, size: int) -> None:
+        """Forget all behind the first `size` bytes."""
+        before = len(self) - len(self.held)
+        if size < before:
+            os.truncate(self.path, size)
+        del self.held[max(0, size - before) :]
+
+    def taken(self) -> bytearray | Path:
+        """All of them, or the file that they are in."""
+        if self.path is not None:
+            self._flush()
+            return self.path
+        return self.held

@@ -13,6 +13,7 @@ TOKENIZER_FIELDS = {
     "path": ("world", "trie", "bpe"),
     "corpora": ("trie", "bpe", "integer"),
     "vocab_size": ("bpe",),
+    "sample": ("bpe",),
     "end": ("bpe",),
     "import_path": ("own",),
     "options": ("own",),
@@ -37,6 +38,8 @@ class TokenizerConfig(Strict):
     whose largest number is the last."""
     vocab_size: Count | None = None
     """bpe, learned: how many ids at most; id 0 ends a document, every byte has one."""
+    sample: Count = 64
+    """bpe, learned: from so many megabytes of text at most, taken evenly from all of the corpora."""
     end: str | None = None
     """bpe, from a file: the token that ends a document; left out, what it is usually called."""
     import_path: str | None = None
@@ -56,6 +59,8 @@ class TokenizerConfig(Strict):
             raise ValueError(f"kind {self.kind} needs one of path and corpora")
         if self.kind == "bpe" and (self.vocab_size is None) != (not self.corpora):
             raise ValueError("vocab_size belongs to a bpe learned from corpora, and that needs it")
+        if not self.corpora and self.sample != type(self).model_fields["sample"].default:
+            raise ValueError("sample belongs to a bpe learned from corpora")
         if self.corpora and self.end is not None:
             raise ValueError("end belongs to a bpe from a file; one learned here ends documents with id 0")
         if self.kind == "own" and self.import_path is None:

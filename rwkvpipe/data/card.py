@@ -1,34 +1,55 @@
 """What a corpus is: counts, lengths, duplicates, the longest documents; kept while it is packed."""
 
+import mmap
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 
+from rwkvpipe.base.files import atomic
 from rwkvpipe.data.parcel import PARTS, TOP, Parcel, Part
 
+HELD = 1 << 21  # digests of a run that is held in memory, at most twice that
 BINS = 32  # lengths below 1, 2, 4, ... tokens
 
 
 class Seen:
-    """Which digests came before, in eight bytes each."""
+    """Which digests came before, in eight bytes each: of many corpora's worth most lie in files of `folder`."""
 
-    def __init__(self):
+    def __init__(self, folder: Path | None = None):
+        self.folder = folder
         self.runs: list[np.ndarray] = []  # each sorted, each at most half as long as the one before it
+        self.laid: list[np.memmap] = []  # sorted runs in files
 
     def fresh(self, digests: np.ndarray) -> np.ndarray:
         """Which (n,) of the digests (n,) uint64 come for the first time; from now on they have been seen."""
-        first = np.zeros(len(digests), dtype=bool)
-        first[np.unique(digests, return_index=True)[1]] = True
-        for run in self.runs:
-            place = np.searchsorted(run, digests)
-            first &= run[np.minimum(place, len(run) - 1)] != digests
+        order = np.argsort(digests, kind="stable")
+        wanted = digests[order]  # neighbours look at the same pages of a file
+        first = np.ones(len(digests), dtype=bool)
+        first[1:] = wanted[1:] != wanted[:-1]
+        for run in (*self.laid, *self.runs):
+            place = np.searchsorted(run, wanted)
+            first &= run[np.minimum(place, len(run) - 1)] != wanted
+        for run in self.laid:
+            run._mmap.madvise(mmap.MADV_DONTNEED)  # what was looked at need not stay in memory
         if first.any():
-            self.runs.append(np.sort(digests[first]))
+            self.runs.append(wanted[first])
         while len(self.runs) > 1 and len(self.runs[-2]) < 2 * len(self.runs[-1]):
             run = np.concatenate(self.runs[-2:])
             run.sort()
             self.runs[-2:] = [run]
-        return first
+        if self.folder is not None and self.runs and len(self.runs[0]) >= HELD:
+            self._lay()
+        found = np.empty_like(first)
+        found[order] = first
+        return found
+
+    def _lay(self) -> None:
+        """Move the longest run into a file."""
+        path = self.folder / f"seen-{len(self.laid)}"
+        with atomic(path) as part:
+            self.runs.pop(0).tofile(part)
+        self.laid.append(np.memmap(path, dtype="<u8", mode="r"))
 
 
 class Card:
@@ -90,14 +111,13 @@ class Card:
 
 
 def kept(part: Part, keep: np.ndarray) -> Part:
-    """A part without the documents that are not to be kept (n,)."""
+    """A part without the documents that are not to be kept (n,), but for its tokens, which stay."""
     if keep.all():
         return part
-    tokens = np.repeat(keep, part.sizes)
     new = np.cumsum(keep) - 1  # numbers of those that stay
     return Part(
-        part.tokens[tokens],
-        None if part.marks is None else part.marks[tokens],
+        part.tokens,
+        None if part.marks is None else part.marks[np.repeat(keep, part.sizes)],
         part.sizes[keep],
         part.digests[keep],
         part.widths[keep],

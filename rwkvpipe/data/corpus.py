@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +14,7 @@ from rwkvpipe.base.config import CorpusConfig
 from rwkvpipe.base.errors import ConfigError, DataError
 from rwkvpipe.base.sources import files_of
 from rwkvpipe.data.array import array_documents, array_units
+from rwkvpipe.data.block import Block, blocks, can_be_read
 from rwkvpipe.data.document import Document
 from rwkvpipe.data.kind import BOM, TABLES, kind_of, opened
 from rwkvpipe.data.pair import PARTS, pair
@@ -25,6 +27,8 @@ ARRAYS = ("numpy", "arrays")
 # what rows of questions may be called without `columns`
 ASKED = {"question", "prompt", "answer", "options", "label"}
 PAIRED = set(PARTS)
+BLOCK = 1 << 20  # bytes of a text that are read at once
+LONG = 4 << 20  # bytes of a text that may be held as a whole, by who can do with less
 Bad = Callable[[DataError], None]
 
 
@@ -45,15 +49,34 @@ def is_table(path: str | Path) -> bool:
     return kind_of(path)[0] in TABLES
 
 
-def whole_text(path: str | Path, packed: str = "") -> str:
-    """A text file as it stands, line ends too, less a byte order mark. Raises DataError naming the line."""
+def text_blocks(path: str | Path, packed: str = "") -> Iterator[bytes]:
+    """A text file as it stands, line ends too, less a byte order mark, some at a time: UTF-8 that splits no character.
+
+    Raises DataError naming the line.
+    """
+    tail, place, lines = b"", 0, 0
     with opened(path, packed) as file:
-        data = file.read().removeprefix(BOM)
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: not UTF-8 at byte {error.start} of the file; save it as UTF-8") from None
+        while piece := file.read(BLOCK):
+            data = tail + piece
+            if not place and len(data) >= len(BOM):
+                place = len(data) - len(data := data.removeprefix(BOM))
+            try:
+                data.decode("utf-8")
+                cut = len(data)
+            except UnicodeDecodeError as error:
+                cut = error.start
+                if error.end < len(data) or len(data) - cut > 3:
+                    raise _no_text(path, place + cut, lines + data.count(b"\n", 0, cut)) from None
+            place, tail = place + cut, data[cut:]
+            lines += data.count(b"\n", 0, cut)
+            if cut:
+                yield data[:cut]
+    if tail:
+        raise _no_text(path, place, lines)
+
+
+def _no_text(path: str | Path, place: int, lines: int) -> DataError:
+    return DataError(f"{path}:{lines + 1}: not UTF-8 at byte {place} of the file; save it as UTF-8")
 
 
 def rows(path: str | Path) -> Iterator[tuple[Place, dict]]:
@@ -71,7 +94,8 @@ def texts(path: str | Path) -> Iterator[str]:
         for where, row in rows(path):
             yield from _texts(row, where)
     elif kind == "text":
-        yield whole_text(path, packed)
+        for block in text_blocks(path, packed):
+            yield block.decode("utf-8")
     else:
         raise DataError(f"{path}: holds numbers, no text")
 
@@ -119,17 +143,22 @@ def _largest(value, listed: bool) -> int:
 class Reader:
     """Documents of one corpus: the units that its files are cut into, and what stands in each.
 
-    Raises ConfigError for columns and paths that cannot be.
+    With `streams`, long text files come as documents of `blocks`. Raises ConfigError for columns and paths that cannot
+    be.
     """
 
-    def __init__(self, spec: CorpusConfig | Named, format: str):
-        self.spec, self.format = spec, format
+    def __init__(self, spec: CorpusConfig | Named, format: str, *, streams: bool = False):
+        self.spec, self.format, self.streams = spec, format, streams
         named = format in ("chat", "question", "pairs") or "text" in spec.templates or "text" in spec.columns
         field = {} if named else {"text": getattr(spec, "field", "text")}
         self.columns = Columns(spec.columns | field, spec.templates)
         names = {"question": ASKED, "chat": KEYS, "pairs": PAIRED}.get(format, set())
         self.needed = frozenset(self.columns.tops | names)
         self.cut = getattr(spec, "cut", None)
+        fan = self.columns.fans[0] if self.columns.fans else ()
+        self.fan = str(fan[0]) if len(fan) == 2 else None  # the list at the top of a row of which each item is a record
+        plain = format == "text" and not self.columns.inside and not spec.templates
+        self.plain = self.columns.names["text"] if plain else None  # the one column, if that is all
 
     def units(self, path: str | Path) -> list[Unit]:
         """The units of all files that a path means. Raises DataError when they are of kinds that do not go together."""
@@ -176,16 +205,31 @@ class Reader:
                     yield found
         elif unit.kind == "text":
             try:
-                text = whole_text(unit.path, unit.packed)
+                document = self._text(unit)
             except DataError as error:
                 bad(error)
             else:
-                yield Document(text=text, origin=Place(unit, 1))
+                yield document
         else:
-            for place, raw in raw_rows(unit, self.needed):
-                yield from self._row(raw, place, bad)
+            for place, raw in raw_rows(unit, self.needed, self.fan):
+                yield from self.row(raw, place, bad)
 
-    def _row(self, raw, place: Place, bad: Bad) -> Iterator[Document]:
+    def blocks(self, unit: Unit) -> Iterator[Block] | None:
+        """The rows of a unit by the thousand, where that can be: of texts under one name."""
+        return blocks(unit, self.plain) if self.plain is not None and can_be_read(unit) else None
+
+    def _text(self, unit: Unit) -> Document:
+        """A text file: one document."""
+        parts, held = [], 0
+        for block in text_blocks(unit.path, unit.packed):
+            parts.append(block)
+            held += len(block)
+            if self.streams and held > LONG:
+                return Document(blocks=partial(text_blocks, unit.path, unit.packed), origin=Place(unit, 1))
+        return Document(text=b"".join(parts).decode("utf-8"), origin=Place(unit, 1))
+
+    def row(self, raw, place: Place, bad: Bad) -> Iterator[Document]:
+        """The documents of what a unit gave as a row; what is wrong with it is told to `bad`."""
         try:
             records = [*self.columns.records(row_of(raw, place), place)]
         except DataError as error:

@@ -1,15 +1,17 @@
 """What corpora are made of: a text, a talk, a question with its answer, or a row of numbers."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 
 from rwkvpipe.base.errors import DataError
 from rwkvpipe.base.files import canonical
 from rwkvpipe.tokenizer import chat
+from rwkvpipe.tokenizer.byte import utf8
 from rwkvpipe.tokenizer.integer import IntegerTokenizer
 from rwkvpipe.tokenizer.load import Tokenizer
 
@@ -18,10 +20,12 @@ Render = Callable[[Sequence[dict], Tokenizer], tuple[list[int], list[int]]]
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """One of: `text`; `messages` (role and content each); `ids` (whole numbers); `question` with `answer`; a `pair`.
+    """One of: `text`; `messages` (role and content each); `ids` (whole numbers); `question` with `answer`;
+    a `pair`; `blocks`.
 
-    A question of multiple choice has `options` and the index of the right one, `label`. `origin` is where the
-    document came from, as text `file:line`, for errors.
+    `blocks` gives a text too long to be held: UTF-8, some at a time, and again when asked again. A question of
+    multiple choice has `options` and the index of the right one, `label`. `origin` is where the document came from, as
+    text `file:line`, for errors.
     """
 
     text: str | None = None
@@ -32,6 +36,7 @@ class Document:
     options: Sequence[str] | None = None
     label: int | None = None
     pair: dict | None = None
+    blocks: Callable[[], Iterator[bytes]] | None = None
     origin: object = ""
 
     def talk(self) -> list[dict]:
@@ -63,6 +68,11 @@ class Document:
 
     def digest(self) -> int:
         """64 bits that depend on the content alone: equal documents have equal ones."""
+        if self.blocks is not None:
+            found = hashlib.blake2b(digest_size=8)
+            for block in self.blocks():
+                found.update(block)
+            return int.from_bytes(found.digest(), "little")
         if self.text is not None:
             data = self.text.encode("utf-8", "surrogatepass")
         elif self.ids is not None:
@@ -74,6 +84,8 @@ class Document:
     @cached_property
     def fraction(self) -> float:
         """A number in [0, 1) that depends on the content alone, of a question on what is asked."""
+        if self.blocks is not None:
+            return _fraction(chain([b'{"text":"'], (_escaped(block) for block in self.blocks()), [b'"}']))
         if self.ids is not None:
             data = np.asarray(self.ids, dtype="<i8").tobytes()
         elif self.question is not None:
@@ -82,15 +94,29 @@ class Document:
             data = canonical({"text": self.text} if self.text is not None else list(self.messages or ())).encode(
                 "utf-8", "surrogatepass"
             )
-        return int.from_bytes(hashlib.sha256(data).digest()[:7], "big") / 2**56
+        return _fraction([data])
 
     @property
     def width(self) -> int:
         """Bytes of all that is said, as UTF-8; of numbers none."""
+        if self.blocks is not None:
+            return sum(map(len, self.blocks()))
         if self.ids is not None:
             return 0
         said = [self.text] if self.text is not None else [turn["content"] for turn in self.talk()]
         return sum(len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass")) for text in said)
+
+
+def _fraction(parts: Iterable[bytes]) -> float:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    return int.from_bytes(found.digest()[:7], "big") / 2**56
+
+
+def _escaped(block: bytes) -> bytes:
+    """A part of a text as canonical JSON writes it."""
+    return canonical(block.decode("utf-8"))[1:-1].encode("utf-8")
 
 
 def encoded(
@@ -116,10 +142,11 @@ def encoded(
         yield end, None
         return
     try:
-        if document.text is None:
+        if document.text is None and document.blocks is None:
             yield render(document.talk(), tokenizer)
             return
-        for piece in tokenizer.pieces(document.text):
+        blocks = [utf8(document.text)] if document.blocks is None else document.blocks()
+        for piece in tokenizer.stream(blocks):
             yield piece, None
         yield end, None
     except DataError as error:

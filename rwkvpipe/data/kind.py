@@ -71,11 +71,27 @@ def _text_or_rows(head: bytes, suffix: str) -> str:
         # one object over many lines
         if head[:1] == b"{" and suffix == ".json" and rest and not _is_object(first):
             return "lines" if first.rstrip().endswith(b"}") else "object"
+        if head[:1] == b"{" and suffix == ".json" and not whole:
+            return "line"
         return "list" if head[:1] == b"[" and head[1:].lstrip()[:1] == b"{" else "lines"
     # a text may begin with a bracket: rows are rows when the first is one
     if head[:1] == b"{" and (_is_object(first) if whole else head[:2] == b'{"'):
         return "lines"
+    if re.match(rb'\{\s*\n\s*"(?:[^"\\\n]|\\.)*"\s*:', head):
+        return "object"
     return "list" if re.match(rb'\[\s*\{\s*"', head) else "text"
+
+
+def _one_line(path: Path, packed: str) -> bool:
+    """Whether a file is one line, but for space behind it."""
+    ended = False
+    with opened(path, packed) as file:
+        while block := file.read(1 << 20):
+            _, end, rest = (b"", b"\n", block) if ended else block.partition(b"\n")
+            ended = bool(end)
+            if rest.strip():
+                return False
+    return True
 
 
 def kind_of(path: str | Path) -> tuple[str, str]:
@@ -105,4 +121,7 @@ def kind_of(path: str | Path) -> tuple[str, str]:
         what = "no .npy file" if suffix == ".npy" else f"no {suffix[1:]} file"
         remedy = "save whole numbers with numpy.save(path, array)" if suffix == ".npy" else "make or copy it again"
         raise DataError(f"{path}: it is {what}, or damaged; {remedy}")
-    return _text_or_rows(head, suffix), packed
+    kind = _text_or_rows(head, suffix)
+    if kind == "line":  # longer than what was looked at
+        kind = "object" if _one_line(path, packed) else "lines"
+    return kind, packed

@@ -14,7 +14,7 @@ from rwkvpipe.base.growing import Growing
 from rwkvpipe.base.pace import Pace
 from rwkvpipe.data.binidx import write_index
 from rwkvpipe.data.card import Card, Seen, count_parcel, kept
-from rwkvpipe.data.parcel import PARTS, Parcel
+from rwkvpipe.data.parcel import PARTS, Parcel, Part
 
 log = logging.getLogger("rwkvpipe")
 
@@ -35,7 +35,7 @@ class Packing:
         self.files = Growing(folder / WORK, mark, (*names, "digests", "skipped.jsonl"))
         state = self.files.state or {}
         self.done, self.card = state.get("done", 0), Card(state.get("card"))
-        self.seen = Seen()
+        self.seen = Seen(folder / WORK)
         if self.done:
             log.info("going on after %d pieces of the corpus", self.done)
             digests = np.fromfile(folder / WORK / "digests", dtype="<u8")
@@ -50,10 +50,10 @@ class Packing:
             fresh = self.seen.fresh(part.digests)
             self.files.append("digests", part.digests[fresh].tobytes())
             self.card.counts["duplicates"] += int((~fresh).sum())
-            if self.spec.duplicates == "drop":
-                self.card.counts["dropped"] += int((~fresh).sum())
-                part = kept(part, fresh)
-            self.files.append(f"{name}.bin", part.tokens.data)
+            wanted = fresh if self.spec.duplicates == "drop" else np.ones_like(fresh)
+            self.card.counts["dropped"] += int((~wanted).sum())
+            self._add_tokens(f"{name}.bin", part, wanted)
+            part = kept(part, wanted)
             self.files.append(f"{name}.sizes", part.sizes.tobytes())
             if part.marks is not None:
                 self.files.append(f"{name}.mask", part.marks.data)
@@ -61,6 +61,19 @@ class Packing:
         count_parcel(self.card, parcel)
         self.done += 1
         self.files.record({"done": self.done, "card": self.card.state()})
+
+    def _add_tokens(self, name: str, part: Part, wanted: np.ndarray) -> None:
+        """Append the tokens of the documents that are wanted (n,)."""
+        if isinstance(part.tokens, np.ndarray):
+            tokens = part.tokens if wanted.all() else part.tokens[np.repeat(wanted, part.sizes)]
+            self.files.append(name, tokens.data)
+            return
+        ends = np.cumsum(part.sizes, dtype=np.int64) * self.dtype.itemsize
+        starts = ends - part.sizes * self.dtype.itemsize
+        ranges = (
+            [(0, int(ends[-1]))] if wanted.all() else zip(starts[wanted].tolist(), ends[wanted].tolist(), strict=True)
+        )
+        self.files.take(name, part.tokens, ranges)
 
     def add_all(self, parcels: Iterable[Parcel], pace: Pace) -> None:
         """Append parcels and say, now and then, how far it is: by bytes of files, or by documents."""

@@ -3,27 +3,24 @@
 A table is cut into units, which are read one by one, each in bounded memory.
 """
 
-import codecs
 import json
-import math
 import os
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any, BinaryIO
+from typing import Any
 
 from rwkvpipe.base.errors import DataError
-from rwkvpipe.base.files import parse_json, unreadable
-from rwkvpipe.data.kind import BOM, opened
+from rwkvpipe.base.files import parse_json
+from rwkvpipe.data.items import list_rows, object_rows, other_members
+from rwkvpipe.data.kind import opened
+from rwkvpipe.data.lines import lines
 from rwkvpipe.data.unit import Place, Unit
 
 UNIT = 4 << 20  # bytes of a unit of lines, or of the needed columns of groups of a table
 BATCH = 1 << 20  # bytes of a table that become rows at once
 GROUP = 256 << 20  # bytes of the needed columns of a row group at most
-OBJECT = 1 << 29  # bytes of a file that is one JSON object at most
-ITEM = 1 << 28  # characters of one item of a JSON list at most
-READ = 1 << 18
-SPACE = " \t\r\n"
+OBJECT = 1 << 26  # bytes of one JSON object at most that is read whole
 Raw = bytes | dict | DataError | Any
 
 
@@ -146,140 +143,50 @@ def _record_batches(path: str, needed: Set[str] | None) -> list[tuple[int, int]]
         return [(file.get_batch(number).num_rows, os.path.getsize(path) // count) for number in range(count)]
 
 
-def raw_rows(unit: Unit, needed: Set[str] | None) -> Iterator[tuple[Place, Raw]]:
-    """(place, raw) of each row of a unit, for `row_of`: a bad row is raised there, so that the next can be read."""
+def raw_rows(unit: Unit, needed: Set[str] | None, fan: str | None = None) -> Iterator[tuple[Place, Raw]]:
+    """(place, raw) of each row of a unit, for `row_of`: a bad row is raised there, so that the next can be read.
+
+    Of a JSON object whose list under the name `fan` is fanned out, each item of that is a row.
+    """
     if unit.kind in ("parquet", "arrow", "stream"):
-        with _foreign(unit.path):
-            yield from _arrow_rows(unit, needed)
+        yield from _arrow_rows(unit, needed)
+        return
+    if unit.kind == "object" and fan is not None:
+        others = {}
+        if needed is None or needed - {fan}:
+            with opened(unit.path, unit.packed) as file:
+                others = other_members(unit, file, fan, needed)
+        with opened(unit.path, unit.packed) as file:
+            yield from object_rows(unit, file, fan, others)
         return
     with opened(unit.path, unit.packed) as file:
         if unit.kind == "lines":
-            yield from _lines(unit, file)
+            yield from lines(unit, file)
         elif unit.kind == "list":
-            yield from _Items(unit, file)
+            yield from list_rows(unit, file)
         else:
-            if unit.weight > OBJECT:
-                raise DataError(f"{unit.path}: one JSON object of {unit.weight >> 20} MB; make a list or lines of it")
-            yield Place(unit, 1), parse_json(file.read(), unit.path)
-
-
-def _lines(unit: Unit, file: BinaryIO) -> Iterator[tuple[Place, bytes]]:
-    """Lines that begin in the unit, but for blank ones."""
-    place, number = 0, 0
-    stop = unit.stop if unit.stop is not None else math.inf
-    if unit.start:
-        place = unit.start - 1
-        file.seek(place)
-        # the rest of a line that begins before, which may be longer than the unit
-        while place < stop and (rest := file.readline(READ)):
-            place += len(rest)
-            if rest.endswith(b"\n"):
-                break
-        number = int(place > unit.start)
-    while place < stop and (line := file.readline()):
-        number += 1
-        if not place:
-            place += len(line)
-            line = line.removeprefix(BOM)
-        else:
-            place += len(line)
-        if line and not line.isspace():
-            yield Place(unit, number), line
-
-
-class _Items:
-    """The items of a JSON list, read piece by piece. Raises DataError naming the line where it is broken."""
-
-    def __init__(self, unit: Unit, file: BinaryIO):
-        self.unit, self.file = unit, file
-        self.text, self.place, self.lines, self.end = "", 0, 1, False
-        self.size, self.number = READ, 0
-        self.decode = codecs.getincrementaldecoder("utf-8-sig")().decode
-        self.scan = json.JSONDecoder().raw_decode
-
-    def fault(self, problem: str, place: int) -> DataError:
-        """The error at a place of the text that is held."""
-        line = self.lines + self.text.count("\n", 0, place)
-        return DataError(f"{self.unit.path}:{line}: not JSON: {problem}; mend it")
-
-    def more(self) -> None:
-        """Hold one more piece, and drop what was read. Raises DataError when there is none."""
-        if self.end:
-            raise self.fault("the list has no end", len(self.text))
-        self.lines += self.text.count("\n", 0, self.place)
-        self.text, self.place = self.text[self.place :], 0
-        piece = self.file.read(self.size)
-        self.end = not piece
-        try:
-            self.text += self.decode(piece, self.end)
-        except UnicodeDecodeError as error:
-            line = self.lines + self.text.count("\n") + error.object.count(b"\n", 0, error.start)
-            raise DataError(f"{self.unit.path}:{line}: not UTF-8; save it as UTF-8") from None
-        self.size = min(2 * self.size, 1 << 26)  # so that a long item is tried few times
-
-    def mark(self) -> str:
-        """The next character that is no space."""
-        while True:
-            while self.place < len(self.text) and self.text[self.place] in SPACE:
-                self.place += 1
-            if self.place < len(self.text):
-                return self.text[self.place]
-            self.more()
-
-    def item(self) -> Any:
-        """The value that stands here."""
-        while True:
-            try:
-                value, place = self.scan(self.text, self.place)
-            except json.JSONDecodeError as error:
-                # a piece may end in the middle of an item, at most so many characters after where it is noticed
-                broken = error.pos < len(self.text) - 12 and not error.msg.startswith("Unterminated")
-                if self.end or broken:
-                    raise self.fault(error.msg, error.pos) from None
-                if len(self.text) - self.place > ITEM:
-                    raise self.fault(f"an item of over {ITEM >> 20} million characters", self.place) from None
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{self.unit.path}: {unreadable(error)}") from None
-            else:
-                # a number may go on in the next piece
-                if place < len(self.text) or self.end or isinstance(value, dict | list | str):
-                    self.place, self.size = place, READ
-                    return value
-            self.more()
-
-    def __iter__(self) -> Iterator[tuple[Place, Any]]:
-        if self.mark() != "[":
-            raise self.fault("a list is needed", self.place)
-        self.place += 1
-        while self.mark() != "]":
-            if self.number and self.text[self.place] != ",":
-                raise self.fault("a comma, or the end of the list, is needed", self.place)
-            self.place += bool(self.number)
-            self.mark()
-            value = self.item()
-            self.number += 1
-            yield Place(self.unit, self.number, "item"), value
-        if self.text[self.place + 1 :].strip() or self.file.read(READ).strip():
-            raise self.fault("more after the end of the list", self.place)
+            data = file.read(OBJECT + 1)
+            if len(data) > OBJECT:
+                raise DataError(
+                    f"{unit.path}: one JSON object of over {OBJECT >> 20} MB; make a list or lines of it, or name in"
+                    " columns the list in it that has the rows, such as data[*].question"
+                )
+            yield Place(unit, 1), parse_json(data, unit.path)
 
 
 def _arrow_rows(unit: Unit, needed: Set[str] | None) -> Iterator[tuple[Place, Raw]]:
     import pyarrow
 
     number = 0
-    for batch in _batches(unit, needed):
-        width = max(1, batch.nbytes // max(1, batch.num_rows))
-        step = max(1, BATCH // width)
-        for start in range(0, batch.num_rows, step):
-            part = batch.slice(start, step)
-            try:
-                rows = part.to_pylist()
-            except (UnicodeDecodeError, pyarrow.ArrowInvalid):
-                rows = chain.from_iterable(_one(part.slice(i, 1)) for i in range(part.num_rows))
-            for row in rows:
-                number += 1
-                place = Place(unit, number, "row")
-                yield place, DataError(f"{place}: {row}") if isinstance(row, str) else row
+    for part in arrow_batches(unit, needed):
+        try:
+            rows = part.to_pylist()
+        except (UnicodeDecodeError, pyarrow.ArrowInvalid):
+            rows = chain.from_iterable(_one(part.slice(i, 1)) for i in range(part.num_rows))
+        for row in rows:
+            number += 1
+            place = Place(unit, number, "row")
+            yield place, DataError(f"{place}: {row}") if isinstance(row, str) else row
 
 
 def _one(row) -> list:
@@ -290,6 +197,15 @@ def _one(row) -> list:
         return row.to_pylist()
     except (UnicodeDecodeError, pyarrow.ArrowInvalid) as error:
         return [f"not UTF-8 ({error}); write the column again"]
+
+
+def arrow_batches(unit: Unit, needed: Set[str] | None) -> Iterator[Any]:
+    """Record batches of the needed columns, of some size. Raises DataError for a damaged file."""
+    with _foreign(unit.path):
+        for batch in _batches(unit, needed):
+            step = max(1, BATCH // max(1, batch.nbytes // max(1, batch.num_rows)))
+            for start in range(0, batch.num_rows, step):
+                yield batch.slice(start, step)
 
 
 def _batches(unit: Unit, needed: Set[str] | None) -> Iterator[Any]:

@@ -1,11 +1,14 @@
 """Byte pair encoding: learned here, or read from the tokenizer.json of another model (library tokenizers)."""
 
+import json
 import logging
+import os
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 
 from rwkvpipe.base.errors import DataError
@@ -16,7 +19,11 @@ log = logging.getLogger("rwkvpipe")
 
 END = "<|endoftext|>"  # id 0 of what is learned here
 ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")  # what others call it
-PIECE = 1 << 20  # characters of a text whose ids are held at once
+WINDOW = 1 << 16  # characters of a long text that are encoded at once
+WORDS = 4  # words before the end of a window whose borders the text behind it may move
+WORD = 1 << 18  # characters of a word, which is encoded at once; a longer one is cut
+STEADY = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Replace", "Sequence"}  # normalizers that know no beginning
+SPLITS = {"ByteLevel", "Split", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit", "Sequence"}
 LEAST = 257  # every byte, and the end of a document
 
 
@@ -66,6 +73,15 @@ def _kinds(part: Any) -> set[str]:
     return set().union(*map(_kinds, part)) if isinstance(part, list) else set()
 
 
+def _cuttable(described: dict) -> bool:
+    """Whether words of a text are told apart whatever stands before them, so that it may be encoded from any on."""
+    before, words = described.get("normalizer"), described.get("pre_tokenizer")
+    if not words or '"add_prefix_space": true' in json.dumps(words):
+        return False
+    regex = {"String", "Regex", "None"}  # kinds of what is looked for, and of parts without one
+    return _kinds(before) <= STEADY | regex and _kinds(words) <= SPLITS | regex
+
+
 class BpeTokenizer:
     """A tokenizer.json with a BPE model. `end` is the token that ends a document, the likeliest name if left out.
 
@@ -82,7 +98,8 @@ class BpeTokenizer:
         if kind != "BPE":
             raise DataError(f"{path}: a model of type {kind}, BPE is needed; give a tokenizer.json with merges")
         try:
-            self._inner = tokenizers.Tokenizer.from_str(self.json)
+            # what it would put before and behind texts is left out, and so what it does to the places of words
+            self._inner = tokenizers.Tokenizer.from_str(json.dumps(described | {"post_processor": None}))
         except Exception as error:  # the library raises nothing narrower
             raise DataError(f"{path}: the library tokenizers cannot read it ({error}); mend it") from None
         self._inner.encode_special_tokens = True
@@ -95,6 +112,7 @@ class BpeTokenizer:
         self.size = max(self.vocabulary.values(), default=0) + 1
         self.end = self._end(end)
         self.eos = None if self.end is None else self.vocabulary[self.end]
+        self.cuttable = _cuttable(described)
 
     def _end(self, wanted: str | None) -> str | None:
         if wanted is None:
@@ -124,10 +142,16 @@ class BpeTokenizer:
         """Id of each byte."""
         return {byte: self.vocabulary[letter] for letter, byte in LETTERS.items() if letter in self.vocabulary}
 
+    @cached_property
+    def _silent(self) -> int | None:
+        """The id of what the vocabulary does not know."""
+        return self.vocabulary.get(self._inner.model.unk_token)
+
     def _text(self, text: str) -> list[int]:
-        ids = self._inner.encode(text, add_special_tokens=False).ids
-        silent = self._inner.model.unk_token
-        if silent is not None and self.vocabulary.get(silent) in ids:
+        return self._known(self._inner.encode(text, add_special_tokens=False).ids, text)
+
+    def _known(self, ids: list[int], text: str) -> list[int]:
+        if self._silent is not None and self._silent in ids:
             raise DataError(f"{self.path}: the vocabulary knows only a part of {text[:30]!r}; use another")
         return ids
 
@@ -149,9 +173,56 @@ class BpeTokenizer:
                 data = data[error.end :]
         return found
 
-    def pieces(self, text: str | bytes) -> Iterator[list[int]]:
-        """The same ids as one list: where a text could be cut without other ids is known to the library alone."""
-        yield self.encode(text)
+    def stream(self, blocks: Iterable[bytes]) -> Iterator[list[int]]:
+        """The same ids, list after list, of a text that comes as blocks of UTF-8.
+
+        It is encoded in windows that end where a word does. A vocabulary without such places takes the text whole.
+        """
+        held, window = "", WINDOW
+        for block in blocks:
+            held += block.decode("utf-8")
+            start = 0
+            while self.cuttable and len(held) - start > window:
+                ids, size = self._window(held[start : start + window], window >= WORD)
+                window = WINDOW if size else 2 * window  # a word that long is tried again with more behind it
+                start += size
+                yield ids
+            held = held[start:]
+        yield self._text(held)
+
+    def _window(self, text: str, whole: bool) -> tuple[list[int], int]:
+        """Ids of words that a text begins with and whose borders are sure, and their characters.
+
+        None at all where there are too few words; of a `whole` text all.
+        """
+        found = self._inner.encode(text, add_special_tokens=False)
+        words, ids = found.word_ids, found.ids
+        left = WORDS
+        for place in range(len(ids) - 1, 0, -1):
+            if words[place] != words[place - 1]:
+                left -= 1
+                start = found.offsets[place][0] if left <= 0 else 0
+                if start and text[start].isascii():  # what a normalizer could not join to what is before it
+                    return self._known(ids[:place], text), start
+        return (self._known(ids, text), len(text)) if whole else ([], 0)
+
+    def encode_all(self, data: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of many texts, bytes from starts[k] to ends[k] of `data`, each ended by `eos`; and how many of each (n,).
+
+        -1 is a text that holds what the vocabulary does not know; its ids are left out.
+        """
+        # processes share the cores: the library's own threads would be too many
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        texts = [str(data[start:stop], "utf-8") for start, stop in zip(starts.tolist(), ends.tolist(), strict=True)]
+        found, sizes, last = [], [], [] if self.eos is None else [self.eos]
+        for one in self._inner.encode_batch_fast(texts, add_special_tokens=False):
+            ids = one.ids
+            known = self._silent is None or self._silent not in ids
+            sizes.append(len(ids) + len(last) if known else -1)
+            if known:
+                found += ids
+                found += last
+        return np.array(found, dtype=np.int32), np.array(sizes, dtype=np.int64)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of ids; the end of a document gives none. Raises DataError for an id without a token."""

@@ -1,10 +1,13 @@
 """Single bytes as tokens."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
 
 from rwkvpipe.base.errors import DataError
 
 PIECE = 1 << 20  # bytes of a text whose ids are held at once
+SPACES = b" \t\r\n\v\f"
 
 
 def utf8(text: str | bytes) -> bytes:
@@ -24,6 +27,22 @@ def unknown(number: int, size: int) -> DataError:
     return DataError(f"id {number} stands for nothing in a vocabulary of {size}; ban it, or give the right tokenizer")
 
 
+def each_text(
+    encode: Callable[[bytes], np.ndarray], data: np.ndarray, starts: np.ndarray, ends: np.ndarray, last: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of many texts in `data`, one by one, each ended by `last`, and how many of each; -1 of what has an error."""
+    found, sizes, end = [], np.empty(len(starts), dtype=np.int64), np.array([] if last is None else [last])
+    for number, (start, stop) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
+        try:
+            ids = encode(data[start:stop].tobytes())
+        except DataError:
+            sizes[number] = -1  # whoever asks says what is wrong
+            continue
+        found += [ids, end.astype(ids.dtype)]
+        sizes[number] = len(ids) + len(end)
+    return np.concatenate(found) if found else np.zeros(0, dtype=np.int32), sizes
+
+
 class ByteTokenizer:
     """Bytes: with offset 1 the id is byte + 1 and id 0 ends a document; with offset 0 the id is the byte itself."""
 
@@ -37,11 +56,17 @@ class ByteTokenizer:
         data = utf8(text)
         return [byte + self.offset for byte in data] if self.offset else list(data)
 
-    def pieces(self, text: str | bytes) -> Iterator[list[int]]:
-        """The same ids in lists of some length, for texts whose ids would fill the memory."""
-        data = utf8(text)
-        for start in range(0, len(data), PIECE):
-            yield self.encode(data[start : start + PIECE])
+    def encode_array(self, text: str | bytes) -> np.ndarray:
+        """The same ids as an array."""
+        return np.frombuffer(utf8(text), dtype=np.uint8).astype(np.uint16) + np.uint16(self.offset)
+
+    def stream(self, blocks: Iterable[bytes]) -> Iterator[np.ndarray]:
+        """The same ids, array after array, of a text that comes block after block."""
+        yield from map(self.encode_array, blocks)
+
+    def encode_all(self, data: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of many texts, bytes from starts[k] to ends[k] of `data`, each ended by `eos`; and how many of each."""
+        return each_text(self.encode_array, data, starts, ends, self.eos)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of ids; the end of a document gives none. Raises DataError for an id outside the vocabulary."""

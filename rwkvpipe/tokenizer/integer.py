@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 from rwkvpipe.base.errors import DataError
+from rwkvpipe.tokenizer.byte import SPACES
 
 
 class IntegerTokenizer:
@@ -36,9 +37,15 @@ class IntegerTokenizer:
             found.append(value + 1)
         return found
 
-    def pieces(self, text: str | bytes) -> Iterator[list[int]]:
-        """The same ids as the one list that they are; long rows of numbers come as arrays."""
-        yield self.encode(text)
+    def stream(self, blocks: Iterable[bytes]) -> Iterator[list[int]]:
+        """The same ids, list after list, of a text that comes block after block."""
+        held = b""
+        for block in blocks:
+            held += block
+            cut = 1 + max(map(held.rfind, SPACES))  # the last word may go on
+            yield self.encode(held[:cut])
+            held = held[cut:]
+        yield self.encode(held)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The text of ids as bytes."""

@@ -29,8 +29,8 @@ class Tokenizer(Protocol):
     def encode(self, text: str | bytes) -> list[int]:
         """Ids of a text. Raises DataError for what the vocabulary does not know."""
 
-    def pieces(self, text: str | bytes) -> Iterator[list[int] | np.ndarray]:
-        """The same ids, list after list, or array after array."""
+    def stream(self, blocks: Iterable[bytes]) -> Iterator[list[int] | np.ndarray]:
+        """The same ids, some at a time, of a text that comes as blocks of UTF-8, none of which splits a character."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; `eos` gives nothing, invalid UTF-8 becomes U+FFFD."""

@@ -71,6 +71,18 @@ class Memo:
             place = int(edges[-1])
         return np.concatenate(found), place
 
+    def last_cut(self, data: bytes, place: int, stop: int) -> int:
+        """The last place from `place` to `stop` before which no entry reaches across; `place` if there is none.
+
+        The end of the data is one.
+        """
+        if stop >= len(data):
+            return len(data)
+        first = max(place, stop - BLOCK)
+        tail = np.frombuffer(data, dtype=np.uint8, offset=first, count=stop + 1 - first).astype(np.uint16)
+        cuts = np.flatnonzero(self._apart[(tail[:-1] << 8) | tail[1:]])
+        return first + 1 + int(cuts[-1]) if len(cuts) else place
+
     def _edges(self, data: bytes, place: int) -> np.ndarray:
         """Where pieces begin and end, from `place` to the last cut of a block; a block without any grows."""
         size = BLOCK

@@ -42,6 +42,8 @@ def _loaded() -> tuple[ctypes.CDLL, ctypes.PyDLL] | None:
     free.trie_free.restype, free.trie_free.argtypes = None, [POINTER]
     for encode in (free.trie_encode16, free.trie_encode32):
         encode.restype, encode.argtypes = SIZE, [POINTER, ctypes.c_char_p, SIZE, ctypes.POINTER(SIZE), SIZE, POINTER]
+    for encode in (free.trie_all16, free.trie_all32):
+        encode.restype, encode.argtypes = SIZE, [POINTER, POINTER, POINTER, POINTER, SIZE, SIZE, POINTER, POINTER]
     locked.trie_list.restype, locked.trie_list.argtypes = ctypes.py_object, [POINTER, SIZE, *[POINTER] * 4]
     return free, locked
 
@@ -61,6 +63,7 @@ class NativeTrie:
         top = int(ids.max(initial=0))
         self._small = top < 1 << 16
         self._encode = self._free.trie_encode16 if self._small else self._free.trie_encode32
+        self._encode_all = self._free.trie_all16 if self._small else self._free.trie_all32
         self._numbers = None
         if self._small and sys.implementation.name == "cpython":
             # one object for each id: lists are made of these
@@ -80,6 +83,22 @@ class NativeTrie:
         found = np.empty(max(stop - place, 0), dtype=np.uint16 if self._small else np.int32)
         count = self._encode(self._trie, data, len(data), ctypes.byref(at), stop, found.ctypes.data)
         return found[:count], at.value
+
+    def encode_all(
+        self, data: np.ndarray, starts: np.ndarray, ends: np.ndarray, last: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of many texts in `data`, one after the other, `last` behind each, and how many each has (n,).
+
+        -1 is a text in which nothing fits somewhere; its ids are left out.
+        """
+        found = np.empty(int((ends - starts).sum()) + len(starts), dtype=np.uint16 if self._small else np.int32)
+        sizes = np.empty(len(starts), dtype=np.int64)
+        places = [np.ascontiguousarray(each, dtype=np.int64) for each in (starts, ends)]
+        count = self._encode_all(
+            self._trie, data.ctypes.data, *(each.ctypes.data for each in places), len(starts), last,
+            found.ctypes.data, sizes.ctypes.data,
+        )  # fmt: skip
+        return found[:count], sizes
 
     def listed(self, ids: np.ndarray) -> list[int]:
         """Ids as a list."""

@@ -106,9 +106,9 @@ class OwnTokenizer:
                 raise DataError(f"{self.import_path}: encode gives id {number}, size is {self.size}; mend the class")
         return found
 
-    def pieces(self, text: str | bytes) -> Iterator[list[int]]:
-        """The same ids in one list."""
-        yield self.encode(text)
+    def stream(self, blocks: Iterable[bytes]) -> Iterator[list[int]]:
+        """The same ids in one list: where a text could be cut is known to the class alone."""
+        yield self.encode(b"".join(blocks).decode("utf-8"))
 
     def _checked(self, ids: Iterable[int]) -> list[int]:
         """Ids without ends of documents. Raises DataError for those that stand for nothing."""

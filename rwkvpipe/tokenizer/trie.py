@@ -12,7 +12,7 @@ import numpy as np
 
 from rwkvpipe.base.errors import DataError
 from rwkvpipe.base.files import write_text
-from rwkvpipe.tokenizer.byte import PIECE, unknown, utf8
+from rwkvpipe.tokenizer.byte import PIECE, each_text, unknown, utf8
 from rwkvpipe.tokenizer.memo import Memo
 from rwkvpipe.tokenizer.native import NativeTrie, native
 
@@ -46,6 +46,7 @@ class TrieTokenizer:
         for word in self.ids:
             if len(word) > 1:
                 found[word[:2]].add(len(word))
+        self._longest = max(map(len, self.ids), default=1)
         self._lengths = {start: (*sorted(lengths, reverse=True), 1) for start, lengths in found.items()}
         self._wanted = engine
 
@@ -78,21 +79,49 @@ class TrieTokenizer:
         data = utf8(text)
         return self._ids_of(data, 0, len(data))[0]
 
-    def pieces(self, text: str | bytes) -> Iterator[np.ndarray]:
-        """The same ids in arrays of some length, for texts whose ids would fill the memory."""
-        data, place = utf8(text), 0
-        while place < len(data):
-            found, place = self._ids_of(data, place, place + PIECE)
-            yield found
+    def stream(self, blocks: Iterable[bytes]) -> Iterator[np.ndarray]:
+        """The same ids, array after array, of a text that comes block after block."""
+        held, place, passed = b"", 0, (0, 0)
+        waiting = iter(blocks)
+        block = next(waiting, b"")
+        while block is not None:
+            following = next(waiting, None)
+            if place:
+                passed, held, place = _passed(passed, held[:place]), held[place:], 0
+            held = held + block if held else block
+            # an entry that begins so far before the end is whole, whatever follows
+            end = len(held) - (0 if following is None else self._longest)
+            while place < end:
+                found, place = self._ids_of(held, place, min(end, place + PIECE), passed)
+                yield found
+            block = following
 
-    def _ids_of(self, data: bytes, place: int, stop: int) -> tuple[np.ndarray, int]:
-        """Ids of entries that begin from `place` to about `stop`, and where the next one begins."""
+    def encode_all(self, data: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of many texts, bytes from starts[k] to ends[k] of `data`, each ended by `eos`; and how many of each (n,).
+
+        -1 is a text that holds what the vocabulary does not know; its ids are left out.
+        """
+        if isinstance(self._engine, NativeTrie):
+            return self._engine.encode_all(data, starts, ends, self.eos)
+        return each_text(self.encode_array, data, starts, ends, self.eos)
+
+    def _ids_of(self, data: bytes, place: int, stop: int, passed: tuple[int, int] = (0, 0)) -> tuple[np.ndarray, int]:
+        """Ids of entries that begin from `place` to about `stop`, and where the next one begins.
+
+        Lines, and characters of a line begun, that were `passed` stand before the data, for errors.
+        """
         if self._engine is None:
             found, end = self._part(data, place, stop)
             return np.array(found, dtype=np.int32), end
+        stop = min(stop, len(data))
+        if isinstance(self._engine, Memo) and (cut := self._engine.last_cut(data, place, stop)) < stop:
+            # it takes an end for the end of the text: up to its last cut, and from there on the plain way
+            ids, place = self._engine.part(data[:cut], place, cut) if cut > place else (np.zeros(0, np.int32), place)
+            more, end = self._part(data, place, stop)
+            return np.concatenate([ids, np.array(more, dtype=np.int32)]), end
         ids, end = self._engine.part(data, place, stop)
         if end < min(stop, len(data)):
-            raise self._missing(data, end)
+            raise self._missing(data, end, passed)
         return ids, end
 
     def _part(self, data: bytes, place: int, stop: int) -> tuple[list[int], int]:
@@ -109,17 +138,17 @@ class TrieTokenizer:
             place += length
         return found, place
 
-    def _missing(self, data: bytes, place: int) -> DataError:
+    def _missing(self, data: bytes, place: int, passed: tuple[int, int] = (0, 0)) -> DataError:
         start = place
         while start > 0 and place - start < 3 and data[start] & 0xC0 == 0x80:  # back to where the character begins
             start -= 1
         character = data[start : start + 4].decode("utf-8", "ignore")[:1]
         shown = f"{character!r} (U+{ord(character):04X})" if character else f"the byte 0x{data[place]:02x}"
-        before = data[:start].decode("utf-8", "replace")
-        lines, _, line = before.rpartition("\n")
-        where = f"line {before.count(chr(10)) + 1}, " if lines else ""
+        lines, characters = _passed(passed, data[:start])
+        where = f"line {lines + 1}, " if lines else ""
+        line = data[max(0, data.rfind(b"\n", 0, start) + 1, start - 120) : start].decode("utf-8", "replace")
         return DataError(
-            f"the vocabulary has no {shown}, {where}character {len(line) + 1} of {(line + character)[-30:]!r};"
+            f"the vocabulary has no {shown}, {where}character {characters + 1} of {(line + character)[-30:]!r};"
             " learn the vocabulary from this text too, or use kind bytes"
         )
 
@@ -141,6 +170,13 @@ class TrieTokenizer:
     def owns(self, number: int) -> bool:
         """Whether an id has an entry."""
         return number in self.entries
+
+
+def _passed(before: tuple[int, int], data: bytes) -> tuple[int, int]:
+    """Lines, and characters of the line begun, before and in some bytes of a text."""
+    lines = data.count(b"\n")
+    begun = len(data[data.rfind(b"\n") + 1 :].decode("utf-8", "replace"))
+    return before[0] + lines, begun + (0 if lines else before[1])
 
 
 def _entry(line: str, where: str) -> tuple[int, bytes]:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkvpipe.base.errors import DataError
-from rwkvpipe.data import table
+from rwkvpipe.data import items, lines, table
 from rwkvpipe.data.kind import kind_of
 from rwkvpipe.data.table import raw_rows, row_of, table_units
 
@@ -53,7 +53,8 @@ def read(path, needed=NEEDED):
 def test_each_kind_is_told_by_its_content(tmp_path, name, right, monkeypatch):
     monkeypatch.setattr(table, "UNIT", 200)
     monkeypatch.setattr(table, "BATCH", 100)
-    monkeypatch.setattr(table, "READ", 64)
+    monkeypatch.setattr(items, "READ", 64)
+    monkeypatch.setattr(lines, "BLOCK", 64)
     path = tmp_path / f"rows.{SUFFIX.get(name, name) if right else 'dat'}"
     MAKE[name](path)
     found = [row["text"] for _, row in read(path)]
@@ -84,14 +85,15 @@ LINE = st.sampled_from([b"", b" ", b"{}", b'{"a": 1}', b'{"a": "' + b"x" * 40 + 
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(LINE), st.integers(1, 50), st.sampled_from([b"", b"\n", b"\xef\xbb\xbf"]), st.integers(4, 20))
-def test_every_line_lies_in_one_unit_wherever_files_are_cut(tmp_path_factory, lines, unit, start, chunk):
+def test_every_line_lies_in_one_unit_wherever_files_are_cut(tmp_path_factory, found, unit, start, chunk):
     path = tmp_path_factory.mktemp("cut") / "a.jsonl"
-    path.write_bytes(start + b"\n".join(lines))
+    path.write_bytes(start + b"\n".join(found))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(table, "UNIT", 1 << 30)
         whole = read(path)
         patch.setattr(table, "UNIT", unit)
-        patch.setattr(table, "READ", chunk)
+        patch.setattr(lines, "READ", chunk)
+        patch.setattr(lines, "BLOCK", chunk)
         assert read(path) == whole
 
 
@@ -117,7 +119,7 @@ def test_damage_is_named(tmp_path):
         ('[{"a": 1}\n{"a": 2}]', "a.json:2: not JSON: a comma"),
         ('[{"a": 1},\n\n{"a": 2]', "a.json:3: not JSON: Expecting ',' delimiter"),
         ('[{"a": 1}, {"a": "2', "a.json:1: not JSON: Unterminated string"),
-        ('[{"a": 1},', "a.json:1: not JSON: the list has no end"),
+        ('[{"a": 1},', "a.json:1: not JSON: it has no end"),
         ('[{"a": 1}] x', "a.json:1: not JSON: more after the end"),
         ('[{"a": 1}, ]', "a.json:1: not JSON: Expecting value"),
         (b'[{"a": 1},\n{"a": "\xff"}]', "a.json:2: not UTF-8"),
@@ -128,14 +130,14 @@ def test_a_broken_list_is_named_by_line(tmp_path, content, problem, monkeypatch)
     path = tmp_path / "a.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     for size in (1, 5, 1 << 18):
-        monkeypatch.setattr(table, "READ", size)
+        monkeypatch.setattr(items, "READ", size)
         with pytest.raises(DataError) as caught:
             read(path)
         assert problem in str(caught.value)
 
 
 def test_a_list_of_long_items_is_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(table, "READ", 1000)
+    monkeypatch.setattr(items, "READ", 1000)
     rows = [{"text": "ä" * 30_000}, {"text": ""}, {"text": '\\"]},' * 999}]
     (tmp_path / "a.json").write_text(json.dumps(rows, ensure_ascii=False))
     assert [row for _, row in read(tmp_path / "a.json")] == rows

@@ -68,13 +68,22 @@ def test_every_character_of_unicode_has_the_same_ids(fast, plain):
         same(fast, plain, "".join(map(chr, characters[start : start + 5000])))
 
 
-def test_pieces_are_the_whole(fast, monkeypatch):
-    text = "A text of some length, 今天天气很好。\n\n" * 40
-    whole = fast.encode(text)
+def test_a_text_that_comes_in_blocks_has_the_ids_of_the_whole(fast, plain, monkeypatch):
     monkeypatch.setattr("rwkvpipe.tokenizer.trie.PIECE", 37)
     monkeypatch.setattr(memo, "BLOCK", 64)
-    pieces = list(fast.pieces(text))
-    assert len(pieces) > 5 and np.concatenate(pieces).tolist() == whole
+    lots = random.Random(5)
+    for data in ("A text of some length, 今天天气很好。\n\n" * 40).encode(), *texts(plain.entries):
+        places = [0, *sorted(lots.choices(range(len(data) + 1), k=lots.randrange(5))), len(data)]
+        pieces = list(fast.stream(data[start:end] for start, end in zip(places, places[1:], strict=False)))
+        assert np.concatenate([np.zeros(0, int), *pieces]).tolist() == plain.encode(data)
+
+
+def test_many_texts_have_the_ids_of_each_and_an_end(fast, plain):
+    found = [data for data in texts(plain.entries) if data]
+    ends = np.cumsum([len(data) for data in found])
+    ids, sizes = fast.encode_all(np.frombuffer(b"".join(found), np.uint8), ends - [len(data) for data in found], ends)
+    wanted = [[*plain.encode(data), 0] for data in found]
+    assert sizes.tolist() == [len(each) for each in wanted] and ids.tolist() == sum(wanted, [])
 
 
 def test_time_grows_as_an_unbroken_text_does(fast):

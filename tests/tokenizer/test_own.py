@@ -60,7 +60,7 @@ def test_a_class_is_named_and_used(module, tmp_path):
     found = OwnTokenizer("letters_of_mine:Letters", {"last": "c"})
     assert (found.size, found.eos, found.encode("abc")) == (4, 0, [1, 2, 3])
     assert found.decode([1, 0, 2]) == "ab" and found.decode_bytes([3]) == b"c"
-    assert list(found.pieces("ab")) == [[1, 2]] and found.owns(3) and not found.owns(0) and not found.owns(4)
+    assert list(found.stream([b"a", b"b"])) == [[1, 2]] and found.owns(3) and not found.owns(0) and not found.owns(4)
     save_tokenizer(tmp_path / "t", found)
     assert load_tokenizer(tmp_path / "t").encode("cab") == [3, 1, 2]
 
