@@ -29,7 +29,10 @@ def _begin(unit: Unit, file: BinaryIO) -> tuple[int, int]:
 
 
 def blocks(unit: Unit, file: BinaryIO) -> Iterator[tuple[int, bytearray | DataError]]:
-    """(lines of the unit before it, whole lines) of the lines that begin in the unit; or the error of one too long."""
+    """(lines of the unit before it, whole lines) of the lines that begin in the unit; or the error of one too long.
+
+    The bytes are for who asks: they may be written to.
+    """
     place, number = _begin(unit, file)
     stop = math.inf if unit.stop is None else unit.stop
     held = bytearray()
@@ -41,8 +44,9 @@ def blocks(unit: Unit, file: BinaryIO) -> Iterator[tuple[int, bytearray | DataEr
         held += piece[:cut] if cut else piece
         place += len(piece)
         if cut:
+            ended = held.count(b"\n")  # before whoever reads them writes into them
             yield number, _bare(held, unit.start + number)
-            number += held.count(b"\n")
+            number += ended
             held = bytearray(piece[cut:])
         elif len(held) > LINE:
             yield number, _long(unit, number)
