@@ -13,6 +13,7 @@ from rwkvpipe.base.errors import WeightsError
 from rwkvpipe.weights.tensors import Piece, Tensors
 
 PREFIXES = ("_forward_module.", "model.", "module.", "_orig_mod.")  # of DeepSpeed, RWKV-PEFT, torch's DDP and compile
+HF7 = "Hugging Face (flash-linear-attention, rwkv7-hf)"
 DEAD = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")  # layer 0 has no value residual; never read
 MIXES = "rwkvag"  # the order in which old versions of flash-linear-attention stack x_r, x_w, ...
 ENDS = {"emb": "model.embeddings", "ln_out": "model.norm", "head": "lm_head"}
@@ -44,7 +45,7 @@ def official(path: str, tensors: Tensors) -> tuple[Tensors, str]:
     """
     tensors = _without_prefix(path, tensors)
     if any(name.startswith("layers.") and ".attn." in name for name in tensors):
-        tensors, layout = _from_hf7(path, tensors), "Hugging Face (flash-linear-attention, rwkv7-hf)"
+        tensors, layout = _from_hf7(path, tensors), HF7
     elif any(name.startswith("rwkv.blocks.") for name in tensors):
         tensors, layout = _from_hf6(path, tensors), "Hugging Face (transformers)"
     else:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +16,16 @@ from rwkvpipe.base.errors import WeightsError
 from rwkvpipe.base.files import canonical, digest, read_json, write_json
 from rwkvpipe.base.sizes import title
 from rwkvpipe.model.family import build, detect
-from rwkvpipe.weights.layouts import DEAD, official
+from rwkvpipe.model.layers import HEAD_EPS
+from rwkvpipe.weights.layouts import DEAD, HF7, official
 from rwkvpipe.weights.source import Source, find, open_source
 from rwkvpipe.weights.tensors import Piece, Tensors, read_tensors, write_tensors
 
 __all__ = ["Checkpoint", "find", "load_model", "mark", "open_model", "read", "read_tensors", "sizes", "write"]
 __all__ += ["describe", "write_tensors"]
+
+
+log = logging.getLogger("rwkvpipe")
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,8 @@ def open_model(path: str | Path) -> Checkpoint:
     source = open_source(path)
     tensors, layout = official(str(source.path), source.tensors)
     config, tensors = _square(source, tensors)
+    if layout == HF7:
+        _same_norms(source.path, config)
     return Checkpoint(config, tensors, source, layout)
 
 
@@ -116,6 +124,16 @@ def _head_size(source: Source, width: int) -> int:
     if size is None and isinstance(heads, int) and heads > 0:
         size = width // heads
     return size if isinstance(size, int) and size > 0 else 64
+
+
+def _same_norms(path: Path, config: RwkvConfig) -> None:
+    """Say so where the programs of Hugging Face's layout norm otherwise: their epsilon goes with the head size."""
+    beside = path.with_name("config.json")
+    given = read_json(beside) if beside.is_file() else {}
+    eps = given.get("norm_eps", 1e-5) if isinstance(given, dict) else 1e-5
+    theirs = eps * config.head_size if isinstance(eps, int | float) else HEAD_EPS
+    if not math.isclose(theirs, HEAD_EPS):
+        log.warning("%s: trained with epsilon %.3g in the norm of heads, here it is %.3g", path, theirs, HEAD_EPS)
 
 
 def _folded(source: Source, tensors: Tensors) -> Tensors:

@@ -84,6 +84,17 @@ def test_a_flat_bonus_takes_its_heads_from_a_foreign_config(tmp_path, tensors):
         same(store.read(tmp_path)[1], tensors)
 
 
+@pytest.mark.parametrize(
+    ("described", "said"), [({}, "0.00032"), ({"norm_eps": 2e-5}, None), ({"norm_eps": 1e-6}, "3.2e-05")]
+)
+def test_norms_that_were_trained_with_another_epsilon_are_told(tmp_path, tensors, caplog, described, said):
+    write_tensors(tmp_path / "model.safetensors", held(tensors).made(hf7(tensors)))
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    store.open_model(tmp_path)
+    text = f"trained with epsilon {said} in the norm of heads, here it is 0.00064"
+    assert [text in row.getMessage() for row in caplog.records] == ([True] if said else [])
+
+
 def test_an_unknown_name_in_the_hugging_face_layout_is_named(tmp_path, tensors):
     made = dict(held(tensors).made(hf7(tensors)))
     for name in ("model.layers.0.attn.q_proj.weight", "model.rotary.weight"):
