@@ -39,7 +39,7 @@ def _made(spec: CorpusConfig, seed: int) -> Iterator[Document]:
     """A made corpus, each document checked to be of the spec's format."""
     for document in generate(spec.synthetic, seed if spec.seed is None else spec.seed, spec.count):
         talks = document.messages is not None or (document.question is not None and document.answer is not None)
-        fits = {"text": document.text is not None, "chat": talks, "array": document.ids is not None}
+        fits = {"text": document.text is not None, "chat": talks, "seq2seq": talks, "array": document.ids is not None}
         if not fits[spec.format]:
             raise ConfigError(f"synthetic: {spec.synthetic} makes no documents of format {spec.format}")
         yield document
@@ -120,6 +120,7 @@ def pack(folder: Path, spec: CorpusConfig, tokenizer: str, source: Source, made:
         name = source.inputs[0]["file"] if len(source.inputs) == 1 else spec.path or spec.synthetic
         packing.check(name, valid)
         about = {"format": spec.format, "vocab_size": packer.tokenizer.size, "dtype": str(packer.dtype)}
+        about |= {"begin": packer.tokenizer.eos or 0} if spec.format == "seq2seq" else {}
         about |= {"inputs": source.inputs, "tokenizer": _tokenizer_digest(tokenizer)}
         described = packing.finish(about)
     except (PipeError, OSError):

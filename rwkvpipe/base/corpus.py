@@ -14,7 +14,7 @@ Paths = Annotated[
     Discriminator(lambda value: "several" if isinstance(value, list | tuple) else "one"),
 ]
 # what templates may make, by format
-OWN = {"text": {"text"}, "chat": {"question", "answer"}, "question": {"question", "answer"}}
+OWN = {"text": {"text"}} | dict.fromkeys(("chat", "seq2seq", "question"), {"question", "answer"})
 OWN["pairs"] = {"prompt", "chosen", "rejected"}
 PLAIN = ("question", "pairs")  # formats that become rows of JSON, not tokens
 
@@ -41,8 +41,9 @@ class CorpusConfig(Strict):
     """synthetic: left out, the run's seed."""
     tokenizer: Name | None = None
     """Its vocabulary; only formats question and pairs go without."""
-    format: Literal["text", "chat", "question", "pairs", "array", "binidx"] = "text"
-    """text: documents; chat: turns, only the assistant's are learned; question: prompts with answers, for grpo;
+    format: Literal["text", "chat", "seq2seq", "question", "pairs", "array", "binidx"] = "text"
+    """text: documents; chat: turns, only the assistant's are learned; seq2seq: sources with targets, for an encoder and
+    a decoder; question: prompts with answers, for grpo;
     pairs: prompts with an answer that is chosen and one that is rejected, for dpo;
     array: whole numbers from a .npy file, one row a document; binidx: tokens of .bin and .idx pairs, used where they
     lie."""
@@ -71,12 +72,20 @@ class CorpusConfig(Strict):
     labels: Literal["auto", "internal", "preshifted"] = "auto"
     """chat: whether labels of tokenised rows are those of the same positions or of the next ones; auto: each row
     shows it."""
+    pairing: Literal["rows", "split", "copy"] = "rows"
+    """seq2seq: rows hold both sides; or a text is divided, by lot between a quarter and three quarters (split), or
+    stands on both sides (copy)."""
     cut: Count | None = None
     """array: a one-dimensional array is cut into documents of this length."""
     valid: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the documents held out for the validation loss (chosen by each document's digest)."""
     valid_path: Paths | None = None
     """Or a file of its own for it."""
+
+    @property
+    def masked(self) -> bool:
+        """Whether masks lie beside its tokens once it is packed."""
+        return self.format in ("chat", "seq2seq")
 
     @model_validator(mode="after")
     def _source(self):
@@ -94,12 +103,14 @@ class CorpusConfig(Strict):
             raise ValueError("template is a local file or folder, and belongs to format chat")
         if self.format != "chat" and (self.replies != "all" or self.eod or self.labels != "auto"):
             raise ValueError("replies, eod and labels belong to format chat")
+        if self.format != "seq2seq" and self.pairing != "rows":
+            raise ValueError("pairing belongs to format seq2seq")
         if self.cut is not None and self.format != "array":
             raise ValueError("cut belongs to format array")
         if self.field != "text" and (self.format not in ("text", "array") or "text" in self.templates):
             raise ValueError("field belongs to formats text and array, and to no template of the text")
-        if self.columns and self.format not in ("chat", *PLAIN) and "text" not in self.templates:
-            raise ValueError("columns belongs to formats chat, question and pairs, and to templates.text")
+        if self.columns and self.format not in ("chat", "seq2seq", *PLAIN) and "text" not in self.templates:
+            raise ValueError("columns belongs to formats chat, seq2seq, question and pairs, and to templates.text")
         if self.templates and not set(self.templates) <= (own := OWN.get(self.format, set())):
             raise ValueError(f"templates of format {self.format}: {', '.join(sorted(own)) or 'none'}")
         if self.synthetic is not None and (self.limit or self.on_error != "stop" or self.templates):

@@ -229,7 +229,7 @@ class Tree:
         """Which files a packed corpus has: plain (a pair), masked (with masks), spread (pairs that lie elsewhere)."""
         corpus = self.config.corpora[name]
         if corpus.format != "binidx":
-            return "masked" if corpus.format == "chat" else "plain"
+            return "masked" if corpus.masked else "plain"
         halves = [[pair for path in self._given(name, field) for pair in pairs_of(path)] for field in FIELDS]
         if corpus.join == "link" and max(map(len, halves)) > 1:
             return "spread"

@@ -65,7 +65,8 @@ def check_batch(where: str | Path, found: int, what: str, config: TrainConfig, p
         )
 
 
-def _order(count: int, config: TrainConfig) -> Callable[[int], int]:
+def span_order(count: int, config: TrainConfig) -> Callable[[int], int]:
+    """Function from a running number to one of `count` things, in shuffled passes or as they stand."""
     return shuffled(count, config.seed or 0) if config.order == "shuffled" else lambda number: number % count
 
 
@@ -80,7 +81,7 @@ def _chunks(data: Binidx, config: TrainConfig, part: float) -> Order:
     if config.order != "magic":
         count = (tokens - 1) // ctx_len  # neighbours share a token: target of one, input of the next
         check_batch(data.prefix, count, f"rows of {ctx_len} tokens", config, part)
-        index = _order(count, config)
+        index = span_order(count, config)
         return lambda number: (index(number) * ctx_len, ctx_len + 1)
     chunks = tokens // ctx_len
     prime = magic_prime(chunks)
@@ -112,7 +113,7 @@ def _pieces(data: Binidx, config: TrainConfig, part: float) -> Order:
         "%d documents are %d rows; %d are longer than train.ctx_len %d, %d too short to learn from",
         len(sizes), count, int((counts > 1).sum()), config.ctx_len, int((counts == 0).sum()),
     )  # fmt: skip
-    index = _order(count, config)
+    index = span_order(count, config)
 
     def span(number: int) -> Span:
         row = index(number)
@@ -154,7 +155,7 @@ def _answers(data: Binidx, config: TrainConfig, part: float) -> Order:
             f" {config.ctx_len}; give talks with answers, or a larger ctx_len"
         )
     check_batch(data.prefix, len(starts), "documents with something to learn", config, part)
-    index = _order(len(starts), config)
+    index = span_order(len(starts), config)
 
     def span(number: int) -> Span:
         row = index(number)
@@ -163,7 +164,7 @@ def _answers(data: Binidx, config: TrainConfig, part: float) -> Order:
     return span
 
 
-def _spans(
+def spans_of(
     data: Binidx | Mix, config: TrainConfig, rank: Share, order: Callable[[Binidx, TrainConfig, float], Order]
 ) -> Callable[[int], list[tuple[Binidx, int, int]]]:
     """Function from a step to (corpus, first token, how many) of this process's rows."""
@@ -212,7 +213,7 @@ def token_batches(data: Binidx | Mix, config: TrainConfig, rank: Share, first_st
     whole = config.rows == "documents"
     if whole and config.order == "magic":
         raise ConfigError("train.order: magic reads one stream of tokens; whole documents come shuffled or sequential")
-    spans = _spans(data, config, rank, _pieces if whole else _chunks)
+    spans = spans_of(data, config, rank, _pieces if whole else _chunks)
 
     def batches() -> Iterator[Batch]:
         step = first_step
@@ -231,7 +232,7 @@ def masked_batches(data: Binidx | Mix, config: TrainConfig, rank: Share, first_s
     """
     if config.order == "magic":
         raise ConfigError("train.order: magic reads one stream of tokens; whole documents come shuffled or sequential")
-    spans = _spans(data, config, rank, _answers)
+    spans = spans_of(data, config, rank, _answers)
 
     def batches() -> Iterator[Batch]:
         step = first_step

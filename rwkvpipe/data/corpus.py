@@ -18,6 +18,7 @@ from rwkvpipe.data.block import Block, blocks, can_be_read
 from rwkvpipe.data.document import Document
 from rwkvpipe.data.kind import BOM, TABLES, kind_of, opened
 from rwkvpipe.data.pair import PARTS, pair
+from rwkvpipe.data.pairing import PAIR_KEYS, two_sides
 from rwkvpipe.data.question import filled, question, words
 from rwkvpipe.data.table import raw_rows, row_of, table_units
 from rwkvpipe.data.talk import KEYS, talk
@@ -149,10 +150,10 @@ class Reader:
 
     def __init__(self, spec: CorpusConfig | Named, format: str, *, streams: bool = False):
         self.spec, self.format, self.streams = spec, format, streams
-        named = format in ("chat", "question", "pairs") or "text" in spec.templates or "text" in spec.columns
+        named = format in ("chat", "seq2seq", "question", "pairs") or "text" in {**spec.templates, **spec.columns}
         field = {} if named else {"text": getattr(spec, "field", "text")}
         self.columns = Columns(spec.columns | field, spec.templates)
-        names = {"question": ASKED, "chat": KEYS, "pairs": PAIRED}.get(format, set())
+        names = {"question": ASKED, "chat": KEYS, "seq2seq": PAIR_KEYS, "pairs": PAIRED}.get(format, set())
         self.needed = frozenset(self.columns.tops | names)
         self.cut = getattr(spec, "cut", None)
         fan = self.columns.fans[0] if self.columns.fans else ()
@@ -248,6 +249,8 @@ class Reader:
             return question(record, self.columns.names, where)
         if self.format == "pairs":
             return Document(pair=pair(record, self.columns.names, where), origin=where)
+        if self.format == "seq2seq":
+            return two_sides(record, self.columns.names, where, self.spec)
         if self.format == "chat":
             return talk(record, self.columns.names, where, self.spec)
         column = self.columns.names["text"]

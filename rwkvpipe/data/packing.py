@@ -30,7 +30,7 @@ class Packing:
 
     def __init__(self, folder: Path, spec: CorpusConfig, dtype: np.dtype, mark: str):
         self.folder, self.spec, self.dtype = folder, spec, dtype
-        self.kinds = ("bin", "mask", "sizes") if spec.format == "chat" else ("bin", "sizes")
+        self.kinds = ("bin", "mask", "sizes") if spec.masked else ("bin", "sizes")
         names = tuple(f"{part}.{kind}" for part in PARTS for kind in self.kinds)
         self.files = Growing(folder / WORK, mark, (*names, "digests", "skipped.jsonl"))
         state = self.files.state or {}

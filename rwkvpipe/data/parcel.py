@@ -19,6 +19,7 @@ from rwkvpipe.data.binidx import LONGEST, token_dtype
 from rwkvpipe.data.block import Block
 from rwkvpipe.data.corpus import BLOCK, LONG, Bad, Reader
 from rwkvpipe.data.document import Document, encoded
+from rwkvpipe.data.pairing import Pairing
 from rwkvpipe.data.talk import Layout
 from rwkvpipe.data.unit import Unit, survey
 from rwkvpipe.tokenizer import chat
@@ -128,7 +129,7 @@ class Packer:
 
     def __init__(self, spec: CorpusConfig, tokenizer: Tokenizer, room: Path | None = None):
         self.spec, self.tokenizer, self.room = spec, tokenizer, room
-        self.render = Layout(spec)
+        self.render = Layout(spec) if spec.format == "chat" else Pairing(spec)
         self.reader = Reader(spec, spec.format, streams=True)
         self.dtype = token_dtype(tokenizer.size).newbyteorder("<")
         self.encode_all = getattr(tokenizer, "encode_all", None)
@@ -239,7 +240,7 @@ class Filling:
 
     def parcel(self, weight: int) -> Parcel:
         """What it came to."""
-        masked = self.spec.format == "chat"
+        masked = self.spec.masked
         parts = {name: heap.part(masked) for name, heap in self.heaps.items()}
         return Parcel(parts, self.errors, self.counts, weight)
 

@@ -82,13 +82,19 @@ def _completion(row: dict, where: object) -> tuple[dict, ...]:
     return (*({**turn, "train": False} for turn in both[0]), *both[1])
 
 
+def whole_numbers(value: Any, column: str, where: object, *, least: int = 0) -> list[int]:
+    """A list of whole numbers from `least` up, not empty. Raises DataError for anything else."""
+    whole = isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in value)
+    if not whole or not value or min(value) < least:
+        raise DataError(f"{where}: `{column}` must be a list of whole numbers from {least} up; mend the row")
+    return value
+
+
 def _tokens(row: dict, where: object, shift: str) -> tuple[dict, ...]:
     """Ids with labels: each label that of its own position, or of the one after it (preshifted)."""
     ids, labels = row["input_ids"], row.get("labels")
-    for column, value, least in (("input_ids", ids, 0), ("labels", labels, UNLEARNED)):
-        whole = isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in value)
-        if not whole or not value or min(value) < least:
-            raise DataError(f"{where}: `{column}` must be a list of whole numbers from {least} up; mend the row")
+    whole_numbers(ids, "input_ids", where)
+    whole_numbers(labels, "labels", where, least=UNLEARNED)
     if len(ids) != len(labels):
         raise DataError(f"{where}: {len(ids)} `input_ids` with {len(labels)} `labels`; mend the row")
     wanted = [place for place, label in enumerate(labels) if label != UNLEARNED]
@@ -119,7 +125,7 @@ def _asked(asked: str, said: str) -> tuple[dict, ...]:
     return {"role": "user", "content": asked}, {"role": "assistant", "content": said}
 
 
-def _recognised(row: dict, columns: Mapping[str, str], where: object, shift: str) -> Sequence[dict]:
+def recognised(row: dict, columns: Mapping[str, str], where: object, shift: str = "auto") -> Sequence[dict]:
     """The turns of a row, by the keys that it has; what `columns` names goes before what is recognised."""
     column = columns.get("messages", "messages")
     asked = "question" in columns or "answer" in columns
@@ -154,7 +160,7 @@ def talk(row: dict, columns: Mapping[str, str], where: object, choices: Choices 
     turns; Alpaca's `instruction`, `input` and `output`; `query` with `response`; a question with its answer; `text`.
     Raises DataError naming `where`.
     """
-    found = _recognised(row, columns, where, choices.labels if choices else "auto")
+    found = recognised(row, columns, where, choices.labels if choices else "auto")
     if choices and choices.replies == "last":
         last = max((n for n, turn in enumerate(found) if turn["role"] == "assistant"), default=-1)
         kept = ("assistant", "raw", "ids")
