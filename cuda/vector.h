@@ -74,7 +74,9 @@ inline Vec halved(Vec a, Vec b) {
 
 // the sums over the lanes of WIDTH vectors, as the lanes of one; x is used up
 inline Vec sums(Vec *x) {
+#pragma GCC unroll 4
     for (int n = WIDTH / 2; n; n /= 2)
+#pragma GCC unroll 8
         for (int i = 0; i < n; i++) x[i] = halved(x[2 * i], x[2 * i + 1]);
     return x[0];
 }
@@ -106,7 +108,8 @@ inline void zip(Vec a, Vec b, Vec &first, Vec &second) {
 }
 
 // to[j][i] = from[i][j] for i < rows, j < columns; the rest of each row of `to`, up to a whole vector, becomes zero
-inline void transpose(float *to, int64_t to_step, const float *from, int64_t from_step, int64_t rows, int64_t columns) {
+__attribute__((noinline)) inline void transpose(float *to, int64_t to_step, const float *from, int64_t from_step,
+                                                int64_t rows, int64_t columns) {
     for (int64_t i = 0; i < rows; i += WIDTH) {
         for (int64_t j = 0; j < columns; j += WIDTH) {
             const int64_t tall = rows - i, wide = columns - j;

@@ -9,59 +9,12 @@
 // The backward needs every S_t. The forward keeps one in CHUNK of them, and every u; the others are computed again from
 // there, forward: going back by dividing by d_t would lose all digits within a few tokens.
 //
-// One task is one head of one row, so the result does not depend on the number of threads.
+// One task is a few heads of one row, each on its own, so the result does not depend on the number of threads.
 
 #include "threads.h"
-#include "vector.h"
-
-#include <algorithm>
+#include "tokens.h"
 
 namespace {
-
-constexpr int CHUNK = 32;
-
-struct Sizes {
-    int64_t B, T, H, N;
-    int64_t wide() const { return (N + WIDTH - 1) / WIDTH * WIDTH; }  // N, rounded up to whole vectors
-    int64_t chunks() const { return (T + CHUNK - 1) / CHUNK; }
-    int64_t at(int64_t n, int64_t t) const { return ((n / H * T + t) * H + n % H) * N; }  // of head n = b H + h
-};
-
-// Tokens of one head, all that belongs to one of them side by side: rows of `wide` floats, zero beyond N. Apart, rows
-// of equal tokens would lie multiples of 4096 bytes apart, which is where caches have little room.
-struct Tokens {
-    float *start;
-    int64_t wide, rows;
-
-    Tokens(float *from, const Sizes &s, int64_t rows) : start(from), wide(s.wide()), rows(rows) {}
-    static int64_t room(const Sizes &s, int64_t rows, int64_t tokens) { return tokens * (rows * s.wide() + WIDTH); }
-    int64_t step() const { return rows * wide + WIDTH; }
-    float *row(int64_t t, int which) const { return start + t * step() + which * wide; }
-
-    void read(int which, const float *from, const Sizes &s, int64_t count) const {
-        for (int64_t t = 0; t < count; t++) {
-            copy(row(t, which), from + t * s.H * s.N, s.N);
-            zero(row(t, which) + s.N, wide - s.N);
-        }
-    }
-    void write(int which, float *to, const Sizes &s, int64_t count) const {
-        for (int64_t t = 0; t < count; t++) copy(to + t * s.H * s.N, row(t, which), s.N);
-    }
-    void clear(int which, int64_t count) const {
-        for (int64_t t = 0; t < count; t++) zero(row(t, which), wide);
-    }
-    // d - 1 = exp(-exp(w)) - 1, and exp(w) in the place of w. S + S (d - 1) is S d without the rounding of d, which
-    // where d is next to 1 would be the same error each time
-    void decays(int w, int d, int64_t count) const {
-        for (int64_t t = 0; t < count; t++) {
-            for (int64_t j = 0; j < wide; j += WIDTH) {
-                const Vec rate = exponential(load(row(t, w) + j));
-                store(row(t, w) + j, rate);
-                store(row(t, d) + j, exponential_less_1(-rate));
-            }
-        }
-    }
-};
 
 struct Forward {
     enum { R, W, K, V, A, B, D, U, Y, ROWS };
@@ -69,35 +22,47 @@ struct Forward {
     const float *r, *w, *k, *v, *a, *b, *start;
     float *y, *end, *states, *u;  // states and u, which the backward needs, may be null
 
-    void head(int64_t n) const {
+    void work(const Group &group) const {
         const int64_t wide = s.wide(), square = s.N * s.N;
-        float *S = scratch(s.N * wide + Tokens::room(s, ROWS, CHUNK + 1));  // [key][value]
-        const Tokens x(S + s.N * wide, s, ROWS);
-        transpose(S, wide, start + n * square, s.N, s.N, s.N);
-        x.read(A, a + s.at(n, 0), s, 1);
-        first_u(x.row(0, U), S, x.row(0, A));
-        for (int64_t t = 0; t < s.T; t += CHUNK) {
-            const int64_t tokens = std::min<int64_t>(CHUNK, s.T - t), at = s.at(n, t), more = t + tokens < s.T;
-            if (states) transpose(states + (n * s.chunks() + t / CHUNK) * square, s.N, S, wide, s.N, s.N);
-            x.read(R, r + at, s, tokens), x.read(W, w + at, s, tokens), x.read(K, k + at, s, tokens);
-            x.read(V, v + at, s, tokens), x.read(B, b + at, s, tokens), x.read(A, a + at, s, tokens + more);
-            if (!more) zero(x.row(tokens, A), wide);
-            x.decays(W, D, tokens);
-            for (int64_t i = 0; i < wide;) {
-                const int64_t vectors = (wide - i) / WIDTH;
-                if (vectors >= BLOCK) {
-                    values<BLOCK>(x, S, i, tokens), i += BLOCK * WIDTH;
-                } else if (vectors >= 2) {
-                    values<2>(x, S, i, tokens), i += 2 * WIDTH;
-                } else {
-                    values<1>(x, S, i, tokens), i += WIDTH;
-                }
-            }
-            x.write(Y, y + at, s, tokens);
-            if (u) x.write(U, u + at, s, tokens);
-            copy(x.row(0, U), x.row(tokens, U), wide);
+        const int64_t apart = s.N * wide + Tokens::room(s, ROWS, CHUNK + 1);
+        float *states_ = scratch(group.heads * apart);  // of each head [key][value], and its tokens
+        const Tokens all_(s, group, states_ + s.N * wide, ROWS, apart);
+        all_.read(A, a, 0, 1);
+        for (int64_t h = 0; h < group.heads; h++) {
+            float *S = states_ + h * apart;
+            transpose(S, wide, start + all_.number(h) * square, s.N, s.N, s.N);
+            first_u(all_.of(h).row(0, U), S, all_.of(h).row(0, A));
         }
-        transpose(end + n * square, s.N, S, wide, s.N, s.N);
+        for (int64_t t = 0; t < s.T; t += CHUNK) {
+            const int64_t tokens = std::min<int64_t>(CHUNK, s.T - t), more = t + tokens < s.T;
+            all_.read(R, r, t, tokens), all_.read(W, w, t, tokens), all_.read(K, k, t, tokens);
+            all_.read(V, v, t, tokens), all_.read(B, b, t, tokens), all_.read(A, a, t, tokens + more);
+            for (int64_t h = 0; h < group.heads; h++) {
+                const int64_t place = (all_.number(h) * s.chunks() + t / CHUNK) * square;
+                if (states) transpose(states + place, s.N, states_ + h * apart, wide, s.N, s.N);
+                chunk(all_.of(h), states_ + h * apart, tokens, more);
+            }
+            all_.write(Y, y, t, tokens);
+            if (u) all_.write(U, u, t, tokens);
+            for (int64_t h = 0; h < group.heads; h++) copy(all_.of(h).row(0, U), all_.of(h).row(tokens, U), wide);
+        }
+        for (int64_t h = 0; h < group.heads; h++)
+            transpose(end + all_.number(h) * square, s.N, states_ + h * apart, wide, s.N, s.N);
+    }
+
+    void chunk(const Tokens &x, float *S, int64_t tokens, bool more) const {
+        if (!more) zero(x.row(tokens, A), x.wide);
+        x.decays(W, D, tokens);
+        for (int64_t i = 0; i < x.wide;) {
+            const int64_t vectors = (x.wide - i) / WIDTH;
+            if (vectors >= BLOCK) {
+                values<BLOCK>(x, S, i, tokens), i += BLOCK * WIDTH;
+            } else if (vectors >= 2) {
+                values<2>(x, S, i, tokens), i += 2 * WIDTH;
+            } else {
+                values<1>(x, S, i, tokens), i += WIDTH;
+            }
+        }
     }
 
     void first_u(float *to, const float *S, const float *first_a) const {
@@ -146,9 +111,8 @@ struct Step {
 
     void head(int64_t n) const {
         const int64_t N = s.N, at = n * N;
-        const Tokens x(scratch(Tokens::room(s, ROWS, 1)), s, ROWS);
-        x.read(R, r + at, s, 1), x.read(W, w + at, s, 1), x.read(K, k + at, s, 1);
-        x.read(A, a + at, s, 1), x.read(B, b + at, s, 1);
+        const Tokens x(s, {n / s.H, n % s.H, 1}, scratch(Tokens::room(s, ROWS, 1)), ROWS, 0);
+        x.read(R, r, 0, 1), x.read(W, w, 0, 1), x.read(K, k, 0, 1), x.read(A, a, 0, 1), x.read(B, b, 0, 1);
         x.decays(W, D, 1);
         for (int64_t i = 0; i < N; i++) {
             const float *from = start + (n * N + i) * N;
@@ -173,38 +137,48 @@ struct Backward {
     const float *r, *w, *k, *v, *a, *b, *states, *u, *dy, *dend;
     float *dr, *dw, *dk, *dv, *da, *db, *dstart;
 
-    void head(int64_t n) const {
-        const int64_t N = s.N, wide = s.wide();
-        const int64_t square = wide * wide, history = (CHUNK + 1) * WIDTH * wide;
-        float *G = scratch(square + history + Tokens::room(s, ROWS, CHUNK)), *S = G + square;
-        const Tokens x(S + history, s, ROWS);
-        zero(G, square);
-        for (int64_t i = 0; i < N; i++) copy(G + i * wide, dend + (n * N + i) * N, N);
-        for (int64_t c = s.chunks() - 1; c >= 0; c--) {
-            const int64_t t = c * CHUNK, tokens = std::min<int64_t>(CHUNK, s.T - t), at = s.at(n, t);
-            x.read(R, r + at, s, tokens), x.read(W, w + at, s, tokens), x.read(K, k + at, s, tokens);
-            x.read(V, v + at, s, tokens), x.read(A, a + at, s, tokens), x.read(B, b + at, s, tokens);
-            x.read(U, u + at, s, tokens), x.read(Y, dy + at, s, tokens);
-            x.decays(W, D, tokens);
-            for (int which : {DR, DD, DK, DA, DB}) x.clear(which, tokens);
-            for (int64_t i = 0; i < wide; i += WIDTH) {
-                const float *kept = states + ((n * s.chunks() + c) * N + i) * N;
-                zero(S, WIDTH * wide);
-                for (int64_t l = 0; l < WIDTH && i + l < N; l++) copy(S + l * wide, kept + l * N, N);
-                if (wide % (2 * WIDTH) == 0)
-                    values<2>(x, S, G + i * wide, i, tokens);
-                else
-                    values<1>(x, S, G + i * wide, i, tokens);
-            }
-            for (int64_t l = 0; l < tokens; l++)
-                for (int64_t j = 0; j < wide; j += WIDTH) {
-                    const Vec rate = load(x.row(l, W) + j);  // and d anew: d - 1 has lost the digits of a small d
-                    store(x.row(l, DD) + j, -load(x.row(l, DD) + j) * exponential(-rate) * rate);
-                }
-            x.write(DR, dr + at, s, tokens), x.write(DD, dw + at, s, tokens), x.write(DK, dk + at, s, tokens);
-            x.write(DV, dv + at, s, tokens), x.write(DA, da + at, s, tokens), x.write(DB, db + at, s, tokens);
+    void work(const Group &group) const {
+        const int64_t N = s.N, wide = s.wide(), square = wide * wide, history = (CHUNK + 1) * WIDTH * wide;
+        const int64_t apart = square + Tokens::room(s, ROWS, CHUNK);
+        float *S = scratch(history + group.heads * apart), *gradients = S + history;
+        const Tokens all_(s, group, gradients + square, ROWS, apart);
+        for (int64_t h = 0; h < group.heads; h++) {
+            float *G = gradients + h * apart;
+            zero(G, square);
+            for (int64_t i = 0; i < N; i++) copy(G + i * wide, dend + (all_.number(h) * N + i) * N, N);
         }
-        for (int64_t i = 0; i < N; i++) copy(dstart + (n * N + i) * N, G + i * wide, N);
+        for (int64_t c = s.chunks() - 1; c >= 0; c--) {
+            const int64_t t = c * CHUNK, tokens = std::min<int64_t>(CHUNK, s.T - t);
+            all_.read(R, r, t, tokens), all_.read(W, w, t, tokens), all_.read(K, k, t, tokens);
+            all_.read(V, v, t, tokens), all_.read(A, a, t, tokens), all_.read(B, b, t, tokens);
+            all_.read(U, u, t, tokens), all_.read(Y, dy, t, tokens);
+            for (int64_t h = 0; h < group.heads; h++)
+                chunk(all_.of(h), states + (all_.number(h) * s.chunks() + c) * N * N, S, gradients + h * apart, tokens);
+            all_.write(DR, dr, t, tokens), all_.write(DD, dw, t, tokens), all_.write(DK, dk, t, tokens);
+            all_.write(DV, dv, t, tokens), all_.write(DA, da, t, tokens), all_.write(DB, db, t, tokens);
+        }
+        for (int64_t h = 0; h < group.heads; h++)
+            for (int64_t i = 0; i < N; i++)
+                copy(dstart + (all_.number(h) * N + i) * N, gradients + h * apart + i * wide, N);
+    }
+
+    void chunk(const Tokens &x, const float *kept, float *S, float *G, int64_t tokens) const {
+        const int64_t N = s.N, wide = x.wide;
+        x.decays(W, D, tokens);
+        for (int which : {DR, DD, DK, DA, DB}) x.clear(which, tokens);
+        for (int64_t i = 0; i < wide; i += WIDTH) {
+            zero(S, WIDTH * wide);
+            for (int64_t l = 0; l < WIDTH && i + l < N; l++) copy(S + l * wide, kept + (i + l) * N, N);
+            if (wide % (2 * WIDTH) == 0)
+                values<2>(x, S, G + i * wide, i, tokens);
+            else
+                values<1>(x, S, G + i * wide, i, tokens);
+        }
+        for (int64_t l = 0; l < tokens; l++)
+            for (int64_t j = 0; j < wide; j += WIDTH) {
+                const Vec rate = load(x.row(l, W) + j);  // and d anew: d - 1 has lost the digits of a small d
+                store(x.row(l, DD) + j, -load(x.row(l, DD) + j) * exponential(-rate) * rate);
+            }
     }
 
     // WIDTH values, from `first`, of a chunk: their states forward, their gradients back
@@ -325,7 +299,8 @@ void wkv7_forward(const int64_t *sizes, int threads, const float *r, const float
         share(s.B * s.H, threads, [&](int64_t n) { step.head(n); });
     } else {
         const Forward forward = {s, r, w, k, v, a, b, start, y, end, states, u};
-        share(s.B * s.H, threads, [&](int64_t n) { forward.head(n); });
+        const Groups groups(s, threads);
+        share(groups.count(), threads, [&](int64_t n) { forward.work(groups(n)); });
     }
 }
 
@@ -335,7 +310,8 @@ void wkv7_backward(const int64_t *sizes, int threads, const float *r, const floa
                    float *dstart) {
     const Sizes s = {sizes[0], sizes[1], sizes[2], sizes[3]};
     const Backward backward = {s, r, w, k, v, a, b, states, u, dy, dend, dr, dw, dk, dv, da, db, dstart};
-    share(s.B * s.H, threads, [&](int64_t n) { backward.head(n); });
+    const Groups groups(s, threads);
+    share(groups.count(), threads, [&](int64_t n) { backward.work(groups(n)); });
 }
 
 }  // extern "C"

@@ -63,18 +63,20 @@ def squared_relu(x: Tensor) -> Tensor:
     return x.relu().square()
 
 
-def _whole(tensors: Sequence[Tensor]) -> list[Tensor]:
+def without_gaps(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same numbers, as native code takes them."""
     return [x.contiguous() for x in tensors]
 
 
-def _sums(tokens: int, *rows: Tensor) -> tuple[Tensor, Tensor]:
+def sums_of(tokens: int, *rows: Tensor) -> tuple[Tensor, Tensor]:
     """Room for the sums of each task, one row after the other, and for those of all."""
     width = sum(row.numel() for row in rows)
     like = rows[0]
     return like.new_empty(build.extension().blend_tasks(build.whole(tokens)), width), like.new_empty(width)
 
 
-def _apart(total: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
+def apart(total: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
+    """The sums of each row out of those of all."""
     parts = total.split([row.numel() for row in rows])
     return [part.view_as(row) for part, row in zip(parts, rows, strict=True)]
 
@@ -82,7 +84,7 @@ def _apart(total: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
 class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, last, *shares):
-        x, last, *shares = _whole((x, last, *shares))
+        x, last, *shares = without_gaps((x, last, *shares))
         ctx.save_for_backward(x, last, *shares)
         out = [torch.empty_like(x) for _ in shares]
         build.call("mix_forward", (*x.shape, len(shares)), x, last, shares, out)
@@ -92,15 +94,15 @@ class _Mix(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads):
         x, last, *shares = ctx.saved_tensors
-        dx, dlast, sums = torch.empty_like(x), torch.empty_like(last), _sums(x.shape[0] * x.shape[1], *shares)
-        build.call("mix_backward", (*x.shape, len(shares)), x, last, shares, _whole(grads), dx, dlast, *sums)
-        return dx, dlast, *_apart(sums[1], shares)
+        dx, dlast, sums = torch.empty_like(x), torch.empty_like(last), sums_of(x.shape[0] * x.shape[1], *shares)
+        build.call("mix_backward", (*x.shape, len(shares)), x, last, shares, without_gaps(grads), dx, dlast, *sums)
+        return dx, dlast, *apart(sums[1], shares)
 
 
 class _Prepare(torch.autograd.Function):
     @staticmethod
     def forward(ctx, heads, *inputs):
-        inputs = _whole(inputs)
+        inputs = without_gaps(inputs)
         ctx.save_for_backward(*inputs)
         k = inputs[0]
         ctx.sizes = (k.shape[0] * k.shape[1], heads, k.shape[2] // heads)
@@ -112,15 +114,15 @@ class _Prepare(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads):
         inputs = ctx.saved_tensors
-        found, sums = [torch.empty_like(x) for x in inputs[:3]], _sums(ctx.sizes[0], *inputs[3:])
-        build.call("prepare_backward", ctx.sizes, *inputs, *_whole(grads), *found, *sums)
-        return None, *found, *_apart(sums[1], inputs[3:])
+        found, sums = [torch.empty_like(x) for x in inputs[:3]], sums_of(ctx.sizes[0], *inputs[3:])
+        build.call("prepare_backward", ctx.sizes, *inputs, *without_gaps(grads), *found, *sums)
+        return None, *found, *apart(sums[1], inputs[3:])
 
 
 class _Lean(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
-        inputs = _whole(inputs)
+        inputs = without_gaps(inputs)
         ctx.save_for_backward(*inputs)
         v = inputs[0]
         ctx.sizes, out = (v.shape[0] * v.shape[1], v.shape[2]), torch.empty_like(v)
@@ -131,15 +133,15 @@ class _Lean(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         inputs = ctx.saved_tensors
-        found, sums = [torch.empty_like(x) for x in inputs[:3]], _sums(ctx.sizes[0], inputs[3])
+        found, sums = [torch.empty_like(x) for x in inputs[:3]], sums_of(ctx.sizes[0], inputs[3])
         build.call("lean_backward", ctx.sizes, *inputs, grad.contiguous(), *found, *sums)
-        return *found, *_apart(sums[1], inputs[3:])
+        return *found, *apart(sums[1], inputs[3:])
 
 
 class _Finish(torch.autograd.Function):
     @staticmethod
     def forward(ctx, eps, *inputs):
-        inputs = _whole(inputs)
+        inputs = without_gaps(inputs)
         ctx.save_for_backward(*inputs)
         y, gate = inputs[0], inputs[4]
         ctx.sizes, ctx.eps, out = (y.shape[0] * y.shape[1], *y.shape[2:]), eps, torch.empty_like(gate)
@@ -150,9 +152,9 @@ class _Finish(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         inputs = ctx.saved_tensors
-        found, sums = [torch.empty_like(x) for x in inputs[:5]], _sums(ctx.sizes[0], *inputs[5:])
+        found, sums = [torch.empty_like(x) for x in inputs[:5]], sums_of(ctx.sizes[0], *inputs[5:])
         build.call("finish_backward", ctx.sizes, *inputs, ctx.eps, grad.contiguous(), *found, *sums)
-        return None, *found, *_apart(sums[1], inputs[5:])
+        return None, *found, *apart(sums[1], inputs[5:])
 
 
 class _Square(torch.autograd.Function):

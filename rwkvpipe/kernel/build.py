@@ -70,7 +70,8 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(path))
     except compiler.FAILURES as error:
         return None, compiler.reason(error)
-    library.wkv7_kept.restype = library.blend_tasks.restype = ctypes.c_int64
+    for function in (library.wkv7_kept, library.wkv6_kept, library.blend_tasks):
+        function.restype = ctypes.c_int64
     return library, said
 
 
@@ -116,9 +117,7 @@ def announce(operator: str, device: str, *, natively: bool = False) -> None:
         threads = torch.get_num_threads()
         line = f"kernel: {operator} native on {device}, {level()}, {threads} threads ({_loaded()[1]})"
     else:
-        library = extension()
-        reason = "they compute in fp32 on the CPU" if hasattr(library, f"{operator}_forward") else "it has none"
-        reason = reason if library else why_not()
+        reason = "they compute in fp32 on the CPU" if extension() else why_not()
         line = f"kernel: {operator} in PyTorch, by chunks, on {device} (native kernels: {reason})"
     if line not in _said:
         _said.add(line)

@@ -9,8 +9,7 @@ r k v are (B, T, H, N): batch, time, heads, width of a head; w and u are (H, N).
 import torch
 from torch import Tensor
 
-from rwkvpipe.kernel import build
-from rwkvpipe.kernel.wkv6 import chunked, start
+from rwkvpipe.kernel.wkv6 import computed, start
 
 
 def wkv5_reference(
@@ -28,9 +27,8 @@ def wkv5_reference(
 
 
 def wkv5(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The same by chunks, for any length, decay and state; returns y in the dtype of v, and the state.
+    """The same, natively or by chunks, for any length, decay and state; returns y in the dtype of v, and the state.
 
     Computed in fp32 (fp64 for fp64 inputs), as the state has to be.
     """
-    build.announce("wkv5", r.device.type)
-    return chunked(r, w.expand(1, r.shape[1], *w.shape), k, v, u, state)
+    return computed("wkv5", (r, w, k, v, u), state)

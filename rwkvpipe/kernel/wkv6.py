@@ -1,4 +1,4 @@
-"""The recurrence of RWKV-6: a plain loop that says what it is, and a form by chunks, with its own backward.
+"""The recurrence of RWKV-6: a plain loop that says what it is, a native form, and one by chunks in PyTorch.
 
     d_t = exp(-exp(w_t));  y_t = S_{t-1} r_t + (r_t . u . k_t) v_t;  S_t = S_{t-1} diag(d_t) + v_t k_t^T
 
@@ -10,6 +10,8 @@ small half. A chunk is a tree of halves: what the second half of a node hears of
 between them, with the decays before t in the second half times those after s in the first. Both are exponentials of
 sums of negative numbers: at most 1, and exactly 0 where all is forgotten. So are their gradients.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -37,13 +39,12 @@ def wkv6_reference(
 
 
 def wkv6(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The same by chunks, for any length, decay and state; returns y in the dtype of v, and the state.
+    """The same, natively or by chunks, for any length, decay and state; returns y in the dtype of v, and the state.
 
     Computed in fp32 (fp64 for fp64 inputs), as the state has to be. A token with w = -inf and k = 0 leaves the state
     as it is.
     """
-    build.announce("wkv6", r.device.type)
-    return chunked(r, w, k, v, u, state)
+    return computed("wkv6", (r, w, k, v, u), state)
 
 
 def start(r: Tensor, state: Tensor | None) -> Tensor:
@@ -56,17 +57,50 @@ def start(r: Tensor, state: Tensor | None) -> Tensor:
     return state
 
 
-def chunked(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`wkv6` for w (B, T, H, N), or (1, T, H, N) where all rows decay alike, which then costs next to nothing."""
+def computed(operator: str, inputs: Sequence[Tensor], state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`wkv6` for w (B, T, H, N), `wkv5` for w (H, N), which costs next to nothing: in the best form there is."""
+    r, w, _, v, _ = inputs
     wide = torch.float64 if r.dtype == torch.float64 else torch.float32
     S = start(r, state).to(wide)
-    if r.shape[1] == 0:
+    if r.numel() == 0:
         return torch.zeros_like(v), S
-    inputs = [x.to(wide) for x in (r, w, k, v, u)]
-    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, S))
-    with torch.autocast(r.device.type, enabled=False):
-        y, S = _step(*inputs, S) if r.shape[1] == 1 and not tracked else _Chunked.apply(*inputs, S)
+    r, w, k, v_, u = (x.to(wide) for x in inputs)
+    natively = build.native(r, w, k, v_, u, S) is not None
+    build.announce(f"{operator} and what surrounds it", r.device.type, natively=natively)
+    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (r, w, k, v_, u, S))
+    if natively:
+        y, S = _Native.apply(tracked, r, w, k, v_, u, S)
+    else:
+        w = w if w.dim() == 4 else w.expand(1, r.shape[1], *w.shape)
+        with torch.autocast(r.device.type, enabled=False):
+            whole = _step if r.shape[1] == 1 and not tracked else _Chunked.apply
+            y, S = whole(r, w, k, v_, u, S)
     return y.to(v.dtype), S
+
+
+class _Native(torch.autograd.Function):
+    """`cuda/wkv6_cpu.cpp`: token by token, with a state in 32 kept for the backward."""
+
+    @staticmethod
+    def forward(ctx, tracked, *inputs):
+        inputs = [x.contiguous() for x in inputs]
+        r, w, S = inputs[0], inputs[1], inputs[-1]
+        ctx.sizes, y, after, kept = (*r.shape, int(w.dim() == 2)), torch.empty_like(r), torch.empty_like(S), None
+        if tracked:
+            kept = y.new_empty(build.extension().wkv6_kept(*map(build.whole, r.shape)))
+            ctx.save_for_backward(*inputs[:-1], kept)
+        build.call("wkv6_forward", ctx.sizes, *inputs, y, after, kept)
+        return y, after
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dS):
+        dS = dS.contiguous()
+        found = [torch.empty_like(x) for x in (*ctx.saved_tensors[:5], dS)]
+        B, _, H, N, _ = ctx.sizes
+        room = dy.new_empty(2 * B * H * N)
+        build.call("wkv6_backward", ctx.sizes, *ctx.saved_tensors, dy.contiguous(), dS, *found, room)
+        return None, *found
 
 
 def _step(r, w, k, v, u, S):

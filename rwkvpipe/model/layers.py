@@ -3,10 +3,11 @@
 from dataclasses import dataclass, fields
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkvpipe.base.config import RwkvConfig
+from rwkvpipe.kernel.blend import mix, squared_relu
+from rwkvpipe.kernel.gate import sift
 
 HEAD_EPS = 64e-5  # group norm's, whatever the head size
 
@@ -57,15 +58,6 @@ class State:
         return self._map(lambda x: x.repeat_interleave(n, 0))
 
 
-def token_shift(x: Tensor, last: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """What separates each token's input from the one before it, and the last input, to be carried on.
-
-    x (B, T, D), last (B, D): the input before x. With `lengths` (B,) the last input is that of each row's own end.
-    """
-    before = torch.cat((last.to(x.dtype)[:, None], x), 1)[:, :-1]
-    return before - x, ending(x, last, lengths)
-
-
 def ending(x: Tensor, last: Tensor, lengths: Tensor | None = None) -> Tensor:
     """The last input of each row (B, D): of x (B, T, D), of its first `lengths` (B,) tokens, or, of none, `last`."""
     last = last.to(x.dtype)
@@ -95,23 +87,18 @@ def decays(time_decay: Tensor, time_faaaa: Tensor, rho0: float) -> None:
 
 
 class HeadNorm(nn.Module):
-    """Each head normalised on its own, then scale and offset for each channel (group norm with a group a head)."""
+    """Scale and offset of heads that are each normalised on their own (group norm with a group a head)."""
 
     def __init__(self, n_embd: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(n_embd))
         self.bias = nn.Parameter(torch.zeros(n_embd))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, H, N); returns (B, T, D)."""
-        x = F.layer_norm(x.to(self.weight.dtype), x.shape[-1:], eps=HEAD_EPS)
-        return torch.addcmul(self.bias, x.flatten(-2), self.weight)
-
 
 class GatedChannelMix(nn.Module):
     """The part of a block that works on one token and its predecessor alone, as RWKV-5 and RWKV-6 have it.
 
-    A family adds `mixed(x, dx)`: what key and receptance read of the input and of its difference to the one before.
+    A family adds `shares()`: how much of the token before key and receptance read, each (1, 1, D).
     """
 
     def __init__(self, config: RwkvConfig):
@@ -122,6 +109,5 @@ class GatedChannelMix(nn.Module):
 
     def forward(self, x: Tensor, last: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (B, T, D) and the input before it; returns what is added to the stream, and the last input."""
-        dx, last = token_shift(x, last, lengths)
-        xk, xr = self.mixed(x, dx)
-        return torch.sigmoid(self.receptance(xr)) * self.value(self.key(xk).relu().square()), last
+        xk, xr = mix(x, last, self.shares())
+        return sift(self.receptance(xr), self.value(squared_relu(self.key(xk)))), ending(x, last, lengths)

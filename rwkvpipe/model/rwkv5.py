@@ -1,14 +1,15 @@
 """RWKV-5.2, with the names, initial values and arithmetic of RWKV-LM's x052."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkvpipe.base.config import RwkvConfig
+from rwkvpipe.kernel.blend import mix
+from rwkvpipe.kernel.gate import gate
 from rwkvpipe.kernel.wkv5 import wkv5
 from rwkvpipe.kernel.wkv6 import wkv6
 from rwkvpipe.model.language import LanguageModel, outline
-from rwkvpipe.model.layers import GatedChannelMix, HeadNorm, beyond, channels, decays, token_shift
+from rwkvpipe.model.layers import HEAD_EPS, GatedChannelMix, HeadNorm, beyond, channels, decays, ending
 
 
 def complete(config: RwkvConfig) -> RwkvConfig:
@@ -36,8 +37,8 @@ class TimeMix(nn.Module):
 
         Returns what is added to the stream, nothing, and the state after the last token.
         """
-        dx, last = token_shift(x, last, lengths)
-        xk, xv, xr, xg = (torch.addcmul(x, dx, 1 - getattr(self, f"time_mix_{name}")) for name in "kvrg")
+        xk, xv, xr, xg = mix(x, last, [1 - getattr(self, f"time_mix_{name}") for name in "kvrg"])
+        last = ending(x, last, lengths)
         r, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in (self.receptance(xr), self.key(xk), self.value(xv)))
         if lengths is None:
             y, memory = wkv5(r, self.time_decay, k, v, self.time_faaaa, memory)
@@ -45,7 +46,8 @@ class TimeMix(nn.Module):
             padding = beyond(lengths, k)
             w = self.time_decay.expand(k.shape).masked_fill(padding, -torch.inf)
             y, memory = wkv6(r, w, k.masked_fill(padding, 0), v, self.time_faaaa, memory)
-        return self.output(self.ln_x(y) * F.silu(self.gate(xg))), first, last, memory
+        y = gate(y, self.gate(xg), self.ln_x.weight, self.ln_x.bias, HEAD_EPS)
+        return self.output(y), first, last, memory
 
     def initialise(self, layer: int, n_layer: int, stream: torch.Generator) -> None:
         """RWKV-LM's values: all but the norm and the matrices."""
@@ -66,15 +68,15 @@ class ChannelMix(GatedChannelMix):
         super().__init__(config)
         self.time_mix_k, self.time_mix_r = (nn.Parameter(torch.zeros(1, 1, config.n_embd)) for _ in range(2))
 
-    def mixed(self, x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
-        """What key and receptance read, both (B, T, D)."""
-        return torch.addcmul(x, dx, 1 - self.time_mix_k), torch.addcmul(x, dx, 1 - self.time_mix_r)
+    def shares(self) -> tuple[Tensor, Tensor]:
+        """How much of the token before key and receptance read."""
+        return 1 - self.time_mix_k, 1 - self.time_mix_r
 
     def initialise(self, layer: int, n_layer: int, stream: torch.Generator) -> None:
         """RWKV-LM's values: all but the matrices."""
         D = self.key.in_features
-        for mix in (self.time_mix_k, self.time_mix_r):
-            mix.copy_(((channels(D) / D) ** (1 - layer / n_layer)).view(1, 1, D))
+        for share in (self.time_mix_k, self.time_mix_r):
+            share.copy_(((channels(D) / D) ** (1 - layer / n_layer)).view(1, 1, D))
 
 
 class Rwkv5(LanguageModel):

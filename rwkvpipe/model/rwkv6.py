@@ -1,13 +1,14 @@
 """RWKV-6, with the names, initial values and arithmetic of RWKV-LM's x060."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkvpipe.base.config import RwkvConfig
+from rwkvpipe.kernel.blend import mix
+from rwkvpipe.kernel.gate import drift, gate
 from rwkvpipe.kernel.wkv6 import wkv6
 from rwkvpipe.model.language import LanguageModel, outline
-from rwkvpipe.model.layers import GatedChannelMix, HeadNorm, beyond, channels, decays, token_shift
+from rwkvpipe.model.layers import HEAD_EPS, GatedChannelMix, HeadNorm, beyond, channels, decays, ending
 
 SLOTS = "wkvrg"  # the order of what is mixed in time_maa_w1 and time_maa_w2
 
@@ -51,10 +52,11 @@ class TimeMix(nn.Module):
 
         Returns what is added to the stream, nothing, and the state after the last token.
         """
-        dx, last = token_shift(x, last, lengths)
-        low = torch.tanh(torch.addcmul(x, dx, self.time_maa_x) @ self.time_maa_w1).unflatten(-1, (len(SLOTS), -1))
-        shifts = (low[..., n, :] @ self.time_maa_w2[n] + getattr(self, f"time_maa_{s}") for n, s in enumerate(SLOTS))
-        xw, xk, xv, xr, xg = (torch.addcmul(x, dx, shift) for shift in shifts)
+        (xx,) = mix(x, last, [self.time_maa_x])
+        low = torch.tanh(xx @ self.time_maa_w1).unflatten(-1, (len(SLOTS), -1))
+        shifts = [low[..., n, :] @ self.time_maa_w2[n] for n in range(len(SLOTS))]
+        xw, xk, xv, xr, xg = drift(x, last, shifts, [getattr(self, f"time_maa_{name}") for name in SLOTS])
+        last = ending(x, last, lengths)
         w = self.time_decay + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
         r, w, k, v = (
             y.unflatten(-1, (-1, self.head_size)) for y in (self.receptance(xr), w, self.key(xk), self.value(xv))
@@ -63,7 +65,8 @@ class TimeMix(nn.Module):
             padding = beyond(lengths, w)
             w, k = w.masked_fill(padding, -torch.inf), k.masked_fill(padding, 0)
         y, memory = wkv6(r, w, k, v, self.time_faaaa, memory)
-        return self.output(self.ln_x(y) * F.silu(self.gate(xg))), first, last, memory
+        y = gate(y, self.gate(xg), self.ln_x.weight, self.ln_x.bias, HEAD_EPS)
+        return self.output(y), first, last, memory
 
     def initialise(self, layer: int, n_layer: int, stream: torch.Generator) -> None:
         """RWKV-LM's values: all but the norm and the matrices."""
@@ -88,15 +91,15 @@ class ChannelMix(GatedChannelMix):
         super().__init__(config)
         self.time_maa_k, self.time_maa_r = (nn.Parameter(torch.zeros(1, 1, config.n_embd)) for _ in range(2))
 
-    def mixed(self, x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
-        """What key and receptance read, both (B, T, D)."""
-        return torch.addcmul(x, dx, self.time_maa_k), torch.addcmul(x, dx, self.time_maa_r)
+    def shares(self) -> tuple[Tensor, Tensor]:
+        """How much of the token before key and receptance read."""
+        return self.time_maa_k, self.time_maa_r
 
     def initialise(self, layer: int, n_layer: int, stream: torch.Generator) -> None:
         """RWKV-LM's values: all but the matrices."""
         D = self.key.in_features
-        for mix in (self.time_maa_k, self.time_maa_r):
-            mix.copy_((1 - (channels(D) / D) ** ((1 - layer / n_layer) ** 3)).view(1, 1, D))
+        for share in (self.time_maa_k, self.time_maa_r):
+            share.copy_((1 - (channels(D) / D) ** ((1 - layer / n_layer) ** 3)).view(1, 1, D))
 
 
 class Rwkv6(LanguageModel):

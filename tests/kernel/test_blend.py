@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkvpipe.kernel import blend, build
+from rwkvpipe.kernel import blend, build, gate
 
 needs_native = pytest.mark.skipif(build.extension() is None, reason=f"no native kernels here: {build.why_not()}")
 SIZES = st.tuples(st.integers(1, 3), st.integers(1, 70), st.integers(1, 3), st.integers(8, 40))
@@ -43,7 +43,23 @@ def squared_relu(B, T, H, N, seed):
     return blend.squared_relu, [drawn(seed)(B, T, H * N)]
 
 
-EACH = [mix, prepare, lean, finish, squared_relu]
+def drift(B, T, H, N, seed):
+    draw, D = drawn(seed), H * N
+    inputs = [draw(B, T, D), draw(B, D), *(draw(B, T, D) for _ in range(5)), *(draw(1, 1, D) for _ in range(5))]
+    return lambda x, last, *others: gate.drift(x, last, others[:5], others[5:]), inputs
+
+
+def gated(B, T, H, N, seed):
+    draw, D = drawn(seed), H * N
+    inputs = [draw(B, T, H, N), 2 * draw(B, T, D), draw(D), draw(D)]
+    return lambda y, z, *rows: gate.gate(y, z, *rows, 0.05), inputs
+
+
+def sift(B, T, H, N, seed):
+    return gate.sift, [4 * drawn(seed)(B, T, H * N), drawn(seed + 1)(B, T, H * N)]
+
+
+EACH = [mix, prepare, lean, finish, squared_relu, drift, gated, sift]
 
 
 def results(operator, inputs, seed=0):
@@ -64,7 +80,7 @@ def near(found, wanted, tolerance):
 
 @needs_native
 @pytest.mark.parametrize("case", EACH)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(sizes=SIZES, seed=st.integers(0, 99))
 def test_native_and_pytorch_agree_in_values_and_gradients(case, sizes, seed):
     operator, inputs = case(*sizes, seed)

@@ -1,0 +1,98 @@
+"""What surrounds the recurrences of RWKV-5 and RWKV-6, element by element: natively in one pass each, or in PyTorch.
+
+As kernel/blend.py has it for RWKV-7: the native forms (`cuda/gate_cpu.cpp`) keep only their inputs for the backward.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rwkvpipe.kernel import build
+from rwkvpipe.kernel.blend import apart, sums_of, without_gaps
+
+
+def drift(x: Tensor, last: Tensor, shifts: Sequence[Tensor], shares: Sequence[Tensor]) -> list[Tensor]:
+    """x + (before - x) (shift + share) for five shifts (B, T, D), of a token each, and shares (1, 1, D), of all.
+
+    x (B, T, D); `before` is x a token earlier, and last (B, D) for the first.
+    """
+    if x.numel() and build.native(x, last, *shifts, *shares):
+        return list(_Drift.apply(x, last, *shifts, *shares))
+    dx = torch.cat((last.to(x.dtype)[:, None], x[:, :-1]), 1) - x
+    return [torch.addcmul(x, dx, shift + share) for shift, share in zip(shifts, shares, strict=True)]
+
+
+def gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Each head of y (B, T, H, N) normalised, scaled by weight and bias (D), times z sigmoid(z): (B, T, D)."""
+    if y.numel() and build.native(y, z, weight, bias):
+        return _Gate.apply(eps, y, z, weight, bias)
+    normed = F.layer_norm(y.to(weight.dtype), y.shape[-1:], eps=eps)
+    return torch.addcmul(bias, normed.flatten(-2), weight) * F.silu(z)
+
+
+def sift(z: Tensor, v: Tensor) -> Tensor:
+    """v sigmoid(z)."""
+    if z.numel() and build.native(z, v):
+        return _Sift.apply(z, v)
+    return torch.sigmoid(z) * v
+
+
+class _Drift(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, last, *others):
+        x, last, *others = without_gaps((x, last, *others))
+        ctx.save_for_backward(x, last, *others)
+        half = len(others) // 2
+        out = [torch.empty_like(x) for _ in range(half)]
+        build.call("drift_forward", x.shape, x, last, others[:half], others[half:], out)
+        return tuple(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        x, last, *others = ctx.saved_tensors
+        shifts, shares = others[: len(grads)], others[len(grads) :]
+        dx, dlast, found = torch.empty_like(x), torch.empty_like(last), [torch.empty_like(x) for _ in shifts]
+        sums = sums_of(x.shape[0] * x.shape[1], *shares)
+        build.call("drift_backward", x.shape, x, last, shifts, shares, without_gaps(grads), dx, dlast, found, *sums)
+        return dx, dlast, *found, *apart(sums[1], shares)
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, eps, *inputs):
+        inputs = without_gaps(inputs)
+        ctx.save_for_backward(*inputs)
+        y, z = inputs[:2]
+        ctx.sizes, ctx.eps, out = (y.shape[0] * y.shape[1], *y.shape[2:]), eps, torch.empty_like(z)
+        build.call("gate_forward", ctx.sizes, *inputs, eps, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        inputs = ctx.saved_tensors
+        found, sums = [torch.empty_like(x) for x in inputs[:2]], sums_of(ctx.sizes[0], *inputs[2:])
+        build.call("gate_backward", ctx.sizes, *inputs, ctx.eps, grad.contiguous(), *found, *sums)
+        return None, *found, *apart(sums[1], inputs[2:])
+
+
+class _Sift(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, v):
+        z, v = without_gaps((z, v))
+        ctx.save_for_backward(z, v)
+        out = torch.empty_like(z)
+        build.call("sift_forward", (z.numel(),), z, v, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        z, v = ctx.saved_tensors
+        dz, dv = torch.empty_like(z), torch.empty_like(z)
+        build.call("sift_backward", (z.numel(),), z, v, grad.contiguous(), dz, dv)
+        return dz, dv
