@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rwkvpipe.base.config import SamplingConfig
 from rwkvpipe.base.errors import ConfigError, WeightsError
+from rwkvpipe.infer.decode import decoder
 from rwkvpipe.infer.sampling import sample, stream
 from rwkvpipe.model.layers import State
 from rwkvpipe.tokenizer.load import Tokenizer
@@ -83,6 +84,7 @@ class Slots:
         length, V = sampling.max_tokens, model.config.vocab_size
         self.jobs: list[Job | None] = [None] * rows
         self.state: State | None = None
+        self.decoder = decoder(model)
         self.done: list[Completion] = []
         self.table = {
             "ids": torch.zeros(rows, length, dtype=torch.long, device=device),
@@ -141,6 +143,8 @@ class Slots:
     def step(self) -> Tensor:
         """Logits (rows, V) after the newest token of every slot."""
         newest = self.table["ids"].gather(1, self.table["length"][:, None] - 1)  # (rows, 1)
+        if self.decoder:
+            return self.decoder.step(newest[:, 0], self.state)
         logits, self.state = self.model(newest, self.state)
         return logits[:, -1]
 

@@ -96,19 +96,27 @@ def whole(number: int) -> ctypes.c_int64:
     return ctypes.c_int64(number)
 
 
-def call(function: str, sizes: tuple[int, ...], *given: torch.Tensor | Sequence[torch.Tensor] | float | None) -> None:
+def call(function: str, sizes: Sequence[int], *given: torch.Tensor | Sequence | ctypes.Array | float | None) -> None:
     """Run a native operator over tensors without gaps, or lists of them, on as many threads as torch uses."""
     words = [_word(function, x) for x in given]
     getattr(extension(), function)((ctypes.c_int64 * len(sizes))(*sizes), torch.get_num_threads(), *words)
 
 
-def _word(function: str, x: torch.Tensor | Sequence[torch.Tensor] | float | None):
+def words(tensors: Sequence[torch.Tensor | None]) -> ctypes.Array:
+    """Where tensors without gaps lie, as native functions take a list of them; whoever calls keeps them alive."""
+    return (ctypes.c_void_p * len(tensors))(*(None if x is None else x.data_ptr() for x in tensors))
+
+
+def _word(function: str, x: torch.Tensor | Sequence[torch.Tensor] | ctypes.Array | float | None):
     if isinstance(x, torch.Tensor):
-        assert x.is_contiguous() and x.dtype == torch.float32, (function, x.dtype, x.stride())
+        assert x.is_contiguous() and x.dtype in (torch.float32, torch.int64), (function, x.dtype, x.stride())
         return ctypes.c_void_p(x.data_ptr())
     if isinstance(x, float):
         return ctypes.c_float(x)
-    return None if x is None else (ctypes.c_void_p * len(x))(*(_word(function, each) for each in x))
+    if x is None or isinstance(x, ctypes.Array):
+        return x
+    assert all(each.is_contiguous() and each.dtype == torch.float32 for each in x), function
+    return words(x)
 
 
 def announce(operator: str, device: str, *, natively: bool = False) -> None:

@@ -1,0 +1,332 @@
+// One token of every row through a whole RWKV-7: all layers in one call. rwkvpipe/model/rwkv7.py has the same in PyTorch.
+//
+// A row has the same bits whatever rows are beside it, and however many threads there are: each number of a matrix
+// product is the sum of the same vectors in the same order.
+
+#include "threads.h"
+#include "vector.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace {
+
+constexpr float NORM_EPS = 1e-5f, LEAST = 1e-12f, HALF_ROOT = 0.60653066f;  // e^{-1/2}
+constexpr int64_t LARGE = 1 << 18;  // numbers of a matrix that are worth another thread
+
+int64_t whole(int64_t n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
+
+enum Kind { FP32, BF16, INT8 };
+
+typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
+typedef int8_t Bytes __attribute__((vector_size(WIDTH), aligned(1), may_alias));
+
+// rows of a matrix as vectors of floats
+struct Wide {
+    typedef float Number;
+    static Vec at(const float *p) { return load(p); }
+};
+struct Half {
+    typedef uint16_t Number;
+    static Vec at(const uint16_t *p) {
+        return (Vec)(__builtin_convertvector(*reinterpret_cast<const Halves *>(p), Ints) << 16);
+    }
+};
+struct Byte {
+    typedef int8_t Number;
+    static Vec at(const int8_t *p) {
+        return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Bytes *>(p), Ints), Vec);
+    }
+};
+
+struct Matrix {
+    const void *data;
+    const float *scale;  // of each row, for INT8
+    int64_t out, in;
+};
+
+// OUTS rows of the matrix times ROWS rows of x: `to` gets what is below `out`
+template <int OUTS, int ROWS, class Form>
+void block(const Matrix &m, int64_t first, const float *x, int64_t x_step, float *to, int64_t to_step) {
+    typedef typename Form::Number Number;
+    const Number *w[OUTS];
+    for (int i = 0; i < OUTS; i++)
+        w[i] = static_cast<const Number *>(m.data) + std::min<int64_t>(first + i, m.out - 1) * m.in;
+    Vec found[WIDTH] = {};
+    int64_t k = 0;
+    for (; k + WIDTH <= m.in; k += WIDTH) {
+        Vec x_[ROWS];
+        for (int r = 0; r < ROWS; r++) x_[r] = load(x + r * x_step + k);
+        for (int i = 0; i < OUTS; i++) {
+            const Vec w_ = Form::at(w[i] + k);
+            for (int r = 0; r < ROWS; r++) found[i * ROWS + r] += w_ * x_[r];
+        }
+    }
+    if (k < m.in) {
+        for (int i = 0; i < OUTS; i++) {
+            Number rest[WIDTH] = {};
+            for (int64_t l = k; l < m.in; l++) rest[l - k] = w[i][l];
+            for (int r = 0; r < ROWS; r++) found[i * ROWS + r] += Form::at(rest) * load(x + r * x_step + k);
+        }
+    }
+    alignas(64) float added[WIDTH];
+    store(added, sums(found));
+    for (int i = 0; i < OUTS && first + i < m.out; i++)
+        for (int r = 0; r < ROWS; r++)
+            to[r * to_step + first + i] = added[i * ROWS + r] * (m.scale ? m.scale[first + i] : 1.0f);
+}
+
+struct Decode {
+    int64_t rows, L, D, H, F, V, ranks[4];
+    Kind kind;
+    const float *const *fixed, *const *vectors;
+    const void *const *matrices;
+    const float *const *scales;
+    float *const *att_x, *const *memory, *const *ffn_x;
+    const int64_t *ids;
+    float *logits;
+
+    enum Fixed { EMB, LN0, LN0_BIAS, LN_OUT, LN_OUT_BIAS };
+    enum Vectors { LN1, LN1_BIAS, LN2, LN2_BIAS, X_R, X_W, X_K, X_V, X_A, X_G, W0, A0, V0, K_K, K_A, R_K, LN_X, LN_X_BIAS,
+                   FFN_X_K, VECTORS };
+    enum Matrices { RECEPTANCE, KEY, VALUE, OUTPUT, W1, W2, A1, A2, V1, V2, G1, G2, FFN_KEY, FFN_VALUE, MATRICES };
+
+    Matrix matrix(int64_t layer, int which) const {
+        const int64_t low = which >= W1 && which <= G2 ? ranks[(which - W1) / 2] : 0;
+        const int64_t n = layer * MATRICES + which;
+        int64_t out = D, in = D;
+        if (low) (which - W1) % 2 ? in = low : out = low;
+        if (which == FFN_KEY) out = F;
+        if (which == FFN_VALUE) in = F;
+        return {matrices[n], scales[n], out, in};
+    }
+    const float *vector(int64_t layer, int which) const { return vectors[layer * VECTORS + which]; }
+
+    // rows side by side, each filled up with zeros to whole vectors
+    struct Room {
+        float *start;
+        int64_t step;
+        float *operator[](int64_t row) const { return start + row * step; }
+    };
+
+    template <class Form>
+    void part(const Matrix &m, int64_t begin, int64_t end, int64_t count, const Room &x, const Room &to) const {
+        for (int64_t o = begin; o < end; o += WIDTH) {
+            int64_t r = 0;
+            for (; r + 4 <= count; r += 4)
+                for (int i = 0; i < WIDTH && o + i < end; i += WIDTH / 4)
+                    block<WIDTH / 4, 4, Form>(m, o + i, x[r], x.step, to[r], to.step);
+            for (; r + 2 <= count; r += 2)
+                for (int i = 0; i < WIDTH && o + i < end; i += WIDTH / 2)
+                    block<WIDTH / 2, 2, Form>(m, o + i, x[r], x.step, to[r], to.step);
+            for (; r < count; r++) block<WIDTH, 1, Form>(m, o, x[r], x.step, to[r], to.step);
+        }
+    }
+
+    void times(const Matrix &m, int64_t count, int threads, const Room &x, const Room &to) const {
+        const int64_t pieces = std::max<int64_t>(1, std::min<int64_t>(threads, m.out * m.in / LARGE));
+        const int64_t size = (m.out / pieces + WIDTH) / WIDTH * WIDTH;
+        share((m.out + size - 1) / size, threads, [&](int64_t n) {
+            const int64_t begin = n * size, end = std::min(m.out, begin + size);
+            switch (kind) {
+                case FP32: return part<Wide>(m, begin, end, count, x, to);
+                case BF16: return part<Half>(m, begin, end, count, x, to);
+                case INT8: return part<Byte>(m, begin, end, count, x, to);
+            }
+        });
+    }
+
+    void norm(const float *x, const float *weight, const float *bias, float *to) const {
+        Vec total = {}, squares = {};
+        for (int64_t j = 0; j < D; j += WIDTH) total += load_some(x + j, D - j);
+        const float mean = sum(total) / D;
+        for (int64_t j = 0; j < D; j += WIDTH) {
+            const Vec y = only(load_some(x + j, D - j) - mean, D - j);
+            squares += y * y;
+        }
+        const float scale = 1.0f / std::sqrt(sum(squares) / D + NORM_EPS);
+        for (int64_t j = 0; j < D; j += WIDTH) {
+            const Vec y = (load_some(x + j, D - j) - mean) * scale;
+            store_some(to + j, y * load_some(weight + j, D - j) + load_some(bias + j, D - j), D - j);
+        }
+    }
+
+    void mix(const float *x, const float *last, const float *share, float *to) const {
+        for (int64_t j = 0; j < D; j += WIDTH) {
+            const int64_t left = D - j;
+            const Vec now = load_some(x + j, left);
+            store_some(to + j, now + (load_some(last + j, left) - now) * load_some(share + j, left), left);
+        }
+    }
+
+    template <class Change>
+    static void change(float *x, int64_t n, const Change &how) {
+        for (int64_t j = 0; j < n; j += WIDTH) store_some(x + j, how(load_some(x + j, n - j)), n - j);
+    }
+
+    // the memory of one head takes a token in; y, normalised, with its bonus and gate, takes the place of r
+    void recall(int64_t layer, int64_t head, float *S, float *r, float *k, const float *v, const float *zw,
+                const float *za, const float *gate, float *room) const {
+        const int64_t N = D / H, c = head * N, wide = whole(N);
+        float *minus = room, *b = minus + wide, *d = b + wide, *key = d + wide, *read = key + wide, *y = read + wide;
+        zero(room, 6 * wide);
+        const float *k_k = vector(layer, K_K) + c, *k_a = vector(layer, K_A) + c, *r_k = vector(layer, R_K) + c;
+        Vec squares = {}, bonus = {};
+        for (int64_t j = 0; j < N; j += WIDTH) {
+            const Vec x = load_some(k + j, N - j) * load_some(k_k + j, N - j);
+            squares += x * x;
+        }
+        const float scale = 1.0f / std::max(std::sqrt(sum(squares)), LEAST);
+        for (int64_t j = 0; j < N; j += WIDTH) {
+            const int64_t left = N - j;
+            const Vec x = load_some(k + j, left), kk = x * load_some(k_k + j, left) * scale;
+            const Vec rate = sigmoid(load_some(za + j, left) + load_some(vector(layer, A0) + c + j, left));
+            const Vec now = x + x * (rate - 1.0f) * load_some(k_a + j, left);
+            const Vec speed = sigmoid(load_some(zw + j, left) + load_some(vector(layer, W0) + c + j, left)) * HALF_ROOT;
+            store(minus + j, -kk), store(b + j, kk * rate), store(key + j, now);
+            store(d + j, exponential_less_1(-speed)), store(read + j, load_some(r + j, left));
+            bonus += load_some(r + j, left) * now * load_some(r_k + j, left);
+        }
+        Vec total = {};
+        for (int64_t i = 0; i < N; i++) {
+            float *row = S + i * N;
+            Vec with_a = {}, with_r = {};
+            for (int64_t j = 0; j < N; j += WIDTH) with_a += load_some(row + j, N - j) * load(minus + j);
+            const Vec u = all(sum(with_a)), vi = all(v[i]);
+            for (int64_t j = 0; j < N; j += WIDTH) {
+                const Vec before = load_some(row + j, N - j), kept = before + before * load(d + j);
+                const Vec now = kept + u * load(b + j) + vi * load(key + j);
+                store_some(row + j, now, N - j);
+                with_r += now * load(read + j);
+            }
+            y[i] = sum(with_r);
+        }
+        for (int64_t j = 0; j < N; j += WIDTH) total += load(y + j);
+        const float mean = sum(total) / N, own = sum(bonus);
+        squares = Vec{};
+        for (int64_t j = 0; j < N; j += WIDTH) {
+            const Vec x = only(load(y + j) - mean, N - j);
+            squares += x * x;
+        }
+        const float by = 1.0f / std::sqrt(sum(squares) / N + 64e-5f);
+        const float *weight = vector(layer, LN_X) + c, *bias = vector(layer, LN_X_BIAS) + c;
+        for (int64_t j = 0; j < N; j += WIDTH) {
+            const int64_t left = N - j;
+            const Vec x = (load(y + j) - mean) * by * load_some(weight + j, left) + load_some(bias + j, left);
+            store_some(r + j, (x + own * load_some(v + j, left)) * load_some(gate + j, left), left);
+        }
+    }
+
+    struct Rooms {
+        Room x, normed, r, k, v, w, a, g, first, mixed, low, wide;
+        float *heads;
+    };
+
+    void low_rank(int64_t layer, int which, int share, int64_t begin, int64_t count, int threads, const Rooms &at,
+                  const Room &to) const {
+        const int64_t rank = ranks[(which - W1) / 2];
+        for (int64_t i = 0; i < count; i++)
+            mix(at.normed[i], att_x[layer] + (begin + i) * D, vector(layer, share), at.mixed[i]);
+        times(matrix(layer, which), count, threads, at.mixed, at.low);
+        for (int64_t i = 0; i < count; i++) {
+            if (which == W1) change(at.low[i], rank, [](Vec x) { return sigmoid(x + x) * 2.0f - 1.0f; });  // tanh
+            if (which == G1) change(at.low[i], rank, [](Vec x) { return sigmoid(x); });
+        }
+        times(matrix(layer, which + 1), count, threads, at.low, to);
+    }
+
+    void time_mix(int64_t layer, int64_t begin, int64_t count, int threads, const Rooms &at) const {
+        const Room *to[] = {&at.r, &at.k, &at.v};
+        const int shares[] = {X_R, X_K, X_V};
+        for (int64_t i = 0; i < count; i++)
+            norm(at.x[i], vector(layer, LN1), vector(layer, LN1_BIAS), at.normed[i]);
+        for (int n = 0; n < 3; n++) {
+            for (int64_t i = 0; i < count; i++)
+                mix(at.normed[i], att_x[layer] + (begin + i) * D, vector(layer, shares[n]), at.mixed[i]);
+            times(matrix(layer, RECEPTANCE + n), count, threads, at.mixed, *to[n]);
+        }
+        low_rank(layer, W1, X_W, begin, count, threads, at, at.w);
+        low_rank(layer, A1, X_A, begin, count, threads, at, at.a);
+        low_rank(layer, G1, X_G, begin, count, threads, at, at.g);
+        if (layer) low_rank(layer, V1, X_V, begin, count, threads, at, at.mixed);
+        for (int64_t i = 0; i < count; i++) {
+            for (int64_t j = 0; j < D; j += WIDTH) {
+                const int64_t left = D - j;
+                const Vec v = load_some(at.v[i] + j, left);
+                if (!layer) {
+                    store_some(at.first[i] + j, v, left);
+                    continue;
+                }
+                const Vec part = sigmoid(load_some(at.mixed[i] + j, left) + load_some(vector(layer, V0) + j, left));
+                store_some(at.v[i] + j, v + (load_some(at.first[i] + j, left) - v) * part, left);
+            }
+            copy(att_x[layer] + (begin + i) * D, at.normed[i], D);
+        }
+        const int64_t N = D / H;
+        const auto head = [&](int64_t n, float *room) {
+            const int64_t i = n / H, h = n % H, c = h * N;
+            float *S = memory[layer] + ((begin + i) * H + h) * N * N;
+            recall(layer, h, S, at.r[i] + c, at.k[i] + c, at.v[i] + c, at.w[i] + c, at.a[i] + c, at.g[i] + c, room);
+        };
+        for (int64_t n = 0; n < count * H; n++) head(n, at.heads);
+        times(matrix(layer, OUTPUT), count, threads, at.r, at.mixed);
+    }
+
+    void rows_of(int64_t begin, int64_t count, int threads) const {
+        const int64_t widest = std::max({D, ranks[0], ranks[1], ranks[2], ranks[3]});
+        const int64_t step = whole(widest) + WIDTH, long_step = whole(F) + WIDTH, total = 11 * step + long_step;
+        float *start = scratch(count * total + 6 * whole(D / H));
+        zero(start, count * total);
+        const auto room = [&](int64_t n) { return Room{start + n * count * step, step}; };
+        const Rooms at = {room(0), room(1), room(2), room(3), room(4), room(5), room(6), room(7), room(8), room(9),
+                          room(10), {start + 11 * count * step, long_step}, start + count * total};
+        for (int64_t i = 0; i < count; i++) {
+            const float *from = fixed[EMB] + ids[begin + i] * D;
+            fixed[LN0] ? norm(from, fixed[LN0], fixed[LN0_BIAS], at.x[i]) : copy(at.x[i], from, D);
+        }
+        for (int64_t layer = 0; layer < L; layer++) {
+            time_mix(layer, begin, count, threads, at);
+            for (int64_t i = 0; i < count; i++) {
+                add(at.x[i], at.mixed[i]);
+                norm(at.x[i], vector(layer, LN2), vector(layer, LN2_BIAS), at.normed[i]);
+                mix(at.normed[i], ffn_x[layer] + (begin + i) * D, vector(layer, FFN_X_K), at.mixed[i]);
+                copy(ffn_x[layer] + (begin + i) * D, at.normed[i], D);
+            }
+            times(matrix(layer, FFN_KEY), count, threads, at.mixed, at.wide);
+            for (int64_t i = 0; i < count; i++)
+                change(at.wide[i], F, [](Vec x) { const Vec up = x < 0.0f ? Vec{} : x; return up * up; });
+            times(matrix(layer, FFN_VALUE), count, threads, at.wide, at.mixed);
+            for (int64_t i = 0; i < count; i++) add(at.x[i], at.mixed[i]);
+        }
+        for (int64_t i = 0; i < count; i++) norm(at.x[i], fixed[LN_OUT], fixed[LN_OUT_BIAS], at.normed[i]);
+        const Matrix head = {matrices[L * MATRICES], scales[L * MATRICES], V, D};
+        times(head, count, threads, at.normed, {logits + begin * V, V});
+    }
+
+    void add(float *to, const float *x) const {
+        for (int64_t j = 0; j < D; j += WIDTH)
+            store_some(to + j, load_some(to + j, D - j) + load_some(x + j, D - j), D - j);
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+// sizes: rows L D H F V, the ranks of w a v g, and the kind of the matrices. States are overwritten by those after.
+// fixed: embedding, the first norm (or null), the last; vectors and matrices: of each layer, and the head
+void decode7(const int64_t *s, int threads, const float *const *fixed, const float *const *vectors,
+             const void *const *matrices, const float *const *scales, float *const *att_x, float *const *memory,
+             float *const *ffn_x, const int64_t *ids, float *logits) {
+    const Decode it = {s[0], s[1], s[2], s[3], s[4], s[5], {s[6], s[7], s[8], s[9]}, static_cast<Kind>(s[10]),
+                       fixed, vectors, matrices, scales, att_x, memory, ffn_x, ids, logits};
+    if (it.rows == 1 || threads == 1) return it.rows_of(0, it.rows, threads);
+    // rows go to threads in pieces, as each piece reads all matrices
+    const int64_t pieces = std::min<int64_t>(threads, (it.rows + 3) / 4), size = (it.rows + pieces - 1) / pieces;
+    if (pieces == 1) return it.rows_of(0, it.rows, threads);
+    share((it.rows + size - 1) / size, threads, [&](int64_t n) {
+        it.rows_of(n * size, std::min(size, it.rows - n * size), 1);
+    });
+}
+
+}  // extern "C"

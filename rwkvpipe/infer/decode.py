@@ -1,0 +1,85 @@
+"""A token of every row in one native call for all layers (`cuda/decode_cpu.cpp`), for RWKV-7 on the CPU.
+
+The model's forward is the reference, and what computes where there is no native code, or another family. The matrices
+may be kept in fewer bits: then the weights are read in half or a quarter of the time, which is what a token costs.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from rwkvpipe.kernel import build
+from rwkvpipe.model.layers import State
+
+KINDS = ("fp32", "bf16", "int8")
+ROWS = ("ln1.weight", "ln1.bias", "ln2.weight", "ln2.bias", "att.x_r", "att.x_w", "att.x_k", "att.x_v", "att.x_a",
+        "att.x_g", "att.w0", "att.a0", "att.v0", "att.k_k", "att.k_a", "att.r_k", "att.ln_x.weight", "att.ln_x.bias",
+        "ffn.x_k")  # fmt: skip
+MATRICES = ("att.receptance", "att.key", "att.value", "att.output", "att.w1", "att.w2", "att.a1", "att.a2", "att.v1",
+            "att.v2", "att.g1", "att.g2", "ffn.key", "ffn.value")  # fmt: skip
+
+
+class Decoder:
+    """The weights of a model as they are now, laid out for `step`. `kind` says what matrices are kept in."""
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, kind: str = "fp32"):
+        config, parameters = model.config, dict(model.named_parameters())
+        self.vocab_size, self.kind = config.vocab_size, kind
+        self.kept: list[Tensor] = []  # what native code reads must not go
+        ranks = (config.d_decay, config.d_aaa, config.d_mv, config.d_gate)
+        heads = config.n_embd // config.head_size
+        self.sizes = (config.n_layer, config.n_embd, heads, config.dim_ffn, config.vocab_size, *ranks)
+        names = ("emb.weight", "blocks.0.ln0.weight", "blocks.0.ln0.bias", "ln_out.weight", "ln_out.bias")
+        self.fixed = self._words([parameters.get(name) for name in names])
+        layers = range(config.n_layer)
+        self.vectors = self._words([parameters.get(f"blocks.{n}.{name}") for n in layers for name in ROWS])
+        names = [*(f"blocks.{n}.{name}" for n in layers for name in MATRICES), "head"]
+        found = [_matrix(model, parameters, name) for name in names]
+        packed = [(None, None) if x is None else pack(x, kind) for x in found]
+        self.matrices = self._words([data for data, _ in packed])
+        self.scales = self._words([scale for _, scale in packed])
+
+    def _words(self, tensors: list[Tensor | None]):
+        tensors = [None if x is None else x.detach().contiguous() for x in tensors]
+        self.kept += [x for x in tensors if x is not None]
+        return build.words(tensors)
+
+    def step(self, ids: Tensor, state: State) -> Tensor:
+        """Logits (rows, V) after one id for each row, (rows,); the state, of its own, becomes the one after it."""
+        ids, logits = ids.contiguous(), torch.empty(len(ids), self.vocab_size)
+        if len(ids) and not bool(((ids >= 0) & (ids < self.vocab_size)).all()):
+            raise IndexError("an id that the model does not have")
+        sizes = (len(ids), *self.sizes, KINDS.index(self.kind))
+        weights = (self.fixed, self.vectors, self.matrices, self.scales)
+        build.call("decode7", sizes, *weights, state.att_x, state.wkv, state.ffn_x, ids, logits)
+        return logits
+
+
+def decoder(model: nn.Module, kind: str = "fp32") -> Decoder | None:
+    """The native form of a model's step, or None where the model's own is to be used."""
+    if model.config.family != "rwkv7" or any(module.training for module in model.modules()):
+        return None
+    if build.native(*model.parameters()) is None:
+        return None
+    build.announce("writing token by token", "cpu", natively=True)
+    return Decoder(model, kind)
+
+
+def _matrix(model: nn.Module, parameters: dict[str, Tensor], name: str) -> Tensor | None:
+    """A matrix (out, in): one of a low rank, which is stored the other way round, a layer's, or with its adapter."""
+    if name in parameters:
+        return parameters[name].mT
+    if not hasattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]):
+        return None  # layer 0 has no v
+    layer = model.get_submodule(name)
+    return layer.weight if type(layer) is nn.Linear else layer(torch.eye(layer.weight.shape[1])).mT
+
+
+def pack(matrix: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
+    """A matrix in fewer bits, and for int8 the scale of each row, whose largest number becomes 127."""
+    if kind == "bf16":
+        return matrix.bfloat16(), None
+    if kind == "int8":
+        scale = matrix.abs().amax(1).clamp(min=1e-30) / 127
+        return (matrix / scale[:, None]).round().to(torch.int8), scale
+    return matrix, None

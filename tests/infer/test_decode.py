@@ -1,0 +1,128 @@
+"""The native step of a whole model against its forward."""
+
+import pytest
+import torch
+
+from rwkvpipe.base.config import LoraConfig, RwkvConfig
+from rwkvpipe.infer.decode import Decoder, decoder, pack
+from rwkvpipe.kernel import build
+from rwkvpipe.model.family import build as model_of
+from rwkvpipe.model.layers import State
+from rwkvpipe.weights.lora import inject
+
+pytestmark = pytest.mark.skipif(build.extension() is None, reason=f"no native kernels here: {build.why_not()}")
+ODD = {"d_decay": 33, "d_aaa": 5, "d_mv": 17, "d_gate": 40, "dim_ffn": 70}
+
+
+def made(seed=0, **sizes):
+    """A model with weights of which none is 0."""
+    sizes = {"n_layer": 3, "n_embd": 40, "head_size": 20, "vocab_size": 53} | sizes
+    model = model_of(RwkvConfig(**sizes))
+    stream = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            drawn = torch.randn(tensor.shape, generator=stream)
+            tensor.copy_(drawn * (tensor.shape[-1] ** -0.5 if tensor.squeeze().dim() > 1 else 0.3) + ("ln" in name))
+    return model.eval()
+
+
+def apart(state: State) -> State:
+    return state.repeat(1)
+
+
+def reference(model, ids):
+    """Logits after each token of rows (B, T), and the last state, by the model's forward, a token at a time."""
+    state, found = model.start(len(ids)), []
+    with torch.inference_mode():
+        for t in range(ids.shape[1]):
+            logits, state = model(ids[:, t : t + 1], state)
+            found.append(logits[:, -1])
+    return torch.stack(found, 1), state
+
+
+def native(model, ids, kind="fp32"):
+    step, state, found = Decoder(model, kind), apart(model.start(len(ids))), []
+    for t in range(ids.shape[1]):
+        found.append(step.step(ids[:, t], state))
+    return torch.stack(found, 1), state
+
+
+def drawn(rows, tokens, seed=1, vocabulary=53):
+    return torch.randint(vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("sizes", [{}, ODD, {"n_embd": 128, "head_size": 64, "vocab_size": 300, **ODD}, {"ln0": False}])
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_logits_and_states_are_those_of_the_models_forward(sizes, rows):
+    model = made(**sizes)
+    ids = drawn(rows, 12)
+    (found, state), (wanted, after) = native(model, ids), reference(model, ids)
+    assert float((found - wanted).abs().max()) < 2e-5 * max(1.0, float(wanted.abs().max()))
+    for mine, its in ((state.att_x, after.att_x), (state.wkv, after.wkv), (state.ffn_x, after.ffn_x)):
+        for one, other in zip(mine, its, strict=True):
+            assert float((one - other).abs().max()) < 2e-5 * max(1.0, float(other.abs().max()))
+
+
+def test_a_row_has_the_same_bits_whatever_rows_and_threads_there_are():
+    model, ids, threads = made(**ODD), drawn(11, 3), torch.get_num_threads()
+    alone = torch.cat([native(model, ids[n : n + 1])[0] for n in range(11)])
+    try:
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            assert torch.equal(native(model, ids)[0], alone)
+            assert torch.equal(native(model, ids[:6])[0], alone[:6])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_large_matrix_has_the_same_bits_however_many_threads_share_it():
+    model, ids, threads, found = made(n_layer=1, vocab_size=9000, n_embd=80), drawn(2, 1), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(native(model, ids)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+def test_fewer_bits_are_those_of_the_rounded_matrices(kind):
+    model, ids = made(**ODD), drawn(5, 6)
+    found = native(model, ids, kind)[0]
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            end = name.rpartition(".")[2]
+            low = end in ("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2")
+            if low or (tensor.dim() == 2 and end == "weight" and name != "emb.weight"):
+                data, scale = pack(tensor.mT if low else tensor, kind)
+                data = data.float() if scale is None else data.float() * scale[:, None]
+                tensor.copy_(data.mT if low else data)
+    wanted = reference(model, ids)[0]
+    assert float((found - wanted).abs().max()) < 2e-5 * max(1.0, float(wanted.abs().max()))
+
+
+def test_adapters_are_in_it():
+    model, ids = made(), drawn(2, 5)
+    inject(model, LoraConfig(rank=4))
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if tensor.requires_grad:
+                tensor.copy_(0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(len(name))))
+    model.eval()
+    found, wanted = native(model, ids)[0], reference(model, ids)[0]
+    assert float((found - wanted).abs().max()) < 2e-5 * max(1.0, float(wanted.abs().max()))
+
+
+def test_what_it_cannot_compute_is_left_to_the_model():
+    assert decoder(made().train()) is None
+    assert decoder(made().double()) is None
+    older = RwkvConfig(family="rwkv6", n_layer=2, n_embd=32, head_size=16, vocab_size=9)
+    assert decoder(model_of(older).eval()) is None
+    assert decoder(made()) is not None
+
+
+def test_an_id_that_the_model_lacks_is_refused():
+    model = made()
+    with pytest.raises(IndexError, match="does not have"):
+        Decoder(model).step(torch.tensor([53]), apart(model.start(1)))
