@@ -153,3 +153,25 @@ def test_a_class_of_the_user_s_is_written_down_by_name(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     assert run(tmp_path, kind="own", import_path="own_bits:Bits").encode("0110") == [0, 1, 1, 0]
     assert json.loads((tmp_path / "out/tokenizer.json").read_text())["import_path"] == "own_bits:Bits"
+
+
+def test_pairs_are_learned_from_a_bounded_sample_taken_from_everywhere():
+    found = [f"text {number} " * 50 for number in range(1000)] + ["long words " * 50_000, "QUJD" * 9000]
+    size = sum(map(len, found))
+    some = list(vocab.sampled(found, size, 200_000))
+    assert 120_000 < sum(map(len, some)) <= 200_000 and some == list(vocab.sampled(found, size, 200_000))
+    numbers = [int(text.split()[1]) for text in some if text.startswith("text")]
+    assert numbers[0] < 20 and numbers[-1] > 980 and any("long words" in text for text in some)
+    whole = list(vocab.sampled(found, size, 10 * size))
+    assert "".join(whole[:1000]) == "".join(found[:1000]) and whole[-1] == "QUJD" * 32
+
+
+def test_pairs_are_learned_from_folders_and_the_sample_is_a_setting(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        (tmp_path / f"in/{name}.txt").write_text(f"{name}b{name}b " * 99)
+    spec = {"kind": "bpe", "corpora": ["a"], "vocab_size": 300}
+    tokenizer = run(tmp_path, tmp_path / "in", sample=1, **spec)
+    assert len(tokenizer.encode(" abab")) == 1 and len(tokenizer.encode(" bbbb")) == 1
+    with pytest.raises(ValueError, match="sample belongs to a bpe learned from corpora"):
+        TokenizerConfig(kind="bpe", path="x", sample=3)

@@ -8,7 +8,7 @@ import numpy as np
 from rwkvpipe.base.errors import DataError
 from rwkvpipe.data import lines, scan
 from rwkvpipe.data.kind import opened
-from rwkvpipe.data.table import Raw, arrow_batches
+from rwkvpipe.data.table import Raw, arrow_batches, one_row
 from rwkvpipe.data.unit import Place, Unit
 
 FOREIGN = ("parquet", "arrow", "stream")
@@ -57,13 +57,13 @@ class _Error(Block):
 
 
 class _Batch(Block):
-    """Rows of a batch of one column, called `name`."""
+    """Rows of a batch of one column."""
 
     batch: object
-    name: str
 
     def odd(self, row: int) -> Raw:
-        return {self.name: self.batch.column(0)[row].as_py()}
+        found = one_row(self.batch.slice(row, 1))[0]
+        return DataError(f"{self.place(row)}: {found}") if isinstance(found, str) else found
 
 
 def can_be_read(unit: Unit) -> bool:
@@ -104,7 +104,7 @@ def _of_batches(unit: Unit, name: str) -> Iterator[Block]:
             data, borders, empty = found
             starts, ends = np.where(empty, -1, borders[:-1]), np.where(empty, -1, borders[1:])
             block = _Batch(unit, data, numbers, starts, ends, "row")
-        block.batch, block.name = batch, name
+        block.batch = batch
         yield block
 
 

@@ -1,6 +1,7 @@
 """What a corpus is: counts, lengths, duplicates, the longest documents; kept while it is packed."""
 
 import mmap
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -9,6 +10,11 @@ import numpy as np
 from rwkvpipe.base.files import atomic
 from rwkvpipe.data.parcel import PARTS, TOP, Parcel, Part
 
+KINDS = 20  # reasons that are told apart
+# where a row is, what stands in it, and numbers
+PLACE = re.compile(r"^.*?(?::\d+|: (?:row|item) \d+)(?:: record \d+)?: ", re.DOTALL)
+VALUE = re.compile(r"'(?:[^'\\]|\\.)*'|(?<= is )(int|float|bool|list|dict) .*(?=, text)")
+NUMBER = re.compile(r"(?<= )\d+|(?<=U\+)[0-9A-F]+")
 HELD = 1 << 21  # digests of a run that is held in memory, at most twice that
 BINS = 32  # lengths below 1, 2, 4, ... tokens
 
@@ -61,6 +67,7 @@ class Card:
         self.counts = Counter(state.get("counts", {}))
         self.lengths = np.asarray(state.get("lengths", [0] * BINS), dtype=np.int64)
         self.longest: list[list] = state.get("longest", [])
+        self.reasons = Counter(state.get("reasons", {}))
 
     def state(self) -> dict:
         """Everything, as JSON."""
@@ -69,6 +76,7 @@ class Card:
             "counts": dict(self.counts),
             "lengths": self.lengths.tolist(),
             "longest": self.longest,
+            "reasons": dict(self.reasons),
         }
 
     def add(self, name: str, part: Part) -> None:
@@ -97,6 +105,7 @@ class Card:
             "bytes_per_token": round(self.counts["bytes"] / tokens, 4) if tokens and self.counts["bytes"] else None,
             "empty": self.counts["empty"],
             "skipped": self.counts["skipped"],
+            "reasons": dict(sorted(self.reasons.items(), key=lambda each: (-each[1], each[0]))),
             "duplicates": self.counts["duplicates"],
             "duplicates_dropped": self.counts["dropped"],
         }
@@ -129,3 +138,12 @@ def count_parcel(card: Card, parcel: Parcel) -> None:
     """Count what a parcel tells of, after its documents."""
     card.counts.update(parcel.counts)
     card.counts["skipped"] += len(parcel.errors)
+    for error in parcel.errors:
+        why = reason(error)
+        card.reasons[why if why in card.reasons or len(card.reasons) < KINDS else "something else"] += 1
+
+
+def reason(error: str) -> str:
+    """What is wrong with a row, without where it is and what stands in it: one text for all of its kind."""
+    said = VALUE.sub(lambda found: found[1] or "...", NUMBER.sub("#", PLACE.sub("", error, count=1)))
+    return said.partition(";")[0][:80].strip()

@@ -85,8 +85,8 @@ class Pieces:
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{self.unit.path}: {unreadable(error)}") from None
             else:
-                # a number may go on in the next piece
-                if place < len(self.text) or self.end or isinstance(value, dict | list | str):
+                # a number may go on in the next piece, also behind a dot or an e+ that is held already
+                if self.end or isinstance(value, dict | list | str) or place < len(self.text) - 3:
                     self.place, self.size = place, READ
                     return value
             self.more()

@@ -182,15 +182,15 @@ def _arrow_rows(unit: Unit, needed: Set[str] | None) -> Iterator[tuple[Place, Ra
         try:
             rows = part.to_pylist()
         except (UnicodeDecodeError, pyarrow.ArrowInvalid):
-            rows = chain.from_iterable(_one(part.slice(i, 1)) for i in range(part.num_rows))
+            rows = chain.from_iterable(one_row(part.slice(i, 1)) for i in range(part.num_rows))
         for row in rows:
             number += 1
             place = Place(unit, number, "row")
             yield place, DataError(f"{place}: {row}") if isinstance(row, str) else row
 
 
-def _one(row) -> list:
-    """A row of a batch, or what is wrong with it."""
+def one_row(row) -> list:
+    """A row of a batch, alone in it, or a text that says what is wrong with it."""
     import pyarrow
 
     try:

@@ -1,5 +1,7 @@
 """What a stage learned from, on demand: counts, how long documents are, what was left out, digests."""
 
+import json
+
 from rwkvpipe.show.markup import Html, count, el, facts, fold
 
 LEFT_OUT = {
@@ -29,6 +31,16 @@ def _lengths(bins: list[dict]) -> Html:
     return el("div", el("h4", "Documents by their length in tokens"), el("ol", *rows, klass="lengths"))
 
 
+def _short(tokenizer: object) -> str:
+    """The digest of a tokenizer's files: of its one file that, of several one for each."""
+    try:
+        digests = json.loads(str(tokenizer))
+    except ValueError:
+        return str(tokenizer)  # one that has no files has a name
+    pairs = digests.items() if isinstance(digests, dict) else ()
+    return ", ".join(f"{name} {str(value)[:16]}..." for name, value in pairs) or str(tokenizer)
+
+
 def corpus_card(corpus: dict, name: str = "The corpus") -> Html:
     """All that corpus.json tells; nothing where it tells little."""
     if not isinstance(corpus.get("lengths"), list):
@@ -42,10 +54,15 @@ def corpus_card(corpus: dict, name: str = "The corpus") -> Html:
         told["Bytes a token"] = f"{corpus['bytes_per_token']:.2f}"
     out = [f"{count(corpus[name])} {what}" for name, what in LEFT_OUT.items() if corpus.get(name)]
     told["Left out"] = "; ".join(out) or "nothing"
+    reasons = corpus.get("reasons") if isinstance(corpus.get("reasons"), dict) else {}
+    if reasons:
+        told["Why rows could not be used"] = "; ".join(f"{count(n)} times {why}" for why, n in reasons.items())
     told["Equal to one before"] = count(corpus.get("duplicates", 0))
     longest = [each for each in corpus.get("longest") or () if isinstance(each, dict)][:3]
     if longest:
         told["Longest"] = "; ".join(f"{count(each.get('tokens', 0))} tokens ({each.get('origin')})" for each in longest)
+    if corpus.get("tokenizer"):
+        told["Tokenizer"] = f"{count(corpus.get('vocab_size', 0))} ids; digest {_short(corpus['tokenizer'])}"
     inputs = [each for each in corpus.get("inputs") or () if isinstance(each, dict)]
     shown = [el("li", el("code", each.get("file")), " ", el("small", each.get("sha256", ""))) for each in inputs[:20]]
     more = [el("li", f"{count(len(inputs) - 20)} more are in corpus.json")] if len(inputs) > 20 else []

@@ -91,6 +91,16 @@ def test_columns_together_are_what_they_are_one_by_one(tmp_path, kind):
         assert packed(path) == packed(path, together=False)
 
 
+def test_a_column_whose_texts_are_no_utf8_has_its_rows_named(tmp_path):
+    values = pa.array([b"ok", b"\xff", b"end"], pa.binary())
+    texts = pa.StringArray.from_buffers(3, *values.buffers()[1:])
+    with pa.ipc.new_file(str(tmp_path / "a"), pa.schema([("text", pa.string())])) as sink:
+        sink.write_batch(pa.record_batch([texts], names=["text"]))
+    together, single = packed(tmp_path / "a", valid=0.0), packed(tmp_path / "a", together=False, valid=0.0)
+    assert together == single and together[0][2] == [3, 4]
+    assert together[-1][0][0].startswith(f"{tmp_path}/a: row 2: not UTF-8")
+
+
 def test_what_a_vocabulary_lacks_is_told_of_its_row(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "ab"}\n{"text": "abc"}\n{"text": "b"}\n')

@@ -14,6 +14,7 @@ from rwkvpipe.base.errors import DataError
 from rwkvpipe.data import items, lines, table
 from rwkvpipe.data.kind import kind_of
 from rwkvpipe.data.table import raw_rows, row_of, table_units
+from rwkvpipe.data.unit import Unit
 
 ROWS = [{"text": f"döc {n}" * (n % 7), "n": n, "deep": {"list": [n, 1]}} for n in range(50)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -167,3 +168,34 @@ def test_a_table_whose_texts_are_no_utf8_names_the_row(tmp_path):
     found = [raw for unit in units for _, raw in raw_rows(unit, NEEDED)]
     assert found[0] == {"text": "ok"} and found[2] == {"text": "end"}
     assert f"{tmp_path}/a: row 2: not UTF-8" in str(found[1])
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("size", [1, 9, 1 << 18])
+def test_the_list_of_an_object_is_read_item_by_item(tmp_path, indent, size, monkeypatch):
+    monkeypatch.setattr(items, "READ", size)
+    rows = [{"a": n, "b": ["x", {"data": "}]"}]} for n in range(20)]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"v": 1.5e3, "data": rows, "w": {"u": None}}, indent=indent))
+    unit = Unit(str(path), "object")
+    found = list(raw_rows(unit, {"data", "w"}, "data"))
+    assert [row for _, row in found] == [{"w": {"u": None}, "data": [row]} for row in rows]
+    assert str(found[1][0]) == f"{path}:{1 if indent is None else 13}"
+    assert [row for _, row in raw_rows(unit, {"data"}, "data")] == [{"data": [row]} for row in rows]
+    assert [row for _, row in raw_rows(unit, {"w"}, "none")] == [{"w": {"u": None}}]
+    path.write_text('{"data": 5}')
+    assert [row for _, row in raw_rows(unit, {"data"}, "data")] == [{"data": 5}]
+    end = '"data": [1]'
+    for broken in ('{"data": [1, 2', "{" + end, "{" + end + "} x", '{"data" [1]}', "{data: [1]}", "{" + end + " 2}"):
+        path.write_text(broken)
+        with pytest.raises(DataError, match="a.json:1: not JSON: "):
+            list(raw_rows(unit, {"data"}, "data"))
+
+
+def test_one_long_line_is_an_object_and_several_are_lines(tmp_path):
+    row = json.dumps({"text": "x" * 200_000})
+    for content, kind in ((row, "object"), (row + "\n \n", "object"), (row + "\n" + row, "lines")):
+        (tmp_path / "a.json").write_text(content)
+        assert kind_of(tmp_path / "a.json") == (kind, "")
+    (tmp_path / "a.dat").write_text('{\n  "text": "x",\n  "b": 1\n}')
+    assert kind_of(tmp_path / "a.dat") == ("object", "") and read(tmp_path / "a.dat")[0][1]["text"] == "x"

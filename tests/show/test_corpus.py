@@ -7,7 +7,10 @@ CORPUS = {
     "valid": {"documents": 3, "tokens": 99},
     "bytes_per_token": 3.456,
     "empty": 2,
-    "skipped": 0,
+    "skipped": 3,
+    "reasons": {"`text` is null": 2, "not UTF-8": 1},
+    "vocab_size": 65536,
+    "tokenizer": '{"vocab.txt": "0123456789abcdef0123"}',
     "duplicates": 7,
     "duplicates_dropped": 7,
     "lengths": [{"from": 0, "to": 0, "documents": 0}, {"from": 1, "to": 1, "documents": 5},
@@ -19,10 +22,12 @@ CORPUS = {
 
 def test_a_corpus_is_told_with_its_lengths_as_bars():
     page = corpus_card(CORPUS)
-    for part in ("12,000, 345,678", "3.46", "2 empty; 7 equal to one before them", "a&lt;b.jsonl:7", "5 more are in"):
+    out = "2 empty; 3 rows that could not be used, listed in skipped.jsonl; 7 equal to one before them"
+    for part in ("12,000, 345,678", "3.46", out, "a&lt;b.jsonl:7", "5 more are in"):
         assert part in page
     assert page.count('<i style="width:') == 2 and "width:50.00%" in page and "2 to 3" in page
-    assert "could not be used" not in page
+    assert "3 rows that could not be used" in page and "2 times `text` is null; 1 times not UTF-8" in page
+    assert "65,536 ids; digest vocab.txt 0123456789abcdef..." in page
 
 
 def test_a_corpus_that_says_little_or_nonsense_has_no_card():

@@ -3,10 +3,12 @@
 import json
 import random
 
+import numpy as np
 import pytest
 import tokenizers
 
 from rwkvpipe.base.errors import DataError
+from rwkvpipe.tokenizer import bpe
 from rwkvpipe.tokenizer.bpe import BpeTokenizer, learn
 from rwkvpipe.tokenizer.load import load_tokenizer, save_tokenizer
 
@@ -119,3 +121,52 @@ def test_odd_settings_beside_a_tokenizer_name_no_end(tmp_path, beside):
     (tmp_path / "tokenizer.json").write_text(learn(["hello hello"], 260))
     (tmp_path / "tokenizer_config.json").write_text(beside)
     assert BpeTokenizer(tmp_path / "tokenizer.json").eos == 0
+
+
+CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+CL100K += r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@pytest.mark.parametrize("form", ["ours", "others'", "without words"])
+def test_a_text_that_comes_in_blocks_has_the_ids_of_the_whole(learned, tmp_path, monkeypatch, form):
+    described = json.loads(learned.json)
+    if form == "others'":
+        split = {"type": "Split", "pattern": {"Regex": CL100K}, "behavior": "Isolated", "invert": False}
+        level = described["pre_tokenizer"] | {"use_regex": False, "trim_offsets": True}
+        described["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, level]}
+        described |= {"normalizer": {"type": "NFC"}, "post_processor": level}
+    elif form == "without words":
+        described["pre_tokenizer"] |= {"add_prefix_space": True}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    tokenizer = BpeTokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.cuttable == (form != "without words")
+    monkeypatch.setattr(bpe, "WINDOW", 150)
+    monkeypatch.setattr(bpe, "WORD", 3000)
+    lots = random.Random(7)
+    signs = [" ", "  ", "\n", "\n\n", "a", "the", "'s", "天", "é", "e\u0301", "1", "2345", "!?", "\t", "\r\n", "😀"]
+    for _ in range(40):
+        kind = lots.randrange(3)
+        text = " " * 400 + "x" * 900 + "\n" * 300 + "a b"
+        if kind:
+            text = "".join(lots.choices(signs, k=lots.randrange(900)))
+        pieces, rest = [], text
+        while rest:
+            size = lots.randrange(1, 400)
+            pieces.append(rest[:size].encode())
+            rest = rest[size:]
+        assert [number for ids in tokenizer.stream(pieces) for number in ids] == tokenizer.encode(text)
+
+
+def test_a_word_without_end_is_cut_and_comes_back(learned, monkeypatch):
+    monkeypatch.setattr(bpe, "WINDOW", 100)
+    monkeypatch.setattr(bpe, "WORD", 400)
+    text = "abc" * 1000
+    assert learned.decode([n for ids in learned.stream([text.encode()]) for n in ids]) == text
+
+
+def test_many_texts_have_the_ids_of_each_and_an_end(learned):
+    texts = [text.encode() for text in (*TEXTS, "a<|endoftext|>b", " x\r\n\0")]
+    ends = np.cumsum([len(text) for text in texts])
+    starts = ends - [len(text) for text in texts]
+    ids, sizes = learned.encode_all(np.frombuffer(b"".join(texts), np.uint8), starts, ends)
+    assert ids.tolist() == sum(([*learned.encode(text), 0] for text in texts), []) and sizes.sum() == len(ids)
