@@ -33,3 +33,20 @@ def test_a_corpus_is_told_with_its_lengths_as_bars():
 def test_a_corpus_that_says_little_or_nonsense_has_no_card():
     assert corpus_card({}) == "" == corpus_card({"train": {"tokens": 1}})
     assert "nothing" in corpus_card({"lengths": [None, {}], "inputs": None, "longest": [3], "valid": 5})
+
+
+def test_a_mix_tells_of_each_corpus_and_of_all_together(tmp_path, monkeypatch):
+    import json
+
+    from rwkvpipe.show.evidence import Evidence, Story
+
+    monkeypatch.chdir(tmp_path)
+    paths = {}
+    for name, documents in (("stories (75.0%)", 3), ("code (25.0%)", 4)):
+        paths[name] = f"{name[:4]}.json"
+        (tmp_path / paths[name]).write_text(json.dumps({"train": {"documents": documents, "tokens": 10}}))
+    subject = {"name": "base", "kind": "pretrain", "folder": "x", "data": ", ".join(paths), "mix": paths}
+    evidence = Evidence(Story.model_validate({"run": "r", "config": {}, "subjects": [subject], "steps": []}))
+    base = evidence.story.subjects[0]
+    assert evidence.corpus(base) == {"documents": 7, "tokens": 20}
+    assert list(evidence.corpora(base)) == list(paths)
