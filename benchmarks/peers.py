@@ -16,6 +16,7 @@ PINNED = {
     "rwkv-trainer": ["rwkv-trainer==0.1.27"],
     "rwkv": ["rwkv==0.8.32"],
     "rwkv7-hf": ["rwkv7-hf==0.9.0", "transformers==5.23.0"],
+    "peft": ["peft==0.21.2", "rwkv7-hf==0.9.0", "transformers==5.23.0"],
     "pyrwkv-tokenizer": ["pyrwkv-tokenizer==0.9.1"],  # beside our rwkv, which has the trie
     "data": ["datatrove==0.10.1", "megatron-core==0.16.1", "orjson", "regex"],
     "llama-cpp": ["llama-cpp-python==0.3.36"],  # compiles llama.cpp: some eight minutes of a core

@@ -14,7 +14,7 @@ from rwkvpipe.weights.export import export
 def main(argv: list[str] | None = None) -> None:
     """Export one model, tensor by tensor; dtypes and bits are kept unless another dtype is asked for."""
     parser = Parser(prog="rwkvpipe.export", description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="a .pth, .safetensors or .gguf file, an index of shards, or a folder with one")
+    parser.add_argument("model", help="a .pth, .safetensors or .gguf file, an index of shards, a folder; an adapter")
     parser.add_argument("--to", choices=get_args(Format), help="the format")
     parser.add_argument("--spec", help="or all settings of an export as JSON")
     parser.add_argument("--tokenizer", help="its vocabulary: a folder, a vocabulary file, `bytes` or `world`")

@@ -9,7 +9,6 @@ import torch
 
 from rwkvpipe.base.errors import Parser, PipeError, WeightsError, new_file, run
 from rwkvpipe.model.family import build
-from rwkvpipe.train.stage import read_adapter
 from rwkvpipe.weights import lora, store
 from rwkvpipe.weights.states import read_states, with_states
 
@@ -31,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
         store.write(given.out, *with_states(*store.read(given.model), states, given.adapter))
         log.info("%s: starts from the states of %s", given.out, given.adapter)
         return
-    adapter, settings, base = read_adapter(given.adapter)
+    adapter, settings, base = lora.read_adapter(given.adapter)
     config, tensors = store.read(given.model)
     if base and base != store.mark(given.model):
         raise WeightsError(f"{given.adapter}: was trained beside other weights than {given.model}; give those")

@@ -208,7 +208,8 @@ class Plan(Tree):
         if self.samples(subject):
             yield Step("generate", subject, speaker, (f"{home}/samples.jsonl",), f"{log}/generate.jsonl")
         for file, asked in self.exports(subject).items():
-            reads = (*speaker, *self.graded(subject, file))
+            source = self.exported_from(subject, file)
+            reads = (source, *self.vocabulary(subject), *self.graded(subject, file))
             made, timing = f"{home}/export/{file}", f"{log}/export/{file}.jsonl"
             yield Step("export", f"{subject} {asked.format}", reads, (made,), timing)
 

@@ -511,3 +511,14 @@ def test_states_are_refused_where_the_family_has_none():
     config = changed("stages.base.model", {"family": "rwkv5", "n_layer": 2, "n_embd": 64})
     config["stages"][1] |= {"lora": None, "state": True}
     assert "stages.chat.state: rwkv5 has no initial states" in error(config)
+
+
+def test_an_adapter_is_exported_without_its_model():
+    config = with_stage(lora={"kind": "pissa"}, export=["peft", "hub"])
+    steps = {step.id: step for step in Plan(parse(config, "c.yaml"), "results").steps}
+    assert steps["export polite peft"].reads[0] == "results/demo/polite/adapter.safetensors"
+    assert steps["export polite peft"].writes == ("results/demo/polite/export/peft/README.md",)
+    assert steps["export polite hub"].reads[0] == "results/demo/polite/model.safetensors"
+    assert "export: peft_hf is the form of an adapter" in error(with_stage(state=True, export=["peft_hf"]))
+    asked = [{"format": "peft", "shard_bytes": 9}]
+    assert "shard_bytes belongs to formats hub and hf" in error(with_stage(lora={}, export=asked))

@@ -10,7 +10,7 @@ from glob import has_magic
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
-from rwkvpipe.base.config import PipelineConfig, StageConfig
+from rwkvpipe.base.config import ADAPTERS, PipelineConfig, StageConfig
 from rwkvpipe.base.errors import ConfigError
 from rwkvpipe.base.sizes import FAMILIES
 from rwkvpipe.base.strict import check, read_yaml
@@ -178,6 +178,9 @@ def _measures(config: PipelineConfig) -> None:
         formats = [asked if isinstance(asked, str) else asked.format for asked in entry.export]
         if len(set(formats)) != len(formats):
             raise ConfigError(f"{key}.export: a format stands twice; remove one")
+        alone = [format for format in formats if format in ADAPTERS]
+        if alone and getattr(entry, "lora", None) is None:
+            raise ConfigError(f"{key}.export: {alone[0]} is the form of an adapter, which only a stage with lora has")
 
 
 def _paths(config: PipelineConfig) -> Iterator[tuple[str, str, str, str]]:

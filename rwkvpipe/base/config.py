@@ -121,7 +121,8 @@ class BenchmarkConfig(Strict):
         return self
 
 
-Format = Literal["safetensors", "pth", "hub", "hf", "gguf"]
+Format = Literal["safetensors", "pth", "hub", "hf", "gguf", "peft", "peft_hf"]
+ADAPTERS = ("peft", "peft_hf")  # formats of the adapter alone
 
 
 class ExportConfig(Strict):
@@ -129,7 +130,8 @@ class ExportConfig(Strict):
 
     format: Format
     """safetensors; pth: RWKV-LM and the package rwkv; hub: a folder for a hub, with a page for people; hf: the same
-    as flash-linear-attention and rwkv7-hf (transformers) read it, RWKV-7 alone; gguf: llama.cpp, RWKV-6 and 7."""
+    as flash-linear-attention and rwkv7-hf (transformers) read it, RWKV-7 alone; gguf: llama.cpp, RWKV-6 and 7;
+    peft: the adapter of a stage with lora as the library PEFT keeps one, peft_hf: for what hf writes."""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """Numbers of this kind; left out, as they are."""
     name: str | None = None
@@ -140,6 +142,12 @@ class ExportConfig(Strict):
     """hub, hf: the longest text it was trained at; left out, the stage's, or 4096."""
     shard_bytes: Count | None = None
     """hub, hf: weights larger than that are written in files of no more, with an index; left out, in one."""
+
+    @model_validator(mode="after")
+    def _suits(self):
+        if self.format in ADAPTERS and self.shard_bytes is not None:
+            raise ValueError(f"shard_bytes belongs to formats hub and hf, this is {self.format}")
+        return self
 
 
 class WeightsConfig(Strict):

@@ -10,13 +10,13 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from rwkvpipe.base.agree import agree, vocabulary
-from rwkvpipe.base.config import ExportConfig, PipelineConfig, SamplesConfig, StageConfig
+from rwkvpipe.base.config import ADAPTERS, ExportConfig, PipelineConfig, SamplesConfig, StageConfig
 from rwkvpipe.base.sources import files_of, pair_files, pairs_of
 
 TEMPLATES = ("chat_template.jinja", "tokenizer_config.json")  # where a hub's folder keeps a chat template
 # what says that an export is whole: the file itself, or the last one of a folder
 EXPORTED = {format: f"{format}/model.{format}" for format in ("safetensors", "pth", "gguf")}
-EXPORTED |= {"hub": "hub/README.md", "hf": "hf/README.md"}
+EXPORTED |= {format: f"{format}/README.md" for format in ("hub", "hf", *ADAPTERS)}
 HUBS = ("hf", "modelscope")  # schemes of addresses that hubs answer to
 FIELDS = ("path", "valid_path")  # of a corpus
 SPOKEN = ("grpo", "dpo")  # kinds of stages that read rows of words, not a packed corpus
@@ -131,7 +131,15 @@ class Tree:
 
     def graded(self, subject: str, exported: str) -> list[str]:
         """The scores that the page of an exported folder tells."""
-        return self.scores(subject) if exported.endswith("README.md") else []
+        return self.scores(subject) if exported.endswith("README.md") and not self._alone(exported) else []
+
+    def _alone(self, exported: str) -> bool:
+        """Whether an export is that of an adapter without its model."""
+        return exported.partition("/")[0] in ADAPTERS
+
+    def exported_from(self, subject: str, exported: str) -> str:
+        """What an export is made from: the model, or the adapter."""
+        return f"{self.of(subject)}/adapter.safetensors" if self._alone(exported) else self.model(subject)
 
     def fetched(self, source: str, sha256: str | None = None) -> str:
         """Where something that comes from outside lies: local files where they are, others in downloads/."""

@@ -8,9 +8,8 @@ from pathlib import Path
 from torch import nn
 
 from rwkvpipe.base.config import LoraConfig, RolloutConfig, Settings, read_settings
-from rwkvpipe.base.errors import ConfigError, WeightsError
+from rwkvpipe.base.errors import ConfigError
 from rwkvpipe.base.files import canonical, digest, write_jsonl
-from rwkvpipe.base.strict import check_json
 from rwkvpipe.train import checkpoint, dist
 from rwkvpipe.train.loop import Log, Run, held
 from rwkvpipe.train.tracker import Trackers
@@ -106,13 +105,6 @@ def finish(stage: Stage, metrics: Log) -> None:
 
 def write_adapter(path: Path, model: nn.Module, config: LoraConfig, *, base: str) -> None:
     """Write an adapter with its settings and the digest of the weights it belongs to."""
-    described = {"lora": canonical(config.model_dump(mode="json")), "base": base}
+    family = model.config.family
+    described = {"lora": canonical(config.model_dump(mode="json")), "base": base, "family": family}
     store.write_tensors(path, lora.adapter(model), described)
-
-
-def read_adapter(path: str | Path) -> tuple[dict, LoraConfig, str]:
-    """Tensors, settings and the digest of its base of an adapter file. Raises WeightsError if it is none."""
-    tensors, metadata = store.read_tensors(path)
-    if "lora" not in metadata:
-        raise WeightsError(f"{path}: no adapter (its metadata has no `lora`); give the file that sft or grpo wrote")
-    return tensors, check_json(LoraConfig, metadata["lora"], path), metadata.get("base", "")

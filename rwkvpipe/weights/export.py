@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rwkvpipe.base.config import ExportConfig, RwkvConfig
+from rwkvpipe.base.config import ADAPTERS, ExportConfig, RwkvConfig
 from rwkvpipe.base.errors import WeightsError
 from rwkvpipe.base.files import read_json, write_bytes, write_json, write_text
 from rwkvpipe.tokenizer.bpe import BpeTokenizer
@@ -17,6 +17,7 @@ from rwkvpipe.tokenizer.trie import TrieTokenizer, write_vocab
 from rwkvpipe.tokenizer.world import WorldTokenizer
 from rwkvpipe.weights import card, gguf, store
 from rwkvpipe.weights.layouts import DEAD, hf7
+from rwkvpipe.weights.peft import write_peft
 from rwkvpipe.weights.pth import write_pth
 from rwkvpipe.weights.tensors import Piece, Tensors, write_sharded
 
@@ -33,6 +34,9 @@ def export(
 
     Raises WeightsError where a format has no place for something, ConfigError or DataError for the rest.
     """
+    if spec.format in ADAPTERS:
+        write_peft(model, Path(out), spec)
+        return
     found, out = store.open_model(model), Path(out)
     words = load_tokenizer(tokenizer) if tokenizer is not None else None
     if words is not None and words.size > found.config.vocab_size:

@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from rwkvpipe.base.config import LoraConfig
 from rwkvpipe.base.errors import ConfigError, WeightsError
+from rwkvpipe.base.strict import check_json
 from rwkvpipe.weights.kinds import KINDS, PARTS, Adapted, scaling
+from rwkvpipe.weights.tensors import read_tensors
 
 
 def _layers(model: nn.Module) -> list[Adapted]:
@@ -112,6 +115,14 @@ def _check(tensors: dict[str, Tensor], wanted: dict[str, tuple[int, ...]]) -> No
     for name, shape in wanted.items():
         if shape != tuple(tensors[name].shape):
             raise WeightsError(f"adapter: {name} is {tuple(tensors[name].shape)}, needed is {shape}")
+
+
+def read_adapter(path: str | Path) -> tuple[dict, LoraConfig, str]:
+    """Tensors, settings and the digest of its base of an adapter file. Raises WeightsError if it is none."""
+    tensors, metadata = read_tensors(path)
+    if "lora" not in metadata:
+        raise WeightsError(f"{path}: no adapter (its metadata has no `lora`); give the file that sft or grpo wrote")
+    return tensors, check_json(LoraConfig, metadata["lora"], path), metadata.get("base", "")
 
 
 def merged(tensors: dict[str, Tensor], adapter: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:

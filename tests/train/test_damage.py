@@ -13,9 +13,9 @@ from rwkvpipe.base.errors import PipeError
 from rwkvpipe.model.family import build
 from rwkvpipe.train import checkpoint
 from rwkvpipe.train.loop import Log
-from rwkvpipe.train.stage import read_adapter, write_adapter
+from rwkvpipe.train.stage import write_adapter
 from rwkvpipe.weights import store
-from rwkvpipe.weights.lora import inject
+from rwkvpipe.weights.lora import inject, read_adapter
 
 ROUNDS = 60
 WORDS = (b"null", b"-1", b"1e999", b"[", b"{", b'"', b"\n", b"\x00", b"\xff\xfe", b"9" * 20, b": ", b"NaN")

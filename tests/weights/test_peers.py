@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from benchmarks.peers import CHECKOUT, python
-from rwkvpipe.base.config import ExportConfig, RwkvConfig
+from rwkvpipe.base.config import ExportConfig, LoraConfig, RwkvConfig
 from rwkvpipe.model.family import build
 from rwkvpipe.tokenizer.byte import ByteTokenizer
 from rwkvpipe.tokenizer.load import save_tokenizer
+from rwkvpipe.train.stage import write_adapter
 from rwkvpipe.weights import store
 from rwkvpipe.weights.export import export
+from rwkvpipe.weights.lora import adapter, inject, merged
 
 pytestmark = pytest.mark.peers
 
@@ -92,6 +94,38 @@ others = dict(head_size=64, head_size_a=64, head_size_divisor=8, dropout=0, pre_
 others |= dict(tiny_att_dim=0, tiny_att_layer=0, my_testing=version, train_type=kind, ctx_len=64)
 model = code.RWKV(argparse.Namespace(**sizes, **others))
 print(json.dumps(str(model.load_state_dict(torch.load(path, weights_only=True), strict=True))))
+"""
+PEFT = """
+import json, sys, torch
+from peft import PeftModel
+from safetensors.torch import load_file
+base, folder, ids = json.loads(sys.argv[1])
+if folder.endswith("peft_hf"):
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=True, dtype=torch.float32)
+    with torch.no_grad():
+        plain = model(torch.tensor([ids])).logits[0]
+        found = PeftModel.from_pretrained(model, folder).eval()(torch.tensor([ids])).logits[0]
+    print("\\n" + json.dumps([plain.tolist(), found.tolist()]))
+else:  # matrices and norms in a tree of plain modules
+    tensors, root = load_file(base), torch.nn.Module()
+    for name, value in tensors.items():
+        path, _, last = name.rpartition(".")
+        norm = path.rpartition(".")[2].startswith("ln")
+        if last != "weight" or not (norm or value.dim() == 2):
+            continue
+        here = root
+        *above, leaf = path.split(".")
+        for part in above:
+            if part not in here._modules:
+                here.add_module(part, torch.nn.Module())
+            here = here._modules[part]
+        module = torch.nn.LayerNorm(len(value)) if norm else torch.nn.Linear(*value.shape[::-1], bias=False)
+        module.weight.data = value.float()
+        here.add_module(leaf, module)
+    root.prepare_inputs_for_generation = None
+    model = PeftModel.from_pretrained(root, folder).merge_and_unload()
+    print("\\n" + json.dumps({name: value.tolist() for name, value in model.state_dict().items()}))
 """
 TEXT = "First Citizen:\nBefore wé proceed\n\n"
 
@@ -198,3 +232,34 @@ def test_llama_cpp_computes_the_same_logits_ids_and_greedy_text(tmp_path, family
     for _ in found:
         wanted.append(int(ours(path, wanted)[-1].argmax()))
     assert found == wanted[len(ids) :]
+
+
+@pytest.mark.parametrize("kind", ["lora", "pissa", "dora", "disha"])
+@pytest.mark.parametrize("format", ["peft", "peft_hf"])
+def test_peft_computes_the_same_with_an_adapter(tmp_path, kind, format):
+    path = some(tmp_path, "rwkv7")
+    model = store.load_model(path)
+    asked = LoraConfig(kind=kind, rank=3, full=("ln1",), **({} if kind == "disha" else {"alpha": 5.0}))
+    inject(model, asked)
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.requires_grad:
+                value.add_(torch.randn(value.shape, generator=torch.Generator().manual_seed(5)) * 0.05)
+    write_adapter(tmp_path / "adapter.safetensors", model, asked, base="")
+    export(tmp_path / "adapter.safetensors", tmp_path / format, ExportConfig(format=format))
+    tensors = {name: value.float() for name, value in store.read(path)[1].items()}
+    wanted = merged(tensors, adapter(model), asked)
+    store.write(tmp_path / "base.safetensors", model.config, tensors)
+    ids = list(range(3, 40))
+    if format == "peft":
+        found = ask("peft", PEFT, str(tmp_path / "base.safetensors"), str(tmp_path / format), ids)
+        for name in [name for name in found if name.endswith("weight")]:
+            np.testing.assert_allclose(np.array(found[name]), wanted[name].numpy(), atol=2e-6, err_msg=name)
+        assert any(not torch.equal(wanted[name], tensors[name]) for name in found)
+        return
+    export(tmp_path / "base.safetensors", tmp_path / "hf", ExportConfig(format="hf"))
+    plain, found = ask("peft", PEFT, str(tmp_path / "hf"), str(tmp_path / format), ids)
+    store.write(tmp_path / "merged.safetensors", model.config, wanted)
+    np.testing.assert_allclose(np.array(plain), ours(tmp_path / "base.safetensors", ids), atol=5e-5)
+    np.testing.assert_allclose(np.array(found), ours(tmp_path / "merged.safetensors", ids), atol=5e-5)
+    assert np.abs(np.array(found) - np.array(plain)).max() > 0.01

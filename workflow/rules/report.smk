@@ -42,7 +42,7 @@ use rule plot as plot_grpo with:
 # the file that is written last; of a folder, the others come before it
 rule export:
     input:
-        model=lambda wildcards: plan.model(wildcards.subject),
+        model=lambda wildcards: plan.exported_from(wildcards.subject, wildcards.exported),
         tokenizer=lambda wildcards: plan.vocabulary(wildcards.subject),
         scores=lambda wildcards: plan.graded(wildcards.subject, wildcards.exported),
     output:
