@@ -521,4 +521,8 @@ def test_an_adapter_is_exported_without_its_model():
     assert steps["export polite hub"].reads[0] == "results/demo/polite/model.safetensors"
     assert "export: peft_hf is the form of an adapter" in error(with_stage(state=True, export=["peft_hf"]))
     asked = [{"format": "peft", "shard_bytes": 9}]
-    assert "shard_bytes belongs to formats hub and hf" in error(with_stage(lora={}, export=asked))
+    said = "stages.polite.export.0: shard_bytes belongs to formats hub and hf, this is peft"
+    assert said in error(with_stage(lora={}, export=asked))
+    assert "stages.polite.export.0: Input should be 'safetensors'" in error(with_stage(export=["peff"]))
+    reward = {"kind": "grpo", "data": "asked", "rollout": {"reward": "my.txt:f"}}
+    assert "stages.polite.rollout.reward: String should match" in error(with_stage(**reward))

@@ -150,6 +150,12 @@ class ExportConfig(Strict):
         return self
 
 
+Export = Annotated[
+    Annotated[Format, Tag("(format)")] | Annotated[ExportConfig, Tag("(spec)")],
+    Discriminator(lambda value: "(format)" if isinstance(value, str) else "(spec)"),
+]
+
+
 class WeightsConfig(Strict):
     """Weights that somebody has trained."""
 
@@ -166,7 +172,7 @@ class WeightsConfig(Strict):
     """Benchmarks to measure it by."""
     samples: "SamplesConfig | None" = None
     """Text to sample from it."""
-    export: tuple[Format | ExportConfig, ...] = ()
+    export: tuple[Export, ...] = ()
     """Formats to write it in for other programs."""
 
 
@@ -209,7 +215,7 @@ class StageConfig(Strict):
     """Benchmarks to measure the result by."""
     samples: SamplesConfig | None = None
     """Text to sample from the result."""
-    export: tuple[Format | ExportConfig, ...] = ()
+    export: tuple[Export, ...] = ()
     """Formats to write the result in for other programs."""
 
     @property

@@ -61,7 +61,7 @@ def _known(model: type[BaseModel], path: tuple) -> list[str]:
 
 def _line(model: type[BaseModel], value: Any, problem: dict) -> str:
     """One pydantic problem as `key: what is wrong`."""
-    parts = [str(p) for p in problem["loc"]]
+    parts = [str(p) for p in problem["loc"] if not str(p).startswith("(")]  # tags of forms stand in brackets
     if len(problem["loc"]) > 1 and problem["loc"][0] == "stages" and isinstance(problem["loc"][1], int):
         with contextlib.suppress(KeyError, TypeError, IndexError):  # name the stage rather than count it
             parts[1] = str(value["stages"][problem["loc"][1]]["name"])

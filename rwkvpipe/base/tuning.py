@@ -10,8 +10,8 @@ from rwkvpipe.base.strict import Count, NotNegative, Positive, Real, Share, Stri
 Judge = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]*|[^:]+\.py:[A-Za-z_][A-Za-z0-9_]*)$")]
 # the tag keeps errors to the form that was meant
 Reward = Annotated[
-    Annotated[Judge, Tag("one")] | Annotated[dict[Judge, Real], Tag("several")],
-    Discriminator(lambda value: "several" if isinstance(value, dict) else "one"),
+    Annotated[Judge, Tag("(one)")] | Annotated[dict[Judge, Real], Tag("(several)")],
+    Discriminator(lambda value: "(several)" if isinstance(value, dict) else "(one)"),
 ]
 
 
