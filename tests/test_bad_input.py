@@ -390,7 +390,7 @@ case(
     "did you mean convert?",
     words={1: "convet"},
 )
-case("devices by the dozen", "unknown verb", "launch", "12 devices", "set the resource gpu to 1 or 0", words={0: "12"})
+case("devices by the dozen", "unknown verb", "launch", "runs in one process", "Set gpu and ranks to 1", words={0: "12"})
 case("prompts and a spec", "both of two", "generate", "one of --spec and --prompt", words={"--prompt": "a"})
 
 # what lies where a file belongs
