@@ -422,7 +422,7 @@ def test_the_rules_agree_with_the_plan_about_files(fresh):
         [sys.executable, "-m", "rwkvpipe.plan", "--check", "config.yaml"],
         cwd=fresh.path, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    merged = re.compile(r"^(\w+?)_(?:lora|chat|trie|corpus|grpo)\b")
+    merged = re.compile(r"^(\w+?)_(?:lora|masked|spread|trie|corpus|grpo)\b")
     assert sorted(merged.sub(r"\1", job) for job in fresh.plan()) == sorted(sys_path_plan.stdout.splitlines())
 
 
