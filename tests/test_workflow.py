@@ -314,7 +314,7 @@ def test_untracked_code_makes_nothing_stale(fresh, tmp_path):
 def test_a_changed_corpus_makes_what_is_learned_from_it_stale(done):
     with open(done.path / "data/talks.jsonl", "a") as file:
         file.write("{}\n")
-    assert done.plan() == sorted([*AFTER_CHAT, "pack_chat talks"])
+    assert done.plan() == sorted([*AFTER_CHAT, "pack_masked talks"])
 
 
 def test_a_touched_corpus_makes_nothing_stale(done):
@@ -338,7 +338,7 @@ def test_a_deleted_intermediate_is_made_again_only_when_needed(done):
     assert done.plan() == []
     done.edit("config.yaml", "lr: 1e-4", "lr: 2e-4")
     plan = done.plan()
-    assert "pack_chat talks" in plan and "pretrain base" in plan and "pack stories" not in plan
+    assert "pack_masked talks" in plan and "pretrain base" in plan and "pack stories" not in plan
 
 
 def test_config_values_on_the_command_line_join_the_config(done):
@@ -602,7 +602,7 @@ def test_one_failing_branch_does_not_stop_the_others_and_is_named_last(fresh, tm
 
 def test_single_targets_make_what_they_need_and_summaries_tell(fresh, tmp_path):
     work = fresh.copy(tmp_path / "work")
-    needed = ["init base", "merge chat", "pack stories", "pack_chat talks", "pretrain base", "settings base"]
+    needed = ["init base", "merge chat", "pack stories", "pack_masked talks", "pretrain base", "settings base"]
     target = "results/demo/chat/model.safetensors"
     assert work.plan(target) == sorted([*needed, "settings chat", "sft_lora chat", "vocab_trie letters"])
     work.run(target)
