@@ -14,7 +14,7 @@ from rwkvpipe.base.errors import ConfigError, DataError, Parser, new_file, run
 from rwkvpipe.base.files import append_line, canonical, digest, write_jsonl
 from rwkvpipe.base.strict import check_json
 from rwkvpipe.infer.engine import Engine, load_vocabulary
-from rwkvpipe.infer.slots import Progress
+from rwkvpipe.infer.progress import Progress
 from rwkvpipe.tasks.registry import Task, asked, read_questions
 from rwkvpipe.train import dist
 from rwkvpipe.weights import store

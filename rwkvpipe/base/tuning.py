@@ -79,6 +79,10 @@ class SamplingConfig(Strict):
     """Taken from the logits of tokens already generated."""
     frequency: Real = 0.0
     """Taken from them once for each time."""
+    decay: Share = 1.0
+    """What is left of those times after every further token (RWKV's demo: 0.996); 1 is all."""
+    spare: tuple[int, ...] = ()
+    """Ids that no penalty touches."""
     order: Literal["hf", "rwkv"] = "hf"
     """Whether temperature comes before the cuts (hf) or after them (rwkv)."""
     bias: dict[int, Real] = {}
@@ -89,6 +93,10 @@ class SamplingConfig(Strict):
     """Longest completion."""
     stop: tuple[str, ...] = ("\n\n",)
     """Texts that end a completion; they do not belong to it."""
+    stop_ids: tuple[int, ...] = ()
+    """Ids that end it, too; what they stand for does not belong to it."""
+    choices: tuple[str, ...] = ()
+    """Texts of which the completion is one, whole; left out, it is free."""
     seed: Whole = 0
     """Each sample draws from a stream of its own, made of this, the prompt's number and the sample's."""
 

@@ -3,19 +3,12 @@
 Order `hf` is that of transformers and vLLM, order `rwkv` that of RWKV's demo sampler (RWKV-LM, `sample_logits`).
 """
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from rwkvpipe.base.config import SamplingConfig
-
-
-def stream(seed: int, prompt: int, sample: int) -> torch.Generator:
-    """The stream that one sample of one prompt draws from, whatever else is sampled beside it."""
-    key = hashlib.sha256(f"{seed} {prompt} {sample}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
 
 
 def _columns(ids: Sequence[int], logits: Tensor) -> Tensor:
@@ -25,18 +18,23 @@ def _columns(ids: Sequence[int], logits: Tensor) -> Tensor:
 
 
 def penalise(logits: Tensor, counts: Tensor | None, config: SamplingConfig, *, seen: Tensor | None = None) -> Tensor:
-    """Penalties, then `bias`, then `ban`: logits (R, V) of what may come next.
+    """Penalties (but for `spare`), then `bias`, then `ban`: logits (R, V) of what may come next.
 
-    counts (R, V) says how often each id was generated, seen (R, V) bool which ids occurred at all, prompt included;
-    without it, those that `counts` counts. `repetition_penalty` goes by seen, `presence` and `frequency` by counts.
+    counts (R, V) says how often each id was generated (`decay` makes it less), seen (R, V) bool which ids occurred
+    at all, prompt included; without it, those that `counts` counts. `repetition_penalty` goes by seen, `presence` and
+    `frequency` by counts.
     """
     if counts is not None:
+        plain = logits
         if config.repetition_penalty != 1.0:
             p = config.repetition_penalty
             scaled = torch.where(logits > 0, logits / p, logits * p)
             logits = torch.where(counts > 0 if seen is None else seen, scaled, logits)
         if config.presence or config.frequency:
             logits = logits - (counts > 0).to(logits) * config.presence - counts.to(logits) * config.frequency
+        if config.spare:
+            columns = _columns(config.spare, logits)
+            logits = logits.index_copy(1, columns, plain[:, columns])
     if config.bias:
         columns = _columns(list(config.bias), logits)
         values = torch.tensor([config.bias[i] for i in columns.tolist()], dtype=logits.dtype, device=logits.device)

@@ -1,24 +1,18 @@
-"""The rows that are being written: what each has chosen so far, and when its text is over."""
+"""The rows that are being written side by side; one that is over makes room for the next."""
 
-import logging
-import math
-import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rwkvpipe.base.config import SamplingConfig
-from rwkvpipe.base.errors import ConfigError, WeightsError
+from rwkvpipe.base.errors import ConfigError
 from rwkvpipe.infer.decode import decoder
-from rwkvpipe.infer.sampling import sample, stream
+from rwkvpipe.infer.prefix import States
+from rwkvpipe.infer.row import Job, Row
+from rwkvpipe.infer.sampling import sample
+from rwkvpipe.infer.words import Words
 from rwkvpipe.model.layers import State
-from rwkvpipe.tokenizer.load import Tokenizer
-
-log = logging.getLogger("rwkvpipe")
-
-EVERY = 10.0  # seconds between lines on progress
 
 
 def logprob(logits: Tensor, ids: Tensor) -> Tensor:
@@ -26,186 +20,159 @@ def logprob(logits: Tensor, ids: Tensor) -> Tensor:
     return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
 
-@dataclass(frozen=True)
-class Completion:
-    """What a model wrote after a prompt.
-
-    `ids` holds everything it chose, that which ended it included; `text` goes up to what ended it. `logprobs` are
-    those of softmax(logits / temperature), before penalties and cuts (at temperature 0, of softmax(logits)).
-    `finish` is `stop` (a stop text, or the id that ends documents) or `length`.
-    """
-
-    prompt: int
-    sample: int
-    ids: list[int]
-    text: str
-    logprobs: list[float]
-    finish: str
-
-
-@dataclass(frozen=True)
-class Job:
-    """One sample of one prompt, to be started from row `row` of what a group of prompts left behind."""
-
-    prompt: int
-    sample: int
-    ids: list[int]
-    logits: Tensor
-    state: State
-    row: int
-
-
-class Progress:
-    """A line now and then on how far the work is."""
-
-    def __init__(self, what: str, total: int):
-        self.what, self.total, self.done, self.tokens = what, total, 0, 0
-        self.began = self.told = self.last = time.monotonic()
-
-    def add(self, done: int, tokens: int = 0) -> None:
-        """Count what was just done. Things that are done together come in bursts: a line tells of those before."""
-        now = time.monotonic()
-        if not self.done:
-            self.told = now
-        elif now - self.told >= EVERY:
-            self.told, spent = now, max(self.last - self.began, 1e-9)
-            left = max(0.0, spent / self.done * (self.total - self.done) - (now - self.last))
-            rate = f"{self.tokens / spent:.0f} tokens/s" if self.tokens else f"{self.done / spent:.1f}/s"
-            log.info("%s: %d of %d, %s, %.0f s left", self.what, self.done, self.total, rate, left)
-        self.done, self.tokens, self.last = self.done + done, self.tokens + tokens, now
-
-
 class Slots:
-    """The rows that are being written: state, what was chosen so far, and whose they are."""
+    """At most `limit` rows, each with its own settings; they share one state and one step of the model."""
 
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer, sampling: SamplingConfig, rows: int):
-        self.model, self.tokenizer, self.sampling, self.rows = model, tokenizer, sampling, rows
-        self.device = device = next(model.parameters()).device
-        length, V = sampling.max_tokens, model.config.vocab_size
-        self.jobs: list[Job | None] = [None] * rows
+    def __init__(self, model: nn.Module, words: Words, limit: int, kept: States | None = None):
+        self.model, self.words, self.limit, self.kept = model, words, limit, kept
+        self.device = next(model.parameters()).device
+        self.rows: list[Row | None] = []
         self.state: State | None = None
         self.decoder = decoder(model)
-        self.done: list[Completion] = []
-        self.table = {
-            "ids": torch.zeros(rows, length, dtype=torch.long, device=device),
-            "logprobs": torch.zeros(rows, length, device=device),
-            "length": torch.zeros(rows, dtype=torch.long, device=device),
-        }
-        if sampling.temperature > 0:
-            self.table["uniform"] = torch.zeros(rows, length, dtype=torch.float64, device=device)
-        if sampling.repetition_penalty != 1.0 or sampling.presence or sampling.frequency:
-            self.table["counts"] = torch.zeros(rows, V, dtype=torch.int32, device=device)
-            self.table["seen"] = torch.zeros(rows, V, dtype=torch.bool, device=device)
-        self.stops = [text.encode() for text in sampling.stop]
-        if b"" in self.stops:
-            raise ConfigError("sampling.stop: an empty text ends every completion at once; remove it")
-        owned = torch.tensor([tokenizer.owns(i) or i == tokenizer.eos for i in range(V)], device=device)
-        self.forbidden = None if owned.all() else ~owned
-        self.endings = torch.tensor([self._may_end(i) for i in range(V)], device=device)
+        self.table: dict[str, Tensor] = {}  # (rows, V): how often an id came, and whether; where penalties ask
+        self.forbidden = None if words.owned.all() else torch.from_numpy(~words.owned).to(self.device)
+        self.steps = 0
 
-    def _may_end(self, number: int) -> bool:
-        """Whether a text can be over with this id: only then is it worth a look."""
-        tokenizer = self.tokenizer
-        if number == tokenizer.eos:
-            return True
-        if not self.stops or not tokenizer.owns(number):
-            return False
-        data = tokenizer.decode_bytes([number])
-        return any(stop[-1] in data for stop in self.stops)
+    @property
+    def free(self) -> int:
+        """How many jobs there is room for."""
+        return self.limit - sum(row is not None for row in self.rows)
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is being written."""
+        return any(row is not None for row in self.rows)
 
     @torch.inference_mode()
-    def enter(self, slots: list[int], jobs: list[Job]) -> Tensor:
-        """Put jobs into slots and give the logits (len(slots), V) for their first tokens."""
-        if self.state is None:
-            self.state = jobs[0].state.take([0] * self.rows)
-        logits, place = [], 0
-        while place < len(jobs):  # those of one group of prompts are moved together
-            state = jobs[place].state
-            end = next((n for n in range(place, len(jobs)) if jobs[n].state is not state), len(jobs))
-            rows = [job.row for job in jobs[place:end]]
-            self.state.put(slots[place:end], state.take(rows))
-            logits.append(jobs[place].logits[torch.tensor(rows, device=self.device)])
-            place = end
-        self.table["length"][slots] = 0
-        for slot, job in zip(slots, jobs, strict=True):
-            self.jobs[slot] = job
-            if "uniform" in self.table:
-                draws = stream(self.sampling.seed, job.prompt, job.sample)
-                row = torch.rand(self.sampling.max_tokens, generator=draws, dtype=torch.float64)
-                self.table["uniform"][slot] = row.to(self.device)
-            if "counts" in self.table:
-                self.table["counts"][slot] = 0
-                self.table["seen"][slot] = False
-                self.table["seen"][slot, torch.tensor(job.ids, device=self.device)] = True
-        return torch.cat(logits)
+    def enter(self, jobs: Sequence[Job]) -> list[Row]:
+        """Start jobs, as many as there is room for, and choose their first tokens; returns rows that are over."""
+        rows = [Row(job, self.words) for job in jobs]  # what cannot be is refused before anything has changed
+        self._grow(len(rows) - self.rows.count(None), jobs[0].state)
+        places = [place for place, row in enumerate(self.rows) if row is None][: len(rows)]
+        logits, first = [], 0
+        while first < len(jobs):  # those of one group of prompts are moved together
+            state = jobs[first].state
+            end = next((n for n in range(first, len(jobs)) if jobs[n].state is not state), len(jobs))
+            source = [job.row for job in jobs[first:end]]
+            self.state.put(places[first:end], state.take(source))
+            logits.append(jobs[first].logits[torch.tensor(source, device=self.device)])
+            first = end
+        for place, row in zip(places, rows, strict=True):
+            self.rows[place] = row
+            if row.penalised:
+                self._count(place, row)
+        return self._accept(places, torch.cat(logits))
 
     @torch.inference_mode()
-    def step(self) -> Tensor:
-        """Logits (rows, V) after the newest token of every slot."""
-        newest = self.table["ids"].gather(1, self.table["length"][:, None] - 1)  # (rows, 1)
+    def step(self) -> list[Row]:
+        """One more token for every row; returns rows that are over."""
+        self.close_up()
+        newest = torch.tensor([row.ids[-1] for row in self.rows], device=self.device)  # (rows,)
+        self.steps += 1
         if self.decoder:
-            return self.decoder.step(newest[:, 0], self.state)
-        logits, self.state = self.model(newest, self.state)
-        return logits[:, -1]
+            logits = self.decoder.step(newest, self.state)
+        else:
+            logits, self.state = self.model(newest[:, None], self.state)
+            logits = logits[:, -1]
+        return self._accept(range(len(self.rows)), logits)
+
+    def drop(self, row: Row) -> None:
+        """Give a row up."""
+        self.rows = [None if other is row else other for other in self.rows]
 
     @torch.inference_mode()
-    def accept(self, slots: Iterable[int], logits: Tensor) -> list[int]:
-        """Choose the next token of these slots; returns those that are finished."""
-        table, index = self.table, torch.tensor(list(slots), device=self.device)
-        place = table["length"][index]
-        choice = logits if self.forbidden is None else logits.masked_fill(self.forbidden, -torch.inf)
-        counts, seen = (table[name][index] if name in table else None for name in ("counts", "seen"))
-        uniform = table["uniform"][index, place] if "uniform" in table else []
-        chosen = sample(choice, self.sampling, counts, uniform, seen=seen)
-        table["ids"][index, place] = chosen
-        table["logprobs"][index, place] = logprob(logits / (self.sampling.temperature or 1.0), chosen).float()
-        table["length"][index] = place + 1
-        if "counts" in table:
-            table["counts"][index, chosen] += 1
-            table["seen"][index, chosen] = True
-        perhaps = self.endings[chosen] | (place + 1 >= self.sampling.max_tokens)
-        return [slot for slot in index[perhaps].tolist() if self._close(slot)]
+    def close_up(self) -> None:
+        """Let go of rows that stay empty."""
+        left = [place for place, row in enumerate(self.rows) if row is not None]
+        if len(left) == len(self.rows):
+            return
+        index = torch.tensor(left, dtype=torch.long, device=self.device)
+        self.rows = [self.rows[place] for place in left]
+        penalised = any(row.penalised for row in self.rows)
+        self.table = {name: value[index] for name, value in self.table.items()} if penalised else {}
+        self.state = self.state.take(left) if left else None
 
-    def _close(self, slot: int) -> bool:
-        """Whether the text in a slot is over; then it is one of those done."""
-        count, tokenizer, job = int(self.table["length"][slot]), self.tokenizer, self.jobs[slot]
-        ids, cut, finish = self.table["ids"][slot, :count].tolist(), None, "stop"
-        if ids[-1] != tokenizer.eos:
-            # a token has a byte at least: a stop text that has just come lies in so many of them
-            tail = tokenizer.decode_bytes(ids[-max(map(len, self.stops), default=1) :])
-            if not any(stop in tail for stop in self.stops):
-                if count < self.sampling.max_tokens:
-                    return False
-                finish = "length"
-        data = tokenizer.decode_bytes(ids)
-        if finish == "stop":
-            cut = min((data.find(stop) for stop in self.stops if stop in data), default=None)
-        text = data[:cut].decode("utf-8", "replace")
-        logprobs = self.table["logprobs"][slot, :count].tolist()
-        if not all(map(math.isfinite, logprobs)):
-            raise WeightsError("the model's logits are no numbers; its weights are damaged, or training has diverged")
-        self.done.append(Completion(job.prompt, job.sample, ids, text, logprobs, finish))
-        self.jobs[slot] = None
-        return True
+    def _grow(self, more: int, like: State) -> None:
+        if more <= 0:
+            return
+        had = len(self.rows)
+        source = like.take([0] * more) if self.state is None else self.state.take([*range(had), *[0] * more])
+        self.state = source
+        self.rows = [*self.rows, *[None] * more]
+        self.table = {name: torch.cat((x, x.new_zeros(more, x.shape[1]))) for name, x in self.table.items()}
 
-    def written(self, slot: int) -> bytes:
-        """What is written in a slot and no stop text can take back any more."""
-        held = max(map(len, self.stops), default=1) - 1
-        data = self.tokenizer.decode_bytes(self.table["ids"][slot, : int(self.table["length"][slot])].tolist())
-        return data[: max(0, len(data) - held)]
+    def _count(self, place: int, row: Row) -> None:
+        """Begin to count what a row writes; its prompt counts as seen."""
+        if not self.table:
+            shape = (len(self.rows), self.words.size)
+            self.table = {
+                "counts": torch.zeros(shape, device=self.device),
+                "seen": torch.zeros(shape, dtype=torch.bool, device=self.device),
+            }
+        self.table["counts"][place] = 0
+        self.table["seen"][place] = False
+        self.table["seen"][place, torch.tensor(row.job.ids, device=self.device)] = True
 
-    def finished(self, progress: Progress) -> Iterator[Completion]:
-        """Hand out what was finished since."""
-        while self.done:
-            completion = self.done.pop(0)
-            progress.add(1, len(completion.ids))
-            yield completion
+    def _accept(self, places: Sequence[int], logits: Tensor) -> list[Row]:
+        """Choose the next token of these rows from logits (places, V)."""
+        rows = [self.rows[place] for place in places]
+        index = torch.tensor(list(places), device=self.device)
+        chosen = self._choose(rows, index, logits)
+        if self.table:
+            counted = [n for n, row in enumerate(rows) if row.penalised]
+            for n in counted if any(rows[n].job.sampling.decay != 1.0 for n in counted) else ():
+                self.table["counts"][places[n]] *= rows[n].job.sampling.decay
+            spots = index[counted], chosen[counted]
+            self.table["counts"][spots] += 1
+            self.table["seen"][spots] = True
+        scale = torch.tensor([row.job.sampling.temperature or 1.0 for row in rows], device=self.device)
+        values = logprob(logits / scale.to(logits)[:, None], chosen).tolist()
+        numbers, over = chosen.tolist(), []
+        for n, (place, row) in enumerate(zip(places, rows, strict=True)):
+            if row.job.top is not None:
+                row.told.append(self._alternatives(logits[n], numbers[n], row.job.top))
+            if row.add(numbers[n], values[n]):
+                over.append(row)
+                if self.kept is not None:  # the last id was not read any more
+                    self.kept.add([*row.job.ids, *row.ids[:-1]], self.state.take([place]))
+                self.rows[place] = None
+        return over
 
-    @torch.inference_mode()
-    def leave(self, slots: list[int]) -> None:
-        """Close up the rows of slots that stay empty."""
-        kept = [slot for slot in range(self.rows) if slot not in set(slots)]
-        index = torch.tensor(kept, dtype=torch.long, device=self.device)
-        self.table = {name: value[index] for name, value in self.table.items()}
-        self.jobs = [self.jobs[slot] for slot in kept]
-        self.state, self.rows = self.state.take(kept), len(kept)
+    def _choose(self, rows: list[Row], index: Tensor, logits: Tensor) -> Tensor:
+        """Next ids (rows,): rows of equal settings are sampled together."""
+        if self.forbidden is not None:
+            logits = logits.masked_fill(self.forbidden, -torch.inf)
+        logits = self._limited(rows, logits)
+        groups: dict[str, list[int]] = {}
+        for n, row in enumerate(rows):
+            groups.setdefault(row.rules, []).append(n)
+        chosen = torch.zeros(len(rows), dtype=torch.long, device=self.device)
+        for members in groups.values():
+            sampling, part = rows[members[0]].job.sampling, torch.tensor(members, device=self.device)
+            whole = len(members) == len(rows)
+            counts = seen = None
+            if rows[members[0]].penalised:
+                counts, seen = (self.table[name][index[part]] for name in ("counts", "seen"))
+            draws = []
+            if sampling.temperature > 0:
+                draws = torch.tensor([rows[n].uniform() for n in members], dtype=torch.float64)
+            chosen[part] = sample(logits if whole else logits[part], sampling, counts, draws, seen=seen)
+        return chosen
+
+    def _limited(self, rows: list[Row], logits: Tensor) -> Tensor:
+        """Logits with -inf at all that a row's choices rule out. Raises ConfigError where nothing is left."""
+        limits = {n: allowed for n, row in enumerate(rows) if (allowed := row.allowed()) is not None}
+        for n, allowed in limits.items():
+            if not set(allowed) - set(rows[n].job.sampling.ban):
+                raise ConfigError("sampling.choices: no token of the vocabulary goes on with any of them; change them")
+            kept = logits[n, allowed].clone()
+            logits = logits.index_fill(0, torch.tensor([n], device=self.device), -torch.inf)
+            logits[n, allowed] = kept
+        return logits
+
+    def _alternatives(self, logits: Tensor, number: int, top: int) -> tuple[float, list[tuple[int, float]]]:
+        """Plain log-probability of an id, and the `top` likeliest ids that stand for something with theirs."""
+        values = logits.log_softmax(-1)
+        likely = values if self.forbidden is None else values.masked_fill(self.forbidden, -torch.inf)
+        found = likely.topk(min(top, int(np.count_nonzero(self.words.owned))))
+        return values[number].item(), list(zip(found.indices.tolist(), found.values.tolist(), strict=True))

@@ -49,6 +49,11 @@ class State:
             for mine, new in zip(getattr(self, field.name), getattr(other, field.name), strict=True):
                 mine.index_copy_(0, index, new.to(mine))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of it."""
+        return sum(x.nbytes for field in fields(self) for x in getattr(self, field.name))
+
     def detach(self) -> "State":
         """The same numbers, cut off from what they were computed from."""
         return self._map(torch.Tensor.detach)

@@ -6,7 +6,7 @@ import torch
 
 from rwkvpipe.base.config import RwkvConfig, SamplingConfig
 from rwkvpipe.base.errors import ConfigError, DataError, WeightsError
-from rwkvpipe.infer import slots
+from rwkvpipe.infer import progress
 from rwkvpipe.infer.engine import Engine
 from rwkvpipe.model.family import build, detect
 from rwkvpipe.tokenizer.byte import ByteTokenizer
@@ -253,11 +253,39 @@ def test_a_caller_between_completions_may_still_train(network):
 
 def test_progress_tells_of_whole_bursts(monkeypatch, caplog):
     now = [0.0]
-    monkeypatch.setattr(slots.time, "monotonic", lambda: now[0])
-    progress = slots.Progress("answered", 40)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    bar = progress.Progress("answered", 40)
     with caplog.at_level("INFO"):
         for burst in range(1, 4):
             now[0] = 15.0 * burst
             for _ in range(10):
-                progress.add(1)
+                bar.add(1)
     assert caplog.messages == ["answered: 10 of 40, 0.7/s, 30 s left", "answered: 20 of 40, 0.7/s, 15 s left"]
+
+
+def test_stop_ids_end_a_text_and_write_nothing(network):
+    found = completions(network, SamplingConfig(max_tokens=200, stop=(), stop_ids=(102, 0), bias={102: 3.0}, seed=5), 4)
+    for one in found.values():
+        assert one.finish == "stop"
+        assert one.ids[-1] in (102, 0)
+        assert one.text == ByteTokenizer(1).decode(one.ids[:-1])
+
+
+def test_penalties_of_earlier_times_fade():
+    network = model()
+    with torch.no_grad():
+        network.head.weight.zero_()
+    sampling = SamplingConfig(temperature=0.0, frequency=1.0, bias={98: 3.5, 99: 3.0}, ban=(0,), max_tokens=60, stop=())
+    (plain,) = engine(network).generate(["q"], sampling)
+    (fading,) = engine(network).generate(["q"], sampling.model_copy(update={"decay": 0.5}))
+    assert len(set(plain.ids)) > 2  # every count stays, so others have their turn
+    assert set(fading.ids) == {98, 99}
+    times = {98: 0.0, 99: 0.0}
+    for number in fading.ids:
+        assert number == max(times, key=lambda n: {98: 3.5, 99: 3.0}[n] - times[n])
+        times = {n: 0.5 * value + (n == number) for n, value in times.items()}
+
+
+def test_half_a_surrogate_pair_in_a_stop_text_is_refused(network):
+    with pytest.raises(DataError, match="half a surrogate pair"):
+        list(engine(network).generate(["a"], SamplingConfig(stop=("\ud800",))))

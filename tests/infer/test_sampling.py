@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from rwkvpipe.base.config import SamplingConfig
-from rwkvpipe.infer.sampling import nucleus, penalise, probabilities, sample, stream
+from rwkvpipe.infer.row import stream
+from rwkvpipe.infer.sampling import nucleus, penalise, probabilities, sample
 
 NAMES = ("order", "temperature", "top_k", "top_p", "repetition_penalty")
 
@@ -98,3 +99,38 @@ def test_numbers_drawn_at_once_are_those_drawn_one_by_one():
     one, many = stream(0, 0, 0), stream(0, 0, 0)
     single = [torch.rand((), generator=one, dtype=torch.float64).item() for _ in range(40)]
     assert torch.rand(40, generator=many, dtype=torch.float64).tolist() == single
+
+
+def test_spared_ids_keep_their_logits():
+    settings = SamplingConfig(repetition_penalty=2.0, presence=1.0, frequency=0.5, spare=(0, 2, 99))
+    found = penalise(torch.tensor([[2.0, 2.0, 2.0]]), torch.tensor([[3, 3, 0]]), settings)
+    assert found.tolist() == [[2.0, -1.5, 2.0]]
+
+
+CASES = [
+    SamplingConfig(),
+    SamplingConfig(temperature=0.6, top_k=7),
+    SamplingConfig(temperature=1.4, top_p=0.8),
+    SamplingConfig(order="rwkv", temperature=0.7, top_p=0.7),
+    SamplingConfig(order="rwkv", temperature=1.3, top_k=5, top_p=0.9),
+    SamplingConfig(presence=0.7, frequency=0.3, bias={3: 1.0}, ban=(1,)),
+]
+
+
+@pytest.mark.parametrize("settings", CASES, ids=range(len(CASES)))
+def test_what_is_drawn_fits_the_exact_probabilities(settings):
+    """Chi-squared at a chance of one in ten thousand of failing a right sampler; the draws are seeded."""
+    logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(8)) * 1.5
+    times = torch.tensor([[0, 2, 1, 0, 3, 0, 0, 1, 0, 0, 0, 5]])
+    exact, draws = probabilities(logits, settings, times)[0], 20_000
+    generators = [stream(11, n, 0) for n in range(draws // 50)]  # the first fifty numbers of many streams
+    numbers = torch.cat([torch.rand(50, generator=one, dtype=torch.float64) for one in generators])
+    found = torch.bincount(sample(logits.expand(draws, -1), settings, times.expand(draws, -1), numbers), minlength=12)
+    assert not found[exact == 0].any()
+    kept = exact > 0
+    wanted = exact[kept] * draws
+    squared = float(((found[kept] - wanted) ** 2 / wanted).sum())
+    # Wilson and Hilferty's form of the chi-squared quantile, 3.719 deviations out
+    free = int(kept.sum()) - 1
+    assert free > 0
+    assert squared < free * (1 - 2 / (9 * free) + 3.719 * (2 / (9 * free)) ** 0.5) ** 3

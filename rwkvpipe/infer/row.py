@@ -1,0 +1,127 @@
+"""One text on its way: what was chosen, what it writes, and when it is over."""
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rwkvpipe.base.config import SamplingConfig
+from rwkvpipe.base.errors import ConfigError, WeightsError
+from rwkvpipe.infer.words import Words, choices
+from rwkvpipe.model.layers import State
+from rwkvpipe.tokenizer.byte import utf8
+
+DRAWN = 64  # random numbers drawn at once
+RULES = {"seed", "max_tokens", "stop", "stop_ids", "choices"}  # what does not decide the chances of the next id
+
+
+def stream(seed: int, prompt: int, sample: int) -> torch.Generator:
+    """The stream that one sample of one prompt draws from, whatever else is sampled beside it."""
+    key = hashlib.sha256(f"{seed} {prompt} {sample}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model wrote after a prompt.
+
+    `ids` holds everything it chose, that which ended it included; `text` goes up to what ended it. `logprobs` are
+    those of softmax(logits / temperature), before penalties and cuts (at temperature 0, of softmax(logits)).
+    `finish` is `stop` (a stop text or id, the id that ends documents, a choice that is whole) or `length`.
+    """
+
+    prompt: int
+    sample: int
+    ids: list[int]
+    text: str
+    logprobs: list[float]
+    finish: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """One sample of one prompt, to be started from row `row` of what a group of prompts left behind."""
+
+    prompt: int
+    sample: int
+    ids: list[int]
+    sampling: SamplingConfig
+    logits: Tensor = field(repr=False)
+    state: State = field(repr=False)
+    row: int
+    top: int | None = None
+    """How many alternatives to tell beside each token, with plain log-probabilities; None: do not."""
+
+
+class Row:
+    """A job that is being written."""
+
+    def __init__(self, job: Job, words: Words):
+        self.job, self.words, sampling = job, words, job.sampling
+        self.rules = sampling.model_dump_json(exclude=RULES)  # rows with equal ones are sampled together
+        self.penalised = bool(sampling.repetition_penalty != 1.0 or sampling.presence or sampling.frequency)
+        self.stops = [utf8(text) for text in sampling.stop]
+        if b"" in self.stops:
+            raise ConfigError("sampling.stop: an empty text ends every completion at once; remove it")
+        self.choices = choices(sampling.choices, words) if sampling.choices else None
+        self.node = self.choices.root if self.choices else None
+        banned = [number for number in set(sampling.ban) if 0 <= number < words.size]
+        if banned and words.owned[banned].sum() == words.owned.sum():
+            raise ConfigError("sampling.ban: leaves no id of the vocabulary; shorten it")
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.told: list[tuple[float, list[tuple[int, float]]]] = []  # plain log-probability, and the likeliest ids
+        self.data = bytearray()
+        self.finish: str | None = None
+        self._stream = stream(sampling.seed, job.prompt, job.sample)
+        self._draws: list[float] = []
+
+    def uniform(self) -> float:
+        """The next number of its own stream."""
+        if not self._draws:
+            self._draws = torch.rand(DRAWN, generator=self._stream, dtype=torch.float64).tolist()[::-1]
+        return self._draws.pop()
+
+    def allowed(self) -> list[int] | None:
+        """Ids that may come next, where the choice is limited."""
+        return None if self.choices is None else self.node.ids
+
+    def add(self, number: int, logprob: float) -> bool:
+        """Take the next id; whether the text is over with it. Raises WeightsError for logits that are no numbers."""
+        if not math.isfinite(logprob):
+            raise WeightsError("the model's logits are no numbers; its weights are damaged, or training has diverged")
+        self.ids.append(number)
+        self.logprobs.append(logprob)
+        if number == self.words.eos or number in self.job.sampling.stop_ids:
+            self.finish = "stop"
+            return True
+        before = len(self.data)
+        self.data = self.words.grown(self.data, self.ids)
+        found = [self.data.find(stop, max(0, before - len(stop) + 1)) for stop in self.stops]
+        if ends := [place for place in found if place >= 0]:
+            del self.data[min(ends) :]
+            self.finish = "stop"
+        elif self.choices is not None:
+            self.node = self.node.after(self.data[before:])
+            if self.choices.over(self.node):
+                self.finish = "stop"
+        if self.finish is None and len(self.ids) >= self.job.sampling.max_tokens:
+            self.finish = "length"
+        return self.finish is not None
+
+    def written(self) -> bytes:
+        """What no stop text can take back any more."""
+        if self.finish is not None:
+            return bytes(self.data)
+        held = 0
+        for stop in self.stops:
+            most = min(len(stop) - 1, len(self.data))
+            held = max(held, next((n for n in range(most, 0, -1) if self.data.endswith(stop[:n])), 0))
+        return bytes(self.data[: len(self.data) - held])
+
+    def completion(self) -> Completion:
+        """The text that is over."""
+        text = self.data.decode("utf-8", "replace")
+        return Completion(self.job.prompt, self.job.sample, self.ids, text, self.logprobs, self.finish or "length")
