@@ -1,4 +1,4 @@
-"""Let a model write on after prompts: into a file, or, as it is written, into the terminal.
+"""Let a model write on after prompts: into a file, or, as it is written, into the terminal; or talk with it.
 
 python -m rwkvpipe.launch 0 generate --model m.pth --tokenizer bytes --prompt 'Once upon a time' --temperature 0.8
 """
@@ -6,65 +6,134 @@ python -m rwkvpipe.launch 0 generate --model m.pth --tokenizer bytes --prompt 'O
 import argparse
 import logging
 import sys
+from collections.abc import Iterator
 
 from rwkvpipe.base.config import SamplesConfig, SamplingConfig
 from rwkvpipe.base.errors import ConfigError, Parser, new_file, run
 from rwkvpipe.base.files import write_jsonl
 from rwkvpipe.base.strict import check, check_json
 from rwkvpipe.infer.engine import Engine, load_vocabulary
+from rwkvpipe.infer.prefix import States
+from rwkvpipe.infer.prompts import read_prompts
+from rwkvpipe.tokenizer.chat import MODES, prompt
 from rwkvpipe.train import dist
-from rwkvpipe.weights import store
+from rwkvpipe.weights.speaker import load_speaker
 
 log = logging.getLogger("rwkvpipe")
 ROWS = 16  # prompts at a time
+LONGEST = 1024  # tokens of a turn in a talk
 
 
-def read_spec(given: argparse.Namespace) -> SamplesConfig:
-    """What is asked for: the settings, or the prompts and choices of the command line. Raises ConfigError."""
+def parser() -> Parser:
+    """The command line."""
+    found = Parser(prog="rwkvpipe.generate", description=__doc__.splitlines()[0])
+    found.add_argument("--model", required=True, help="the weights that write")
+    found.add_argument("--tokenizer", required=True, help="their vocabulary: a folder, or `bytes`")
+    found.add_argument("--adapter", help="an adapter, or initial states, put beside the weights")
+    found.add_argument("--spec", help="prompts and sampling as JSON")
+    found.add_argument("--prompt", action="append", default=[], help="or a text to go on from; may come several times")
+    found.add_argument("--prompts", help="or a file of them: JSONL with prompt or messages, or a text, one a line")
+    found.add_argument("--chat", action="store_true", help="or talk: a line is a turn, /new begins anew, Ctrl-D ends")
+    found.add_argument("--mode", choices=sorted(MODES), default="plain", help="in talks: how answers begin")
+    found.add_argument("--temperature", type=float, help="without --spec; 0 is the likeliest token")
+    found.add_argument("--max-tokens", type=int, help="without --spec: longest continuation")
+    found.add_argument("--seed", type=int, help="without --spec: of all that is drawn by lot")
+    found.add_argument("--out", type=new_file, help="samples.jsonl; nothing for the terminal")
+    return found
+
+
+def read_spec(given: argparse.Namespace) -> tuple[list[str], SamplingConfig]:
+    """Prompts (none for a talk) and how they go on: of the settings, or of the command line. Raises ConfigError."""
     chosen = {name: getattr(given, name) for name in ("temperature", "max_tokens", "seed")}
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    if (given.spec is None) == (not given.prompt):
-        raise ConfigError("give one of --spec and --prompt")
+    if sum(map(bool, (given.spec is not None, given.prompt, given.prompts, given.chat))) != 1:
+        raise ConfigError("give one of --spec and --prompt, --prompts or --chat")
+    if given.chat and given.out:
+        raise ConfigError("--out: a talk goes to the terminal")
     if given.spec is not None:
         if chosen:
             raise ConfigError("--temperature, --max-tokens and --seed belong to --prompt; with --spec say it there")
-        return check_json(SamplesConfig, given.spec, "--spec")
-    return SamplesConfig(prompts=tuple(given.prompt), sampling=check(SamplingConfig, chosen, "the command line"))
+        spec = check_json(SamplesConfig, given.spec, "--spec")
+        return list(spec.prompts) or read_prompts(spec.path, given.mode), spec.sampling
+    if given.chat:
+        chosen = {"max_tokens": LONGEST} | chosen
+    sampling = check(SamplingConfig, chosen, "the command line")
+    return read_prompts(given.prompts, given.mode) if given.prompts else given.prompt, sampling
 
 
-def tell(engine: Engine, spec: SamplesConfig) -> None:
+def tell(engine: Engine, prompts: list[str], sampling: SamplingConfig) -> None:
     """Print each prompt and what the model goes on with, piece by piece."""
-    for number, prompt in enumerate(spec.prompts):
-        pieces = engine.stream(prompt, spec.sampling, number)
+    for number, text in enumerate(prompts):
+        pieces = engine.stream(text, sampling, number)
         first = next(pieces)  # a prompt that cannot be read is not printed either
-        sys.stdout.write("\n" * bool(number) + prompt + first)
-        for piece in pieces:
-            sys.stdout.write(piece)
+        sys.stdout.write("\n" * bool(number) + text + first)
+        _flow(pieces)
+
+
+def _flow(pieces: Iterator[str]) -> str:
+    """Print pieces as they come, then end the line."""
+    told = []
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+        told.append(piece)
+    sys.stdout.write("\n")
+    return "".join(told)
+
+
+def talk(engine: Engine, sampling: SamplingConfig, mode: str) -> None:
+    """Answer line after line; of a talk that goes on only what is new is read."""
+    messages: list[dict] = []
+    kept, turn = States(), 0
+    for words in _lines():
+        if words == "/new":
+            messages = []
+            continue
+        messages.append({"role": "user", "content": words})
+        pieces = engine.stream(prompt(messages, mode), sampling, turn, kept)
+        said = _flow(_unspaced(pieces))
+        messages.append({"role": "assistant", "content": said})
+        turn += 1
+
+
+def _unspaced(pieces: Iterator[str]) -> Iterator[str]:
+    """Pieces without the space that stands between a turn's name and its words."""
+    for piece in pieces:
+        if piece:
+            yield piece.removeprefix(" ")
+            break
+    yield from pieces
+
+
+def _lines() -> Iterator[str]:
+    """What is typed, line by line; what is no UTF-8 becomes U+FFFD."""
+    source = sys.stdin.buffer
+    while True:
+        if sys.stdin.isatty():
+            sys.stdout.write("> ")
             sys.stdout.flush()
-        sys.stdout.write("\n")
+        line = source.readline()
+        if not line:
+            return
+        if words := line.decode("utf-8", "replace").strip():
+            yield words
 
 
 def main(argv: list[str] | None = None) -> None:
     """Write samples.jsonl (prompt and text), or print both; the same seed gives the same texts."""
-    parser = Parser(prog="rwkvpipe.generate", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="the weights that write")
-    parser.add_argument("--tokenizer", required=True, help="their vocabulary: a folder, or `bytes`")
-    parser.add_argument("--spec", help="prompts and sampling as JSON")
-    parser.add_argument("--prompt", action="append", default=[], help="or a text to go on from; may come several times")
-    parser.add_argument("--temperature", type=float, help="with --prompt; 0 is the likeliest token")
-    parser.add_argument("--max-tokens", type=int, help="with --prompt: longest continuation")
-    parser.add_argument("--seed", type=int, help="with --prompt: of all that is drawn by lot")
-    parser.add_argument("--out", type=new_file, help="samples.jsonl; nothing for the terminal")
-    given = parser.parse_args(argv)
-    spec = read_spec(given)
-    rows = min(ROWS, len(spec.prompts)) if given.out else 1
-    model = store.load_model(given.model, dist.start().device)
+    given = parser().parse_args(argv)
+    prompts, sampling = read_spec(given)
+    rows = min(ROWS, len(prompts)) if given.out else 1
+    model = load_speaker(given.model, given.adapter, dist.start().device)
     engine = Engine(model, load_vocabulary(given.tokenizer, model.config.vocab_size, given.model), rows)
-    if given.out is None:
-        tell(engine, spec)
+    if given.chat:
+        talk(engine, sampling, given.mode)
         return
-    texts = {found.prompt: found.text for found in engine.generate(spec.prompts, spec.sampling)}
-    count = write_jsonl(given.out, ({"prompt": prompt, "text": texts[n]} for n, prompt in enumerate(spec.prompts)))
+    if given.out is None:
+        tell(engine, prompts, sampling)
+        return
+    texts = {found.prompt: found.text for found in engine.generate(prompts, sampling)}
+    count = write_jsonl(given.out, ({"prompt": text, "text": texts[n]} for n, text in enumerate(prompts)))
     log.info("%s: %d texts", given.out, count)
 
 

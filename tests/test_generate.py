@@ -1,16 +1,20 @@
 """Texts depend on weights, prompts and seed, and come to the terminal as they come to the file."""
 
+import io
 import json
+import sys
 
 import pytest
 import torch
 
-from rwkvpipe import generate
-from rwkvpipe.base.config import RwkvConfig
-from rwkvpipe.base.errors import ConfigError
+from rwkvpipe import generate, merge
+from rwkvpipe.base.config import LoraConfig, RwkvConfig
+from rwkvpipe.base.errors import ConfigError, DataError
 from rwkvpipe.base.files import read_jsonl
 from rwkvpipe.model.family import build
+from rwkvpipe.train.stage import write_adapter
 from rwkvpipe.weights import store
+from rwkvpipe.weights.lora import inject
 
 PROMPTS = ["once", "twice upon", "é"]
 
@@ -74,3 +78,78 @@ def test_bad_words_are_refused_in_one_line(home, words, said):
     with pytest.raises(ConfigError, match=said) as caught:
         call(home, *words)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_prompts_is_read_line_by_line(home, capsys):
+    (home / "p.txt").write_text("once\n\ntwice upon\né\n")
+    (home / "p.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    rows = written(home, max_tokens=9, seed=4)
+    for name in ("p.txt", "p.jsonl"):
+        call(home, "--prompts", home / name, "--max-tokens", 9, "--seed", 4, "--out", home / "f.jsonl")
+        assert list(read_jsonl(home / "f.jsonl")) == rows
+        spec = {"path": str(home / name), "sampling": {"max_tokens": 9, "seed": 4}}
+        call(home, "--spec", json.dumps(spec), "--out", home / "f.jsonl")
+        assert list(read_jsonl(home / "f.jsonl")) == rows
+
+
+def test_talks_in_a_file_are_answered(home):
+    (home / "p.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}) + "\n")
+    call(home, "--prompts", home / "p.jsonl", "--mode", "think", "--max-tokens", 3, "--out", home / "f.jsonl")
+    assert [row["prompt"] for row in read_jsonl(home / "f.jsonl")] == ["User: hi\n\nAssistant: <think"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "no prompts in it"),
+        ('{"text": "a"}\n', "p.jsonl:1: no text under `prompt`"),
+        ('{"prompt": "a"}\n{"messages": [{"role": "king", "content": "a"}]}\n', "p.jsonl:2: a turn has a role"),
+        ('{"messages": []}\n', "p.jsonl:1: no text"),
+    ],
+)
+def test_files_that_hold_no_prompts_are_refused_by_line(home, text, said):
+    (home / "p.jsonl").write_text(text)
+    with pytest.raises(DataError, match=said):
+        call(home, "--prompts", home / "p.jsonl")
+
+
+def talked(home, monkeypatch, capsys, typed: bytes, *words) -> list[str]:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed)))
+    call(home, "--chat", *words)
+    return capsys.readouterr().out.split("\n")
+
+
+def test_a_talk_goes_on_from_what_was_said(home, monkeypatch, capsys):
+    words = ("--temperature", 0, "--max-tokens", 8)
+    first, second, _ = talked(home, monkeypatch, capsys, "hello\n\nand é?\n".encode(), *words)
+    seen = [{"role": "user", "content": "hello"}]
+    seen += [{"role": "assistant", "content": first}, {"role": "user", "content": "and é?"}]
+    (home / "p.jsonl").write_text("".join(json.dumps({"messages": seen[:n]}) + "\n" for n in (1, 3)))
+    call(home, "--prompts", home / "p.jsonl", *words, "--out", home / "f.jsonl")
+    assert [row["text"].removeprefix(" ") for row in read_jsonl(home / "f.jsonl")] == [first, second]
+
+
+def test_a_talk_can_begin_anew_and_bears_bytes_that_are_no_text(home, monkeypatch, capsys):
+    words = ("--temperature", 0, "--max-tokens", 8)
+    found = talked(home, monkeypatch, capsys, b"hello\n/new\nhello\n\xff\xfe\n", *words)
+    assert found[0] == found[1]
+    assert len(found) == 4
+
+
+def test_an_adapter_beside_the_weights_writes_what_merged_weights_write(home):
+    model = store.load_model(home / "m.safetensors")
+    settings = LoraConfig(rank=2, alpha=64.0)
+    inject(model, settings)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.endswith("lora_B"):
+                value.normal_(generator=torch.Generator().manual_seed(2)).mul_(0.1)
+    write_adapter(home / "a.safetensors", model, settings, base=store.mark(home / "m.safetensors"))
+    words = ["--model", str(home / "m.safetensors"), "--adapter", str(home / "a.safetensors")]
+    merge.main([*words, "--out", str(home / "merged" / "model.safetensors")])
+    spec = ["--tokenizer", "bytes", "--spec", json.dumps({"prompts": PROMPTS, "sampling": {"temperature": 0}})]
+    generate.main([*words, *spec, "--out", str(home / "beside.jsonl")])
+    merged = ["--model", str(home / "merged" / "model.safetensors")]
+    generate.main([*merged, *spec, "--out", str(home / "merged.jsonl")])
+    beside = list(read_jsonl(home / "beside.jsonl"))
+    assert beside == list(read_jsonl(home / "merged.jsonl")) != written(home, temperature=0)

@@ -27,10 +27,11 @@ FLOORS = {
     "weights": 3,
     "infer": 3,
     "train": 4,
+    "web": 4,
     "verb": 5,
 }
 # programs that no rule starts by its own name
-NO_RULE = {"inspect", "join", "launch", "plan"}
+NO_RULE = {"inspect", "join", "launch", "plan", "serve"}
 VERBS = {file.stem for file in PACKAGE.glob("*.py")} - {"__init__"}
 # Snakemake waits for some of these each time it parses, the user for the others: a second of torch is too much
 TORCH_FREE = ("plan", "launch", "settings", "download", "questions", "score", "plot", "report")
@@ -42,6 +43,8 @@ HOMES = {
     "gguf": ("weights/gguf.py",),
     "matplotlib": ("show/",),
     "tokenizers": ("tokenizer/",),
+    "starlette": ("web/app.py",),
+    "uvicorn": ("web/app.py",),
     "huggingface_hub": ("weights/hub.py",),
     "transformers": (),
     "datasets": (),

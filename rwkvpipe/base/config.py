@@ -179,10 +179,18 @@ class WeightsConfig(Strict):
 class SamplesConfig(Strict):
     """Texts that the model goes on with, for the report."""
 
-    prompts: Annotated[tuple[str, ...], Field(min_length=1)]
+    prompts: tuple[str, ...] = ()
     """What it reads, as it stands."""
+    path: str | None = None
+    """Or a file of them: JSONL with `prompt`, or `messages` of a talk, in each row; a text with one in each line."""
     sampling: SamplingConfig = SamplingConfig()
     """How it goes on."""
+
+    @model_validator(mode="after")
+    def _source(self):
+        if (self.path is None) == (not self.prompts):
+            raise ValueError("give one of prompts and path")
+        return self
 
 
 class StageConfig(Strict):

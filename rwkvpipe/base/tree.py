@@ -114,6 +114,11 @@ class Tree:
         """What is sampled from a subject."""
         return (self.stages.get(subject) or self.config.weights[subject]).samples
 
+    def prompts(self, subject: str) -> list[str]:
+        """The file of prompts that a subject goes on from, if there is one."""
+        asked = self.samples(subject)
+        return [asked.path] if asked and asked.path else []
+
     def exports(self, subject: str) -> dict[str, ExportConfig]:
         """In which formats a subject is written for other programs, by the file that says that it is done."""
         stage = self.stages.get(subject)

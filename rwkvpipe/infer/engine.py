@@ -15,7 +15,7 @@ from rwkvpipe.infer.progress import Progress
 from rwkvpipe.infer.reading import Reader
 from rwkvpipe.infer.row import Completion, Job
 from rwkvpipe.infer.slots import Slots
-from rwkvpipe.infer.words import words
+from rwkvpipe.infer.words import Words, words
 from rwkvpipe.tokenizer.load import Tokenizer, load_tokenizer
 
 __all__ = ["Completion", "Engine", "load_vocabulary"]
@@ -57,6 +57,11 @@ class Engine:
         self.model, self.tokenizer, self.rows = model, tokenizer, rows
         self.reader = Reader(model, rows)
 
+    @property
+    def words(self) -> Words:
+        """What the ids write."""
+        return words(self.tokenizer, self.model.config.vocab_size)
+
     def begin(self, text: str) -> list[int]:
         """Ids of a text to go on from; without any, the id that ends documents stands before it."""
         ids = list(self.tokenizer.encode(text))
@@ -66,7 +71,7 @@ class Engine:
 
     def slots(self, rows: int, kept: States | None = None) -> Slots:
         """Room for `rows` texts to be written side by side."""
-        return Slots(self.model, words(self.tokenizer, self.model.config.vocab_size), rows, kept)
+        return Slots(self.model, self.words, rows, kept)
 
     def generate(
         self,

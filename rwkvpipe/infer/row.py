@@ -40,7 +40,7 @@ class Completion:
     finish: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """One sample of one prompt, to be started from row `row` of what a group of prompts left behind."""
 

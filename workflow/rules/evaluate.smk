@@ -52,6 +52,7 @@ rule generate:
     input:
         model=lambda wildcards: plan.model(wildcards.subject),
         tokenizer=lambda wildcards: plan.vocabulary(wildcards.subject),
+        prompts=lambda wildcards: plan.prompts(wildcards.subject),
     output:
         samples="<results>/{run}/{subject}/samples.jsonl",
     log:

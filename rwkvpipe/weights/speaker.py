@@ -1,0 +1,37 @@
+"""Models ready to write, with what was trained beside them put in its place and merged into nothing."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from rwkvpipe.base.errors import PipeError, WeightsError
+from rwkvpipe.model.family import build
+from rwkvpipe.weights import lora, store
+from rwkvpipe.weights.states import read_states, with_states
+
+
+def load_speaker(model: str | Path, adapter: str | Path | None, device: str | torch.device = "cpu") -> nn.Module:
+    """A model ready to write, an adapter beside its matrices or initial states in it where a file of them is given.
+
+    Raises WeightsError for an adapter that belongs to other weights.
+    """
+    if adapter is None:
+        return store.load_model(model, device)
+    states = read_states(adapter)
+    if states is not None:
+        config, tensors = with_states(*store.read(model), states, adapter)
+        network = build(config)
+        network.load_state_dict(tensors)
+        return network.to(device).eval()
+    tensors, settings, base = lora.read_adapter(adapter)
+    if base and base != store.mark(model):
+        raise WeightsError(f"{adapter}: was trained beside other weights than {model}; give those")
+    network = store.load_model(model)
+    try:
+        lora.check_fits(network, tensors, settings)
+    except PipeError as error:
+        raise WeightsError(f"{adapter}: {error}") from None
+    lora.inject(network, settings)
+    lora.load_adapter(network, tensors)
+    return network.to(device).eval()
