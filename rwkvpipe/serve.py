@@ -59,10 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     model = load_speaker(given.model, given.adapter, dist.start().device)
     engine = Engine(model, load_vocabulary(given.tokenizer, model.config.vocab_size, given.model), given.rows)
     house = House(engine, given.name or called(given.model), sampling, given.mode)
-    try:
-        serve(house, Desk(engine, given.waiting), given.host, given.port)
-    except KeyboardInterrupt:  # uvicorn hands the signal on once it has ended; there is nothing to go on with
-        log.info("stopped")
+    serve(house, Desk(engine, given.waiting), given.host, given.port)
+    log.info("stopped")
 
 
 if __name__ == "__main__":

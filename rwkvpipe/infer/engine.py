@@ -10,9 +10,10 @@ from torch import nn
 
 from rwkvpipe.base.config import SamplingConfig
 from rwkvpipe.base.errors import ConfigError, DataError
+from rwkvpipe.infer.memory import check_rows
 from rwkvpipe.infer.prefix import States
 from rwkvpipe.infer.progress import Progress
-from rwkvpipe.infer.reading import Reader
+from rwkvpipe.infer.reading import CHUNK, LOGITS, Reader
 from rwkvpipe.infer.row import Completion, Job
 from rwkvpipe.infer.slots import Slots
 from rwkvpipe.infer.words import Words, words
@@ -43,7 +44,7 @@ class Engine:
     """Writes on after prompts and weighs texts, `rows` at a time; what comes out does not depend on `rows`.
 
     The model may have adapters beside its matrices, and initial states. Raises ConfigError when the tokenizer has ids
-    that the model lacks.
+    that the model lacks, or for more rows than memory holds.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, rows: int):
@@ -56,6 +57,7 @@ class Engine:
             )
         self.model, self.tokenizer, self.rows = model, tokenizer, rows
         self.reader = Reader(model, rows)
+        check_rows(model.config, rows, self.reader.device, chunk=CHUNK, logits=LOGITS)
 
     @property
     def words(self) -> Words:

@@ -7,6 +7,7 @@ import logging
 import socket
 import threading
 from collections.abc import AsyncIterator
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -168,6 +169,23 @@ def application(house: House, desk: Desk, host: str) -> Starlette:
     return Starlette(routes=routes, exception_handlers=handlers, middleware=guards if host in LOCAL else [])
 
 
+class _Server(uvicorn.Server):
+    """Told to stop, it takes no more requests; the desk closes when those on their way have had their time."""
+
+    def __init__(self, config: uvicorn.Config, desk: Desk):
+        super().__init__(config)
+        self.timer = threading.Timer(GRACE, desk.close)
+        self.timer.daemon = True
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A second signal does not wait."""
+        if self.should_exit:
+            self.force_exit = True
+        else:
+            self.should_exit = True
+            self.timer.start()
+
+
 def serve(house: House, desk: Desk, host: str, port: int) -> None:
     """Listen until told to stop (SIGTERM, Ctrl-C); answers on their way then have a few seconds. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -179,11 +197,8 @@ def serve(house: House, desk: Desk, host: str, port: int) -> None:
     except OSError as error:
         raise OSError(error.errno, error.strerror, f"{host}:{port}") from None
     shown = f"[{host}]" if ":" in host else host
-    server = uvicorn.Server(
-        uvicorn.Config(
-            application(house, desk, host), log_level="warning", timeout_graceful_shutdown=GRACE, lifespan="off"
-        )
-    )
+    settings = {"log_level": "warning", "lifespan": "off", "timeout_graceful_shutdown": 2 * GRACE}
+    server = _Server(uvicorn.Config(application(house, desk, host), **settings), desk)
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of every client that goes away
     writer = threading.Thread(target=_write, args=(desk, server), name="engine")
     writer.start()
@@ -191,6 +206,7 @@ def serve(house: House, desk: Desk, host: str, port: int) -> None:
     try:
         server.run(sockets=[listener])
     finally:
+        server.timer.cancel()
         desk.close()
         writer.join()
 
