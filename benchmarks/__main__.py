@@ -3,6 +3,7 @@
 python -m benchmarks train
 python -m benchmarks families
 python -m benchmarks op
+python -m benchmarks infer
 python -m benchmarks tokenize [FILE ...]
 python -m benchmarks pack [FILE ...]
 python -m benchmarks bpe [FILE ...]
@@ -13,13 +14,13 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import bpe, families, memory, op, pack, peers, tokenize, train
+from benchmarks import bpe, families, infer, memory, op, pack, peers, tokenize, train
 
 
 def main() -> None:
     """Print a table and keep the numbers in a file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    what = ["train", "op", "families", "tokenize", "pack", "bpe", "memory"]
+    what = ["train", "op", "infer", "families", "tokenize", "pack", "bpe", "memory"]
     parser.add_argument("what", choices=what, help="a step of training; the operator; text to ids, and to files")
     parser.add_argument("files", nargs="*", type=Path, help="the text; left out, Python's library and papers")
     parser.add_argument("--peer-python", type=Path, help="a Python that has the peer; left out, one is set up")
@@ -44,6 +45,10 @@ def main() -> None:
     elif given.what == "memory":
         found = memory.measure(given.out, given.gigabytes, given.files, given.case or list(memory.CASES))
         print(memory.table(found))
+    elif given.what == "infer":
+        python = given.peer_python or peers.set_up("rwkv")
+        found = infer.measure(python, given.out, given.rounds)
+        print(infer.table(found))
     elif given.what == "families":
         found = families.measure(given.rounds)
         print(families.table(found))
