@@ -12,6 +12,7 @@ from rwkvpipe.base.config import SamplesConfig, SamplingConfig
 from rwkvpipe.base.errors import ConfigError, Parser, new_file, run
 from rwkvpipe.base.files import write_jsonl
 from rwkvpipe.base.strict import check, check_json
+from rwkvpipe.infer.decode import KINDS
 from rwkvpipe.infer.engine import Engine, load_vocabulary
 from rwkvpipe.infer.prefix import States
 from rwkvpipe.infer.prompts import read_prompts
@@ -34,6 +35,7 @@ def parser() -> Parser:
     found.add_argument("--prompt", action="append", default=[], help="or a text to go on from; may come several times")
     found.add_argument("--prompts", help="or a file of them: JSONL with prompt or messages, or a text, one a line")
     found.add_argument("--chat", action="store_true", help="or talk: a line is a turn, /new begins anew, Ctrl-D ends")
+    found.add_argument("--weights", choices=KINDS, default="fp32", help="what RWKV-7 on a CPU writes with")
     found.add_argument("--mode", choices=sorted(MODES), default="plain", help="in talks: how answers begin")
     found.add_argument("--temperature", type=float, help="without --spec; 0 is the likeliest token")
     found.add_argument("--max-tokens", type=int, help="without --spec: longest continuation")
@@ -125,7 +127,8 @@ def main(argv: list[str] | None = None) -> None:
     prompts, sampling = read_spec(given)
     rows = min(ROWS, len(prompts)) if given.out else 1
     model = load_speaker(given.model, given.adapter, dist.start().device)
-    engine = Engine(model, load_vocabulary(given.tokenizer, model.config.vocab_size, given.model), rows)
+    tokenizer = load_vocabulary(given.tokenizer, model.config.vocab_size, given.model)
+    engine = Engine(model, tokenizer, rows, kind=given.weights)
     if given.chat:
         talk(engine, sampling, given.mode)
         return

@@ -526,3 +526,18 @@ def test_an_adapter_is_exported_without_its_model():
     assert "stages.polite.export.0: Input should be 'safetensors'" in error(with_stage(export=["peff"]))
     reward = {"kind": "grpo", "data": "asked", "rollout": {"reward": "my.txt:f"}}
     assert "stages.polite.rollout.reward: String should match" in error(with_stage(**reward))
+
+
+def test_a_file_of_prompts_is_an_input_of_the_samples_made_from_it():
+    config = {**CONFIG, "stages": [{**CONFIG["stages"][0], "samples": {"path": "asked.jsonl"}}, *CONFIG["stages"][1:]]}
+    found = Plan(parse(config, "c.yaml"))
+    assert found.prompts("base") == ["asked.jsonl"]
+    assert found.prompts("chat") == []
+    assert found.samples("base").path == "asked.jsonl"
+
+
+@pytest.mark.parametrize("samples", [{}, {"path": "a.txt", "prompts": ["b"]}])
+def test_samples_have_prompts_or_a_file_of_them(samples):
+    config = {**CONFIG, "stages": [{**CONFIG["stages"][0], "samples": samples}, *CONFIG["stages"][1:]]}
+    with pytest.raises(ConfigError, match="give one of prompts and path"):
+        Plan(parse(config, "c.yaml"))

@@ -43,11 +43,12 @@ def load_vocabulary(path: str | Path, rows: int, model: str | Path) -> Tokenizer
 class Engine:
     """Writes on after prompts and weighs texts, `rows` at a time; what comes out does not depend on `rows`.
 
-    The model may have adapters beside its matrices, and initial states. Raises ConfigError when the tokenizer has ids
-    that the model lacks, or for more rows than memory holds.
+    The model may have adapters beside its matrices, and initial states. `kind` (see `decode.KINDS`) is what native code
+    keeps the matrices in while it writes; prompts are read, and texts weighed, in the model's own precision. Raises
+    ConfigError when the tokenizer has ids that the model lacks, or for more rows than memory holds.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer, rows: int):
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer, rows: int, *, kind: str = "fp32"):
         size = model.config.vocab_size
         if rows < 1:
             raise ConfigError(f"rows: {rows} at a time; 1 is the least")
@@ -55,7 +56,7 @@ class Engine:
             raise ConfigError(
                 f"the tokenizer has {tokenizer.size} ids, the model {size}; give the tokenizer it was trained with"
             )
-        self.model, self.tokenizer, self.rows = model, tokenizer, rows
+        self.model, self.tokenizer, self.rows, self.kind = model, tokenizer, rows, kind
         self.reader = Reader(model, rows)
         check_rows(model.config, rows, self.reader.device, chunk=CHUNK, logits=LOGITS)
 
@@ -73,7 +74,7 @@ class Engine:
 
     def slots(self, rows: int, kept: States | None = None) -> Slots:
         """Room for `rows` texts to be written side by side."""
-        return Slots(self.model, self.words, rows, kept)
+        return Slots(self.model, self.words, rows, kept, kind=self.kind)
 
     def generate(
         self,

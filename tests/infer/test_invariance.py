@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rwkvpipe.base.config import LoraConfig, RwkvConfig, SamplingConfig
+from rwkvpipe.base.errors import ConfigError
 from rwkvpipe.infer import prefix, reading
 from rwkvpipe.infer.engine import Engine
 from rwkvpipe.infer.row import Job
+from rwkvpipe.kernel import build as build_native
 from rwkvpipe.model.family import build
 from rwkvpipe.model.layers import State
 from rwkvpipe.tokenizer.byte import ByteTokenizer
@@ -188,3 +190,13 @@ def test_adapters_beside_the_matrices_write_what_merged_weights_write():
     beside = written(network, 4, SETTINGS[0])
     assert beside == written(merged, 3, SETTINGS[0])
     assert beside != written(plain, 3, SETTINGS[0])
+
+
+@pytest.mark.skipif(build_native.extension() is None, reason="no native kernels here")
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+def test_matrices_of_fewer_bits_write_the_same_for_any_rows(kind):
+    engines = [Engine(real(), ByteTokenizer(1), rows, kind=kind) for rows in (1, 7)]
+    alone, together = ({c.prompt: c.ids for c in one.generate(PROMPTS, SETTINGS[1])} for one in engines)
+    assert alone == together
+    with pytest.raises(ConfigError, match="offered for RWKV-7"):
+        Engine(real(family="rwkv6"), ByteTokenizer(1), 1, kind=kind).slots(1)
