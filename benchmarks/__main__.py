@@ -8,19 +8,20 @@ python -m benchmarks tokenize [FILE ...]
 python -m benchmarks pack [FILE ...]
 python -m benchmarks bpe [FILE ...]
 python -m benchmarks memory [--gigabytes 2] [FILE ...]
+python -m benchmarks page
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from benchmarks import bpe, families, infer, memory, op, pack, peers, tokenize, train
+from benchmarks import bpe, families, infer, memory, op, pack, page, peers, tokenize, train
 
 
 def main() -> None:
     """Print a table and keep the numbers in a file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    what = ["train", "op", "infer", "families", "tokenize", "pack", "bpe", "memory"]
+    what = ["train", "op", "infer", "families", "tokenize", "pack", "bpe", "memory", "page"]
     parser.add_argument("what", choices=what, help="a step of training; the operator; text to ids, and to files")
     parser.add_argument("files", nargs="*", type=Path, help="the text; left out, Python's library and papers")
     parser.add_argument("--peer-python", type=Path, help="a Python that has the peer; left out, one is set up")
@@ -30,6 +31,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="folder for the numbers")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
+    if given.what == "page":
+        page.write(given.out)
+        return
     if given.what == "tokenize":
         python = given.peer_python or peers.set_up("pyrwkv-tokenizer")
         found = tokenize.measure(python, given.out, given.rounds, given.files)
