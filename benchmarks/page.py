@@ -1,4 +1,4 @@
-"""The tables of docs/data.md, out of what the benchmarks pack, bpe and memory last measured: python -m benchmarks page"""
+"""The tables of docs/data.md, out of what pack, bpe and memory last measured."""
 
 import json
 from pathlib import Path
