@@ -10,6 +10,7 @@ from rwkvpipe.base.errors import ConfigError, Parser, new_file, run
 from rwkvpipe.data.batches import check_batch
 from rwkvpipe.infer.engine import load_vocabulary
 from rwkvpipe.train.loop import Hooks, fit
+from rwkvpipe.train.optim import whole_length
 from rwkvpipe.train.preference import Preferences, pair_batches, read_pairs, tokens
 from rwkvpipe.train.stage import finish, open_stage, run_of
 from rwkvpipe.train.tracker import add_trackers
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     config = stage.settings.train
     pairs = read_pairs(given.data, tokenizer, config.ctx_len)
     check_batch(given.data, len(pairs), "pairs", config)
+    config = whole_length(config, len(pairs))
     wanted = Preferences(stage, stage.settings.dpo or DpoConfig(), given.micro_batch)
     metrics = fit(
         stage.model,

@@ -12,6 +12,7 @@ from rwkvpipe.infer.engine import load_vocabulary
 from rwkvpipe.tasks.answer import PROMPT, Answer
 from rwkvpipe.tasks.registry import grader
 from rwkvpipe.train.loop import Hooks, fit
+from rwkvpipe.train.optim import whole_length
 from rwkvpipe.train.policy import Rollout, grpo_losses
 from rwkvpipe.train.rollout import Sampler, check_fits, read_questions
 from rwkvpipe.train.stage import finish, open_stage, run_of
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     asked = Answer(settings.prompt or PROMPT).prompt
     questions = read_questions(given.data, asked, tokenizer, check_fits(stage), [task.check for task in tasks])
     check_batch(given.data, len(questions), "questions", settings.train)
+    config = whole_length(settings.train, len(questions), settings.rollout.iterations)
     sampler = Sampler(stage, questions, tokenizer, given.micro_batch)
     losses = grpo_losses(
         settings.rollout, given.micro_batch, precision=settings.train.precision,
@@ -50,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     hooks = Hooks(measures=sampler.measures, carry=sampler.carry, tokens=_tokens)
     where = run_of(stage, [given.data, *map(Path, settings.rollout.reward_files)], given.save_every)
-    metrics = fit(stage.model, sampler.batches, losses, config=settings.train, run=where, hooks=hooks)
+    metrics = fit(stage.model, sampler.batches, losses, config=config, run=where, hooks=hooks)
     write_jsonl(stage.out.parent / "rollouts.jsonl", sampler.log.rows())
     finish(stage, metrics)
 

@@ -443,6 +443,7 @@ def test_a_stage_learns_from_several_corpora_by_weights():
         ("stages.reason.data", {"asked": 1, "sums": 1}, "grpo learns from one corpus; put them into one"),
         ("stages.chat.train", {"steps": 9, "order": "magic"}, "magic reads a stream of tokens, in pretrain"),
         ("stages.chat.train", {"steps": 9, "rows": "stream"}, "train.rows belongs to pretrain"),
+        ("stages.base.train", {"tokens": 9, "rows": "documents"}, "rows of documents differ in length; give epochs"),
         ("stages.base.train", {"steps": 9, "order": "magic", "rows": "documents"}, "order magic reads one stream"),
     ],
 )
@@ -489,6 +490,9 @@ def test_preferences_states_and_files_of_rewards_are_parts_of_the_plan():
         ({"kind": "sft", "dpo": {}}, "dpo belongs to kind dpo, this is sft"),
         ({"state": True, "lora": {}}, "state trains the initial states alone"),
         ({"lora": {"dropout": 0.1}}, "lora.dropout: dpo compares a model with itself"),
+        ({"train": {"batch": 3}}, "stages.polite.train: give one of steps, epochs and tokens"),
+        ({"train": {"steps": 3, "epochs": 1}}, "give one of steps, epochs and tokens"),
+        ({"train": {"tokens": 3}}, "train.tokens belongs to pretrain: rows of dpo differ in length; give epochs"),
         ({"train": {"steps": 3, "chunk": 8}}, "train.chunk belongs to pretrain and sft: dpo scores answers whole"),
         ({"train": {"steps": 3, "l2_wrap": 0.5}}, "train.l2_wrap belongs to pretrain and sft"),
         ({"train": {"steps": 3, "valid_every": 5}}, "train.valid_every belongs to pretrain and sft"),
@@ -541,3 +545,10 @@ def test_samples_have_prompts_or_a_file_of_them(samples):
     config = {**CONFIG, "stages": [{**CONFIG["stages"][0], "samples": samples}, *CONFIG["stages"][1:]]}
     with pytest.raises(ConfigError, match="give one of prompts and path"):
         Plan(parse(config, "c.yaml"))
+
+
+def test_a_pass_over_several_corpora_is_refused():
+    config = changed("stages.base.data", {"sums": 1, "more": 1})
+    config["corpora"]["more"] = config["corpora"]["sums"]
+    config["stages"][0]["train"] = {"epochs": 2}
+    assert "train.epochs: several corpora are passed at different times" in error(config)

@@ -1,6 +1,7 @@
 """Pretraining learns, resumes bit for bit, and refuses what does not fit, in one line."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ from rwkvpipe import merge, pretrain
 from rwkvpipe.base.config import LoraConfig, RwkvConfig, Settings, TrainConfig
 from rwkvpipe.base.errors import ConfigError, DataError, Stopped
 from rwkvpipe.base.files import write_json
-from rwkvpipe.data.binidx import BinidxWriter
+from rwkvpipe.data.batches import rows_of, token_batches
+from rwkvpipe.data.binidx import Binidx, BinidxWriter
 from rwkvpipe.model.family import build
 from rwkvpipe.train import loop
+from rwkvpipe.train.optim import whole_length
 from rwkvpipe.weights import store
 
 MODEL = RwkvConfig(n_layer=2, n_embd=32, head_size=16, vocab_size=24)
@@ -197,3 +200,32 @@ def test_as_many_weights_as_corpora_are_needed(home):
     settings(home, mix=(1, 2))
     with pytest.raises(ConfigError, match="--data: 1 corpora, the settings have 2 weights"):
         run(home, "a")
+
+
+@pytest.mark.parametrize("order", [{}, {"order": "magic"}, {"rows": "documents"}])
+def test_a_training_is_as_long_as_steps_epochs_or_tokens_say(home, order):
+    train = {"warmup": 0, "ctx_len": 8, **order}
+    data = Binidx(home / "corpus/train", 24)
+    rows = rows_of(data, TrainConfig(steps=1, **train), masked=False)
+    settings(home, steps=None, epochs=0.5, **train)
+    tensors, found = run(home, "epochs")
+    steps = -(-rows // 8)  # half of them, 4 a step
+    assert found[-1]["step"] == steps
+    settings(home, steps=steps, **train)
+    wanted = run(home, "steps")
+    assert wanted[1] == found and all(torch.equal(value, wanted[0][name]) for name, value in tensors.items())
+    if "rows" not in order:
+        settings(home, steps=None, tokens=steps * 4 * 8 - 5, **train)
+        assert run(home, "tokens")[1] == found
+
+
+def test_an_epoch_reads_each_row_once(home):
+    config = TrainConfig(epochs=2.0, ctx_len=8, batch=4)
+    data = Binidx(home / "corpus/train", 24)
+    rows = rows_of(data, config, masked=False)
+    steps = whole_length(config, rows).steps
+    stream = token_batches(data, config.model_copy(update={"seed": 1}), loop.ALONE, 0)
+    seen = Counter(tuple(row) for _, batch in zip(range(steps), stream, strict=False) for row in batch.ids.tolist())
+    assert 2 * rows <= sum(seen.values()) < 2 * rows + 4 and min(seen.values()) >= 2
+    assert whole_length(TrainConfig(epochs=0.1, batch=1), 30).steps == 3  # 0.1 is no fraction of two's powers
+    assert whole_length(TrainConfig(epochs=2, batch=4), 6, repeats=3).steps == 9

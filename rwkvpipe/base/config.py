@@ -33,8 +33,12 @@ Kind = Literal["pretrain", "sft", "dpo", "grpo"]
 class TrainConfig(Strict):
     """How weights are moved."""
 
-    steps: Count
-    """Optimizer steps."""
+    steps: Count | None = None
+    """Optimizer steps. Give one of steps, epochs and tokens."""
+    epochs: Positive | None = None
+    """Passes over the corpus, or a part of one; rounded up to whole steps."""
+    tokens: Count | None = None
+    """pretrain, rows of the stream: tokens read in all; rounded up to whole steps."""
     ctx_len: Count = 512
     """Tokens a row; for grpo and dpo, the longest prompt plus completion."""
     batch: Count = 16
@@ -82,6 +86,10 @@ class TrainConfig(Strict):
 
     @model_validator(mode="after")
     def _fits(self):
+        if sum(length is not None for length in (self.steps, self.epochs, self.tokens)) != 1:
+            raise ValueError("give one of steps, epochs and tokens: it says how long")
+        if self.tokens is not None and self.rows == "documents":
+            raise ValueError("tokens counts those of a stream: rows of documents differ in length; give epochs")
         if self.bptt is not None and self.chunk is None:
             raise ValueError("bptt says how gradients cross chunks: give chunk, too")
         if self.rows == "documents" and self.order == "magic":
@@ -238,6 +246,10 @@ class StageConfig(Strict):
             raise ValueError("data: names no corpus")
         if min(weights) < LEAST * sum(weights):
             raise ValueError("data: a weight is less than a thousandth of all; leave that corpus out, or give it more")
+        if self.train.tokens is not None and self.kind != "pretrain":
+            raise ValueError(f"train.tokens belongs to pretrain: rows of {self.kind} differ in length; give epochs")
+        if self.train.epochs is not None and len(weights) > 1:
+            raise ValueError("train.epochs: several corpora are passed at different times; give steps or tokens")
         if self.kind in ("grpo", "dpo") and len(weights) > 1:
             raise ValueError(f"data: {self.kind} learns from one corpus; put them into one")
         if self.kind != "pretrain" and self.train.rows is not None:

@@ -203,6 +203,18 @@ def _padded(rows: Sequence[tuple[Binidx, int, int]], masked: bool) -> Batch:
     return Batch(ids, targets, mask)
 
 
+def rows_of(data: Binidx, config: TrainConfig, *, masked: bool) -> int:
+    """How many rows one pass over a corpus has."""
+    if masked:
+        return sum(len(starts) for starts, _ in _learned(data, config.ctx_len))
+    if config.rows == "documents":
+        sizes = np.diff(data.documents, axis=1).ravel()
+        return int(np.maximum(-(-(sizes - 1) // config.ctx_len), 0).sum())
+    if config.order == "magic":
+        return magic_prime(len(data) // config.ctx_len) or 0
+    return (len(data) - 1) // config.ctx_len
+
+
 def token_batches(data: Binidx | Mix, config: TrainConfig, rank: Share, first_step: int) -> Iterator[Batch]:
     """Batches of tokens that are all learned, from step `first_step` on, without end.
 

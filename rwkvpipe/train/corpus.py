@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rwkvpipe.base.errors import ConfigError, DataError
 from rwkvpipe.base.files import read_json
-from rwkvpipe.data.batches import Mix
+from rwkvpipe.data.batches import Mix, rows_of
 from rwkvpipe.data.binidx import Binidx
 from rwkvpipe.data.spread import read_parts
 from rwkvpipe.train.dist import ALONE
@@ -13,6 +13,7 @@ from rwkvpipe.train.heldout import held_out_loss
 from rwkvpipe.train.infctx import chunked_lm_losses
 from rwkvpipe.train.loop import Hooks, fit
 from rwkvpipe.train.loss import lm_losses
+from rwkvpipe.train.optim import whole_length
 from rwkvpipe.train.stage import Stage, finish, run_of
 
 
@@ -76,6 +77,8 @@ def train(
     config = stage.settings.train.model_copy(update={"seed": stage.seed})
     rows = stage.model.config.vocab_size
     data = Mix(tuple(Binidx(folder / "train", rows) for folder in folders), _weights(stage, folders))
+    passed = rows_of(data.corpora[0], config, masked=masked) if config.epochs is not None else 0
+    config = whole_length(config, passed)
     valid = [file for folder in folders for file in _files(folder, "valid", masked)]
     parts = [Binidx(folder / "valid", rows) for folder in folders if _files(folder, "valid", masked)]
     validate = held_out_loss(parts, config, micro_batch, masked=masked, rank=stage.rank) if parts else None

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import nn
@@ -72,6 +73,17 @@ def rwkv_lm_lr(schedule: RwkvLmSchedule, step: int) -> tuple[float, float] | Non
     if schedule.weight_decay_final > 0:
         decay *= (schedule.weight_decay_final / decay) ** progress
     return rate, decay
+
+
+def whole_length(config: TrainConfig, rows: int, repeats: int = 1) -> TrainConfig:
+    """The same in steps, where a pass has `rows` rows and each batch is learned from `repeats` times."""
+    if config.epochs is not None:
+        steps = math.ceil(Fraction(str(config.epochs)) * rows / config.batch) * repeats
+    elif config.tokens is not None:
+        steps = -(-config.tokens // (config.batch * config.ctx_len))
+    else:
+        return config
+    return config.model_copy(update={"steps": steps})
 
 
 def lr_at(config: TrainConfig, step: int) -> float:

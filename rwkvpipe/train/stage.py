@@ -66,7 +66,10 @@ def open_stage(
         tune_states(network)
     trained = sum(value.numel() for value in network.parameters() if value.requires_grad)
     whole = sum(value.numel() for value in network.parameters())
-    log.info("%s: %s of %s numbers are trained, for %d steps", kind, f"{trained:,}", f"{whole:,}", asked.train.steps)
+    train = asked.train
+    length = f"{train.steps} steps" if train.steps else f"{train.epochs:g} epochs" if train.epochs else ""
+    length = length or f"{train.tokens:,} tokens"
+    log.info("%s: %s of %s numbers are trained, for %s", kind, f"{trained:,}", f"{whole:,}", length)
     return stage
 
 
