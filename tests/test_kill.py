@@ -482,11 +482,17 @@ class Workflow:
         with open(self.folder / "said", "w") as said:
             return subprocess.Popen(line, cwd=self.folder, env=env, stdout=said, stderr=said, start_new_session=True)
 
-    def at(self, step: int) -> subprocess.Popen:
-        """Start, and wait until so many steps are made."""
-        process = self.call(self.target)
-        self.until(process, lambda: self.step() >= step)
+    def at_work(self) -> subprocess.Popen:
+        """Start, and wait until some more steps are made."""
+        before, process = self.step(), self.call(self.target)
+        self.until(process, lambda: self.step() >= before + 10)
         return process
+
+    def hold(self) -> int:
+        """Stop the trainer for now: what follows finds it at work, however fast it is and however slow the rest."""
+        trainer = int((self.stage / ".model.safetensors.lock").read_text())
+        os.kill(trainer, signal.SIGSTOP)
+        return trainer
 
     def step(self) -> int:
         path = self.stage / "checkpoints/log.jsonl"
@@ -499,19 +505,27 @@ class Workflow:
             time.sleep(0.05)
 
 
+def told(process: int, number: int) -> bool:
+    """Whether a signal waits for a process to go on."""
+    waiting = re.search(r"^ShdPnd:\s*(\w+)", Path(f"/proc/{process}/status").read_text(), re.M)[1]
+    return bool(int(waiting, 16) >> (number - 1) & 1)
+
+
 def test_snakemake_stopped_or_killed_alone_costs_nothing(server, tmp_path):
     flow = Workflow(tmp_path)
-    for step, number in ((10, signal.SIGTERM), (30, signal.SIGINT)):
-        process = flow.at(step)
-        began = time.monotonic()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = flow.at_work()
+        trainer = flow.hold()
         process.send_signal(number)  # to Snakemake alone; it would wait for its jobs
+        flow.until(process, lambda trainer=trainer: told(trainer, signal.SIGTERM))
+        began = time.monotonic()
+        os.kill(trainer, signal.SIGCONT)
         assert process.wait(60) and time.monotonic() - began < 40
         assert re.search(rf"stopped after step \d+ of {STEPS}", flow.log.read_text())
-    process = flow.at(50)
-    trainer = int((flow.stage / ".model.safetensors.lock").read_text())
-    process.kill()
+    process = flow.at_work()
+    trainer = flow.hold()
+    process.kill()  # the trainer lives on
     process.wait()
-    os.kill(trainer, signal.SIGSTOP)  # it lives on; what follows must find it at work, however fast it is
     process, made = flow.call(flow.target), flow.step()  # no lock is left behind that somebody had to remove
     flow.until(process, lambda: flow.log.is_file() and f"held by process {trainer}" in flow.log.read_text())
     time.sleep(0.5)
