@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 
 from rwkvpipe.base.config import SamplesConfig, SamplingConfig
-from rwkvpipe.base.errors import ConfigError, Parser, new_file, run
+from rwkvpipe.base.errors import ConfigError, DataError, Parser, new_file, run
 from rwkvpipe.base.files import write_jsonl
 from rwkvpipe.base.strict import check, check_json
 from rwkvpipe.infer.decode import KINDS
@@ -91,10 +91,13 @@ def talk(engine: Engine, sampling: SamplingConfig, mode: str) -> None:
         if words == "/new":
             messages = []
             continue
-        messages.append({"role": "user", "content": words})
-        pieces = engine.stream(prompt(messages, mode), sampling, turn, kept)
-        said = _flow(_unspaced(pieces))
-        messages.append({"role": "assistant", "content": said})
+        asked = [*messages, {"role": "user", "content": words}]
+        try:
+            said = _flow(_unspaced(engine.stream(prompt(asked, mode), sampling, turn, kept)))
+        except DataError as error:  # letters that the vocabulary lacks: the talk goes on without that line
+            log.warning("%s", error)
+            continue
+        messages = [*asked, {"role": "assistant", "content": said}]
         turn += 1
 
 

@@ -12,6 +12,8 @@ from rwkvpipe.base.config import LoraConfig, RwkvConfig
 from rwkvpipe.base.errors import ConfigError, DataError
 from rwkvpipe.base.files import read_jsonl
 from rwkvpipe.model.family import build
+from rwkvpipe.tokenizer.load import save_tokenizer
+from rwkvpipe.tokenizer.trie import TrieTokenizer
 from rwkvpipe.train.stage import write_adapter
 from rwkvpipe.weights import store
 from rwkvpipe.weights.lora import inject
@@ -153,3 +155,12 @@ def test_an_adapter_beside_the_weights_writes_what_merged_weights_write(home):
     generate.main([*merged, *spec, "--out", str(home / "merged.jsonl")])
     beside = list(read_jsonl(home / "beside.jsonl"))
     assert beside == list(read_jsonl(home / "merged.jsonl")) != written(home, temperature=0)
+
+
+def test_a_line_that_the_vocabulary_lacks_does_not_end_the_talk(home, monkeypatch, capsys, caplog):
+    save_tokenizer(home / "few", TrieTokenizer({n + 1: bytes([n]) for n in b"User: Asitnh\n"}))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\u00e9\nhi\n".encode())))
+    words = ["--model", str(home / "m.safetensors"), "--tokenizer", str(home / "few"), "--chat", "--max-tokens", "3"]
+    generate.main([*words, "--temperature", "0"])
+    assert len(capsys.readouterr().out.rstrip("\n").split("\n")) >= 1
+    assert any("\u00e9" in message or "vocabulary" in message for message in caplog.messages)
