@@ -216,6 +216,7 @@ REFUSED = [
     ({"stop": "\ud800"}, 400, None),
     ({"logit_bias": {"900": 1}}, 400, "logit_bias"),
     ({"tools": []}, 400, "tools"),
+    ({"guided_choice": ["x" * 5000]}, 400, "guided_choice"),
     ({"response_format": {"type": "json_object"}}, 400, "response_format"),
     ({"top_logprobs": 2}, 400, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),

@@ -12,6 +12,7 @@ from rwkvpipe.tokenizer import chat
 
 SAMPLES = 128
 SWITCHES = ("stream", "logprobs", "echo")
+CHOICES = 4000  # characters of texts to choose among
 LIKELY = {"chat": 20, "text": 5}  # alternatives that may be asked for
 
 
@@ -188,6 +189,10 @@ class House:
         stops = () if given.stop is None else (given.stop,) if isinstance(given.stop, str) else given.stop
         if len(stops) > 16 or any(not text or len(text) > 1000 for text in stops):
             raise Refused(400, "stop: up to 16 texts of 1 to 1000 characters", "stop")
+        if sum(map(len, given.guided_choice or ())) > CHOICES:
+            raise Refused(
+                400, f"guided_choice: the texts have more than {CHOICES} characters together", "guided_choice"
+            )
         if odd := [number for number in given.logit_bias or () if not 0 <= number < self.engine.words.size]:
             raise Refused(400, f"logit_bias: there is no id {odd[0]}", "logit_bias")
         asked = {

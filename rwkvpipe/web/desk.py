@@ -11,6 +11,7 @@ from rwkvpipe.base.config import SamplingConfig
 from rwkvpipe.base.errors import ConfigError, PipeError
 from rwkvpipe.infer.engine import Engine
 from rwkvpipe.infer.prefix import States
+from rwkvpipe.infer.reading import SLACK
 from rwkvpipe.infer.row import Job, Row
 from rwkvpipe.model.layers import State
 
@@ -82,7 +83,7 @@ class Desk:
         self.texts: dict[Row, _Text] = {}
         self.orders: set[Order] = set()
         self.closed = False
-        self._reading: tuple[list[tuple[Order, int]], Generator] | None = None
+        self.readings: deque[tuple[list[tuple[Order, int]], Generator]] = deque()  # groups of prompts, in turns
 
     def submit(self, order: Order) -> None:
         """Take an order. Raises Full, Closed, or what is wrong with its settings."""
@@ -128,7 +129,7 @@ class Desk:
 
     def _await_work(self) -> bool:
         with self.change:
-            while not (self.closed or self.queue or self.ready or self.slots.busy or self._reading):
+            while not (self.closed or self.queue or self.ready or self.slots.busy or self.readings):
                 self.change.wait()
             return not self.closed
 
@@ -149,26 +150,38 @@ class Desk:
         with self.change:
             self.queue = deque(item for item in self.queue if not item[0].given_up)
         self.ready = deque(text for text in self.ready if not text.order.given_up)
+        self.readings = deque(one for one in self.readings if not all(order.given_up for order, _ in one[0]))
         for row, text in list(self.texts.items()):
             if text.order.given_up:
                 self.slots.drop(row)
                 del self.texts[row]
 
     def _read(self) -> None:
-        """Read one more chunk of the prompts at hand, or begin with those that wait, as many as there is room for."""
-        if self._reading is None:
-            with self.change:
-                room = max(0, self.slots.free - len(self.ready))
-                group = [self.queue.popleft() for _ in range(min(room, len(self.queue)))]
-            if not group:
-                return
-            self._reading = group, self._begin([order.prompts[n] for order, n in group])
-        group, reading = self._reading
+        """Begin to read prompts that wait, where there is room, and read one more chunk of one group."""
+        with self.change:
+            group = self._alike(self.slots.free - len(self.ready) - sum(len(group) for group, _ in self.readings))
+        if group:
+            self.readings.append((group, self._begin([order.prompts[n] for order, n in group])))
+        if not self.readings:
+            return
+        group, reading = self.readings.popleft()
         try:
             next(reading)
         except StopIteration as done:
-            self._reading = None
             self._made_ready(group, *done.value)
+        else:
+            self.readings.append((group, reading))
+
+    def _alike(self, room: int) -> list[tuple[Order, int]]:
+        """The prompt that has waited longest, and others of about its length: long ones must not hold up short ones."""
+        group, left = [], deque()
+        for order, n in self.queue:
+            length = len(order.prompts[n])
+            first = len(group[0][0].prompts[group[0][1]]) if group else length
+            fits = max(length, first) <= 2 * min(length, first) + SLACK
+            (group if fits and len(group) < room else left).append((order, n))
+        self.queue = left
+        return group
 
     def _begin(self, prompts: list[list[int]]) -> Generator:
         """Read prompts on from what is known of them."""

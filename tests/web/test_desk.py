@@ -7,6 +7,7 @@ import torch
 
 from rwkvpipe.base.config import RwkvConfig, SamplingConfig
 from rwkvpipe.base.errors import ConfigError, WeightsError
+from rwkvpipe.infer import reading
 from rwkvpipe.infer.engine import Engine
 from rwkvpipe.model.family import build
 from rwkvpipe.tokenizer.byte import ByteTokenizer
@@ -146,3 +147,16 @@ def test_an_engine_that_fails_tells_those_who_wait():
     assert isinstance(client.error, WeightsError)
     with pytest.raises(Closed):
         Client(desk, ["a"], SETTINGS[1])
+
+
+def test_a_long_prompt_does_not_hold_up_short_ones(monkeypatch):
+    monkeypatch.setattr(reading, "CHUNK", 4)
+    desk = Desk(engine(3), 5)
+    long = Client(desk, ["x" * 4000], SETTINGS[1])
+    short = Client(desk, ["a"], SETTINGS[1])
+    for _ in range(40):
+        desk._turn()
+    assert short.done.is_set() and not long.first.is_set()
+    desk.give_up(long.order)
+    desk._turn()
+    assert not desk.readings and not desk.slots.busy
