@@ -1,6 +1,5 @@
 """What comes out depends on weights, prompt, settings and numbers: not on rows, order, chunks or who is beside whom."""
 
-import random
 from functools import cache
 
 import pytest
@@ -93,7 +92,7 @@ def one_by_one(setting: int) -> dict:
     saved=st.sampled_from([1, 20, 10**9]),
     order=st.randoms(use_true_random=False),
 )
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_exact_logits_give_exact_texts_however_they_are_made(sampling, rows, chunk, saved, order):
     numbers = list(range(len(PROMPTS)))
     order.shuffle(numbers)
@@ -106,15 +105,13 @@ def test_exact_logits_give_exact_texts_however_they_are_made(sampling, rows, chu
 
 
 @pytest.mark.parametrize("family", [{"family": "rwkv5"}, {"family": "rwkv6"}, {"family": "rwkv7", "time_state": True}])
-@pytest.mark.parametrize("sampling", SETTINGS[:3], ids=["greedy", "hf", "rwkv"])
+@pytest.mark.parametrize("sampling", SETTINGS[:2], ids=["greedy", "hf"])
 def test_real_models_write_the_same_one_by_one_and_side_by_side(family, sampling, monkeypatch):
-    network = real(**family)
-    plain = written(network, 1, sampling)
-    order = list(range(len(PROMPTS)))
-    random.Random(4).shuffle(order)
-    assert written(network, 7, sampling, order) == plain
+    network, order = real(**family), [3, 1, 6, 0, 5, 2, 4, 7]
+    plain = written(network, 1, sampling, sorted(order), 1)
+    assert written(network, 7, sampling, order, 1) == plain
     monkeypatch.setattr(reading, "CHUNK", 5)
-    assert written(network, 32, sampling) == plain
+    assert written(network, 32, sampling, order[::-1], 1) == plain
 
 
 @pytest.mark.parametrize("chunk", [3, 256])
@@ -187,9 +184,9 @@ def test_adapters_beside_the_matrices_write_what_merged_weights_write():
                 value.copy_(torch.randn(value.shape, generator=stream) * 0.02)
     merged = real()
     merged.load_state_dict(lora.merged(plain.state_dict(), lora.adapter(network), config))
-    beside = written(network, 4, SETTINGS[0])
-    assert beside == written(merged, 3, SETTINGS[0])
-    assert beside != written(plain, 3, SETTINGS[0])
+    beside = written(network, 4, SETTINGS[0], samples=1)
+    assert beside == written(merged, 3, SETTINGS[0], samples=1)
+    assert beside != written(plain, 3, SETTINGS[0], samples=1)
 
 
 @pytest.mark.skipif(build_native.extension() is None, reason="no native kernels here")
