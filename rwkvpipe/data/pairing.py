@@ -13,7 +13,7 @@ from rwkvpipe.base.errors import DataError
 from rwkvpipe.base.files import canonical
 from rwkvpipe.data.document import Document
 from rwkvpipe.data.question import words
-from rwkvpipe.data.talk import KEYS, UNLEARNED, recognised, whole_numbers
+from rwkvpipe.data.talk import KEYS, UNLEARNED, equipped, recognised, whole_numbers
 from rwkvpipe.tokenizer import chat
 from rwkvpipe.tokenizer.load import Tokenizer
 
@@ -56,7 +56,7 @@ def two_sides(row: dict, columns: Mapping[str, str], where: object, choices: Cho
     if whole and all(row.get(side) is not None for side in SIDES):
         raw = ({"role": "raw", "content": words(row, side, where)} for side in SIDES)
         return Document(messages=tuple(raw), origin=where)
-    found = tuple(recognised(row, columns, where))
+    found = tuple(equipped(recognised(row, columns, where), row, where, None))
     if choices.pairing != "rows":
         if len(found) != 1 or found[0]["role"] != "raw":
             raise DataError(f"{where}: pairing {choices.pairing} divides texts, in `text`; this row has sides already")

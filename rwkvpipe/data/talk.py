@@ -4,6 +4,7 @@ A talk is a list of turns (role, content), of which those with `train: false` ar
 by its author already has turns of roles that no row can name: `raw`, texts as they stand, and `ids`, tokens.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
@@ -20,7 +21,8 @@ SHAREGPT |= {"tool": "tool", "gpt_ignore": "assistant"}
 UNLEARNED = -100  # a label that says so
 # what rows of talks may be called without `columns`
 KEYS = {"messages", "conversations", "input_ids", "labels", "prompt", "completion", "instruction", "input", "output"}
-KEYS |= {"query", "response", "question", "answer", "options", "label", "text"}
+KEYS |= {"query", "response", "question", "answer", "options", "label", "text", "tools"}
+NAMES = ("name", "tool_call_id")  # what the turn of a tool says of itself
 
 
 class Choices(Protocol):
@@ -50,6 +52,35 @@ def _learned(turn: dict, role: str, place: object) -> bool:
     return role != "gpt_ignore" and train is not False and weight != 0
 
 
+def _listed(value: Any, column: str, where: object) -> list[dict]:
+    """Objects, as a list or as the JSON of one; none where there is nothing. Raises DataError for anything else."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise DataError(f"{where}: `{column}` is a text that is no JSON; give a list of objects") from None
+    if not value:
+        return []
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise DataError(f"{where}: `{column}` must be a list of objects; mend the row")
+    return value
+
+
+def equipped(found: Sequence[dict], row: dict, where: object, template: str | None) -> Sequence[dict]:
+    """The turns with the row's tools: named by the system, or, where a template lays the talk out, given to it."""
+    if found[0]["role"] not in ROLES:
+        return found
+    tools = _listed(row.get("tools"), "tools", where)
+    calls = next((number for number, turn in enumerate(found, 1) if "tool_calls" in turn), None)
+    if template is None and calls is not None:
+        raise DataError(f"{where}: turn {calls}: only a `template` can write `tool_calls`; name one, or give the text")
+    if not tools:
+        return found
+    if template is None:
+        return chat.with_tools(found, tools)
+    return [{**found[0], "tools": tools}, *found[1:]]
+
+
 def turns(value: Any, column: str, where: object) -> tuple[dict, ...]:
     """Messages, or the conversations of ShareGPT, checked. Raises DataError naming the turn."""
     if not isinstance(value, list) or not value:
@@ -64,7 +95,11 @@ def turns(value: Any, column: str, where: object) -> tuple[dict, ...]:
         role = SHAREGPT.get(given) if foreign and isinstance(given, str) else given
         if not isinstance(role, str) or role not in ROLES:
             raise DataError(f"{place}: role is {given!r}; known: {', '.join(SHAREGPT if foreign else ROLES)}")
-        said = {"role": role, "content": _content(turn, "value" if foreign else "content", place)}
+        key = "value" if foreign else "content"
+        calls = _listed(turn.get("tool_calls"), "tool_calls", place)
+        said = {"role": role, "content": "" if calls and not turn.get(key) else _content(turn, key, place)}
+        said |= {"tool_calls": calls} if calls else {}
+        said |= {name: turn[name] for name in NAMES if role == "tool" and isinstance(turn.get(name), str)}
         found.append(said if _learned(turn, given, place) else said | {"train": False})
     return tuple(found)
 
@@ -158,9 +193,11 @@ def talk(row: dict, columns: Mapping[str, str], where: object, choices: Choices 
 
     Known are `messages`; ShareGPT's `conversations`; `input_ids` with `labels`; `prompt` with `completion`, texts or
     turns; Alpaca's `instruction`, `input` and `output`; `query` with `response`; a question with its answer; `text`.
+    `tools` of a row, objects or their JSON, are named in the talk.
     Raises DataError naming `where`.
     """
     found = recognised(row, columns, where, choices.labels if choices else "auto")
+    found = equipped(found, row, where, choices.template if choices else None)
     if choices and choices.replies == "last":
         last = max((n for n, turn in enumerate(found) if turn["role"] == "assistant"), default=-1)
         kept = ("assistant", "raw", "ids")

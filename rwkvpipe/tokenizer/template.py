@@ -107,13 +107,16 @@ class ChatTemplate:
         return "".join(self._parts(messages, prompt, more))
 
     def segments(self, messages: Sequence[dict]) -> Iterator[tuple[str, bool]]:
-        """(text, learned) parts of a talk. Where the template marks what is generated, that is the assistant's; else
-        what stands between a prompt and the end of the turn.
+        """(text, learned) parts of a talk, whose first turn may bring `tools` along.
+
+        Where the template marks what is generated, that is the assistant's; else what stands between a prompt and the
+        end of the turn.
 
         Raises DataError where an unmarked template changes what stood before, so that nobody can tell whose words
         are whose.
         """
-        parts = self._parts(messages, False, {})
+        more = {"tools": messages[0]["tools"]} if messages and "tools" in messages[0] else {}
+        parts = self._parts(messages, False, more)
         if any(isinstance(part, Said) for part in parts):
             yield from self._tagged(parts, [m.get("train", True) for m in messages if m["role"] == "assistant"])
             return
@@ -122,7 +125,7 @@ class ChatTemplate:
             if message["role"] != "assistant":
                 continue
             for learned in (False, True):
-                now = self.text(messages[:count]) if learned else self.text(messages[: count - 1], prompt=True)
+                now = self.text(messages[: count if learned else count - 1], prompt=not learned, **more)
                 if not now.startswith(done):
                     raise DataError(
                         f"{self.where}: turn {count} changes what stood before it, so what the assistant says cannot"

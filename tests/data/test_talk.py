@@ -88,6 +88,12 @@ USER, REPLY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content"
         ({"query": "Hi", "response": "Ho"}, {}, "User: Hi\n\nAssistant:[ Ho\n\n]"),
         ({"question": "Hi", "answer": "Ho", "text": "no"}, {}, "User: Hi\n\nAssistant:[ Ho\n\n]"),
         ({"text": "Once."}, {"replies": "last"}, "[Once.<end>]"),
+        ({"messages": [USER, REPLY], "tools": [{"name": "sum"}]}, {},
+         'System: Tools:\n{"name": "sum"}\nReturn only a JSON function call.\n\nUser: Hi\n\nAssistant:[ Ho\n\n]'),
+        ({"messages": [{"role": "system", "content": "Be."}, USER, REPLY], "tools": '[{"name": "sum"}]'}, {},
+         'System: Be.\nTools:\n{"name": "sum"}\nReturn only a JSON function call.\n\n'
+         "User: Hi\n\nAssistant:[ Ho\n\n]"),
+        ({"messages": [USER, REPLY | {"tool_calls": None}], "tools": None}, {}, "User: Hi\n\nAssistant:[ Ho\n\n]"),
         ({"input_ids": [73, 106, 11], "labels": [-100, 106, 11]}, {}, "H[i\n]"),
         ({"input_ids": [73, 106], "labels": [106, 11]}, {}, "H[i\n]"),
         ({"input_ids": [73, 106, 1], "labels": [106, -100, -100]}, {}, "H[i]\0"),
@@ -113,6 +119,12 @@ def test_what_is_learned_is_what_the_row_says(row, given, text):
         ({"messages": [USER | {"weight": 0.5}]}, "turn 1: weight is 0.5; 0 and 1 are known"),
         ({"messages": [USER | {"train": "no"}]}, "turn 1: train is 'no'"),
         ({"messages": [{"role": "raw", "content": "x"}]}, "role is 'raw'; known: system, user, assistant, tool"),
+        ({"messages": [USER, REPLY], "tools": 7}, "`tools` must be a list of objects"),
+        ({"messages": [USER, REPLY], "tools": "{sum}"}, "`tools` is a text that is no JSON"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]},
+            "turn 2: only a `template` can write `tool_calls`",
+        ),
         ({"prompt": "x"}, "no `messages`, `question` or other keys of a talk; the row has prompt"),
     ],
 )
@@ -126,6 +138,21 @@ def test_an_id_of_a_row_that_no_token_owns_is_named():
     trie = TrieTokenizer({1: b"a", 2: b"b", 9: b"c"})
     with pytest.raises(DataError, match="`input_ids` holds the id 7, which stands for nothing in the vocabulary of 10"):
         Layout(spec())(given.messages, trie)
+
+
+def test_a_template_is_given_tools_and_their_calls(tmp_path):
+    file = tmp_path / "chat.jinja"
+    file.write_text(
+        "{% if tools %}<{{ tools[0].name }}>{% endif %}{% for m in messages %}{{ m.role[0] }}:{{ m.content }}"
+        "{% for call in m.tool_calls or [] %}!{{ call.name }}{% endfor %}{{ m.name or '' }};{% endfor %}"
+    )
+    turns = [
+        USER, {"role": "assistant", "content": None, "tool_calls": [{"name": "sum"}]},
+        {"role": "tool", "content": "7", "name": "sum"}, REPLY,
+    ]  # fmt: skip
+    text = "<sum>u:Hi;[a:!sum;]t:7sum;[a:Ho;]"
+    for tools in ([{"name": "sum"}], '[{"name": "sum"}]'):
+        assert said({"messages": turns, "tools": tools}, template=str(file)) == text
 
 
 def test_rows_of_several_kinds_are_packed_with_their_marks(tmp_path):
