@@ -20,6 +20,7 @@ enum Kind { FP32, BF16, INT8 };
 
 typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
 typedef int8_t Bytes __attribute__((vector_size(WIDTH), aligned(1), may_alias));
+typedef int16_t Shorts __attribute__((vector_size(2 * WIDTH)));
 
 // rows of a matrix as vectors of floats
 struct Wide {
@@ -35,7 +36,9 @@ struct Half {
 struct Byte {
     typedef int8_t Number;
     static Vec at(const int8_t *p) {
-        return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Bytes *>(p), Ints), Vec);
+        // by way of 16 bits: in one step compilers take the bytes apart
+        const Shorts wider = __builtin_convertvector(*reinterpret_cast<const Bytes *>(p), Shorts);
+        return __builtin_convertvector(__builtin_convertvector(wider, Ints), Vec);
     }
 };
 

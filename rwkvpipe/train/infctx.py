@@ -14,19 +14,10 @@ from rwkvpipe.base.config import TrainConfig
 from rwkvpipe.data.batches import Batch
 from rwkvpipe.model.layers import State
 from rwkvpipe.train.dist import ALONE, Rank
-from rwkvpipe.train.loss import Losses, arithmetic, device_of, l2_wrap, masked_cross_entropy
+from rwkvpipe.train.loss import Losses, Share, arithmetic, device_of, language_loss
 from rwkvpipe.weights.lora import row_dropout
 
 CHUNKS = 2**32  # more than a row has: chunks of a row draw their dropout apart from each other
-
-
-@dataclass(frozen=True)
-class _Step:
-    """What the parts of one optimizer step are divided by."""
-
-    config: TrainConfig
-    targets: int
-    positions: int
 
 
 @dataclass(frozen=True)
@@ -61,23 +52,18 @@ def _leaves(state: State) -> State:
     return state
 
 
-def _read(model: nn.Module, part: _Rows, state: State | None, step: _Step) -> tuple[Tensor | None, State]:
+def _read(model: nn.Module, part: _Rows, state: State | None, step: Share) -> tuple[Tensor | None, State]:
     """The share of a chunk in the loss, None where nothing in it counts, and the state after it."""
     config, device = step.config, device_of(model)
     with arithmetic(config.precision, device), row_dropout(model, part.first):
         features, state = model.features(part.ids.to(device), state)
         if not part.counts(config.l2_wrap):
             return None, state
-        logits = model.logits(features)
-    targets = part.targets.to(device)
-    mask = None if part.mask is None else part.mask.to(device)
-    loss = masked_cross_entropy(logits, targets, mask, total=step.targets)
-    if config.l2_wrap:
-        loss = loss + l2_wrap(logits, config.l2_wrap, total=step.positions, mask=targets >= 0)
-    return loss, state
+        mask = None if part.mask is None else part.mask.to(device)
+        return language_loss(model, features, part.targets.to(device), mask, step), state
 
 
-def _truncated(model: nn.Module, rows: _Rows, chunks: int, step: _Step) -> Iterator[Tensor]:
+def _truncated(model: nn.Module, rows: _Rows, chunks: int, step: Share) -> Iterator[Tensor]:
     """Losses whose gradient ends where their chunk begins."""
     state = None
     for number in range(chunks):
@@ -89,7 +75,7 @@ def _truncated(model: nn.Module, rows: _Rows, chunks: int, step: _Step) -> Itera
             yield loss
 
 
-def _whole(model: nn.Module, rows: _Rows, chunks: int, step: _Step) -> Iterator[Tensor]:
+def _whole(model: nn.Module, rows: _Rows, chunks: int, step: Share) -> Iterator[Tensor]:
     """Losses whose gradients add up to that of the whole rows, from the last chunk to the first.
 
     Chunks are read once to know the state before each, and once more to have their gradient; what later chunks ask of
@@ -126,7 +112,7 @@ def chunked_lm_losses(micro_batch: int, config: TrainConfig, rank: Rank = ALONE)
     def losses(model: nn.Module, batch: Batch) -> Iterator[Tensor]:
         real = batch.targets >= 0
         chosen = real if batch.mask is None else (batch.mask != 0) & real
-        step = _Step(config, int(chosen.sum()), int(real.sum()))
+        step = Share(config, int(chosen.sum()), int(real.sum()))
         gradient = _whole if config.bptt == "full" else _truncated
         for part in rank.mine(len(batch.ids), micro_batch):
             used = (real if config.l2_wrap else chosen)[part].any(0).nonzero()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from rwkvpipe.base.config import TrainConfig
 from rwkvpipe.data.batches import Batch
+from rwkvpipe.kernel.loss import Wanted, head_loss
 from rwkvpipe.train.dist import ALONE, Rank
 from rwkvpipe.weights.lora import row_dropout
 
@@ -73,13 +75,36 @@ def lm_losses(micro_batch: int, config: TrainConfig, rank: Rank = ALONE) -> Loss
             targets = batch.targets[part, :width].to(device)
             mask = None if batch.mask is None else batch.mask[part, :width].to(device)
             with arithmetic(config.precision, device), row_dropout(model, part.start):
-                logits, _ = model(batch.ids[part, :width].to(device))
-            loss = masked_cross_entropy(logits, targets, mask, total=count)
-            if config.l2_wrap:
-                loss = loss + l2_wrap(logits, config.l2_wrap, total=int(real.sum()), mask=targets >= 0)
-            yield loss
+                features, _ = model.features(batch.ids[part, :width].to(device))
+                yield language_loss(model, features, targets, mask, Share(config, count, int(real.sum())))
 
     return losses
+
+
+@dataclass(frozen=True)
+class Share:
+    """What the losses of an optimizer step are divided by: how many targets it has, and how many positions."""
+
+    config: TrainConfig
+    targets: int
+    positions: int
+
+
+def language_loss(model: nn.Module, features: Tensor, targets: Tensor, mask: Tensor | None, share: Share) -> Tensor:
+    """The share of some positions in a step's loss, L2Wrap with it: a scalar.
+
+    features (B, T, D) of the model, targets (B, T) long, below 0 where there is none, mask (B, T) or None.
+    """
+    pull = share.config.l2_wrap
+    narrow = features.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(features.device.type)
+    if narrow or type(model.head) is not nn.Linear:  # rounded inputs of the product, or an adapter beside the matrix
+        logits = model.logits(features)
+        loss = masked_cross_entropy(logits, targets, mask, total=share.targets)
+        return loss + l2_wrap(logits, pull, total=share.positions, mask=targets >= 0) if pull else loss
+    chosen = targets if mask is None else targets.masked_fill(mask == 0, -100)
+    scales = (1 / max(share.targets, 1), pull / max(share.positions, 1))
+    wanted = Wanted(chosen.flatten(), (targets >= 0).flatten(), *scales)
+    return head_loss(model.ln_out(features).flatten(0, 1), model.head.weight, wanted)
 
 
 @torch.no_grad()

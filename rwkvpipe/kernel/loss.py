@@ -1,0 +1,77 @@
+"""The matrix to logits and the loss of these in one, a few positions at a time: all logits are never held at once.
+
+The gradient of a position's logits is known as soon as they are, so it takes their place, natively
+(`cuda/loss_cpu.cpp`) or in PyTorch, and is multiplied out in the forward.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rwkvpipe.kernel import build
+
+NUMBERS = 1 << 20  # logits held at once
+FEWEST, MOST = 64, 8192  # positions held at once
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What positions are to say: `chosen` (n,) ids, below 0 where there is no loss; a loss of `scale` -log p each.
+
+    Where `real` (n,) is not 0, the largest logit is drawn to 0 by a gradient of `pull` times it (RWKV-LM's L2Wrap);
+    on ties the first has it.
+    """
+
+    chosen: Tensor
+    real: Tensor
+    scale: float
+    pull: float = 0.0
+
+
+def head_loss(x: Tensor, weight: Tensor, wanted: Wanted) -> Tensor:
+    """The sum of the losses of logits x weight^T: a scalar. x (n, D), weight (V, D), both fp32 or fp64."""
+    return _HeadLoss.apply(x, weight, wanted)
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, wanted):
+        size = min(max(FEWEST, NUMBERS // len(weight)), MOST)
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        total = torch.zeros((), dtype=torch.float64, device=x.device)
+        for first in range(0, len(x), size):
+            part = slice(first, first + size)
+            logits = x[part] @ weight.mT
+            total += _gradients(logits, wanted, part).double().sum()
+            if dx is not None:
+                torch.mm(logits, weight, out=dx[part])
+            if dw is not None:
+                dw.addmm_(logits.mT, x[part])
+        ctx.save_for_backward(dx, dw)
+        return (total * wanted.scale).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        whole = float(grad) == 1.0  # nearly always: then nothing is to be multiplied
+        return *(x if x is None or whole else x * grad for x in ctx.saved_tensors), None
+
+
+def _gradients(logits: Tensor, wanted: Wanted, part: slice) -> Tensor:
+    """-log p of each position (n,); the logits (n, V) become their gradient."""
+    chosen, real = wanted.chosen[part].contiguous(), wanted.real[part].long().contiguous()
+    if build.native(logits):
+        losses = torch.empty(len(logits))
+        build.call("loss_rows", logits.shape, logits, chosen, real, wanted.scale, wanted.pull, losses)
+        return losses
+    top, at = logits.max(-1, keepdim=True)
+    sums, counts = logits.logsumexp(-1, keepdim=True), chosen[:, None] >= 0
+    place = chosen.clamp(min=0)[:, None]
+    losses = torch.where(counts, sums - logits.gather(1, place), 0.0)[:, 0]
+    share = counts.to(logits.dtype) * wanted.scale
+    logits.sub_(sums).exp_().mul_(share).scatter_add_(1, place, -share)
+    logits.scatter_add_(1, at, real[:, None] * wanted.pull * top)
+    return losses

@@ -1,0 +1,78 @@
+"""The head and its loss in one against logits, cross-entropy and L2Wrap one after the other."""
+
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rwkvpipe.kernel import build, loss
+from rwkvpipe.kernel.loss import Wanted, head_loss
+
+
+def drawn(n, D, V, seed):
+    """Positions of which some have no loss and some are padding, and a matrix; two logits of each are the same."""
+    stream = torch.Generator().manual_seed(seed)
+    x, weight = 3 * torch.randn(n, D, generator=stream), torch.randn(V, D, generator=stream)
+    weight[-1] = weight[0]
+    chosen = torch.randint(-2, V, (n,), generator=stream)
+    real = (chosen >= 0) | (torch.rand(n, generator=stream) < 0.5)
+    return x, weight, Wanted(chosen, real, 0.37, 0.02)
+
+
+def plainly(x, weight, wanted):
+    """All logits at once, in fp64."""
+    logits = x @ weight.mT
+    losses = torch.nn.functional.cross_entropy(logits, wanted.chosen.clamp(min=-1), ignore_index=-1, reduction="sum")
+    square = (logits.max(-1).values * wanted.real).square().sum() * wanted.pull / 2
+    return losses * wanted.scale + square - square.detach()
+
+
+def results(form, x, weight, wanted):
+    x, weight = (y.detach().clone().requires_grad_() for y in (x, weight))
+    found = form(x, weight, wanted)
+    found.backward()
+    return found.detach(), x.grad, weight.grad
+
+
+def in_pytorch(*inputs):
+    with mock.patch.object(build, "native", lambda *inputs: None):
+        return results(head_loss, *inputs)
+
+
+@pytest.mark.parametrize("form", [lambda *inputs: results(head_loss, *inputs), in_pytorch])
+@settings(max_examples=20, deadline=None)
+@given(n=st.integers(1, 150), D=st.integers(1, 40), V=st.integers(2, 90), seed=st.integers(0, 99))
+def test_value_and_gradients_are_those_of_all_logits_at_once(form, n, D, V, seed):
+    x, weight, wanted = drawn(n, D, V, seed)
+    with mock.patch.multiple(loss, NUMBERS=1, FEWEST=64):
+        found = form(x, weight, wanted)
+    for one, other in zip(found, results(plainly, x.double(), weight.double(), wanted), strict=True):
+        assert float((one.double() - other).abs().max()) <= 3e-6 * max(1.0, float(other.abs().max()))
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    inputs, threads, found = drawn(150, 24, 70, 1), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(loss._gradients(inputs[0] @ inputs[1].mT, inputs[2], slice(0, 150)))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_the_gradient_of_a_part_of_a_sum_is_scaled_with_it():
+    x, weight, wanted = drawn(9, 5, 7, 3)
+    one = results(head_loss, x, weight, wanted)
+    other = results(lambda *inputs: 3 * head_loss(*inputs), x, weight, wanted)
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(3 * a, b)
+
+
+def test_what_is_no_number_is_a_loss_that_is_none():
+    x, weight, wanted = drawn(9, 5, 40, 3)
+    x[4, 2] = torch.nan
+    wanted.chosen[4] = 1
+    assert head_loss(x, weight, wanted).isnan()

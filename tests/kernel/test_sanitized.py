@@ -1,0 +1,120 @@
+"""The native code under the address and undefined-behaviour sanitizers: nothing outside its tensors is touched."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from rwkvpipe.kernel.build import SOURCES
+
+PROGRAM = r"""
+#include <cstdint>
+#include <cstdio>
+#include <memory>
+#include <vector>
+
+extern "C" {
+int64_t wkv7_kept(int64_t, int64_t, int64_t, int64_t);
+void wkv7_forward(const int64_t *, int, const float *, const float *, const float *, const float *, const float *,
+                  const float *, const float *, float *, float *, float *, float *);
+void wkv7_backward(const int64_t *, int, const float *, const float *, const float *, const float *, const float *,
+                   const float *, const float *, const float *, const float *, const float *, float *, float *,
+                   float *, float *, float *, float *, float *);
+int64_t wkv6_kept(int64_t, int64_t, int64_t, int64_t);
+void wkv6_forward(const int64_t *, int, const float *, const float *, const float *, const float *, const float *,
+                  const float *, float *, float *, float *);
+void wkv6_backward(const int64_t *, int, const float *, const float *, const float *, const float *, const float *,
+                   const float *, const float *, const float *, float *, float *, float *, float *, float *, float *,
+                   float *);
+void decode7(const int64_t *, int, const float *const *, const float *const *, const void *const *,
+             const float *const *, float *const *, float *const *, float *const *, const int64_t *, float *);
+void loss_rows(const int64_t *, int, float *, const int64_t *, const int64_t *, float, float, float *);
+void gate_backward(const int64_t *, int, const float *, const float *, const float *, const float *, float,
+                   const float *, float *, float *, float *, float *);
+void finish_backward(const int64_t *, int, const float *, const float *, const float *, const float *, const float *,
+                     const float *, const float *, const float *, float, const float *, float *, float *, float *,
+                     float *, float *, float *, float *);
+}
+
+std::vector<std::unique_ptr<float[]>> all;  // of exactly their length, so that a step beyond it is seen
+
+float *made(int64_t n) {
+    all.emplace_back(new float[n]);
+    for (int64_t i = 0; i < n; i++) all.back()[i] = 0.01f * static_cast<float>((i * 37) % 101 - 50);
+    return all.back().get();
+}
+
+void operators(int64_t B, int64_t T, int64_t H, int64_t N) {
+    const int64_t s[] = {B, T, H, N}, n = B * T * H * N, m = B * H * N * N, D = H * N;
+    auto x = [&] { return made(n); };
+    float *r = x(), *w = x(), *k = x(), *v = x(), *a = x(), *b = x(), *y = x(), *u = x(), *S = made(m), *end = made(m);
+    float *kept = made(wkv7_kept(B, T, H, N));
+    wkv7_forward(s, 2, r, w, k, v, a, b, S, y, end, nullptr, nullptr);
+    wkv7_forward(s, 2, r, w, k, v, a, b, S, y, end, kept, u);
+    wkv7_backward(s, 2, r, w, k, v, a, b, kept, u, y, end, x(), x(), x(), x(), x(), x(), made(m));
+    for (int64_t shared = 0; shared < 2; shared++) {
+        const int64_t s6[] = {B, T, H, N, shared};
+        float *own = shared ? made(D) : w, *bonus = made(D), *kept6 = made(wkv6_kept(B, T, H, N));
+        wkv6_forward(s6, 2, r, own, k, v, bonus, S, y, end, nullptr);
+        wkv6_forward(s6, 2, r, own, k, v, bonus, S, y, end, kept6);
+        wkv6_backward(s6, 2, r, own, k, v, bonus, kept6, y, end, x(), made(shared ? D : n), x(), x(), made(D), made(m),
+                      made(2 * B * D));
+    }
+    const int64_t tokens[] = {B * T, H, N}, tasks = (B * T + 63) / 64;
+    gate_backward(tokens, 2, y, r, made(D), made(D), 0.01f, k, x(), x(), made(tasks * 2 * D), made(2 * D));
+    finish_backward(tokens, 2, y, r, k, v, a, made(D), made(D), made(D), 0.01f, b, x(), x(), x(), x(), x(),
+                    made(tasks * 3 * D), made(3 * D));
+    std::vector<int64_t> chosen(B * T, N - 1), real(B * T, 1);
+    const int64_t rows[] = {B * T, D};
+    loss_rows(rows, 2, r, chosen.data(), real.data(), 0.5f, 0.1f, made(B * T));
+}
+
+template <class Number>
+void decode(int64_t rows, int64_t kind) {
+    const int64_t L = 2, D = 20, H = 2, F = 23, V = 19, s[] = {rows, L, D, H, F, V, 5, 17, 3, 9, kind};
+    const float *fixed[] = {made(V * D), made(D), made(D), made(D), made(D)};
+    std::vector<const float *> vectors, scales;
+    for (int64_t i = 0; i < 19 * L; i++) vectors.push_back(made(D));
+    std::vector<std::unique_ptr<Number[]>> numbers;
+    std::vector<const void *> matrices;
+    auto matrix = [&](int64_t out, int64_t in) {
+        numbers.emplace_back(new Number[out * in]());
+        matrices.push_back(numbers.back().get());
+        scales.push_back(kind == 2 ? made(out) : nullptr);
+    };
+    for (int64_t l = 0; l < L; l++) {
+        for (int i = 0; i < 4; i++) matrix(D, D);
+        for (int i = 0; i < 4; i++) matrix(s[6 + i], D), matrix(D, s[6 + i]);
+        matrix(F, D), matrix(D, F);
+    }
+    matrix(V, D);
+    float *att[] = {made(rows * D), made(rows * D)}, *ffn[] = {made(rows * D), made(rows * D)};
+    float *memory[] = {made(rows * D * D / H), made(rows * D * D / H)};
+    std::vector<int64_t> ids(rows, V - 1);
+    decode7(s, 2, fixed, vectors.data(), matrices.data(), scales.data(), att, memory, ffn, ids.data(), made(rows * V));
+}
+
+int main() {
+    operators(2, 1, 1, 20), operators(1, 35, 3, 7), operators(1, 33, 1, 33);
+    for (int64_t rows : {1, 7}) decode<float>(rows, 0), decode<uint16_t>(rows, 1), decode<int8_t>(rows, 2);
+    std::puts("all");
+}
+"""
+
+
+@pytest.mark.slow
+def test_native_code_keeps_inside_its_tensors(tmp_path: Path):
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("there is no g++")
+    source, program = tmp_path / "main.cpp", tmp_path / "main"
+    source.write_text(PROGRAM)
+    command = [compiler, "-std=c++17", "-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread"]
+    parts = [str(source), *map(str, sorted(SOURCES.glob("*.cpp")))]
+    made = subprocess.run([*command, "-Wno-psabi", f"-I{SOURCES}", *parts, "-o", str(program)], capture_output=True)
+    if made.returncode and b"sanitize" in made.stderr or b"asan" in made.stderr:
+        pytest.skip("this compiler has no address sanitizer")
+    assert made.returncode == 0, made.stderr.decode()[:3000]
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "all\n"), done.stderr[:3000]
