@@ -2,7 +2,8 @@
 
 python -m benchmarks train
 python -m benchmarks families
-python -m benchmarks op
+python -m benchmarks op [--operator wkv6]
+python -m benchmarks decode [--size large]
 python -m benchmarks infer
 python -m benchmarks tokenize [FILE ...]
 python -m benchmarks pack [FILE ...]
@@ -15,18 +16,20 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import bpe, families, infer, memory, op, pack, page, peers, tokenize, train
+from benchmarks import bpe, decode, families, infer, memory, op, pack, page, peers, tokenize, train
 
 
 def main() -> None:
     """Print a table and keep the numbers in a file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    what = ["train", "op", "infer", "families", "tokenize", "pack", "bpe", "memory", "page"]
+    what = ["train", "op", "decode", "infer", "families", "tokenize", "pack", "bpe", "memory", "page"]
     parser.add_argument("what", choices=what, help="a step of training; the operator; text to ids, and to files")
     parser.add_argument("files", nargs="*", type=Path, help="the text; left out, Python's library and papers")
     parser.add_argument("--peer-python", type=Path, help="a Python that has the peer; left out, one is set up")
     parser.add_argument("--gigabytes", type=float, default=2, help="memory: of input")
     parser.add_argument("--case", action="append", choices=memory.CASES, help="memory: only these")
+    parser.add_argument("--operator", choices=op.OPERATORS, default="wkv7", help="op: which")
+    parser.add_argument("--size", choices=["small", "large"], default="small", help="train, decode: of the model")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each program")
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="folder for the numbers")
     given = parser.parse_args()
@@ -57,11 +60,15 @@ def main() -> None:
         found = families.measure(given.rounds)
         print(families.table(found))
     elif given.what == "op":
-        found = op.measure(given.rounds)
+        found = op.measure(given.operator, given.rounds)
         print(op.table(found))
+    elif given.what == "decode":
+        python = given.peer_python or peers.set_up("rwkv")
+        found = decode.measure(python, given.out, given.rounds, decode.CASES[given.size])
+        print(decode.table(found))
     else:
         python = given.peer_python or peers.set_up("rwkv-trainer")
-        found = train.measure(python, given.out, given.rounds)
+        found = train.measure(python, given.out, given.rounds, train.CASES[given.size])
         print(train.table(found))
     with open(given.out / f"{given.what}.jsonl", "a") as file:  # a line for each run
         file.write(json.dumps(found) + "\n")

@@ -1,11 +1,10 @@
-"""The WKV operator of RWKV-7, forward and backward, on one thread: native, by chunks in PyTorch, and token by token.
+"""The WKV operator of a family, forward and backward, one thread: native, by chunks in PyTorch, and token by token.
 
 The loop over tokens is what public trainers run on a CPU. All three compute with the same numbers; what they find is
 compared with the loop in fp64 before anything is timed.
 """
 
 import os
-import platform
 import time
 from importlib.metadata import version
 from statistics import median
@@ -14,16 +13,26 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from benchmarks.train import machine
 from rwkvpipe.kernel import build
+from rwkvpipe.kernel.wkv5 import wkv5, wkv5_reference
+from rwkvpipe.kernel.wkv6 import wkv6, wkv6_reference
 from rwkvpipe.kernel.wkv7 import wkv7, wkv7_reference
 
 SIZES = (8, 512, 4, 64)  # B T H N
+OPERATORS = {"wkv7": (wkv7, wkv7_reference), "wkv6": (wkv6, wkv6_reference), "wkv5": (wkv5, wkv5_reference)}
 WORST = 1e-5  # error of a form, as a share of the largest number
 
 
-def drawn() -> list[Tensor]:
+def drawn(operator: str) -> list[Tensor]:
     """Inputs as a model makes them, and a state."""
     B, T, H, N = SIZES
+    if operator != "wkv7":
+        stream = torch.Generator().manual_seed(0)
+        decays = (B, T, H, N) if operator == "wkv6" else (H, N)
+        shapes = [(B, T, H, N), decays, (B, T, H, N), (B, T, H, N), (H, N), (B, H, N, N)]
+        found = [torch.randn(shape, generator=stream) for shape in shapes]
+        return [(x - 2 * (n == 1)).requires_grad_() for n, x in enumerate(found)]
     stream = torch.Generator().manual_seed(0)
     r, k, v, w = (torch.randn(B, T, H, N, generator=stream) for _ in range(4))
     kk = torch.nn.functional.normalize(torch.randn(B, T, H, N, generator=stream), dim=-1)
@@ -33,13 +42,15 @@ def drawn() -> list[Tensor]:
     return [x.requires_grad_() for x in (r, decay, k, v, -kk, kk * rate, state)]
 
 
-def chunks(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """The form that computes where there is no compiler."""
-    with mock.patch.object(build, "native", lambda *inputs: None):
-        return wkv7(*inputs)
+def forms(operator: str) -> dict:
+    """The native form, that which computes where there is no compiler, and the loop."""
+    native, loop = OPERATORS[operator]
 
+    def chunks(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        with mock.patch.object(build, "native", lambda *inputs: None):
+            return native(*inputs)
 
-FORMS = {"native": wkv7, "chunks": chunks, "loop": wkv7_reference}
+    return {"native": native, "chunks": chunks, "loop": loop}
 
 
 def gradients(form, inputs: list[Tensor]) -> list[Tensor]:
@@ -48,36 +59,36 @@ def gradients(form, inputs: list[Tensor]) -> list[Tensor]:
     return [y.detach(), state.detach(), *torch.autograd.grad(y.sum() + state.sum(), inputs)]
 
 
-def measure(rounds: int) -> dict:
+def measure(operator: str, rounds: int) -> dict:
     """Errors of each form, then CPU seconds of forward and backward, in turns. Raises SystemExit for a wrong form."""
     if build.extension() is None:
         raise SystemExit(f"there are no native kernels to measure: {build.why_not()}")
     torch.set_num_threads(1)
-    inputs = drawn()
-    exact = gradients(wkv7_reference, [x.detach().double().requires_grad_() for x in inputs])
+    inputs, each = drawn(operator), forms(operator)
+    exact = gradients(each["loop"], [x.detach().double().requires_grad_() for x in inputs])
     errors = {}
-    for name, form in FORMS.items():
+    for name, form in each.items():
         pairs = zip(gradients(form, inputs), exact, strict=True)
         errors[name] = max(float((found - wanted).abs().max() / wanted.abs().max()) for found, wanted in pairs)
     if max(errors.values()) > WORST:
         raise SystemExit(f"the forms differ, so there is nothing to compare: {errors}")
-    seconds: dict[str, list[float]] = {name: [] for name in FORMS}
+    seconds: dict[str, list[float]] = {name: [] for name in each}
     for _ in range(rounds):
-        for name, form in FORMS.items():
+        for name, form in each.items():
             begin = time.process_time()
             gradients(form, inputs)
             seconds[name].append(time.process_time() - begin)
     ratios = [loop / ours for loop, ours in zip(seconds["loop"], seconds["native"], strict=True)]
     return {
         "what": "op",
-        "operator": "wkv7",
+        "operator": operator,
         "sizes": dict(zip("BTHN", SIZES, strict=True)),
         "error": errors,
         "cpu_seconds": seconds,
         "ratio": median(ratios),
         "ratios": ratios,
         "kernel": f"{build.level()}, {build.why_not()}",
-        "machine": platform.processor() or platform.machine(),
+        "machine": machine(),
         "load": os.getloadavg()[0],
         "torch": version("torch"),
     }
@@ -85,15 +96,14 @@ def measure(rounds: int) -> dict:
 
 def table(found: dict) -> str:
     """The numbers for people."""
-    sizes = ", ".join(f"{name} {value}" for name, value in found["sizes"].items())
     tokens = found["sizes"]["B"] * found["sizes"]["T"]
     lines = [
-        f"{found['operator']}, forward and backward, one thread, fp32: {sizes} ({found['kernel']})",
-        f"{'':8} {'error':>9} {'CPU ms':>8} {'tokens/s':>9}",
+        f"| {found['operator']} | error | CPU ms | tokens a CPU s | times as fast |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for name, seconds in found["cpu_seconds"].items():
-        middle = median(seconds)
-        lines.append(f"{name:8} {found['error'][name]:9.1e} {1e3 * middle:8.1f} {tokens / middle:9.0f}")
-    low, high, turns = min(found["ratios"]), max(found["ratios"]), len(found["ratios"])
-    lines.append(f"the loop takes {found['ratio']:.1f} times as long ({low:.1f} to {high:.1f} in {turns} turns)")
+        times = [loop / own for loop, own in zip(found["cpu_seconds"]["loop"], seconds, strict=True)]
+        said = f"{median(times):.1f} ({min(times):.1f} to {max(times):.1f})" if name != "loop" else "1"
+        middle, error = median(seconds), found["error"][name]
+        lines.append(f"| {name} | {error:.1e} | {1e3 * middle:,.1f} | {tokens / middle:,.0f} | {said} |")
     return "\n".join(lines)

@@ -5,6 +5,7 @@ tokens; their losses are compared before anything is timed.
 """
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from rwkvpipe.base.config import RwkvConfig
+from rwkvpipe.kernel import build as kernels
 from rwkvpipe.model.family import build
 
 WORKERS = Path(__file__).parent / "workers"
@@ -34,6 +36,17 @@ class Case:
     ctx_len: int = 256
     batch: int = 8
     lr: float = 1e-4
+
+
+CASES = {"small": Case(), "large": Case(6, 256, vocab_size=1001, ctx_len=512, batch=2)}
+
+
+def machine() -> str:
+    """The processor's name, as its system has it."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
 
 
 class Worker:
@@ -54,6 +67,11 @@ class Worker:
             if line.startswith("{"):
                 return json.loads(line)
         raise SystemExit(f"the worker of {self.process.args[1]} ended")
+
+    def peak(self) -> float:
+        """Megabytes that it held at most."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
     def close(self) -> None:
         """Let it end."""
@@ -78,9 +96,8 @@ def prepare(case: Case, folder: Path) -> None:
     (folder / "case.json").write_text(json.dumps(asdict(case) | ranks))
 
 
-def measure(peer: Path, folder: Path, rounds: int) -> dict:
+def measure(peer: Path, folder: Path, rounds: int, case: Case) -> dict:
     """Losses of both, then CPU seconds of a step, in turns. Raises SystemExit when the losses differ."""
-    case = Case()
     prepare(case, folder / "train")
     workers = {
         "rwkvpipe": Worker(sys.executable, "ours.py", folder / "train"),
@@ -95,16 +112,21 @@ def measure(peer: Path, folder: Path, rounds: int) -> dict:
     for _ in range(rounds):
         for name, worker in workers.items():
             seconds[name].append(worker.ask("step")["cpu_seconds"])
+    peaks = {name: worker.peak() for name, worker in workers.items()}
     for worker in workers.values():
         worker.close()
     ratios = [ours / theirs for ours, theirs in zip(seconds["rwkvpipe"], seconds["rwkv-trainer"], strict=True)]
     return {
+        "what": "train",
         "case": asdict(case),
         "loss": losses,
         "cpu_seconds": seconds,
         "ratio": median(ratios),
         "ratios": ratios,
-        "machine": platform.processor() or platform.machine(),
+        "megabytes": peaks,
+        "kernel": f"{kernels.level()}, {kernels.why_not()}",
+        "machine": machine(),
+        "load": os.getloadavg()[0],
         "torch": version("torch"),
     }
 
@@ -114,12 +136,15 @@ def table(found: dict) -> str:
     case = found["case"]
     tokens = case["batch"] * case["ctx_len"]
     lines = [
-        "a step of training, one thread, fp32: " + ", ".join(f"{name} {value}" for name, value in case.items()),
-        f"{'':14} {'loss':>9} {'CPU s':>8} {'tokens/s':>9}",
+        f"| {case['n_layer']} layers of {case['n_embd']}, {case['batch']} rows of {case['ctx_len']} | loss | CPU s"
+        " | tokens a CPU s | MB | times as fast |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
+    times = [1 / ratio for ratio in found["ratios"]]
     for name, seconds in found["cpu_seconds"].items():
         middle = median(seconds)
-        lines.append(f"{name:14} {found['loss'][name]:9.6f} {middle:8.3f} {tokens / middle:9.0f}")
-    low, high, turns = min(found["ratios"]), max(found["ratios"]), len(found["ratios"])
-    lines.append(f"ours takes {found['ratio']:.4f} of the peer's time ({low:.4f} to {high:.4f} in {turns} turns)")
+        said = f"{median(times):.1f} ({min(times):.1f} to {max(times):.1f})" if name == "rwkvpipe" else "1"
+        held = f"{found['megabytes'][name]:,.0f}"
+        rate = f"{tokens / middle:,.0f}"
+        lines.append(f"| {name} | {found['loss'][name]:.6f} | {middle:.3f} | {rate} | {held} | {said} |")
     return "\n".join(lines)

@@ -1,0 +1,41 @@
+"""The tables of docs/kernels.md, out of the runs in docs/kernels.jsonl: `python -m benchmarks.tables`.
+
+A run of `python -m benchmarks` appends a line to a file of its own; those to be shown are copied to the latter. Of
+runs of the same thing the last one counts.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from benchmarks import decode, op, train
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+TABLES = {"op": op.table, "train": train.table, "decode": decode.table}
+
+
+def runs() -> dict[str, dict]:
+    """The last run of each thing, by its name."""
+    found = {}
+    for line in (DOCS / "kernels.jsonl").read_text(encoding="utf-8").splitlines():
+        run = json.loads(line)
+        case = run.get("operator") or f"{run['case']['n_layer']}x{run['case']['n_embd']}"
+        found[f"{run['what']} {case}"] = run
+    return found
+
+
+def filled(page: str) -> str:
+    """A page with the table of each run between its marks."""
+    for name, run in runs().items():
+        about = f"{run['machine']}, load {run['load']:.0f}, {run['kernel']}, torch {run['torch']}"
+        text = f"<!-- {name} -->\n{TABLES[run['what']](run)}\n\n{about}\n<!-- end -->"
+        place = re.compile(rf"<!-- {re.escape(name)} -->\n.*?<!-- end -->", re.S)
+        page, count = place.subn(lambda _, new=text: new, page)
+        if count != 1:
+            raise SystemExit(f"docs/kernels.md has no place for: {name}")
+    return page
+
+
+if __name__ == "__main__":
+    path = DOCS / "kernels.md"
+    path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
