@@ -467,6 +467,11 @@ CONFIG = {
 }
 
 
+def heard() -> None:
+    """Ctrl-C counts, also where these tests were started in the background, by a shell that has it ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Workflow:
     """Snakemake on a run of one stage, in a folder of its own."""
 
@@ -480,7 +485,10 @@ class Workflow:
         line += ["--cores", "1", "--set-threads", "pretrain=1", "--", *words]
         env = {**os.environ, "RWKVPIPE_GPUS": "", "GOMP_SPINCOUNT": "0"}
         with open(self.folder / "said", "w") as said:
-            return subprocess.Popen(line, cwd=self.folder, env=env, stdout=said, stderr=said, start_new_session=True)
+            return subprocess.Popen(
+                line, cwd=self.folder, env=env, stdout=said, stderr=said, start_new_session=True,
+                preexec_fn=heard,
+            )  # fmt: skip
 
     def at_work(self) -> subprocess.Popen:
         """Start, and wait until some more steps are made."""
