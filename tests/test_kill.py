@@ -500,6 +500,9 @@ class Workflow:
         """Stop the trainer for now: what follows finds it at work, however fast it is and however slow the rest."""
         trainer = int((self.stage / ".model.safetensors.lock").read_text())
         os.kill(trainer, signal.SIGSTOP)
+        # one that waits for a disk stops later, and would hear what was sent meanwhile
+        while "\nState:\tT" not in Path(f"/proc/{trainer}/status").read_text():
+            time.sleep(0.01)
         return trainer
 
     def step(self) -> int:
