@@ -175,7 +175,7 @@ from torch import nn
 
 from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.model.language import LanguageModel, outline
-from rwkvpipe.model.layers import token_shift
+from rwkvpipe.model.layers import ending
 
 
 def complete(config):
@@ -201,7 +201,7 @@ class TimeMix(nn.Module):
             mean = means[-1] * d + v[:, t] * (1 - d)
             means.append(mean if lengths is None else torch.where((t < lengths)[:, None, None], mean, means[-1]))
         y = torch.stack(means[1:], 1).flatten(2) * torch.sigmoid(self.gate(x))
-        return self.output(y), first, token_shift(x, last, lengths)[1], means[-1][..., None].expand_as(memory)
+        return self.output(y), first, ending(x, last, lengths), means[-1][..., None].expand_as(memory)
 
     def initialise(self, layer, n_layer, stream):
         self.fade.uniform_(0, 3, generator=stream)
@@ -214,8 +214,8 @@ class ChannelMix(nn.Module):
         self.value = nn.Linear(config.dim_ffn, config.n_embd, bias=False)
 
     def forward(self, x, last, lengths=None):
-        dx, last = token_shift(x, last, lengths)
-        return self.value(self.key(x + dx / 2).relu().square()), last
+        before = torch.cat([last[:, None], x[:, :-1]], 1)
+        return self.value(self.key((x + before) / 2).relu().square()), ending(x, last, lengths)
 
     def initialise(self, layer, n_layer, stream):
         pass

@@ -505,7 +505,8 @@ def test_two_runs_at_once_make_what_they_share_once(fresh, tmp_path):
     work = fresh.copy(tmp_path / "work")
     other_run(work, "lr: 1e-4", "lr: 5e-4")
     work.hold("vocab", "pretrain")
-    one, two = work.start(), work.start("--configfile", "other.yaml")
+    # a held step takes two cores, and what both share is made beside it
+    one, two = work.start("--cores", "8"), work.start("--configfile", "other.yaml", "--cores", "8")
     one.until(lambda: "is made by another run (process" in one.said() + two.said())
     work.release("vocab")
     for process, run in ((one, "demo"), (two, "other")):  # they go side by side once it is made
