@@ -20,6 +20,7 @@ log = logging.getLogger("rwkvpipe")
 ALONE, BESIDE = fcntl.LOCK_EX, fcntl.LOCK_SH
 TELL = 10.0  # seconds between looks at the logs of what is running
 POLL = 0.5  # seconds between looks at what has been made
+START = time.time()  # nothing was planned before
 
 
 class Claims:
@@ -105,8 +106,18 @@ class Claims:
         return f"process {self.holder(f'{name}.{part}')}"
 
 
-def begin(claims: Claims, run: str, used: Iterable[str], made: Mapping[str, list], say: Callable[[str], None]) -> bool:
+def _came_since(files: Iterable[str]) -> bool:
+    """Whether one of the files was written after this run began to plan, by the clock here."""
+    return any(START <= path.stat().st_mtime <= time.time() for path in map(Path, files) if path.exists())
+
+
+def begin(
+    claims: Claims, run: str, used: Mapping[str, Iterable[str]], made: Mapping[str, list], say: Callable[[str], None]
+) -> bool:
     """Take a run and the shared things it needs; False after waiting for others, whose work changes what is to do.
+
+    `used` has the files of each thing: of one that was made by another run while this one planned, nothing is to be
+    made anew, so there is nothing to wait for but a new plan.
 
     Raises ConfigError if the run is in work already.
     """
@@ -119,7 +130,8 @@ def begin(claims: Claims, run: str, used: Iterable[str], made: Mapping[str, list
     if name is not None:
         for number in (signal.SIGINT, signal.SIGTERM):  # Snakemake's handlers stop jobs; who waits has none
             signal.signal(number, signal.SIG_DFL)
-        claims.stand_back(name, maker=name in made, say=say)
+        if name not in made or not _came_since(used[name]):
+            claims.stand_back(name, maker=name in made, say=say)
     return name is None
 
 

@@ -19,7 +19,7 @@ from rwkvpipe.base import runs
 claims = runs.Claims(runs.Path(sys.argv[1]))
 say = lambda line: print(line, flush=True)
 made = {name: [] for name in sys.argv[4].split()}
-say(runs.begin(claims, sys.argv[2], sys.argv[3].split(), made, say))
+say(runs.begin(claims, sys.argv[2], {name: [] for name in sys.argv[3].split()}, made, say))
 time.sleep(60)
 """
 
@@ -41,7 +41,7 @@ def claims(tmp_path):
 
 
 def test_what_one_makes_others_read_when_it_is_made(claims, tmp_path):
-    assert runs.begin(claims, "a", ["x", "y"], {"x": []}, print)
+    assert runs.begin(claims, "a", {"x": [], "y": []}, {"x": []}, print)
     other = runs.Claims(tmp_path)
     assert other.begin(["y"], []) is None  # both read
     assert other.begin(["x", "y"], []) == "x" and not [name for name in other.held if name.startswith("x")]
@@ -51,9 +51,25 @@ def test_what_one_makes_others_read_when_it_is_made(claims, tmp_path):
 
 
 def test_a_run_is_refused_a_second_time_and_told_who_works(claims, tmp_path):
-    assert runs.begin(claims, "a", [], {}, print)
+    assert runs.begin(claims, "a", {}, {}, print)
     with pytest.raises(ConfigError, match=f"run a: another snakemake works on it .process {os.getpid()}.*kill"):
-        runs.begin(runs.Claims(tmp_path), "a", [], {}, print)
+        runs.begin(runs.Claims(tmp_path), "a", {}, {}, print)
+
+
+def test_what_was_made_while_a_run_planned_is_planned_with_and_not_waited_for(claims, tmp_path, monkeypatch):
+    file = tmp_path / "x.json"
+    file.touch()
+    os.utime(file, (runs.START - 100, runs.START - 100))
+    assert runs.begin(claims, "a", {"x": [str(file)]}, {}, print)  # it reads x
+    waited = []
+    monkeypatch.setattr(runs.Claims, "stand_back", lambda claims, name, **how: waited.append(name))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    wanted = {"x": [str(file), str(tmp_path / "y.json")]}
+    assert not runs.begin(runs.Claims(tmp_path), "b", wanted, {"x": []}, print)
+    assert waited == ["x"]  # as old as that, it is to be made anew
+    file.touch()
+    assert not runs.begin(runs.Claims(tmp_path), "c", wanted, {"x": []}, print)
+    assert waited == ["x"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
