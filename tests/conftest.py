@@ -6,6 +6,7 @@ import os
 import random
 from pathlib import Path
 
+import hypothesis
 import pytest
 import yaml
 
@@ -14,6 +15,9 @@ from rwkvpipe.plan import Plan
 
 # set before torch is imported: the models are tiny, and tests start programs that would fight over the cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# the same examples everywhere: a run that passes here passes there; HYPOTHESIS_PROFILE=default looks further
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
