@@ -4,19 +4,16 @@ The peer takes one row at a time; eight of ours together stand beside eight call
 anything is timed.
 """
 
-import os
 import sys
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.train import Worker, machine
+from benchmarks.train import Worker, conditions
 from rwkvpipe.base.config import RwkvConfig
-from rwkvpipe.kernel import build as kernels
 from rwkvpipe.model.family import build
 
 WORST = 2e-5  # largest difference of logits, as a share of the largest logit
@@ -80,10 +77,7 @@ def measure(peer: Path, folder: Path, rounds: int, case: Case) -> dict:
         "cpu_seconds": seconds,
         "ratio": {name: median(values) for name, values in ratios.items()},
         "ratios": ratios,
-        "kernel": f"{kernels.level()}, {kernels.why_not()}",
-        "machine": machine(),
-        "load": os.getloadavg()[0],
-        "torch": version("torch"),
+        **conditions(),
     }
 
 

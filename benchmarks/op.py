@@ -4,16 +4,14 @@ The loop over tokens is what public trainers run on a CPU. All three compute wit
 compared with the loop in fp64 before anything is timed.
 """
 
-import os
 import time
-from importlib.metadata import version
 from statistics import median
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from benchmarks.train import machine
+from benchmarks.train import conditions
 from rwkvpipe.kernel import build
 from rwkvpipe.kernel.wkv5 import wkv5, wkv5_reference
 from rwkvpipe.kernel.wkv6 import wkv6, wkv6_reference
@@ -87,10 +85,7 @@ def measure(operator: str, rounds: int) -> dict:
         "cpu_seconds": seconds,
         "ratio": median(ratios),
         "ratios": ratios,
-        "kernel": f"{build.level()}, {build.why_not()}",
-        "machine": machine(),
-        "load": os.getloadavg()[0],
-        "torch": version("torch"),
+        **conditions(),
     }
 
 

@@ -49,6 +49,16 @@ def machine() -> str:
     return named[0] if named else platform.processor() or platform.machine()
 
 
+def conditions() -> dict:
+    """On what something is measured."""
+    return {
+        "kernel": f"{kernels.level()}, {kernels.why_not()}",
+        "machine": machine(),
+        "load": os.getloadavg()[0],
+        "torch": version("torch"),
+    }
+
+
 class Worker:
     """A program that answers one line of JSON for each line it is told."""
 
@@ -124,10 +134,7 @@ def measure(peer: Path, folder: Path, rounds: int, case: Case) -> dict:
         "ratio": median(ratios),
         "ratios": ratios,
         "megabytes": peaks,
-        "kernel": f"{kernels.level()}, {kernels.why_not()}",
-        "machine": machine(),
-        "load": os.getloadavg()[0],
-        "torch": version("torch"),
+        **conditions(),
     }
 
 

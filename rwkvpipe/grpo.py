@@ -5,7 +5,7 @@ python -m rwkvpipe.launch 0 grpo settings.json --model m.pth --tokenizer bytes -
 
 from pathlib import Path
 
-from rwkvpipe.base.errors import ConfigError, Parser, new_file, run
+from rwkvpipe.base.errors import run
 from rwkvpipe.base.files import write_jsonl
 from rwkvpipe.data.batches import check_batch
 from rwkvpipe.infer.engine import load_vocabulary
@@ -15,8 +15,7 @@ from rwkvpipe.train.loop import Hooks, fit
 from rwkvpipe.train.optim import whole_length
 from rwkvpipe.train.policy import Rollout, grpo_losses
 from rwkvpipe.train.rollout import Sampler, check_fits, read_questions
-from rwkvpipe.train.stage import finish, open_stage, run_of
-from rwkvpipe.train.tracker import add_trackers
+from rwkvpipe.train.stage import finish, open_stage, run_of, stage_parser
 
 
 def _tokens(rollout: Rollout) -> int:
@@ -25,19 +24,11 @@ def _tokens(rollout: Rollout) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     """Sample, grade, learn; writes the model or adapter, metrics.jsonl and rollouts.jsonl."""
-    parser = Parser(prog="rwkvpipe.grpo", description=__doc__.splitlines()[0])
-    parser.add_argument("settings", help="settings.json of the stage")
-    parser.add_argument("--model", required=True, help="the weights it starts from")
+    parser = stage_parser("grpo", __doc__)
     parser.add_argument("--tokenizer", required=True, help="their vocabulary: a folder, or `bytes`")
     parser.add_argument("--data", type=Path, required=True, help="questions with answers, JSONL")
-    parser.add_argument("--micro-batch", type=int, default=8, help="rows at a time; decides memory, no result")
-    parser.add_argument("--save-every", type=int, default=100, help="steps between resume points")
-    add_trackers(parser)
-    parser.add_argument("--out", required=True, type=new_file, help="model.safetensors; with lora adapter.safetensors")
     given = parser.parse_args(argv)
-    if given.micro_batch < 1:
-        raise ConfigError(f"--micro-batch: {given.micro_batch} rows at a time; 1 is the least")
-    stage = open_stage(given.settings, given.model, given.out, kind="grpo", track=given.track)
+    stage = open_stage(given, kind="grpo")
     tokenizer = load_vocabulary(given.tokenizer, stage.model.config.vocab_size, given.model)
     settings = stage.settings
     tasks = [grader(name)(settings.prompt or PROMPT) for name in settings.rollout.rewards if ":" not in name]

@@ -1,6 +1,7 @@
 """Every knob there is, as frozen pydantic models that forbid unknown keys.
 
-Defaults stand here and nowhere else. `check(model, value, where)` makes a model of plain values, or one line of error.
+Defaults stand here and in what it imports (corpus, sizes, tuning, vocabulary), nowhere else.
+`check(model, value, where)` makes a model of plain values, or one line of error.
 """
 
 from pathlib import Path

@@ -36,12 +36,11 @@ def deserted() -> bool:
 def _start(words: list[str], index: int, count: int, folder: Path) -> subprocess.Popen:
     """One of the processes, with every lock that this one holds; what the first one says is said, the rest is kept."""
     given = {"RANK": str(index), "WORLD_SIZE": str(count), "LOCAL_RANK": str(index), MEET: str(folder)}
-    given.setdefault("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
     said = None if index == 0 else os.open(folder / f"said-{index}", os.O_WRONLY | os.O_CREAT, 0o600)
     try:
         return subprocess.Popen(
-            words, env={**os.environ, **given}, stdout=None if index == 0 else subprocess.DEVNULL, stderr=said,
-            close_fds=False,
+            words, env={"GLOO_SOCKET_IFNAME": "lo", **os.environ, **given}, close_fds=False,
+            stdout=None if index == 0 else subprocess.DEVNULL, stderr=said,
         )  # fmt: skip
     finally:
         if said is not None:

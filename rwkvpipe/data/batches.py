@@ -1,5 +1,6 @@
 """What step n sees. Every batch is a function of the corpora, the settings and the step alone."""
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -79,7 +80,7 @@ def _chunks(data: Binidx, config: TrainConfig, part: float) -> Order:
             " and the last target); give more text or a smaller ctx_len"
         )
     if config.order != "magic":
-        count = (tokens - 1) // ctx_len  # neighbours share a token: target of one, input of the next
+        count = _rows_of_stream(data, ctx_len)
         check_batch(data.prefix, count, f"rows of {ctx_len} tokens", config, part)
         index = span_order(count, config)
         return lambda number: (index(number) * ctx_len, ctx_len + 1)
@@ -96,14 +97,23 @@ def _chunks(data: Binidx, config: TrainConfig, part: float) -> Order:
     return lambda number: (place(number, 0, prime) * ctx_len, ctx_len + 1)
 
 
+def _rows_of_documents(data: Binidx, ctx_len: int) -> np.ndarray:
+    """How many rows (n,) each document is; of one token nothing can be learned."""
+    sizes = np.diff(data.documents, axis=1).ravel()
+    return np.maximum(-(-(sizes - 1) // ctx_len), 0)
+
+
+def _rows_of_stream(data: Binidx, ctx_len: int) -> int:
+    """How many rows the stream is; neighbours share a token: target of one, input of the next."""
+    return (len(data) - 1) // ctx_len
+
+
 def _pieces(data: Binidx, config: TrainConfig, part: float) -> Order:
     """Documents, each a row; a longer one than ctx_len becomes several, which share a token as chunks do.
 
     Raises DataError when there are too few.
     """
-    borders = data.documents
-    sizes = np.diff(borders, axis=1).ravel()
-    counts = np.maximum(-(-(sizes - 1) // config.ctx_len), 0)  # of one token nothing can be learned
+    borders, counts = data.documents, _rows_of_documents(data, config.ctx_len)
     ends = np.cumsum(counts)  # rows up to the end of each document
     count = int(ends[-1]) if len(ends) else 0
     if not count:
@@ -111,7 +121,7 @@ def _pieces(data: Binidx, config: TrainConfig, part: float) -> Order:
     check_batch(data.prefix, count, "rows of documents", config, part)
     log.info(
         "%d documents are %d rows; %d are longer than train.ctx_len %d, %d too short to learn from",
-        len(sizes), count, int((counts > 1).sum()), config.ctx_len, int((counts == 0).sum()),
+        len(counts), count, int((counts > 1).sum()), config.ctx_len, int((counts == 0).sum()),
     )  # fmt: skip
     index = span_order(count, config)
 
@@ -208,11 +218,10 @@ def rows_of(data: Binidx, config: TrainConfig, *, masked: bool) -> int:
     if masked:
         return sum(len(starts) for starts, _ in _learned(data, config.ctx_len))
     if config.rows == "documents":
-        sizes = np.diff(data.documents, axis=1).ravel()
-        return int(np.maximum(-(-(sizes - 1) // config.ctx_len), 0).sum())
+        return int(_rows_of_documents(data, config.ctx_len).sum())
     if config.order == "magic":
         return magic_prime(len(data) // config.ctx_len) or 0
-    return (len(data) - 1) // config.ctx_len
+    return _rows_of_stream(data, config.ctx_len)
 
 
 def token_batches(data: Binidx | Mix, config: TrainConfig, rank: Share, first_step: int) -> Iterator[Batch]:
@@ -227,13 +236,9 @@ def token_batches(data: Binidx | Mix, config: TrainConfig, rank: Share, first_st
         raise ConfigError("train.order: magic reads one stream of tokens; whole documents come shuffled or sequential")
     spans = spans_of(data, config, rank, _pieces if whole else _chunks)
 
-    def batches() -> Iterator[Batch]:
-        step = first_step
-        while True:
-            yield _padded(spans(step), masked=False) if whole else _stacked(spans(step))
-            step += 1
-
-    return batches()
+    return (
+        _padded(spans(step), masked=False) if whole else _stacked(spans(step)) for step in itertools.count(first_step)
+    )
 
 
 def masked_batches(data: Binidx | Mix, config: TrainConfig, rank: Share, first_step: int) -> Iterator[Batch]:
@@ -246,10 +251,4 @@ def masked_batches(data: Binidx | Mix, config: TrainConfig, rank: Share, first_s
         raise ConfigError("train.order: magic reads one stream of tokens; whole documents come shuffled or sequential")
     spans = spans_of(data, config, rank, _answers)
 
-    def batches() -> Iterator[Batch]:
-        step = first_step
-        while True:
-            yield _padded(spans(step), masked=True)
-            step += 1
-
-    return batches()
+    return (_padded(spans(step), masked=True) for step in itertools.count(first_step))

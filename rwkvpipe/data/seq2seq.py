@@ -1,5 +1,6 @@
 """What step n of an encoder and a decoder sees: pairs out of a packed corpus of format seq2seq."""
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -82,18 +83,15 @@ def pair_batches(
         raise ConfigError("train.order: magic reads one stream of tokens; pairs come shuffled or sequential")
     spans = spans_of(data, config, rank, _pairs)
 
-    def batches() -> Iterator[PairBatch]:
-        step = first_step
-        while True:
-            sources, targets = [], []
-            for corpus, start, count in spans(step):
-                ids, marks = np.asarray(corpus.tokens(start, count)), corpus.mask(start, count) != 0
-                sources.append(_cut(ids[~marks], config.ctx_len))
-                targets.append(ids[marks][: config.ctx_len])
-            inputs = [np.concatenate(([begin], target[:-1])) for target in targets]
-            source, source_lengths = _padded(sources, 0)
-            wanted, lengths = _padded(targets, -1)
-            yield PairBatch(source, source_lengths, _padded(inputs, 0)[0], wanted, lengths)
-            step += 1
+    def batch(step: int) -> PairBatch:
+        sources, targets = [], []
+        for corpus, start, count in spans(step):
+            ids, marks = np.asarray(corpus.tokens(start, count)), corpus.mask(start, count) != 0
+            sources.append(_cut(ids[~marks], config.ctx_len))
+            targets.append(ids[marks][: config.ctx_len])
+        inputs = [np.concatenate(([begin], target[:-1])) for target in targets]
+        source, source_lengths = _padded(sources, 0)
+        wanted, lengths = _padded(targets, -1)
+        return PairBatch(source, source_lengths, _padded(inputs, 0)[0], wanted, lengths)
 
-    return batches()
+    return map(batch, itertools.count(first_step))

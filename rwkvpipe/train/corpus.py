@@ -58,8 +58,6 @@ def train(
 
     Raises DataError when the corpus does not fit, ConfigError when `micro_batch` is below 1.
     """
-    if micro_batch < 1:
-        raise ConfigError(f"--micro-batch: {micro_batch} rows at a time; 1 is the least")
     batch, count = stage.settings.train.batch, stage.rank.count
     if batch < count:
         raise ConfigError(f"train.batch: {batch} rows a step for {count} devices; each needs one at least")

@@ -1,18 +1,18 @@
 """One training stage from its files to its files: what all kinds of training have in common."""
 
+import argparse
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
 from rwkvpipe.base.config import LoraConfig, RolloutConfig, Settings, read_settings
-from rwkvpipe.base.errors import ConfigError
+from rwkvpipe.base.errors import ConfigError, Parser, new_file
 from rwkvpipe.base.files import canonical, digest, write_jsonl
 from rwkvpipe.train import checkpoint, dist
 from rwkvpipe.train.loop import Log, Run, held
-from rwkvpipe.train.tracker import Trackers
+from rwkvpipe.train.tracker import Trackers, add_trackers
 from rwkvpipe.weights import lora, store
 from rwkvpipe.weights.states import tune_states
 
@@ -44,13 +44,26 @@ class Stage:
         return self.out.parent / "checkpoints"
 
 
-def open_stage(
-    settings: str | Path, model: str | Path, out: str | Path, *, kind: str, track: Sequence[str] = ()
-) -> Stage:
-    """Read settings and weights and make the model ready to train.
+def stage_parser(kind: str, about: str) -> Parser:
+    """The command line that all kinds of training share; `about` is the verb's docstring."""
+    parser = Parser(prog=f"rwkvpipe.{kind}", description=about.splitlines()[0])
+    parser.add_argument("settings", help="settings.json of the stage")
+    parser.add_argument("--model", required=True, help="the weights it starts from")
+    parser.add_argument("--micro-batch", type=int, default=8, help="rows at a time; decides memory, no result")
+    parser.add_argument("--save-every", type=int, default=100, help="steps between resume points")
+    parser.add_argument("--out", required=True, type=new_file, help="model.safetensors; with lora adapter.safetensors")
+    add_trackers(parser)
+    return parser
 
-    Raises ConfigError when the settings are of another kind of stage.
+
+def open_stage(given: argparse.Namespace, *, kind: str) -> Stage:
+    """Read settings and weights as `stage_parser` was told, and make the model ready to train.
+
+    Raises ConfigError when the settings are of another kind of stage, or no row fits at a time.
     """
+    settings, model = given.settings, given.model
+    if given.micro_batch < 1:
+        raise ConfigError(f"--micro-batch: {given.micro_batch} rows at a time; 1 is the least")
     asked = read_settings(settings)
     if asked.kind != kind:
         raise ConfigError(f"{settings}: kind is {asked.kind}; run `python -m rwkvpipe.{asked.kind}` with it")
@@ -59,7 +72,7 @@ def open_stage(
     rank = dist.start()
     base = store.mark(model)
     network = store.load_model(model, rank.device)
-    stage = Stage(asked, network, rank, Path(out), base, tuple(track))
+    stage = Stage(asked, network, rank, Path(given.out), base, tuple(given.track))
     if asked.lora is not None:
         lora.inject(network, asked.lora, stage.seed)
     if asked.state:
