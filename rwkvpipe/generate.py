@@ -12,8 +12,8 @@ from rwkvpipe.base.config import SamplesConfig, SamplingConfig
 from rwkvpipe.base.errors import ConfigError, DataError, Parser, new_file, run
 from rwkvpipe.base.files import write_jsonl
 from rwkvpipe.base.strict import check, check_json
-from rwkvpipe.infer.decode import KINDS
 from rwkvpipe.infer.engine import Engine, load_vocabulary
+from rwkvpipe.infer.packed import KINDS
 from rwkvpipe.infer.prefix import States
 from rwkvpipe.infer.prompts import read_prompts
 from rwkvpipe.tokenizer.chat import MODES, prompt
@@ -35,7 +35,7 @@ def parser() -> Parser:
     found.add_argument("--prompt", action="append", default=[], help="or a text to go on from; may come several times")
     found.add_argument("--prompts", help="or a file of them: JSONL with prompt or messages, or a text, one a line")
     found.add_argument("--chat", action="store_true", help="or talk: a line is a turn, /new begins anew, Ctrl-D ends")
-    found.add_argument("--weights", choices=KINDS, default="fp32", help="what RWKV-7 on a CPU writes with")
+    found.add_argument("--weights", choices=KINDS, default="fp32", help="what matrices are kept in")
     found.add_argument("--mode", choices=sorted(MODES), default="plain", help="in talks: how answers begin")
     found.add_argument("--temperature", type=float, help="without --spec; 0 is the likeliest token")
     found.add_argument("--max-tokens", type=int, help="without --spec: longest continuation")

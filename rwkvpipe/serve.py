@@ -9,8 +9,8 @@ from pathlib import Path
 from rwkvpipe.base.config import SamplingConfig
 from rwkvpipe.base.errors import ConfigError, Parser, run
 from rwkvpipe.base.strict import check_json
-from rwkvpipe.infer.decode import KINDS
 from rwkvpipe.infer.engine import Engine, load_vocabulary
+from rwkvpipe.infer.packed import KINDS
 from rwkvpipe.tokenizer.chat import MODES
 from rwkvpipe.train import dist
 from rwkvpipe.weights.speaker import load_speaker
@@ -28,7 +28,7 @@ def parser() -> Parser:
     found.add_argument("--adapter", help="an adapter, or initial states, put beside the weights")
     found.add_argument("--name", help="what clients call the model; left out, the name of its file or folder")
     found.add_argument("--sampling", default=DEFAULTS, help="JSON: what requests leave open, and the most max_tokens")
-    found.add_argument("--weights", choices=KINDS, default="fp32", help="what RWKV-7 on a CPU writes with")
+    found.add_argument("--weights", choices=KINDS, default="fp32", help="what matrices are kept in")
     found.add_argument("--mode", choices=sorted(MODES), default="plain", help="how answers in a talk begin")
     found.add_argument("--rows", type=int, default=16, help="texts written side by side; decides memory, no text")
     found.add_argument("--waiting", type=int, default=256, help="texts that may wait; more are told to come again")

@@ -1,16 +1,17 @@
 """A token of every row in one native call for all layers (`cuda/decode_cpu.cpp`), for RWKV-7 on the CPU.
 
 The model's forward is the reference, and what computes where there is no native code, or another family. The matrices
-may be kept in fewer bits: then the weights are read in half or a quarter of the time, which is what a token costs.
+may be kept in fewer bits (see `packed`): then the weights are read in half or a quarter of the time, which is what a
+token costs.
 """
 
 import torch
 from torch import Tensor, nn
 
+from rwkvpipe.infer.packed import KINDS, kind_of, matrix, pack
 from rwkvpipe.kernel import build
 from rwkvpipe.model.layers import State
 
-KINDS = ("fp32", "bf16", "int8")
 ROWS = ("ln1.weight", "ln1.bias", "ln2.weight", "ln2.bias", "att.x_r", "att.x_w", "att.x_k", "att.x_v", "att.x_a",
         "att.x_g", "att.w0", "att.a0", "att.v0", "att.k_k", "att.k_a", "att.r_k", "att.ln_x.weight", "att.ln_x.bias",
         "ffn.x_k")  # fmt: skip
@@ -34,8 +35,7 @@ class Decoder:
         layers = range(config.n_layer)
         self.vectors = self._words([parameters.get(f"blocks.{n}.{name}") for n in layers for name in ROWS])
         names = [*(f"blocks.{n}.{name}" for n in layers for name in MATRICES), "head"]
-        found = [_matrix(model, parameters, name) for name in names]
-        packed = [(None, None) if x is None else pack(x, kind) for x in found]
+        packed = [_packed(model, parameters, name, kind) for name in names]
         self.matrices = self._words([data for data, _ in packed])
         self.scales = self._words([scale for _, scale in packed])
 
@@ -55,31 +55,24 @@ class Decoder:
         return logits
 
 
-def decoder(model: nn.Module, kind: str = "fp32") -> Decoder | None:
+def decoder(model: nn.Module) -> Decoder | None:
     """The native form of a model's step, or None where the model's own is to be used."""
     if model.config.family != "rwkv7" or any(module.training for module in model.modules()):
         return None
     if build.native(*model.parameters()) is None:
         return None
     build.announce("writing token by token", "cpu", natively=True)
-    return Decoder(model, kind)
+    return Decoder(model, kind_of(model))
 
 
-def _matrix(model: nn.Module, parameters: dict[str, Tensor], name: str) -> Tensor | None:
-    """A matrix (out, in): one of a low rank, which is stored the other way round, a layer's, or with its adapter."""
+def _packed(
+    model: nn.Module, parameters: dict[str, Tensor], name: str, kind: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """A matrix (out, in) and its scale: of a low rank, which is stored the other way round, a layer's, or kept so."""
+    if name in (kept := getattr(model, "packed", {})):
+        return kept[name]
     if name in parameters:
-        return parameters[name].mT
+        return pack(parameters[name].mT, kind)
     if not hasattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]):
-        return None  # layer 0 has no v
-    layer = model.get_submodule(name)
-    return layer.weight if type(layer) is nn.Linear else layer(torch.eye(layer.weight.shape[1])).mT
-
-
-def pack(matrix: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
-    """A matrix in fewer bits, and for int8 the scale of each row, whose largest number becomes 127."""
-    if kind == "bf16":
-        return matrix.bfloat16(), None
-    if kind == "int8":
-        scale = matrix.abs().amax(1).clamp(min=1e-30) / 127
-        return (matrix / scale[:, None]).round().to(torch.int8), scale
-    return matrix, None
+        return None, None  # layer 0 has no v
+    return pack(matrix(model.get_submodule(name)), kind)

@@ -11,6 +11,7 @@ from torch import nn
 from rwkvpipe.base.config import SamplingConfig
 from rwkvpipe.base.errors import ConfigError, DataError
 from rwkvpipe.infer.memory import check_rows
+from rwkvpipe.infer.packed import keep
 from rwkvpipe.infer.prefix import States
 from rwkvpipe.infer.progress import Progress
 from rwkvpipe.infer.reading import CHUNK, LOGITS, Reader
@@ -43,9 +44,9 @@ def load_vocabulary(path: str | Path, rows: int, model: str | Path) -> Tokenizer
 class Engine:
     """Writes on after prompts and weighs texts, `rows` at a time; what comes out does not depend on `rows`.
 
-    The model may have adapters beside its matrices, and initial states. `kind` (see `decode.KINDS`) is what native code
-    keeps the matrices in while it writes; prompts are read, and texts weighed, in the model's own precision. Raises
-    ConfigError when the tokenizer has ids that the model lacks, or for more rows than memory holds.
+    The model may have adapters beside its matrices, and initial states. `kind` (see `packed`) is what its matrices are
+    kept in from then on, whatever is done with it. Raises ConfigError when the tokenizer has ids that the model lacks,
+    or for more rows than memory holds.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, rows: int, *, kind: str = "fp32"):
@@ -56,7 +57,8 @@ class Engine:
             raise ConfigError(
                 f"the tokenizer has {tokenizer.size} ids, the model {size}; give the tokenizer it was trained with"
             )
-        self.model, self.tokenizer, self.rows, self.kind = model, tokenizer, rows, kind
+        keep(model, kind)
+        self.model, self.tokenizer, self.rows = model, tokenizer, rows
         self.reader = Reader(model, rows)
         check_rows(model.config, rows, self.reader.device, chunk=CHUNK, logits=LOGITS)
 
@@ -74,7 +76,7 @@ class Engine:
 
     def slots(self, rows: int, kept: States | None = None) -> Slots:
         """Room for `rows` texts to be written side by side."""
-        return Slots(self.model, self.words, rows, kept, kind=self.kind)
+        return Slots(self.model, self.words, rows, kept)
 
     def generate(
         self,

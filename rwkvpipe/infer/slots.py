@@ -23,14 +23,12 @@ def logprob(logits: Tensor, ids: Tensor) -> Tensor:
 class Slots:
     """At most `limit` rows, each with its own settings; they share one state and one step of the model."""
 
-    def __init__(self, model: nn.Module, words: Words, limit: int, kept: States | None = None, *, kind: str = "fp32"):
+    def __init__(self, model: nn.Module, words: Words, limit: int, kept: States | None = None):
         self.model, self.words, self.limit, self.kept = model, words, limit, kept
         self.device = next(model.parameters()).device
         self.rows: list[Row | None] = []
         self.state: State | None = None
-        self.decoder = decoder(model, kind)
-        if self.decoder is None and kind != "fp32":
-            raise ConfigError(f"weights: {kind} is offered for RWKV-7 on a CPU with native kernels only; take fp32")
+        self.decoder = decoder(model)
         self.table: dict[str, Tensor] = {}  # (rows, V): how often an id came, and whether; where penalties ask
         self.forbidden = None if words.owned.all() else torch.from_numpy(~words.owned).to(self.device)
         self.steps = 0

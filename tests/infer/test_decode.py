@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from rwkvpipe.base.config import LoraConfig, RwkvConfig
-from rwkvpipe.infer.decode import Decoder, decoder, pack
+from rwkvpipe.infer.decode import Decoder, decoder
+from rwkvpipe.infer.packed import pack, unpack
 from rwkvpipe.kernel import build
 from rwkvpipe.model.family import build as model_of
 from rwkvpipe.model.layers import State
@@ -96,8 +97,7 @@ def test_fewer_bits_are_those_of_the_rounded_matrices(kind):
             low = end in ("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2")
             if low or (tensor.dim() == 2 and end == "weight" and name != "emb.weight"):
                 data, scale = pack(tensor.mT if low else tensor, kind)
-                data = data.float() if scale is None else data.float() * scale[:, None]
-                tensor.copy_(data.mT if low else data)
+                tensor.copy_(unpack(data, scale).mT if low else unpack(data, scale))
     wanted = reference(model, ids)[0]
     assert float((found - wanted).abs().max()) < 2e-5 * max(1.0, float(wanted.abs().max()))
 

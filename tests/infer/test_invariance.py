@@ -9,11 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rwkvpipe.base.config import LoraConfig, RwkvConfig, SamplingConfig
-from rwkvpipe.base.errors import ConfigError
 from rwkvpipe.infer import prefix, reading
 from rwkvpipe.infer.engine import Engine
 from rwkvpipe.infer.row import Job
-from rwkvpipe.kernel import build as build_native
 from rwkvpipe.model.family import build
 from rwkvpipe.model.layers import State
 from rwkvpipe.tokenizer.byte import ByteTokenizer
@@ -64,9 +62,9 @@ def real(**sizes) -> nn.Module:
     return found.eval()
 
 
-def written(network, rows, sampling, order=None, samples=2) -> dict:
+def written(network, rows, sampling, order=None, samples=2, kind="fp32") -> dict:
     numbers = list(range(len(PROMPTS))) if order is None else order
-    found = Engine(network, ByteTokenizer(1), rows).generate(
+    found = Engine(network, ByteTokenizer(1), rows, kind=kind).generate(
         [PROMPTS[n] for n in numbers], sampling, samples, numbers=numbers
     )
     return {(c.prompt, c.sample): (c.ids, c.text, c.finish) for c in found}
@@ -189,11 +187,14 @@ def test_adapters_beside_the_matrices_write_what_merged_weights_write():
     assert beside != written(plain, 3, SETTINGS[0], samples=1)
 
 
-@pytest.mark.skipif(build_native.extension() is None, reason="no native kernels here")
+FAMILIES = [{"family": "rwkv5"}, {"family": "rwkv6"}, {"family": "rwkv7", "time_state": True}]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=[one["family"] for one in FAMILIES])
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
-def test_matrices_of_fewer_bits_write_the_same_for_any_rows(kind):
-    engines = [Engine(real(), ByteTokenizer(1), rows, kind=kind) for rows in (1, 7)]
-    alone, together = ({c.prompt: c.ids for c in one.generate(PROMPTS, SETTINGS[1])} for one in engines)
-    assert alone == together
-    with pytest.raises(ConfigError, match="offered for RWKV-7"):
-        Engine(real(family="rwkv6"), ByteTokenizer(1), 1, kind=kind).slots(1)
+def test_matrices_of_fewer_bits_write_the_same_for_any_rows_order_and_chunks(kind, family, monkeypatch):
+    order, sampling = [3, 1, 0, 2], SETTINGS[0]
+    plain = written(real(**family), 1, sampling, sorted(order), 1, kind=kind)
+    assert written(real(**family), 3, sampling, order, 1, kind=kind) == plain
+    monkeypatch.setattr(reading, "CHUNK", 7)
+    assert written(real(**family), 32, sampling, order[::-1], 1, kind=kind) == plain

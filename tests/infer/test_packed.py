@@ -1,0 +1,119 @@
+"""Matrices in fewer bits: one rounding for all that is computed, and less memory."""
+
+import weakref
+
+import pytest
+import torch
+
+from rwkvpipe.base.config import LoraConfig, RwkvConfig
+from rwkvpipe.base.errors import ConfigError
+from rwkvpipe.infer import packed
+from rwkvpipe.infer.decode import decoder
+from rwkvpipe.infer.engine import Engine
+from rwkvpipe.infer.packed import Packed, keep, pack, unpack
+from rwkvpipe.model.family import build
+from rwkvpipe.tokenizer.byte import ByteTokenizer
+from rwkvpipe.weights.lora import inject
+
+FAMILIES = ["rwkv5", "rwkv6", "rwkv7"]
+KINDS = {"bf16": 2, "int8": 1}
+
+
+def made(family="rwkv7", **sizes):
+    sizes = {"n_layer": 2, "n_embd": 64, "head_size": 32, "vocab_size": 257} | sizes
+    model = build(RwkvConfig(family=family, **sizes))
+    stream = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        model.initialise(1)
+        for value in model.parameters():
+            value.add_(torch.randn(value.shape, generator=stream) * 0.1)
+    return model.eval()
+
+
+def size_of(tensors) -> int:
+    return sum(x.nbytes for x in tensors if x is not None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_read_and_what_is_written_see_the_same_numbers(family, kind):
+    model, ids = made(family), torch.randint(257, (3, 9), generator=torch.Generator().manual_seed(5))
+    keep(model, kind)
+    with torch.inference_mode():
+        wanted, after = model(ids)
+        state, found = model.start(3), []
+        step = decoder(model)
+        for t in range(9):
+            if step:
+                found.append(step.step(ids[:, t], state))
+            else:
+                logits, state = model(ids[:, t : t + 1], state)
+                found.append(logits[:, 0])
+    assert torch.allclose(torch.stack(found, 1), wanted, atol=2e-5 * float(wanted.abs().max()), rtol=0)
+    assert torch.allclose(state.wkv[1], after.wkv[1], atol=2e-5 * float(after.wkv[1].abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_whole_computes_with_the_rounded_matrices(family, kind):
+    model, other = made(family), made(family)
+    ids = torch.randint(257, (2, 7), generator=torch.Generator().manual_seed(5))
+    keep(model, kind)
+    with torch.no_grad():
+        for name, value in other.named_parameters():
+            layer = name.removesuffix(".weight")
+            if layer in model.packed:
+                rounded = unpack(*model.packed[layer])
+                value.copy_(rounded.mT if packed.LOW.fullmatch(layer) else rounded)
+        assert torch.equal(model(ids)[0], other(ids)[0])
+        assert not torch.equal(model(ids)[0], made(family)(ids)[0])
+
+
+@pytest.mark.parametrize(("kind", "size"), KINDS.items())
+def test_no_copy_in_fp32_stays(kind, size):
+    model = made(n_embd=128, dim_ffn=512)
+    matrices = [layer.weight for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    large, whole = sum(x.numel() for x in matrices), size_of(model.parameters())
+    matrices = [weakref.ref(x) for x in matrices]
+    engine = Engine(model, ByteTokenizer(1), 2, kind=kind)
+    assert not any(one() is not None for one in matrices)
+    slots = engine.slots(2)
+    low = size_of(x for name, pair in model.packed.items() if packed.LOW.fullmatch(name) for x in pair)
+    rows = sum(len(data) for name, (data, _) in model.packed.items() if not packed.LOW.fullmatch(name))
+    held = size_of(model.parameters()) + size_of(x for pair in model.packed.values() for x in pair)
+    assert held == whole - (4 - size) * large + low + (4 * rows if kind == "int8" else 0)
+    if slots.decoder:  # reads the same memory
+        known = {x.data_ptr() for x in model.parameters()} | {d.data_ptr() for d, _ in model.packed.values()}
+        known |= {s.data_ptr() for _, s in model.packed.values() if s is not None}
+        assert size_of(x for x in slots.decoder.kept if x.data_ptr() not in known) <= low
+
+
+def test_a_large_matrix_is_in_fp32_a_part_at_a_time(monkeypatch):
+    drawn, x = torch.randn(50, 8, generator=torch.Generator().manual_seed(1)), torch.ones(2, 3, 8)
+    layer = Packed(*pack(drawn, "int8"))
+    whole = layer(x)
+    monkeypatch.setattr(packed, "PART", 60)
+    seen = []
+    monkeypatch.setattr(packed, "unpack", lambda data, scale: seen.append(data.numel()) or unpack(data, scale))
+    assert torch.allclose(layer(x), whole, atol=1e-5) and max(seen) <= 60 and sum(seen) == 400
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_are_rounded_with_their_matrices(kind):
+    model = made()
+    inject(model, LoraConfig(rank=4))
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if tensor.requires_grad:
+                tensor.copy_(0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(len(name))))
+    whole = packed.matrix(model.blocks[0].att.key)
+    keep(model.eval(), kind)
+    assert torch.equal(model.packed["blocks.0.att.key"][0], pack(whole, kind)[0])
+    assert len(model.packed) == 2 * 6 + 1 + 14
+
+
+def test_matrices_in_other_bits_are_not_rounded_again():
+    model = made()
+    keep(model, "int8"), keep(model, "int8")
+    with pytest.raises(ConfigError, match="kept in int8 already"):
+        Engine(model, ByteTokenizer(1), 1, kind="bf16")
