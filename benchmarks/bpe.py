@@ -17,7 +17,7 @@ from benchmarks.pack import documents, run
 from rwkvpipe.data.binidx import Binidx
 
 WORKERS = Path(__file__).parent / "workers"
-OURS, BATCH = "rwkvpipe", "tokenizers, batches"
+OURS, QUICK, BATCH = "rwkvpipe", "rwkvpipe, gigatoken", "tokenizers, batches"
 PEERS = {"datatrove": "datatrove_tokens.py", "megatron-core": "megatron_tokens.py"}
 IDS = 32768
 
@@ -38,9 +38,10 @@ def measure(peers: dict[str, Path], folder: Path, rounds: int, files: list[Path]
     words = tokenizer(text, folder)
     spec = json.dumps({"path": "x", "tokenizer": "words"})
 
-    def pack(source: Path) -> float:
+    def pack(source: Path, engine: str = "tokenizers") -> float:
         call = [sys.executable, "-m", "rwkvpipe.pack", source, "--spec", spec, "--tokenizer", words]
-        return run([*call, "--out", folder / "ours"], folder / "ours.log")["cpu_seconds"]
+        call += ["--bpe-engine", engine, "--out", folder / "ours"]
+        return run(call, folder / "ours.log")["cpu_seconds"]
 
     def peer(name: str, source: Path) -> float:
         call = [peers[name], WORKERS / PEERS[name], source, words / "bpe.json", folder / name]
@@ -50,16 +51,23 @@ def measure(peers: dict[str, Path], folder: Path, rounds: int, files: list[Path]
         call = [sys.executable, WORKERS / "batch_tokens.py", text, words / "bpe.json"]
         return json.loads(subprocess.run(list(map(str, call)), check=True, capture_output=True).stdout)["cpu_seconds"]
 
-    pack(text)
-    wanted = np.array(Binidx(folder / "ours/train").tokens(0, len(Binidx(folder / "ours/train"))))
+    def packed(engine: str) -> np.ndarray:
+        pack(text, engine)
+        found = Binidx(folder / "ours/train")
+        return np.array(found.tokens(0, len(found)))
+
+    wanted = packed("tokenizers")
+    if not np.array_equal(packed("gigatoken"), wanted):
+        raise SystemExit("the ids of gigatoken are others, so there is nothing to compare")
     for name in peers:
         peer(name, text)
         found = next((folder / name).glob("*.ds" if name == "datatrove" else "*.bin"))
         if not np.array_equal(np.fromfile(found, dtype=np.uint16), wanted):
             raise SystemExit(f"the ids of {name} are others, so there is nothing to compare")
-    size, rates = text.stat().st_size / 1e6, {name: [] for name in (OURS, BATCH, *peers)}
+    size, rates = text.stat().st_size / 1e6, {name: [] for name in (OURS, QUICK, BATCH, *peers)}
     for _ in range(rounds):
         rates[OURS].append(size / (pack(text) - pack(tiny)))
+        rates[QUICK].append(size / (pack(text, "gigatoken") - pack(tiny, "gigatoken")))
         rates[BATCH].append(size / batch())
         for name in peers:
             rates[name].append(size / (peer(name, text) - peer(name, tiny)))

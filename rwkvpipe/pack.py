@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -27,7 +28,8 @@ from rwkvpipe.data.synthetic import generate
 from rwkvpipe.data.unit import Unit
 from rwkvpipe.data.workers import in_order
 from rwkvpipe.tokenizer.integer import IntegerTokenizer
-from rwkvpipe.tokenizer.load import load_tokenizer
+from rwkvpipe.tokenizer.bpe import BpeTokenizer
+from rwkvpipe.tokenizer.load import BPE_ENGINES, load_engine
 from rwkvpipe.tokenizer.trie import TrieTokenizer
 
 log = logging.getLogger("rwkvpipe")
@@ -127,7 +129,7 @@ def pack(folder: Path, spec: CorpusConfig, tokenizer: str, source: Source, made:
         packing.files.forget()
         raise
     tell(described, packing.card.counts)
-    if isinstance(packer.tokenizer, TrieTokenizer):
+    if isinstance(packer.tokenizer, TrieTokenizer | BpeTokenizer):
         log.info("tokenizer: engine %s", packer.tokenizer.engine)
     return described
 
@@ -141,12 +143,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--valid", nargs="+", help="files of its own to validate with")
     parser.add_argument("--seed", type=int, default=0, help="of a made corpus whose settings name none")
     parser.add_argument("--workers", type=int, default=1, help="processes that read and encode")
+    parser.add_argument("--bpe-engine", choices=BPE_ENGINES, default="tokenizers", help="what encodes by a BPE")
     parser.add_argument("--out", required=True, type=Path, help="folder of the packed corpus")
     given = parser.parse_args(argv)
     spec = check_json(CorpusConfig, given.spec, "--spec")
     if given.workers < 1:
         raise ConfigError(f"--workers: {given.workers} processes; 1 is the least")
-    tokenizer = load_tokenizer(given.tokenizer)
+    load = partial(load_engine, given.tokenizer, given.bpe_engine)
+    tokenizer = load()
     if spec.format == "question":
         raise ConfigError("--spec: format question is not packed; rwkvpipe.questions writes such corpora")
     if spec.format == "array" and not isinstance(tokenizer, IntegerTokenizer):
@@ -163,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     if max(len(files), len(valid)) > 1:
         raise ConfigError(f"{files[1]}: one path, please: a folder or a glob means many files")
     room = given.out.resolve() / WORK
-    task = Task(spec, given.tokenizer, room)
+    task = Task(spec, load, room)
     task.packer = Packer(spec, tokenizer, room)
     source = Source(task.packer, task, given.workers)
     for path, part in [(path, None) for path in files] + [(path, "valid") for path in valid]:

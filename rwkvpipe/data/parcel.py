@@ -23,7 +23,7 @@ from rwkvpipe.data.pairing import Pairing
 from rwkvpipe.data.talk import Layout
 from rwkvpipe.data.unit import Unit, survey
 from rwkvpipe.tokenizer import chat
-from rwkvpipe.tokenizer.load import Tokenizer, load_tokenizer
+from rwkvpipe.tokenizer.load import Tokenizer
 
 PARTS = ("train", "valid")
 TOP = 10  # longest documents that are told of
@@ -262,8 +262,8 @@ def _blocks(data: np.ndarray, start: int, end: int) -> Iterator[bytes]:
 class Task:
     """What a process does with a job: the survey of a file, or a unit and the part that it belongs to."""
 
-    def __init__(self, spec: CorpusConfig, tokenizer: str, room: Path):
-        self.spec, self.tokenizer, self.room = spec, tokenizer, room
+    def __init__(self, spec: CorpusConfig, load: Callable[[], Tokenizer], room: Path):
+        self.spec, self.load, self.room = spec, load, room
         self.packer: Packer | None = None
 
     def __getstate__(self) -> dict:
@@ -274,7 +274,7 @@ class Task:
         if isinstance(what, str):
             return survey(what, detail)
         if self.packer is None:
-            self.packer = Packer(self.spec, load_tokenizer(self.tokenizer), self.room)
+            self.packer = Packer(self.spec, self.load(), self.room)
         return self.packer.parcel(what, detail)
 
 

@@ -75,6 +75,17 @@ def _own(described: dict, file: Path) -> OwnTokenizer:
     return found
 
 
+BPE_ENGINES = ("tokenizers", "gigatoken")
+
+
+def load_engine(path: str | Path, bpe_engine: str) -> Tokenizer:
+    """`load_tokenizer`, but a BPE encodes by the engine of that name."""
+    found = load_tokenizer(path)
+    if bpe_engine == "gigatoken" and isinstance(found, BpeTokenizer):
+        found.use_gigatoken()
+    return found
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """A tokenizer out of its folder, out of a vocabulary file or a tokenizer.json, or by name.
 

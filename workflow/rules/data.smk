@@ -55,6 +55,8 @@ rule pack:
     conda:
         ENVIRONMENT
     threads: lambda wildcards: 1 if settled.corpora[wildcards.corpus].synthetic else 8
+    resources:
+        bpe_engine="tokenizers",
     params:
         spec=lambda wildcards: spec(plan.corpus(wildcards.corpus)),
         code=plan.code("pack"),
@@ -64,7 +66,8 @@ rule pack:
         folder=subpath(output.info, parent=True),
     shell:
         "exec python -m rwkvpipe.pack --code {params.code:q} {params.source:q} --spec {params.spec:q} --tokenizer"
-        " {params.tokenizer:q} {params.valid:q} --workers {threads} --out {params.folder:q} > {log:q} 2>&1"
+        " {params.tokenizer:q} {params.valid:q} --workers {threads} --bpe-engine {resources.bpe_engine:q}"
+        " --out {params.folder:q} > {log:q} 2>&1"
 
 
 use rule pack as pack_masked with:
