@@ -9,6 +9,7 @@ python -m benchmarks tokenize [FILE ...]
 python -m benchmarks pack [FILE ...]
 python -m benchmarks bpe [FILE ...]
 python -m benchmarks memory [--gigabytes 2] [FILE ...]
+python -m benchmarks registers
 python -m benchmarks page
 """
 
@@ -16,13 +17,13 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import bpe, decode, families, infer, memory, op, pack, page, peers, tokenize, train
+from benchmarks import bpe, decode, families, infer, memory, op, pack, page, peers, registers, tables, tokenize, train
 
 
 def main() -> None:
     """Print a table and keep the numbers in a file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    what = ["train", "op", "decode", "infer", "families", "tokenize", "pack", "bpe", "memory", "page"]
+    what = ["train", "op", "decode", "infer", "families", "tokenize", "pack", "bpe", "memory", "registers", "page"]
     parser.add_argument("what", choices=what, help="a step of training; the operator; text to ids, and to files")
     parser.add_argument("files", nargs="*", type=Path, help="the text; left out, Python's library and papers")
     parser.add_argument("--peer-python", type=Path, help="a Python that has the peer; left out, one is set up")
@@ -36,6 +37,12 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     if given.what == "page":
         page.write(given.out)
+        return
+    if given.what == "registers":
+        found = registers.measure()
+        registers.write(found)
+        tables.write()
+        print(registers.table(found))
         return
     if given.what == "tokenize":
         python = given.peer_python or peers.set_up("pyrwkv-tokenizer")

@@ -1,4 +1,4 @@
-"""The tables of docs/kernels.md, out of the runs in docs/kernels.jsonl: `python -m benchmarks.tables`.
+"""The tables of docs/kernels.md and docs/gpu.md, out of docs/kernels.jsonl and gpu.json: `python -m benchmarks.tables`.
 
 A run of `python -m benchmarks` appends a line to a file of its own; those to be shown are copied to the latter. Of
 runs of the same thing the last one counts.
@@ -8,7 +8,7 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks import decode, op, train
+from benchmarks import decode, op, registers, train
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TABLES = {"op": op.table, "train": train.table, "decode": decode.table}
@@ -36,6 +36,19 @@ def filled(page: str) -> str:
     return page
 
 
+def reported(page: str) -> str:
+    """A page with what the compiler says of the GPU's kernels between its marks."""
+    found = json.loads(registers.REPORT.read_text(encoding="utf-8"))
+    text = f"<!-- registers -->\n{registers.table(found)}\n\n{found['nvcc']}\n<!-- end -->"
+    return re.sub(r"<!-- registers -->\n.*?<!-- end -->", lambda _: text, page, flags=re.S)
+
+
+def write() -> None:
+    """Put the tables into both pages."""
+    for name, fill in (("kernels.md", filled), ("gpu.md", reported)):
+        path = DOCS / name
+        path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    path = DOCS / "kernels.md"
-    path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+    write()

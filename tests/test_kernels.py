@@ -27,3 +27,21 @@ def test_without_a_compiler_it_fails_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("RWKVPIPE_KERNELS", str(tmp_path / "kept"))
     with pytest.raises(ConfigError, match="cannot be compiled"):
         kernels.main([])
+
+
+def test_kernels_of_a_card_are_compiled_ahead_where_there_is_no_card(tmp_path, monkeypatch, caplog):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(
+        '#!/bin/sh\n[ "$1" != --version ] || echo "nvcc: NVIDIA\nCuda compilation tools, release 13.0, V13"\n'
+        f'echo "$@" >> {tmp_path}/asked\nwhile [ "$1" ] && [ "$1" != -o ]; do shift; done\n[ -z "$2" ] || echo > "$2"\n'
+    )
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CXX", str(nvcc))
+    monkeypatch.setenv("CUDACXX", str(nvcc))
+    monkeypatch.setenv("RWKVPIPE_KERNELS", str(tmp_path / "kept"))
+    with caplog.at_level("INFO", logger="rwkvpipe"):
+        kernels.main(["--card", "sm_80", "--card", "sm_90"])
+    assert len(list((tmp_path / "kept").glob("cuda-sm_80-*.so"))) == 1
+    assert len(list((tmp_path / "kept").glob("cuda-sm_90-*.so"))) == 1
+    assert "-arch=sm_90" in (tmp_path / "asked").read_text()
+    assert "(Cuda compilation tools, release 13.0, V13)" in caplog.text

@@ -5,6 +5,7 @@ the user's cache folder under a name that tells its sources, flags and compiler:
 
     RWKVPIPE_KERNELS   `torch` turns native code off; anything else is the folder to keep it in
     CXX                the compiler; else g++, c++ or clang++, whichever there is
+    CUDACXX            the compiler for NVIDIA's cards; else nvcc, on the path or where CUDA_HOME has it
 """
 
 import hashlib
@@ -14,7 +15,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rwkvpipe.base.files import atomic
@@ -48,6 +49,16 @@ def command() -> list[str] | None:
     return next(([found] for name in ("g++", "c++", "clang++") if (found := shutil.which(name))), None)
 
 
+def nvcc() -> list[str] | None:
+    """The compiler for NVIDIA's cards as the words of a command, or None."""
+    asked = os.environ.get("CUDACXX")
+    if asked:
+        return shlex.split(asked)
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    found = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
+    return [found] if found else None
+
+
 def short_digest(*parts: str | bytes) -> str:
     """Sixteen letters that tell these parts from others."""
     found = hashlib.sha256()
@@ -62,26 +73,34 @@ def reason(error: Exception) -> str:
     return re.sub(r"\s+", " ", str(error)).strip()[:300]
 
 
-def _version(words: list[str]) -> str:
+def version(words: list[str]) -> str:
     """What a compiler says it is. Raises OSError if it does not start."""
     said = subprocess.run([*words, "--version"], capture_output=True, text=True, timeout=PATIENCE)
     if said.returncode:
         raise OSError(f"{shlex.join(words)} --version ends with status {said.returncode}")
-    return said.stdout.partition("\n")[0].strip()
+    lines = said.stdout.splitlines() or [""]
+    return next((line for line in lines if ", release " in line), lines[0]).strip()  # nvcc's first line tells nothing
 
 
-def compiled(name: str, flags: Sequence[str], sources: Sequence[Path], what: str) -> tuple[Path, str]:
+def compiled(
+    name: str,
+    flags: Sequence[str],
+    sources: Sequence[Path],
+    what: str,
+    found: Callable[[], list[str] | None] = command,
+) -> tuple[Path, str]:
     """The library called `name` (which tells its sources and flags), and the compiler's name; compiled now if need be.
 
-    `what` it is stands in the log. Raises one of FAILURES: no compiler, or it fails, or nothing can be written.
+    `what` it is stands in the log; `found` gives the compiler, `command` or `nvcc`. Raises one of FAILURES: no
+    compiler, or it fails, or nothing can be written.
     """
-    words, home = command(), folder()
+    words, home = found(), folder()
     if words is None:
         ready = sorted(home.glob(f"{name}-*.so"))
         if ready:
             return ready[0], "compiled elsewhere"
-        raise OSError("there is no C++ compiler: install g++")
-    said = _version(words)
+        raise OSError("there is no nvcc" if found is nvcc else "there is no C++ compiler: install g++")
+    said = version(words)
     path = home / f"{name}-{short_digest(*words, said)}.so"
     if not path.exists():
         home.mkdir(parents=True, exist_ok=True)

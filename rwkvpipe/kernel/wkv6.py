@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rwkvpipe.kernel import build
+from rwkvpipe.kernel import build, gpu
 
 LONGEST = 32  # tokens in a chunk, a power of two; measured beside 16 and 64
 STEEPEST = 1e4  # a log decay below its negative counts as this: nothing is left of the state in either case
@@ -64,10 +64,13 @@ def computed(operator: str, inputs: Sequence[Tensor], state: Tensor | None) -> t
     S = start(r, state).to(wide)
     if r.numel() == 0:
         return torch.zeros_like(v), S
+    if gpu.computes(operator, *inputs, S):
+        return gpu.Wkv6.apply(_tracked(*inputs, S), *inputs, S)
     r, w, k, v_, u = (x.to(wide) for x in inputs)
     natively = build.native(r, w, k, v_, u, S) is not None
-    build.announce(f"{operator} and what surrounds it", r.device.type, natively=natively)
-    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (r, w, k, v_, u, S))
+    if r.device.type == "cpu":
+        build.announce(f"{operator} and what surrounds it", r.device.type, natively=natively)
+    tracked = _tracked(r, w, k, v_, u, S)
     if natively:
         y, S = _Native.apply(tracked, r, w, k, v_, u, S)
     else:
@@ -76,6 +79,10 @@ def computed(operator: str, inputs: Sequence[Tensor], state: Tensor | None) -> t
             whole = _step if r.shape[1] == 1 and not tracked else _Chunked.apply
             y, S = whole(r, w, k, v_, u, S)
     return y.to(v.dtype), S
+
+
+def _tracked(*inputs: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
 class _Native(torch.autograd.Function):

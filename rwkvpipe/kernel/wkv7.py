@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rwkvpipe.kernel import build
+from rwkvpipe.kernel import build, gpu
 
 LONGEST = 16  # tokens in a chunk; measured, 32 saves a tenth on long rows and wastes more on short ones
 STEEPEST = 36.0  # a log decay below its negative counts as this: exp(-36) is 2e-16 of the state
@@ -46,16 +46,23 @@ def wkv7(
     S = _start(r, state).to(wide)
     if r.shape[1] == 0:
         return torch.zeros_like(v), S
+    if gpu.computes("wkv7", r, w, k, v, a, b, S):
+        return gpu.Wkv7.apply(_tracked(r, w, k, v, a, b, S), r, w, k, v, a, b, S)
     inputs = [x.to(wide) for x in (r, w, k, v, a, b)]
     natively = build.native(*inputs, S) is not None
-    build.announce("wkv7 and what surrounds it", r.device.type, natively=natively)
-    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, S))
+    if r.device.type == "cpu":
+        build.announce("wkv7 and what surrounds it", r.device.type, natively=natively)
+    tracked = _tracked(*inputs, S)
     if natively:
         y, S = _Native.apply(tracked, *inputs, S)
     else:
         with torch.autocast(r.device.type, enabled=False):
             y, S = _step(*inputs, S) if r.shape[1] == 1 and not tracked else _Chunked.apply(*inputs, S)
     return y.to(v.dtype), S
+
+
+def _tracked(*inputs: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
 def _start(r: Tensor, state: Tensor | None) -> Tensor:

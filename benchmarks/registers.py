@@ -1,0 +1,89 @@
+"""What the GPU's kernels cost a card: registers, spilled bytes and shared memory, as the compiler reports them.
+
+Compiles every kernel for a few kinds of card, which needs nvcc but no card, and keeps the report in docs/gpu.json.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from rwkvpipe.base import compiler
+from rwkvpipe.kernel import gpu
+
+REPORT = Path(__file__).resolve().parents[1] / "docs/gpu.json"
+# a kernel's line, and what follows it; names are as C++ has them in files: Forward, I5ShapeILi64EE
+ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\w+)'(.*?)(?=Compiling entry function|\Z)", re.S)
+NAMED = re.compile(r"\d([A-Z][A-Za-z]*)I(?:5ShapeI)?Li(\d+)")
+FIGURES = {
+    "registers": re.compile(r"Used (\d+) registers"),
+    "spilled": re.compile(r"(\d+) bytes spill stores"),
+    "reloaded": re.compile(r"(\d+) bytes spill loads"),
+}
+
+
+def newest() -> str:
+    """The newest kind of card that nvcc knows."""
+    told = subprocess.run([*compiler.nvcc(), "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    return "sm_{}".format(max(int(number) for number in re.findall(r"sm_(\d+)$", told, re.M)))
+
+
+def targets() -> list[str]:
+    """The kinds of card that the report is about."""
+    return ["sm_80", "sm_90a", newest()]
+
+
+def parsed(file: str, told: str) -> list[dict]:
+    """What ptxas -v tells of each kernel."""
+    found = []
+    for name, target, said in ENTRY.findall(told):
+        kernel, width = NAMED.search(name).groups()
+        line = {"file": file, "kernel": kernel, "width": int(width), "target": target}
+        found.append(line | {figure: int(look.search(said)[1]) for figure, look in FIGURES.items()})
+    return sorted(found, key=lambda line: (line["kernel"], line["width"]))
+
+
+def report(file: Path, target: str, *flags: str) -> list[dict]:
+    """Compile a file for a kind of card. Raises SystemExit where that fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [*compiler.nvcc(), "-std=c++17", "-O3", "-cubin", f"-arch={target}", "-Xptxas", "-v", *flags]
+        done = subprocess.run([*words, str(file), "-o", f"{folder}/out"], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[:3000])
+    return parsed(file.name, done.stderr)
+
+
+def measure() -> dict:
+    """The report of all kernels. Raises SystemExit without nvcc."""
+    if compiler.nvcc() is None:
+        raise SystemExit("there is no nvcc")
+    lines = [line for target in targets() for file in gpu.sources() for line in report(file, target)]
+    return {"what": "registers", "sources": gpu.name(), "nvcc": compiler.version(compiler.nvcc()), "kernels": lines}
+
+
+def write(found: dict) -> None:
+    """Keep a report where the page finds it."""
+    lines = ",\n".join(json.dumps(line) for line in found["kernels"])
+    head = json.dumps({key: value for key, value in found.items() if key != "kernels"})
+    REPORT.write_text(f'{head[:-1]}, "kernels": [\n{lines}\n]}}\n')
+
+
+def table(found: dict) -> str:
+    """The numbers for people: a kernel a line, registers and, where there are any, bytes that were spilled."""
+    kinds = list(dict.fromkeys(line["target"] for line in found["kernels"]))
+    rows: dict[tuple, dict[str, str]] = {}
+    for line in found["kernels"]:
+        spilled = f" ({line['spilled']} spilled)" if line["spilled"] else ""
+        row = rows.setdefault((line["file"], line["kernel"], line["width"]), {})
+        row[line["target"]] = f"{line['registers']}{spilled}"
+    return "\n".join(_lines(kinds, rows))
+
+
+def _lines(kinds: Sequence[str], rows: dict[tuple, dict[str, str]]) -> list[str]:
+    head = [f"| registers | channels of a head | {' | '.join(kinds)} |", f"| --- | --- |{' --- |' * len(kinds)}"]
+    return head + [
+        f"| {file}: {kernel} | up to {width} | {' | '.join(row.get(kind, '') for kind in kinds)} |"
+        for (file, kernel, width), row in rows.items()
+    ]

@@ -1,0 +1,185 @@
+"""The operators on NVIDIA cards: `cuda/*.cu`, compiled by nvcc at first use for the card at hand, and kept.
+
+Any card that nvcc still compiles for will do, from Volta on. On others (AMD's, Apple's), without nvcc, in fp64, and
+for heads of more than WIDEST channels the form by chunks in PyTorch computes, and a line of the log says why.
+"""
+
+import ctypes
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rwkvpipe.base import compiler
+
+log = logging.getLogger("rwkvpipe")
+
+SOURCES = Path(__file__).resolve().parents[1] / "cuda"
+TRACKED_FILES = ["../cuda/*.cu", "../cuda/*.cuh"]
+FLAGS = ("-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC")
+OLDEST = (7, 0)
+WIDEST = 128
+KINDS = (torch.float32, torch.bfloat16)
+_said: set[str] = set()
+
+
+def sources() -> list[Path]:
+    """What is compiled."""
+    return sorted(SOURCES.glob("*.cu"))
+
+
+def name(*flags: str) -> str:
+    """What tells these sources and flags from others."""
+    files = sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cuh")])
+    return compiler.short_digest(*flags, *(part for file in files for part in (file.name, file.read_bytes())))
+
+
+def compiled(target: str) -> tuple[Path, str]:
+    """The library for cards of a target (sm_90), and the compiler's name; compiled now if need be.
+
+    Raises one of `compiler.FAILURES`: no nvcc, or it fails, or nothing can be written.
+    """
+    flags = [*FLAGS, f"-arch={target}"]
+    what = f"the kernels for {target}"
+    return compiler.compiled(f"cuda-{target}-{name(*flags)}", flags, sources(), what, compiler.nvcc)
+
+
+def target(device: torch.device) -> str:
+    """What nvcc calls a card. Raises OSError for one that our kernels are not for."""
+    if torch.version.hip:
+        raise OSError("they are for NVIDIA's cards")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST:
+        raise OSError(f"they are for cards since compute capability {OLDEST[0]}.{OLDEST[1]}")
+    return "sm_{}{}".format(*capability)
+
+
+def loaded(path: Path) -> ctypes.CDLL:
+    """A library of these kernels. Raises OSError."""
+    library = ctypes.CDLL(str(path))
+    for function in (library.wkv7_kept, library.wkv7_room, library.wkv6_kept, library.wkv6_room):
+        function.restype = ctypes.c_int64
+    return library
+
+
+@cache
+def at_hand(device: torch.device) -> tuple[ctypes.CDLL | None, str]:
+    """The kernels of a device, or None; and the compiler's name, or why there are none."""
+    if device.type != "cuda":
+        return None, "they are for NVIDIA's cards"
+    if compiler.turned_off():
+        return None, "RWKVPIPE_KERNELS turns them off"
+    try:
+        path, said = compiled(target(device))
+        return loaded(path), said
+    except compiler.FAILURES as error:
+        return None, compiler.reason(error)
+
+
+def computes(operator: str, *inputs: Tensor) -> bool:
+    """Whether our kernels take these; the first time, a line says so, or what computes instead and why."""
+    device, width = inputs[0].device, inputs[0].shape[-1]
+    if device.type == "cpu" and at_hand(device)[0] is None:
+        return False
+    library, said = at_hand(device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if library is not None and any(x.device != device or x.dtype not in KINDS for x in inputs):
+        library, said = None, "they take fp32 and bf16"
+    elif library is not None and width > WIDEST:
+        library, said = None, f"they take heads of up to {WIDEST} channels"
+    line = f"kernel: {operator} by our kernels on {where} ({said})"
+    if library is None:
+        line = f"kernel: {operator} in PyTorch, by chunks, on {where} (our kernels: {said})"
+    if line not in _said:
+        _said.add(line)
+        log.info("%s", line)
+    return library is not None
+
+
+def _sizes(inputs: Sequence[Tensor], *more: int) -> list[int]:
+    """B T H N of the first, a bit for each that is in bf16, and what else a kernel asks for."""
+    return [*inputs[0].shape, sum((x.dtype == torch.bfloat16) << n for n, x in enumerate(inputs)), *more]
+
+
+def _array(sizes: Sequence[int]) -> ctypes.Array:
+    return (ctypes.c_int64 * len(sizes))(*sizes)
+
+
+def _function(like: Tensor, function: str) -> Callable:
+    return getattr(at_hand(like.device)[0], function)
+
+
+def _floats(function: str, sizes: Sequence[int], like: Tensor) -> Tensor:
+    """As much fp32 memory as a kernel asks for."""
+    return torch.empty(_function(like, function)(_array(sizes)), device=like.device)
+
+
+def _call(function: str, sizes: Sequence[int], *given: Tensor | None) -> None:
+    """Start a kernel behind all that was started before. Raises RuntimeError where the card refuses it."""
+    assert all(x is None or x.is_contiguous() for x in given), function
+    like = given[0]
+    stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
+    words = [None if x is None else ctypes.c_void_p(x.data_ptr()) for x in given]
+    with torch.cuda.device_of(like):
+        status = _function(like, function)(_array(sizes), ctypes.c_int64(stream), *words)
+    if status:
+        raise RuntimeError(f"{function}: CUDA error {status}")
+
+
+class Wkv7(torch.autograd.Function):
+    """`cuda/wkv7.cu`: token by token, with a state in 64 kept for the backward."""
+
+    @staticmethod
+    def forward(ctx, tracked, *inputs):
+        inputs = [x.contiguous() for x in inputs]
+        ctx.sizes, v, S = _sizes(inputs[:-1]), inputs[3], inputs[-1]
+        y, after, kept = torch.empty_like(v), torch.empty_like(S), None
+        if tracked:
+            kept = _floats("wkv7_kept", ctx.sizes, v)
+            ctx.save_for_backward(*inputs[:-1], kept)
+        _call("wkv7_forward", ctx.sizes, *inputs, y, after, kept)
+        return y, after
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dS):
+        dS = dS.contiguous()
+        found = [torch.empty_like(x) for x in (*ctx.saved_tensors[:6], dS)]
+        room = _floats("wkv7_room", ctx.sizes, dS)
+        _call("wkv7_backward", ctx.sizes, *ctx.saved_tensors, dy.contiguous(), dS, *found, room)
+        return None, *found
+
+
+class Wkv6(torch.autograd.Function):
+    """`cuda/wkv6.cu`, for RWKV-6 and, with a w of two dimensions, RWKV-5.2."""
+
+    @staticmethod
+    def forward(ctx, tracked, *inputs):
+        inputs = [x.contiguous() for x in inputs]
+        w, v, S = inputs[1], inputs[3], inputs[-1]
+        ctx.sizes = _sizes(inputs[:-1], int(w.dim() == 2))
+        y, after, kept = torch.empty_like(v), torch.empty_like(S), None
+        if tracked:
+            kept = _floats("wkv6_kept", ctx.sizes, v)
+            ctx.save_for_backward(*inputs[:-1], kept)
+        _call("wkv6_forward", ctx.sizes, *inputs, y, after, kept)
+        return y, after
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dS):
+        r, w, k, v, u, _ = ctx.saved_tensors
+        B, _, H, N, _, one_w = ctx.sizes
+        dr, dk, dv, dstart = (torch.empty_like(x) for x in (r, k, v, dS))
+        du = torch.empty(B, H, N, device=r.device)
+        dw = torch.empty_like(du if one_w else w)
+        room = _floats("wkv6_room", ctx.sizes, dS)
+        found = (dr, dw, dk, dv, du, dstart)
+        _call("wkv6_backward", ctx.sizes, *ctx.saved_tensors, dy.contiguous(), dS.contiguous(), *found, room)
+        if one_w:
+            dw = dw.sum(0).to(w.dtype)
+        return None, dr, dw, dk, dv, du.sum(0).to(u.dtype), dstart

@@ -1,0 +1,266 @@
+"""The GPU's kernels, from the same source built for the host: values, gradients, and the way there from Python."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rwkvpipe.kernel import build, gpu
+from rwkvpipe.kernel.wkv5 import wkv5, wkv5_reference
+from rwkvpipe.kernel.wkv6 import wkv6, wkv6_reference
+from rwkvpipe.kernel.wkv7 import wkv7, wkv7_reference
+
+OPERATORS = {"wkv7": (wkv7, wkv7_reference), "wkv6": (wkv6, wkv6_reference), "wkv5": (wkv5, wkv5_reference)}
+NAMES = {"wkv7": "rwkvabs", "wkv6": "rwkvus", "wkv5": "rwkvus"}
+CASES = [("wkv7", case) for case in ("typical", "t1", "t16", "t17n64", "extreme_decay", "repeat_key", "unclamped")]
+CASES += [("wkv6", case) for case in ("typical", "t1", "t17n64", "extreme_decay")]
+CASES += [("wkv5", case) for case in ("typical", "t1", "t17n64", "extreme_decay")]
+# decays of exactly 0, next to the least number there is, of nearly and of exactly 1
+EXTREMES = [-math.inf, -60.0, -17.0, -8.0, 0.0, 3.0, 4.6, 20.0, 1e30]
+hosted = settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def made(which, B, T, H, N, seed=0, w=None):
+    """Inputs as a model makes them, or with decays out of `w`, and a state."""
+    stream = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=stream)
+
+    r, k, v, decay = (draw(B, T, H, N) for _ in range(4))
+    decay = decay[0, 0] if which == "wkv5" else decay
+    decay = -torch.nn.functional.softplus(decay) - 0.5 if which == "wkv7" else 1.5 * decay - 2
+    if w is not None:
+        decay = torch.tensor(w)[torch.randint(len(w), decay.shape, generator=stream)]
+    if which != "wkv7":
+        return [r, decay, k, v, draw(H, N), draw(B, H, N, N)]
+    kk = torch.nn.functional.normalize(draw(B, T, H, N), dim=-1)
+    return [r, decay, k, v, -kk, kk * torch.rand(B, T, H, N, generator=stream), draw(B, H, N, N)]
+
+
+def results(operator, inputs, pulls=None):
+    """y, the last state and all gradients of a mixture of both."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    y, S = operator(*inputs)
+    if pulls is None:
+        stream = torch.Generator().manual_seed(1)
+        pulls = [torch.randn(x.shape, generator=stream, dtype=torch.float64) for x in (y, S)]
+    torch.autograd.backward((y, S), [pull.to(x.dtype) for pull, x in zip(pulls, (y, S), strict=True)])
+    return [y.detach(), S.detach(), *(x.grad for x in inputs)]
+
+
+def exact(which, inputs):
+    """The same in fp64. A decay that has no exponential forgets all, and has no gradient."""
+    return [x.nan_to_num(0.0) for x in results(OPERATORS[which][1], [x.double() for x in inputs])]
+
+
+def error(found, wanted, least=1e-9):
+    return float((found.double() - wanted).abs().max() / wanted.abs().max().clamp(min=least))
+
+
+@pytest.mark.parametrize("which, case", CASES)
+def test_values_and_gradients_are_the_reference_numbers(on_host, goldens, which, case):
+    golden = np.load(goldens / "rwkv" / f"op_{which}.npz")
+    names = [*NAMES[which][:-1], "s0"]
+
+    def turned(x):  # the numbers of 5 and 6 hold states as [key, value]
+        return x if which == "wkv7" or x.dim() != 4 or x.shape[-2:] != x.mT.shape[-2:] else x.mT.contiguous()
+
+    inputs = [torch.tensor(golden[f"{case}/in/{name}"]).float() for name in names]
+    inputs[-1] = turned(inputs[-1])
+    pulls = [torch.tensor(golden[f"{case}/in/gy"]), turned(torch.tensor(golden[f"{case}/in/gsT"]))]
+    y, S, *grads = results(OPERATORS[which][0], inputs, pulls)
+    grads[-1] = turned(grads[-1])
+    assert error(y, torch.tensor(golden[f"{case}/out/y"])) < 1e-5
+    assert error(turned(S), torch.tensor(golden[f"{case}/out/sT"])) < 1e-5
+    for name, found in zip(names, grads, strict=True):
+        assert error(found, torch.tensor(golden[f"{case}/grad/{name}"])) < 1e-5, name
+
+
+@pytest.mark.parametrize("which", OPERATORS)
+@hosted
+@given(
+    sizes=st.tuples(st.integers(1, 2), st.integers(1, 100), st.integers(1, 2), st.integers(1, 70)),
+    w=st.one_of(st.none(), st.lists(st.sampled_from(EXTREMES), min_size=1, max_size=4)),
+    seed=st.integers(0, 99),
+)
+def test_any_sizes_and_decays_are_exact_beside_what_fp32_costs(on_host, which, sizes, w, seed):
+    inputs = made(which, *sizes, seed, w)
+    wanted, plain = exact(which, inputs), results(OPERATORS[which][1], inputs)
+    for found, real, other in zip(results(OPERATORS[which][0], inputs), wanted, plain, strict=True):
+        assert error(found, real, 1.0) < 1e-6 + 4 * error(other.nan_to_num(0.0), real, 1.0)
+
+
+@pytest.mark.parametrize("which, N", [("wkv7", 128), ("wkv6", 100), ("wkv7", 16), ("wkv5", 32)])
+def test_heads_of_all_our_sizes_are_exact(on_host, which, N):
+    inputs = made(which, 1, 19, 1, N)
+    for found, wanted in zip(results(OPERATORS[which][0], inputs), exact(which, inputs), strict=True):
+        assert error(found, wanted) < 2e-6
+
+
+@pytest.mark.parametrize("which", OPERATORS)
+def test_bf16_is_read_and_rounded_once(on_host, which):
+    inputs = [x.bfloat16() for x in made(which, 2, 35, 2, 20)[:-1]]
+    state = made(which, 2, 35, 2, 20)[-1]
+    found = results(OPERATORS[which][0], [*inputs, state])
+    assert [x.dtype for x in found] == [torch.bfloat16, torch.float32, *[torch.bfloat16] * len(inputs), torch.float32]
+    wide = results(OPERATORS[which][0], [*(x.float() for x in inputs), state.float()], None)
+    assert torch.equal(found[0], wide[0].bfloat16())  # the gradients' pulls were rounded, so those are only near
+    for one, other in zip(found, exact(which, [*inputs, state]), strict=True):
+        assert error(one, other) < 1e-2
+
+
+@pytest.mark.parametrize("which", OPERATORS)
+def test_kinds_may_differ_from_tensor_to_tensor(on_host, which):
+    inputs = made(which, 1, 10, 2, 8)
+    inputs[0], inputs[3] = inputs[0].bfloat16(), inputs[3].bfloat16()
+    found = results(OPERATORS[which][0], inputs)
+    for x, grad in zip(inputs, found[2:], strict=True):
+        assert grad.dtype == x.dtype
+    wide = results(OPERATORS[which][0], [x.float() for x in inputs])
+    assert found[0].dtype == torch.bfloat16 and torch.equal(found[0], wide[0].bfloat16())
+    assert torch.equal(found[1], wide[1])
+
+
+@pytest.mark.parametrize("which", OPERATORS)
+def test_a_row_in_pieces_with_its_state_is_the_row_in_one(on_host, which):
+    inputs = made(which, 2, 75, 2, 8)
+    per_token = [n for n, x in enumerate(inputs) if x.dim() == 4 and x.shape[1] == 75]
+    whole, last = OPERATORS[which][0](*inputs)
+    S, parts = inputs[-1], []
+    for first, end in ((0, 1), (1, 70), (70, 70), (70, 75)):
+        cut = [x[:, first:end] if n in per_token else x for n, x in enumerate(inputs[:-1])]
+        y, S = OPERATORS[which][0](*cut, S)
+        parts.append(y)
+    assert error(torch.cat(parts, 1), whole.double()) < 1e-6
+    assert error(S, last.double()) < 1e-6
+
+
+@pytest.mark.parametrize("which", OPERATORS)
+@pytest.mark.parametrize("T, N", [(70, 9), (9, 66)])
+def test_the_order_in_which_threads_run_between_barriers_changes_nothing(on_host, which, T, N):
+    inputs, found = made(which, 1, T, 2, N), []
+    for way in (0, 1, 2):
+        on_host.grid_order(way)
+        found.append(results(OPERATORS[which][0], inputs))
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("which", OPERATORS)
+def test_all_results_and_nothing_beside_them_is_written(on_host, which, monkeypatch):
+    guard, kept = 64, []
+
+    def room(like, *given, **kwargs):
+        shape = given[0] if given else like.shape
+        kind = kwargs.get("dtype", getattr(like, "dtype", torch.float32))
+        whole = torch.full((guard + math.prod(shape) + guard,), torch.nan, dtype=kind)
+        kept.append(whole)
+        return whole[guard:-guard].view(shape)
+
+    monkeypatch.setattr(torch, "empty_like", room)
+    monkeypatch.setattr(torch, "empty", lambda *shape, device=None: room(None, shape))
+    found = results(OPERATORS[which][0], made(which, 2, 67, 2, 7))
+    assert len(kept) >= 9 and all(x.isfinite().all() for x in found)
+    for whole in kept:
+        assert whole[:guard].isnan().all() and whole[-guard:].isnan().all()
+
+
+def test_views_with_gaps_give_the_same(on_host):
+    wide = made("wkv7", 2, 19, 4, 12)
+    parts = [x[:, 1:, ::2, 3:] if x is not wide[-1] else x[:, ::2, 3:, 3:] for x in wide]
+    for found, wanted in zip(results(wkv7, parts), results(wkv7, [x.contiguous() for x in parts]), strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("inputs, why", [
+    (lambda: made("wkv7", 1, 3, 1, 129), "heads of up to 128 channels"),
+    (lambda: [x.double() for x in made("wkv7", 1, 3, 1, 8)], "fp32 and bf16"),
+])  # fmt: skip
+def test_what_our_kernels_do_not_take_is_computed_by_chunks_and_a_line_says_so(on_host, inputs, why, caplog):
+    gpu._said.clear()
+    with caplog.at_level("INFO", logger="rwkvpipe"):
+        found = results(wkv7, inputs())
+        results(wkv7, inputs())
+    for one, wanted in zip(found, exact("wkv7", inputs()), strict=True):
+        assert error(one, wanted) < 1e-5
+    assert caplog.text.count("(our kernels: they take") == 1 and why in caplog.text
+
+
+def test_the_line_of_our_kernels_names_the_operator_and_the_compiler(on_host, caplog):
+    gpu._said.clear()
+    with caplog.at_level("INFO", logger="rwkvpipe"):
+        results(wkv6, made("wkv6", 1, 3, 1, 8))
+    assert "kernel: wkv6 by our kernels on cpu (built for the host)" in caplog.text
+
+
+@pytest.mark.parametrize("hip, capability, why", [
+    ("6.4", (9, 4), "NVIDIA's cards"), (None, (6, 1), "since compute capability 7.0"),
+])  # fmt: skip
+def test_cards_without_our_kernels_say_why(monkeypatch, hip, capability, why):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.delenv("RWKVPIPE_KERNELS", raising=False)
+    library, said = gpu.at_hand.__wrapped__(torch.device("cuda", 0))
+    assert library is None and why in said
+    assert gpu.at_hand.__wrapped__(torch.device("mps"))[0] is None
+
+
+def test_without_nvcc_a_card_computes_by_chunks(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setenv("RWKVPIPE_KERNELS", str(tmp_path))
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "nvcc"))
+    library, said = gpu.at_hand.__wrapped__(torch.device("cuda", 0))
+    assert library is None and "nvcc" in said
+    monkeypatch.delenv("CUDACXX")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu.at_hand.__wrapped__(torch.device("cuda", 0)) == (None, "there is no nvcc")
+
+
+def test_what_a_card_refuses_is_an_error(on_host, monkeypatch):
+    monkeypatch.setattr(gpu, "_function", lambda like, function: lambda *given: 700)
+    with pytest.raises(RuntimeError, match="wkv7_forward: CUDA error 700"):
+        wkv7(*made("wkv7", 1, 3, 1, 8))
+
+
+def on_card():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.cuda.is_available()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not on_card(), reason="there is no GPU here")
+@pytest.mark.parametrize("which", OPERATORS)
+@pytest.mark.parametrize("sizes", [(2, 1, 2, 64), (1, 131, 3, 64), (2, 67, 2, 20), (1, 70, 2, 128)])
+@pytest.mark.parametrize("w", [None, EXTREMES])
+def test_a_card_computes_what_the_reference_does_and_the_same_bits_again(which, sizes, w):
+    inputs = made(which, *sizes, w=w)
+    wanted, plain = exact(which, inputs), results(OPERATORS[which][1], inputs)
+    given = [x.cuda() for x in inputs]
+    library, said = gpu.at_hand(given[0].device)
+    assert library is not None, said
+    found, again = ([x.cpu() for x in results(OPERATORS[which][0], given)] for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+    for one, real, other in zip(found, wanted, plain, strict=True):
+        assert error(one, real, 1.0) < 2e-6 + 4 * error(other.nan_to_num(0.0), real, 1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not on_card(), reason="there is no GPU here")
+def test_indices_reach_beyond_32_bits_on_a_card():
+    B, T, H, N = 1, 2**31 // (64 * 64) + 3, 64, 64  # more than 2^31 numbers a tensor
+    x = torch.zeros(B, T, H, N, dtype=torch.bfloat16, device="cuda")
+    x[:, -1] = 1.0
+    y, S = wkv7(x, x, x, x, x, x)
+    assert torch.equal(y[0, -1], torch.full_like(y[0, -1], 64.0)) and torch.equal(S[0, 0], torch.ones_like(S[0, 0]))
+
+
+def test_the_cpu_s_own_kernels_are_asked_where_there_is_no_card():
+    x = torch.rand(1, 3, 1, 8)
+    assert not gpu.computes("wkv7", x) and (build.extension() is None or build.native(x) is not None)

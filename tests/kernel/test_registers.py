@@ -1,0 +1,57 @@
+"""The GPU's kernels compile for every kind of card, and what the compiler says of them is what the page says."""
+
+import json
+
+import pytest
+
+from benchmarks import registers, tables
+from rwkvpipe.base import compiler
+from rwkvpipe.kernel import gpu
+
+REPORT = json.loads(registers.REPORT.read_text())
+needs_nvcc = pytest.mark.skipif(compiler.nvcc() is None, reason="there is no nvcc here")
+
+
+def checked(file, target):
+    """What nvcc says now; where it is the one of the report it must say the same."""
+    found = registers.report(gpu.SOURCES / file, target)
+    if compiler.version(compiler.nvcc()) == REPORT["nvcc"]:
+        assert found == [line for line in REPORT["kernels"] if (line["file"], line["target"]) == (file, target)]
+    return found
+
+
+def within_limits(lines):
+    for line in lines:
+        assert line["registers"] <= 255
+        assert line["spilled"] <= 512, line  # bytes of a thread; those that a card computes with lie in registers
+
+
+def test_the_report_is_of_the_sources_as_they_are_and_the_page_shows_it():
+    assert REPORT["sources"] == gpu.name(), "run `python -m benchmarks registers`"
+    page = (tables.DOCS / "gpu.md").read_text(encoding="utf-8")
+    assert tables.reported(page) == page
+    assert {line["target"] for line in REPORT["kernels"]} >= {"sm_80", "sm_90a"}
+    assert {line["file"] for line in REPORT["kernels"]} == {file.name for file in gpu.sources()}
+    within_limits(REPORT["kernels"])
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_kernels_compile_with_as_many_registers_as_reported():
+    assert checked("wkv6.cu", "sm_90a")
+
+
+@needs_nvcc
+@pytest.mark.large
+def test_all_kernels_compile_for_all_kinds_of_card():
+    for file in gpu.sources():
+        for target in registers.targets():
+            within_limits(checked(file.name, target))
+
+
+def test_a_report_is_read_as_the_compiler_writes_it():
+    said = "ptxas info    : Compiling entry function '_Z3runIN1_8BackwardI5ShapeILi64EEEEEvT_' for 'sm_80'\n"
+    said += "    80 bytes stack frame, 200 bytes spill stores, 140 bytes spill loads\n"
+    said += "ptxas info    : Used 128 registers, used 1 barriers\n"
+    wanted = {"file": "x.cu", "kernel": "Backward", "width": 64, "target": "sm_80"}
+    assert registers.parsed("x.cu", said) == [wanted | {"registers": 128, "spilled": 200, "reloaded": 140}]
