@@ -27,8 +27,8 @@ from rwkvpipe.data.parcel import Packer, Parcel, Task, limited, loose
 from rwkvpipe.data.synthetic import generate
 from rwkvpipe.data.unit import Unit
 from rwkvpipe.data.workers import in_order
-from rwkvpipe.tokenizer.integer import IntegerTokenizer
 from rwkvpipe.tokenizer.bpe import BpeTokenizer
+from rwkvpipe.tokenizer.integer import IntegerTokenizer
 from rwkvpipe.tokenizer.load import BPE_ENGINES, load_engine
 from rwkvpipe.tokenizer.trie import TrieTokenizer
 

@@ -421,6 +421,8 @@ def test_an_id_of_a_given_pair_that_no_token_owns_is_named(tmp_path):
         with pytest.raises(DataError, match=f"{name}.bin: {wrong}, which stands for nothing in the vocabulary"):
             run(tmp_path, tmp_path / name, tokenizer=trie, format="binidx")
     assert not (tmp_path / "out/corpus.json").exists()
+
+
 def pairs(folder, masked=False):
     """Two packed corpora of talks or texts, and their texts."""
     spec = {"format": "chat"} if masked else {}

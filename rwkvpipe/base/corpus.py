@@ -76,7 +76,8 @@ class CorpusConfig(Strict):
     """seq2seq: rows hold both sides; or a text is divided, by lot between a quarter and three quarters (split), or
     stands on both sides (copy)."""
     cut: Count | None = None
-    """array: a one-dimensional array is cut into documents of this length."""
+    """array: a one-dimensional array is cut into documents of this length; seq2seq with pairing split or copy: a text
+    is cut into windows of so many ids, each a pair."""
     valid: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the documents held out for the validation loss (chosen by each document's digest)."""
     valid_path: Paths | None = None
@@ -105,8 +106,8 @@ class CorpusConfig(Strict):
             raise ValueError("replies, eod and labels belong to format chat")
         if self.format != "seq2seq" and self.pairing != "rows":
             raise ValueError("pairing belongs to format seq2seq")
-        if self.cut is not None and self.format != "array":
-            raise ValueError("cut belongs to format array")
+        if self.cut is not None and self.format != "array" and (self.pairing == "rows" or self.cut < 2):
+            raise ValueError("cut belongs to format array, and, from 2 on, to pairing split and copy")
         if self.field != "text" and (self.format not in ("text", "array") or "text" in self.templates):
             raise ValueError("field belongs to formats text and array, and to no template of the text")
         if self.columns and self.format not in ("chat", "seq2seq", *PLAIN) and "text" not in self.templates:

@@ -185,7 +185,7 @@ class Reader:
             if self.format not in ("array", "text"):
                 raise DataError(f"{file}: rows of JSON or parquet are needed for format {self.format}, not numbers")
             return array_units(file, kind, self.cut)
-        if self.cut:
+        if self.cut and self.format != "seq2seq":
             raise ConfigError(f"{file}: cut belongs to one long array of numbers, this is a {kind} file")
         if kind in TABLES:
             return table_units(file, kind, packed, self.needed)

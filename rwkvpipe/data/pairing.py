@@ -6,7 +6,7 @@ target behind the id `begin` of corpus.json, less its last id, and its labels ar
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, Protocol
 
 from rwkvpipe.base.errors import DataError
@@ -23,9 +23,10 @@ PAIR_KEYS = KEYS | {*SIDES, *TRIPLET, "targets"}
 
 
 class Choices(Protocol):
-    """Settings that say where texts are divided."""
+    """Settings that say where texts are divided, and into windows of how many ids long ones are cut before."""
 
     pairing: Literal["rows", "split", "copy"]
+    cut: int | None
 
 
 def _triplet(row: dict, where: object) -> tuple[dict, ...]:
@@ -80,19 +81,48 @@ class Pairing:
 
     def __init__(self, choices: Choices):
         self.copies = choices.pairing == "copy"
+        self.cut = choices.cut
+
+    def windows(self, document: Document, tokenizer: Tokenizer) -> Iterator[Document]:
+        """A text as documents of `cut` ids at most, each a pair; a last one too short to be divided is left out.
+
+        All else, and without `cut`, stays one document. Raises DataError for a text that has no ids.
+        """
+        messages = document.messages or ()
+        try:
+            ids = tokenizer.encode(messages[0]["content"]) if self.cut and len(messages) == 1 else []
+        except DataError as error:
+            raise DataError(f"{document.origin}: {error}") from None
+        if len(ids) <= (self.cut or 0) or messages[0]["role"] == "ids":
+            yield document
+            return
+        for start in range(0, len(ids), self.cut):
+            window = ids[start : start + self.cut]
+            if len(window) > 1 or self.copies:
+                said = tokenizer.decode(window)
+                both, marks = self._sides(said, window, tokenizer)
+                turn = {"role": "ids", "content": said, "ids": both, "marks": marks}
+                yield Document(messages=(turn,), origin=document.origin)
+
+    def _sides(self, content: str, ids: list[int], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+        """A text of these ids as a pair of ids and marks."""
+        if not self.copies and len(ids) < 2:
+            raise DataError("a text of one token cannot be divided; remove the row, or on_error: skip")
+        place = divided(content, len(ids)) if not self.copies else 0
+        return _joined(ids if self.copies else ids[:place], ids[place:], tokenizer)
 
     def __call__(self, messages: Sequence[dict], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
         """Ids and marks of a pair. Raises DataError for a text that is too short to be divided."""
         if messages[0]["role"] == "ids":
             return messages[0]["ids"], messages[0]["marks"]
-        end = [] if tokenizer.eos is None else [tokenizer.eos]
         if len(messages) == 1:
-            ids = tokenizer.encode(messages[0]["content"])
-            if not self.copies and len(ids) < 2:
-                raise DataError("a text of one token cannot be divided; remove the row, or on_error: skip")
-            place = divided(messages[0]["content"], len(ids)) if not self.copies else 0
-            source, target = (ids, ids) if self.copies else (ids[:place], ids[place:])
-        else:
-            asked = messages[0]["content"] if len(messages) == 2 else chat.prompt(messages[:-1])
-            source, target = tokenizer.encode(asked), tokenizer.encode(messages[-1]["content"])
-        return [*source, *end, *target, *end], [0] * len([*source, *end]) + [1] * len([*target, *end])
+            content = messages[0]["content"]
+            return self._sides(content, tokenizer.encode(content), tokenizer)
+        asked = messages[0]["content"] if len(messages) == 2 else chat.prompt(messages[:-1])
+        return _joined(tokenizer.encode(asked), tokenizer.encode(messages[-1]["content"]), tokenizer)
+
+
+def _joined(source: list[int], target: list[int], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Ids of both sides, each with its end, and marks."""
+    end = [] if tokenizer.eos is None else [tokenizer.eos]
+    return [*source, *end, *target, *end], [0] * len([*source, *end]) + [1] * len([*target, *end])

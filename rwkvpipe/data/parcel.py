@@ -153,6 +153,12 @@ class Packer:
             filling.add(document)
         return filling.parcel(0)
 
+    def pieces(self, document: Document) -> Iterator[Document]:
+        """What a document is packed as: itself, or windows of it."""
+        if isinstance(self.render, Pairing):
+            return self.render.windows(document, self.tokenizer)
+        return iter((document,))
+
     def tokens(self, document: Document) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         """Tokens of a document, and of a talk its marks, in pieces. Raises DataError for an id that is none."""
         for ids, mask in encoded(document, self.tokenizer, self.render):
@@ -193,11 +199,12 @@ class Filling:
             return
         try:
             part = self.fixed or (self._share(document.fraction) if self.spec.valid else "train")
-            self.heaps[part].add(document, self.counts["seen"], self.packer.tokens(document))
+            for piece in self.packer.pieces(document):  # windows of a text are not shared out one by one
+                self.heaps[part].add(piece, self.counts["seen"], self.packer.tokens(piece))
+                self.counts["seen"] += 1
         except DataError as error:
             self.bad(error)
             return
-        self.counts["seen"] += 1
         if self.spec.format == "chat":
             said = (turn["content"] for turn in document.talk() if turn["role"] == "assistant")
             self.counts["blank_lines"] += any(chat.TURN_END in words for words in said)

@@ -4,6 +4,7 @@ import json
 from itertools import islice
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -67,6 +68,28 @@ def test_a_text_is_divided_at_its_own_place_or_copied():
     assert (source, target) == sides({"text": text}, pairing="split")
     assert len({divided(f"{n}", 1000) // 100 for n in range(200)}) >= 5
     assert sides({"text": "ab"}, pairing="copy") == ("ab$", "ab$")
+
+
+def test_a_long_text_is_cut_into_windows_that_stay_in_one_part(tmp_path):
+    rows = [{"text": f"{n:02}" + "".join(map(chr, range(65, 65 + n)))} for n in range(40)]
+    packed(tmp_path, rows, pairing="split", cut=8, valid=0.4)
+    found = {}
+    for part in ("train", "valid"):
+        data = Binidx(tmp_path / "out" / part)
+        for start, end in data.documents.tolist():
+            ids, marks = np.asarray(data.tokens(start, end - start)), data.mask(start, end - start)
+            said = bytes((ids[ids > 0] - 1).tolist()).decode()
+            assert len(said) <= 8 and 0 < marks.sum() < len(marks) and (ids == 0).sum() == 2
+            found.setdefault(part, []).append(said)
+    for row in rows:
+        windows = [row["text"][n : n + 8] for n in range(0, len(row["text"]), 8)]
+        windows = [window for window in windows if len(window) > 1 or len(windows) == 1]
+        begun = [found[part].index(windows[0]) for part in found if windows[0] in found[part]]
+        parts = [part for part in found if windows[0] in found[part]]
+        assert len(parts) == 1 and found[parts[0]][begun[0] : begun[0] + len(windows)] == windows
+    assert set(found) == {"train", "valid"}
+    copied = packed(tmp_path, [{"text": "abcde"}], "copied", pairing="copy", cut=4)
+    assert [end - start for start, end in copied.documents.tolist()] == [10, 4]
 
 
 @pytest.mark.parametrize(
@@ -137,6 +160,8 @@ def test_what_cannot_be_pairs_is_refused(tmp_path):
         packed(tmp_path, [{"text": "a"}], pairing="split")
     with pytest.raises(ConfigError, match="pairing belongs to format seq2seq"):
         check(CorpusConfig, {"path": "x", "tokenizer": "t", "pairing": "split"}, "c")
+    with pytest.raises(ConfigError, match="cut belongs to format array, and, from 2 on, to pairing split and copy"):
+        check(CorpusConfig, {"path": "x", "tokenizer": "t", "format": "seq2seq", "cut": 8}, "c")
 
 
 def test_made_questions_are_pairs(tmp_path):
