@@ -16,7 +16,7 @@ from rwkvpipe.weights.transfer import amount
 def tell(given: argparse.Namespace) -> None:
     """Print the weights that a repository has, of a data set its rows, or the files that fit the patterns."""
     found = hub.listed(given.source, given.mirror)
-    data = given.source.startswith("hf://datasets/")
+    data = given.source.partition("://")[2].startswith("datasets/")
     shown = dataset.documents(found) if data else filter(repository.is_weights, found)
     wanted = repository.chosen(found, tuple(given.files)) if given.files else shown
     for file in wanted:

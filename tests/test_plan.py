@@ -393,11 +393,11 @@ def test_only_weights_are_whole_repositories():
 
 def test_a_data_set_of_a_hub_is_fetched_as_a_folder():
     config = changed("corpora.text.path", "hf://datasets/o/n@v1/data/*.parquet")
-    config["benchmarks"]["bits"]["path"] = "hf://datasets/o/n"
+    config["benchmarks"]["bits"]["path"] = "modelscope://datasets/o/n"
     plan = Plan(parse(config, "c.yaml"))
     folder = plan.fetched("hf://datasets/o/n@v1/data/*.parquet")
     assert plan.corpus_file("text") == plan.corpus_source("text") == [folder]
-    assert plan.benchmark_file("bits") == [plan.fetched("hf://datasets/o/n")] != [folder]
+    assert plan.benchmark_file("bits") == [plan.fetched("modelscope://datasets/o/n")] != [folder]
     assert re.fullmatch(plan.downloads_of(whole=True), folder.rpartition("/")[2])
     assert "hf" not in folder.rpartition("/")[2]
 

@@ -215,8 +215,9 @@ def _repositories(config: PipelineConfig) -> None:
     """Weights may be a whole repository, corpora and benchmarks a data set; patterns and digests have their places."""
     for section, name, field, source in _paths(config):
         scheme, _, words = source.partition("://")
-        data = scheme == "hf" and words.startswith("datasets/") and section in ("corpora", "benchmarks")
-        hub, parts = scheme in ("hf", "modelscope"), words.removeprefix("datasets/").strip("/").split("/")
+        hub = scheme in ("hf", "modelscope")
+        data = hub and words.startswith("datasets/") and section in ("corpora", "benchmarks")
+        parts = words.removeprefix("datasets/").strip("/").split("/")
         key, entry = f"{section}.{name}", getattr(config, section)[name]
         if hub and (len(parts) < 2 or not all(parts)):
             raise ConfigError(f"{key}.{field}: not {scheme}://owner/name/file; mend it")
@@ -224,7 +225,9 @@ def _repositories(config: PipelineConfig) -> None:
         if whole and not data and (section != "weights" or entry.sha256):
             raise ConfigError(f"{key}.{field}: a whole repository; name the file in it that is meant")
         if hub and not data and has_magic(words):
-            raise ConfigError(f"{key}.{field}: a pattern of files is for data sets, hf://datasets/owner/name/pattern")
+            raise ConfigError(
+                f"{key}.{field}: a pattern of files is for data sets, {scheme}://datasets/owner/name/pattern"
+            )
         if field == "path" and getattr(entry, "files", ()) and not whole:
             raise ConfigError(f"{key}.files: path names no whole repository; leave files out")
 

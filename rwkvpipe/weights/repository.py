@@ -1,6 +1,6 @@
 """Repositories of Hugging Face and ModelScope: what an address means, and what a hub says lies there.
 
-`hf://owner/name/file`, `hf://owner/name@revision/file`, `hf://datasets/owner/name/file`, `modelscope://owner/name/file`;
+`hf://owner/name/file`, `hf://owner/name@revision/file`, `hf://datasets/owner/name/file`, and the same of `modelscope://`;
 without a file, the whole repository.
 """
 
@@ -18,6 +18,7 @@ WEIGHTS = ("*.safetensors", "*.pth", "*.gguf", "*.bin", "*.pt")
 # other forms of the same weights, of which one will do, the first that is there
 FORMS = ("*.safetensors", "*.pth", "*.bin", "*.pt")
 UNUSED = ("*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.ot", "*.ckpt", ".*", "*/.*")
+PAGE = 200  # files of a data set that ModelScope lists at once
 PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
@@ -30,11 +31,14 @@ class Repo:
     name: str
     revision: str
 
-    def listing(self, endpoint: str, folder: str) -> str:
-        """Address of the list of files: for Hugging Face of a folder's, else of all."""
+    def listing(self, endpoint: str, folder: str, page: int = 1) -> str:
+        """Address of the list of files: for Hugging Face of a folder's, else of all; of a data set's, a page."""
         if self.hub == "modelscope":
             asked = urlencode({"Revision": self.revision, "Recursive": "true"})
-            return f"{endpoint}/api/v1/models/{self.name}/repo/files?{asked}"
+            if self.kind == "models":
+                return f"{endpoint}/api/v1/models/{self.name}/repo/files?{asked}"
+            asked += "&" + urlencode({"PageNumber": page, "PageSize": PAGE})
+            return f"{endpoint}/api/v1/datasets/{self.name}/repo/tree?{asked}"
         path = f"/{quote(folder)}" if folder else ""
         asked = "" if folder else "?recursive=true"
         return f"{endpoint}/api/{self.kind}/{self.name}/tree/{quote(self.revision, safe='')}{path}{asked}"
@@ -43,7 +47,7 @@ class Repo:
         """Address of a file."""
         if self.hub == "modelscope":
             asked = urlencode({"Revision": self.revision, "FilePath": path})
-            return f"{endpoint}/api/v1/models/{self.name}/repo?{asked}"
+            return f"{endpoint}/api/v1/{self.kind}/{self.name}/repo?{asked}"
         kind = "" if self.kind == "models" else f"{self.kind}/"
         return f"{endpoint}/{kind}{self.name}/resolve/{quote(self.revision, safe='')}/{quote(path)}"
 
@@ -67,7 +71,7 @@ def parse(source: str) -> tuple[Repo, str] | None:
     if hub not in HUBS:
         return None
     kind = "models"
-    if words.startswith("datasets/") and hub == "hf":
+    if words.startswith("datasets/"):
         kind, words = "datasets", words.removeprefix("datasets/")
     found = re.fullmatch(rf"({PART}/{PART})(?:@([^/@]+))?(?:/(.*))?", words)
     if found is None or not _inside(found[3] or "x"):
@@ -104,7 +108,7 @@ def files(repo: Repo, endpoint: str, headers: dict[str, str], folder: str = "") 
     """What a hub says that a repository (for Hugging Face, a folder of it) holds. Raises HubError."""
     url: str | None = repo.listing(endpoint, folder)
     found: list[RepoFile] = []
-    for _ in range(10_000):  # pages
+    for page in range(2, 10_000):
         where = f"{repo.hub}://{repo.name}"
         value, url = ask(url, headers)
         data = value.get("Data") if isinstance(value, dict) else None
@@ -112,6 +116,8 @@ def files(repo: Repo, endpoint: str, headers: dict[str, str], folder: str = "") 
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise HubError(f"{where}: the hub's list of files is none; check the endpoint and the repository's name")
         found += [entry for row in rows if (entry := _entry(row, where))]
+        if repo.hub == "modelscope" and repo.kind == "datasets" and len(rows) >= PAGE:
+            url = repo.listing(endpoint, folder, page)
         if url is None:
             break
     return found

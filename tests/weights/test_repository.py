@@ -75,6 +75,14 @@ class Handler(BaseHTTPRequestHandler):
             folder = path.removeprefix("/api/datasets/o/d/tree/main").strip("/")
             rows = [self.hf(name, data) for name, data in server.rows.items() if name.startswith(folder)]
             return self.page(rows, asked)
+        if path == "/api/v1/datasets/o/d/repo/tree" and asked["Recursive"] == ["true"]:
+            size, page = int(asked["PageSize"][0]), int(asked["PageNumber"][0])
+            rows = [self.ms(name, data) for name, data in server.rows.items()]
+            return self.tell(
+                json.dumps({"Code": 200, "Data": {"Files": rows[(page - 1) * size : page * size]}}).encode()
+            )
+        if path == "/api/v1/datasets/o/d/repo":
+            return self.file(asked["FilePath"][0])
         if path.startswith("/datasets/o/d/resolve/main/"):
             return self.file(path.removeprefix("/datasets/o/d/resolve/main/"))
         if path.startswith("/moved/"):
@@ -308,6 +316,17 @@ def test_modelscope_is_a_hub_too(server, tmp_path, monkeypatch):
     server.wrong.add("model.pth")
     with pytest.raises(HubError, match="sha256 is"):
         get("modelscope://o/n/model.pth", tmp_path / "m")
+
+
+@pytest.mark.parametrize("page", [1, 2, 200])
+def test_modelscope_has_data_sets_listed_page_by_page(server, tmp_path, monkeypatch, page):
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", server.url())
+    monkeypatch.setattr(repository, "PAGE", page)
+    server.rows = {f"data/train-{n}.jsonl": b'{"text": "a"}\n' * n for n in range(1, 5)} | {"data/test-0.jsonl": b""}
+    train = {name: data for name, data in server.rows.items() if "train" in name}
+    assert held(get("modelscope://datasets/o/d", tmp_path / "all")) == train
+    one = get("modelscope://datasets/o/d/data/train-3.jsonl", tmp_path / "one")
+    assert one.read_bytes() == server.rows["data/train-3.jsonl"]
 
 
 LONG = ["x" * 300, "a/" * 2000 + "b"]
