@@ -73,9 +73,10 @@ class TrainConfig(Strict):
     for one forward more (full)."""
     order: Literal["magic", "shuffled", "sequential"] = "shuffled"
     """How rows are drawn: RWKV-LM's magic prime, shuffled epochs, or as they stand."""
-    rows: Literal["stream", "documents"] | None = None
-    """pretrain: whether a row is ctx_len tokens of the stream, borders of documents ignored (stream, if left out), or
-    a document, padded; a longer one becomes several rows (documents). Rows of sft are documents."""
+    rows: Literal["stream", "documents", "packed"] | None = None
+    """What a row is. stream: ctx_len tokens, borders of documents ignored (pretrain, if left out); documents: a
+    document, padded (sft, if left out); packed: documents put together up to ctx_len (best fit), each begun anew, so
+    that one counts as it would alone. A longer one than ctx_len becomes several in pretrain, and is cut in sft."""
     seed: Whole | None = None
     """Order, dropout and sampling; left out, the run's seed."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -89,11 +90,11 @@ class TrainConfig(Strict):
     def _fits(self):
         if sum(length is not None for length in (self.steps, self.epochs, self.tokens)) != 1:
             raise ValueError("give one of steps, epochs and tokens: it says how long")
-        if self.tokens is not None and self.rows == "documents":
+        if self.tokens is not None and self.rows in ("documents", "packed"):
             raise ValueError("tokens counts those of a stream: rows of documents differ in length; give epochs")
         if self.bptt is not None and self.chunk is None:
             raise ValueError("bptt says how gradients cross chunks: give chunk, too")
-        if self.rows == "documents" and self.order == "magic":
+        if self.rows in ("documents", "packed") and self.order == "magic":
             raise ValueError("order magic reads one stream of tokens; rows of documents come shuffled or sequential")
         return self
 
@@ -253,8 +254,14 @@ class StageConfig(Strict):
             raise ValueError("train.epochs: several corpora are passed at different times; give steps or tokens")
         if self.kind in ("grpo", "dpo") and len(weights) > 1:
             raise ValueError(f"data: {self.kind} learns from one corpus; put them into one")
-        if self.kind != "pretrain" and self.train.rows is not None:
-            raise ValueError("train.rows belongs to pretrain: a row of sft is a document, of grpo a question")
+        if self.kind in ("grpo", "dpo") and self.train.rows is not None:
+            raise ValueError(f"train.rows belongs to pretrain and sft: a row of {self.kind} is what it judges")
+        if self.kind == "sft" and self.train.rows == "stream":
+            raise ValueError("train.rows: stream knows no answers; a row of sft is a document, or packed with several")
+        if self.train.rows == "packed" and (self.state or (self.model and self.model.time_state)):
+            raise ValueError(
+                "train.rows: packed begins documents without a memory; states of their own need rows: documents"
+            )
         if self.kind != "pretrain" and self.train.order == "magic":
             raise ValueError("train.order: magic reads a stream of tokens, in pretrain; choose shuffled or sequential")
 

@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from rwkvpipe.base.config import TrainConfig
 from rwkvpipe.base.errors import ConfigError, DataError
 from rwkvpipe.data.binidx import Binidx
+from rwkvpipe.data.bins import best_fit
 from rwkvpipe.data.order import Shares, magic_prime, place, shuffled
 
 log = logging.getLogger("rwkvpipe")
@@ -24,11 +26,15 @@ BLOCK = 1 << 16  # documents that are looked at together
 
 @dataclass(frozen=True)
 class Batch:
-    """ids (B, T) int64; targets (B, T) int64, -1 where there is none; mask (B, T) float of 0 and 1, or None for all."""
+    """ids (B, T) int64; targets (B, T) int64, -1 where there is none; mask (B, T) float of 0 and 1, or None for all.
+
+    starts (B, T) bool marks the first tokens of documents, where rows hold several and the state begins anew.
+    """
 
     ids: Tensor
     targets: Tensor
     mask: Tensor | None = None
+    starts: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -46,9 +52,11 @@ class Share(Protocol):
     count: int
 
 
-Span = tuple[int, int]
-Order = Callable[[int], Span]
-"""From a running number within a corpus to (first token, how many) of a row."""
+Spans = Sequence[tuple[int, int]]
+"""(first token, how many) of each document of a row."""
+Order = Callable[[int], Spans]
+"""From a running number within a corpus to a row."""
+Row = tuple[Binidx, Spans]
 
 
 def _rows(step: int, config: TrainConfig, rank: Share) -> range:
@@ -83,7 +91,7 @@ def _chunks(data: Binidx, config: TrainConfig, part: float) -> Order:
         count = _rows_of_stream(data, ctx_len)
         check_batch(data.prefix, count, f"rows of {ctx_len} tokens", config, part)
         index = span_order(count, config)
-        return lambda number: (index(number) * ctx_len, ctx_len + 1)
+        return lambda number: [(index(number) * ctx_len, ctx_len + 1)]
     chunks = tokens // ctx_len
     prime = magic_prime(chunks)
     if prime is None or prime <= 0.9 * chunks:
@@ -94,7 +102,7 @@ def _chunks(data: Binidx, config: TrainConfig, part: float) -> Order:
         )
     check_batch(data.prefix, chunks, f"rows of {ctx_len} tokens", config, part)
     log.info("order magic: %d chunks of %d tokens, prime %d", chunks, ctx_len, prime)
-    return lambda number: (place(number, 0, prime) * ctx_len, ctx_len + 1)
+    return lambda number: [(place(number, 0, prime) * ctx_len, ctx_len + 1)]
 
 
 def _rows_of_documents(data: Binidx, ctx_len: int) -> np.ndarray:
@@ -108,34 +116,20 @@ def _rows_of_stream(data: Binidx, ctx_len: int) -> int:
     return (len(data) - 1) // ctx_len
 
 
-def _pieces(data: Binidx, config: TrainConfig, part: float) -> Order:
-    """Documents, each a row; a longer one than ctx_len becomes several, which share a token as chunks do.
-
-    Raises DataError when there are too few.
-    """
-    borders, counts = data.documents, _rows_of_documents(data, config.ctx_len)
-    ends = np.cumsum(counts)  # rows up to the end of each document
-    count = int(ends[-1]) if len(ends) else 0
-    if not count:
-        raise DataError(f"{data.prefix}: no document has two tokens, of which the second could be learned; give text")
-    check_batch(data.prefix, count, "rows of documents", config, part)
-    log.info(
-        "%d documents are %d rows; %d are longer than train.ctx_len %d, %d too short to learn from",
-        len(counts), count, int((counts > 1).sum()), config.ctx_len, int((counts == 0).sum()),
-    )  # fmt: skip
-    index = span_order(count, config)
-
-    def span(number: int) -> Span:
-        row = index(number)
-        document = int(np.searchsorted(ends, row, "right"))
-        start = int(borders[document, 0]) + (row - int(ends[document] - counts[document])) * config.ctx_len
-        return start, min(config.ctx_len + 1, int(borders[document, 1]) - start)
-
-    return span
+@lru_cache(maxsize=16)
+def _pieces(data: Binidx, ctx_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """(first tokens, sizes) of all documents; a longer one than ctx_len becomes several, which share a token."""
+    borders, counts = data.documents, _rows_of_documents(data, ctx_len)
+    before = np.cumsum(counts) - counts  # rows before each document
+    number = np.arange(int(counts.sum())) - np.repeat(before, counts)  # of each row within its document
+    starts = np.repeat(borders[:, 0], counts) + number * ctx_len
+    return starts, np.minimum(ctx_len + 1, np.repeat(borders[:, 1], counts) - starts)
 
 
-def _learned(data: Binidx, ctx_len: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(first tokens, sizes) of the documents with something to learn, cut at ctx_len, block by block."""
+@lru_cache(maxsize=16)
+def _learned(data: Binidx, ctx_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """(first tokens, sizes) of the documents with something to learn, cut at ctx_len."""
+    parts = []
     for first in range(0, len(data.documents), BLOCK):
         borders = data.documents[first : first + BLOCK]
         begin = int(borders[0, 0])
@@ -144,79 +138,124 @@ def _learned(data: Binidx, ctx_len: int) -> Iterator[tuple[np.ndarray, np.ndarra
         # the first token of a document is never a target
         marks = before[starts + sizes - begin] - before[np.minimum(starts + 1, borders[:, 1]) - begin]
         found = (sizes > 1) & (marks > 0)
-        yield starts[found], sizes[found]
+        parts.append((starts[found], sizes[found]))
+    if not parts:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    starts, sizes = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return starts, sizes
 
 
-def _answers(data: Binidx, config: TrainConfig, part: float) -> Order:
-    """Documents with something to learn, cut at ctx_len. Raises DataError when less than a batch is left."""
-    found = list(_learned(data, config.ctx_len))
-    starts, sizes = (np.concatenate(each) for each in zip(*found, strict=True)) if found else ((), ())
-    long = np.diff(data.documents, axis=1).ravel() > config.ctx_len + 1
-    cut = int(np.isin(starts, data.documents[long, 0]).sum())
-    left_out = len(data.documents) - len(starts)
-    if cut or left_out:
+def read_of(data: Binidx, ctx_len: int, *, masked: bool) -> dict[str, int]:
+    """What becomes of a corpus' documents: how many there are, how many are cut (into rows, where all is learned),
+    and how many are left out because nothing in them is to be learned."""
+    sizes = np.diff(data.documents, axis=1).ravel()
+    if not masked:
+        return {"documents": len(sizes), "cut": int((sizes > ctx_len + 1).sum()), "left_out": int((sizes < 2).sum())}
+    starts = _learned(data, ctx_len)[0]
+    cut = int(np.isin(starts, data.documents[sizes > ctx_len + 1, 0]).sum())
+    return {"documents": len(sizes), "cut": cut, "left_out": len(sizes) - len(starts)}
+
+
+@lru_cache(maxsize=16)
+def _packed(data: Binidx, ctx_len: int, masked: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of several documents: their numbers, row by row, and where each row of them ends."""
+    sizes = (_learned if masked else _pieces)(data, ctx_len)[1]
+    return best_fit(sizes - 1, ctx_len)  # the last token of a document is a target alone
+
+
+def _by_document(data: Binidx, config: TrainConfig, part: float, *, masked: bool) -> Order:
+    """Rows of a document each, or packed with several. Raises DataError when less than a batch is left."""
+    ctx_len = config.ctx_len
+    starts, sizes = (_learned if masked else _pieces)(data, ctx_len)
+    read = read_of(data, ctx_len, masked=masked)
+    if not len(starts) and masked:
+        raise DataError(
+            f"{data.prefix}: none of {read['documents']} documents has a token to learn within train.ctx_len"
+            f" {ctx_len}; give talks with answers, or a larger ctx_len"
+        )
+    if not len(starts):
+        raise DataError(f"{data.prefix}: no document has two tokens, of which the second could be learned; give text")
+    if not masked:
+        log.info(
+            "%d documents are %d rows; %d are longer than train.ctx_len %d, %d too short to learn from",
+            read["documents"], len(starts), read["cut"], ctx_len, read["left_out"],
+        )  # fmt: skip
+    elif read["cut"] or read["left_out"]:
         log.info(
             "%d documents; %d cut at train.ctx_len %d, %d left out because nothing in them is to be learned",
-            len(data.documents), cut, config.ctx_len, left_out,
+            read["documents"], read["cut"], ctx_len, read["left_out"],
         )  # fmt: skip
-    if not len(starts):
-        raise DataError(
-            f"{data.prefix}: none of {len(data.documents)} documents has a token to learn within train.ctx_len"
-            f" {config.ctx_len}; give talks with answers, or a larger ctx_len"
-        )
-    check_batch(data.prefix, len(starts), "documents with something to learn", config, part)
-    index = span_order(len(starts), config)
+    if config.rows != "packed":
+        what = "documents with something to learn" if masked else "rows of documents"
+        check_batch(data.prefix, len(starts), what, config, part)
+        index = span_order(len(starts), config)
+        return lambda number: [(int(starts[index(number)]), int(sizes[index(number)]))]
+    members, ends = _packed(data, ctx_len, masked)
+    check_batch(data.prefix, len(ends), f"rows of documents, packed up to {ctx_len} tokens,", config, part)
+    full = (int(sizes.sum()) - len(sizes)) / (len(ends) * ctx_len)
+    log.info("%d texts are packed into %d rows, full to %.1f %%", len(sizes), len(ends), 100 * full)
+    index = span_order(len(ends), config)
 
-    def span(number: int) -> Span:
+    def spans(number: int) -> Spans:
         row = index(number)
-        return int(starts[row]), int(sizes[row])
+        some = members[ends[row - 1] if row else 0 : ends[row]]
+        return list(zip(starts[some].tolist(), sizes[some].tolist(), strict=True))
 
-    return span
+    return spans
 
 
 def spans_of(
     data: Binidx | Mix, config: TrainConfig, rank: Share, order: Callable[[Binidx, TrainConfig, float], Order]
-) -> Callable[[int], list[tuple[Binidx, int, int]]]:
-    """Function from a step to (corpus, first token, how many) of this process's rows."""
+) -> Callable[[int], list[Row]]:
+    """Function from a step to (corpus, its spans) of this process's rows."""
     if config.batch < rank.count:
         raise ConfigError(f"train.batch: {config.batch} rows a step for {rank.count} devices; each needs one at least")
     mix = data if isinstance(data, Mix) else Mix((data,), (1.0,))
     shares = Shares(mix.weights, config.seed or 0)
     orders = [order(corpus, config, part) for corpus, part in zip(mix.corpora, shares.parts, strict=True)]
 
-    def spans(step: int) -> list[tuple[Binidx, int, int]]:
+    def spans(step: int) -> list[Row]:
         picked = map(shares.pick, _rows(step, config, rank))
-        return [(mix.corpora[corpus], *orders[corpus](number)) for corpus, number in picked]
+        return [(mix.corpora[corpus], orders[corpus](number)) for corpus, number in picked]
 
     return spans
 
 
-def _stacked(rows: Sequence[tuple[Binidx, int, int]]) -> Batch:
+def _stacked(rows: Sequence[Row]) -> Batch:
     """Rows of equal length."""
-    found = [np.asarray(data.tokens(start, count), dtype=np.int64) for data, start, count in rows]
+    found = [np.asarray(data.tokens(*spans[0]), dtype=np.int64) for data, spans in rows]
     both = torch.from_numpy(np.stack(found))  # (b, ctx_len + 1)
     return Batch(both[:, :-1].contiguous(), both[:, 1:].contiguous())
 
 
-def _padded(rows: Sequence[tuple[Binidx, int, int]], masked: bool) -> Batch:
+def _padded(rows: Sequence[Row], *, masked: bool, packed: bool) -> Batch:
     """Documents as rows, padded on the right: ids with 0, targets with -1, mask with 0."""
-    width = max(count for _, _, count in rows) - 1
+    width = max(sum(count - 1 for _, count in spans) for _, spans in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     targets = torch.full((len(rows), width), -1)
     mask = torch.zeros(len(rows), width) if masked else None
-    for row, (data, start, count) in enumerate(rows):
-        tokens = torch.from_numpy(data.tokens(start, count).astype(np.int64))
-        ids[row, : count - 1], targets[row, : count - 1] = tokens[:-1], tokens[1:]
-        if mask is not None:
-            marks = torch.from_numpy(data.mask(start, count).astype(np.float32))
-            mask[row, : count - 1] = (marks[1:] != 0).float()
-    return Batch(ids, targets, mask)
+    starts = torch.zeros(len(rows), width, dtype=torch.bool) if packed else None
+    for row, (data, spans) in enumerate(rows):
+        first = 0
+        for start, count in spans:
+            last = first + count - 1
+            tokens = torch.from_numpy(data.tokens(start, count).astype(np.int64))
+            ids[row, first:last], targets[row, first:last] = tokens[:-1], tokens[1:]
+            if mask is not None:
+                marks = torch.from_numpy(data.mask(start, count).astype(np.float32))
+                mask[row, first:last] = (marks[1:] != 0).float()
+            if starts is not None:
+                starts[row, first] = True
+            first = last
+    return Batch(ids, targets, mask, starts)
 
 
 def rows_of(data: Binidx, config: TrainConfig, *, masked: bool) -> int:
     """How many rows one pass over a corpus has."""
+    if config.rows == "packed":
+        return len(_packed(data, config.ctx_len, masked)[1])
     if masked:
-        return sum(len(starts) for starts, _ in _learned(data, config.ctx_len))
+        return len(_learned(data, config.ctx_len)[0])
     if config.rows == "documents":
         return int(_rows_of_documents(data, config.ctx_len).sum())
     if config.order == "magic":
@@ -231,14 +270,10 @@ def token_batches(data: Binidx | Mix, config: TrainConfig, rank: Share, first_st
     (i + 1) ctx_len, targets one further. With rows of documents (b, T), where T is the longest of this share.
     Raises DataError when a corpus is too short for the order asked for.
     """
-    whole = config.rows == "documents"
-    if whole and config.order == "magic":
-        raise ConfigError("train.order: magic reads one stream of tokens; whole documents come shuffled or sequential")
-    spans = spans_of(data, config, rank, _pieces if whole else _chunks)
-
-    return (
-        _padded(spans(step), masked=False) if whole else _stacked(spans(step)) for step in itertools.count(first_step)
-    )
+    if config.rows in ("documents", "packed"):
+        return _document_batches(data, config, rank, first_step, masked=False)
+    spans = spans_of(data, config, rank, _chunks)
+    return (_stacked(spans(step)) for step in itertools.count(first_step))
 
 
 def masked_batches(data: Binidx | Mix, config: TrainConfig, rank: Share, first_step: int) -> Iterator[Batch]:
@@ -247,8 +282,13 @@ def masked_batches(data: Binidx | Mix, config: TrainConfig, rank: Share, first_s
     The mask marks the targets to learn. Documents are cut at ctx_len; those without a token to learn are left out.
     Raises ConfigError for order magic, DataError when less than a batch is left.
     """
+    return _document_batches(data, config, rank, first_step, masked=True)
+
+
+def _document_batches(
+    data: Binidx | Mix, config: TrainConfig, rank: Share, first_step: int, *, masked: bool
+) -> Iterator[Batch]:
     if config.order == "magic":
         raise ConfigError("train.order: magic reads one stream of tokens; whole documents come shuffled or sequential")
-    spans = spans_of(data, config, rank, _answers)
-
-    return (_padded(spans(step), masked=True) for step in itertools.count(first_step))
+    spans, packed = spans_of(data, config, rank, partial(_by_document, masked=masked)), config.rows == "packed"
+    return (_padded(spans(step), masked=masked, packed=packed) for step in itertools.count(first_step))

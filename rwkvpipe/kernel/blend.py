@@ -13,13 +13,27 @@ from torch.autograd.function import once_differentiable
 
 from rwkvpipe.kernel import build
 
+Places = tuple[Tensor, ...]
+"""Indices of tokens: of their rows, and of their places within."""
 
-def mix(x: Tensor, last: Tensor, shares: Sequence[Tensor]) -> list[Tensor]:
-    """x + (before - x) share for each share (1, 1, D); `before` is x a token earlier, and last (B, D) for the first."""
+
+def mix(x: Tensor, last: Tensor, shares: Sequence[Tensor], alone: Places | None = None) -> list[Tensor]:
+    """x + (before - x) share for each share (1, 1, D); `before` is x a token earlier, and last (B, D) for the first.
+
+    To tokens at the places `alone` it is 0: there documents begin.
+    """
     if x.shape[1] and build.native(x, last, *shares):
-        return list(_Mix.apply(x, last, *shares))
-    dx = torch.cat((last.to(x.dtype)[:, None], x[:, :-1]), 1) - x
-    return [torch.addcmul(x, dx, share) for share in shares]
+        found = list(_Mix.apply(x, last, *shares))
+    else:
+        dx = torch.cat((last.to(x.dtype)[:, None], x[:, :-1]), 1) - x
+        found = [torch.addcmul(x, dx, share) for share in shares]
+    return found if alone is None else unmixed(found, x, [share[0] for share in shares], alone)
+
+
+def unmixed(found: Sequence[Tensor], x: Tensor, shares: Sequence[Tensor], places: Places) -> list[Tensor]:
+    """The same, but x (1 - share) at some places; shares (D) or (places, D)."""
+    here = x[places]
+    return [y.index_put_(places, (here - here * share).to(y.dtype)) for y, share in zip(found, shares, strict=True)]
 
 
 def prepare(k: Tensor, w: Tensor, a: Tensor, rows: Sequence[Tensor], heads: int) -> tuple[Tensor, ...]:

@@ -11,18 +11,24 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkvpipe.kernel import build
-from rwkvpipe.kernel.blend import apart, sums_of, without_gaps
+from rwkvpipe.kernel.blend import Places, apart, sums_of, unmixed, without_gaps
 
 
-def drift(x: Tensor, last: Tensor, shifts: Sequence[Tensor], shares: Sequence[Tensor]) -> list[Tensor]:
+def drift(
+    x: Tensor, last: Tensor, shifts: Sequence[Tensor], shares: Sequence[Tensor], alone: Places | None = None
+) -> list[Tensor]:
     """x + (before - x) (shift + share) for five shifts (B, T, D), of a token each, and shares (1, 1, D), of all.
 
-    x (B, T, D); `before` is x a token earlier, and last (B, D) for the first.
+    x (B, T, D); `before` is x a token earlier, and last (B, D) for the first; 0 at the places `alone`.
     """
     if x.numel() and build.native(x, last, *shifts, *shares):
-        return list(_Drift.apply(x, last, *shifts, *shares))
-    dx = torch.cat((last.to(x.dtype)[:, None], x[:, :-1]), 1) - x
-    return [torch.addcmul(x, dx, shift + share) for shift, share in zip(shifts, shares, strict=True)]
+        found = list(_Drift.apply(x, last, *shifts, *shares))
+    else:
+        dx = torch.cat((last.to(x.dtype)[:, None], x[:, :-1]), 1) - x
+        found = [torch.addcmul(x, dx, shift + share) for shift, share in zip(shifts, shares, strict=True)]
+    if alone is None:
+        return found
+    return unmixed(found, x, [shift[alone] + share[0] for shift, share in zip(shifts, shares, strict=True)], alone)
 
 
 def gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

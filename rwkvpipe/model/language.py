@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.base.errors import ConfigError
-from rwkvpipe.model.layers import State
+from rwkvpipe.model.layers import Borders, State
 
 # singular values of the matrices to start with (RWKV-LM); those not named start at zero
 GAINS = {"att.receptance": 1.0, "att.key": 0.1, "att.value": 1.0, "att.gate": 0.1, "ffn.key": 1.0}
@@ -66,18 +66,32 @@ class LanguageModel(nn.Module):
         features, state = self.features(ids, state, lengths)
         return self.logits(features), state
 
-    def features(self, ids: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
-        """The stream (B, T, n_embd) before the head, and the state after the ids."""
+    def features(
+        self,
+        ids: Tensor,
+        state: State | None = None,
+        lengths: Tensor | None = None,
+        starts: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """The stream (B, T, n_embd) before the head, and the state after the ids.
+
+        `starts` (B, T) marks the first tokens of documents: each is read as if nothing had come before it.
+        """
+        if starts is not None and self.config.time_state:
+            raise ConfigError("train.rows: packed begins each document without a memory; this model has a time_state")
+        borders = None if starts is None else Borders(starts)
         if state is None:
             state = self.start(len(ids), ids.device)
         x, first = self.blocks[0].ln0(self.emb(ids)), None
         after = State([], [], [])
         for layer, block in enumerate(self.blocks):
-            y, first, last, memory = block.att(block.ln1(x), first, state.att_x[layer], state.wkv[layer], lengths)
+            y, first, last, memory = block.att(
+                block.ln1(x), first, state.att_x[layer], state.wkv[layer], lengths, borders
+            )
             x = x + y
             after.att_x.append(last)
             after.wkv.append(memory)
-            y, last = block.ffn(block.ln2(x), state.ffn_x[layer], lengths)
+            y, last = block.ffn(block.ln2(x), state.ffn_x[layer], lengths, borders)
             x = x + y
             after.ffn_x.append(last)
         return x, after

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.kernel.blend import mix, squared_relu
 from rwkvpipe.kernel.gate import sift
+from rwkvpipe.kernel.wkv6 import wkv6
 
 HEAD_EPS = 64e-5  # group norm's, whatever the head size
+FORGET = 8.0  # w of a token behind which nothing is left: exp(-exp(8)) is 0 even in fp64
 
 
 @dataclass
@@ -78,6 +80,34 @@ def beyond(lengths: Tensor, like: Tensor) -> Tensor:
     return (places[None, :] >= lengths.to(like.device)[:, None])[:, :, None, None]
 
 
+class Borders:
+    """Where rows that hold several documents (packed) go from one to the next: there nothing is remembered.
+
+    starts (B, T) bool marks the first token of each document. `first`: the places of these tokens; `last`: those of
+    tokens that another document follows; `begins`, `ends` (B, T, 1, 1): the same as masks; `anew` (B,): whether the
+    row itself begins with one.
+    """
+
+    def __init__(self, starts: Tensor):
+        follows = torch.cat((starts[:, 1:], torch.zeros_like(starts[:, :1])), 1)
+        self.first, self.last = starts.nonzero(as_tuple=True), follows.nonzero(as_tuple=True)
+        self.begins, self.ends, self.anew = starts[..., None, None], follows[..., None, None], starts[:, 0]
+
+
+def by_document(inputs: tuple[Tensor, ...], memory: Tensor, borders: Borders) -> tuple[Tensor, Tensor]:
+    """The recurrence of RWKV-6 where each document begins without a memory; inputs: r, w, k, v, all by token, and u.
+
+    What a token reads is the memory before it, so that a document's last token leaves none. Its own part of what it
+    reads, which no memory holds, is added again.
+    """
+    r, w, k, v, u = inputs
+    start = memory.masked_fill(borders.anew[:, None, None, None], 0)
+    y, memory = wkv6(r, w.masked_fill(borders.ends, FORGET), k.masked_fill(borders.ends, 0), v, u, start)
+    r, k, v = (x[borders.last] for x in (r, k, v))  # (n, H, N)
+    own = (r * u * k).sum(-1, keepdim=True) * v
+    return y.index_put(borders.last, own.to(y.dtype), accumulate=True), memory
+
+
 def channels(n_embd: int) -> Tensor:
     """0, 1, ... n_embd - 1 in fp32: what initial values are formulas of."""
     return torch.arange(n_embd, dtype=torch.float32)
@@ -112,7 +142,9 @@ class GatedChannelMix(nn.Module):
         self.value = nn.Linear(config.dim_ffn, config.n_embd, bias=False)
         self.receptance = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, last: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, last: Tensor, lengths: Tensor | None = None, borders: Borders | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x (B, T, D) and the input before it; returns what is added to the stream, and the last input."""
-        xk, xr = mix(x, last, self.shares())
+        xk, xr = mix(x, last, self.shares(), borders and borders.first)
         return sift(self.receptance(xr), self.value(squared_relu(self.key(xk)))), ending(x, last, lengths)

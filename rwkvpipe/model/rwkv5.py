@@ -9,7 +9,17 @@ from rwkvpipe.kernel.gate import gate
 from rwkvpipe.kernel.wkv5 import wkv5
 from rwkvpipe.kernel.wkv6 import wkv6
 from rwkvpipe.model.language import LanguageModel, outline
-from rwkvpipe.model.layers import HEAD_EPS, GatedChannelMix, HeadNorm, beyond, channels, decays, ending
+from rwkvpipe.model.layers import (
+    HEAD_EPS,
+    Borders,
+    GatedChannelMix,
+    HeadNorm,
+    beyond,
+    by_document,
+    channels,
+    decays,
+    ending,
+)
 
 
 def complete(config: RwkvConfig) -> RwkvConfig:
@@ -31,16 +41,25 @@ class TimeMix(nn.Module):
         self.ln_x = HeadNorm(D)
 
     def forward(
-        self, x: Tensor, first: None, last: Tensor, memory: Tensor, lengths: Tensor | None = None
+        self,
+        x: Tensor,
+        first: None,
+        last: Tensor,
+        memory: Tensor,
+        lengths: Tensor | None = None,
+        borders: Borders | None = None,
     ) -> tuple[Tensor, None, Tensor, Tensor]:
         """x (B, T, D); first: nothing, here; last (B, D) and memory (B, H, N, N): the state.
 
         Returns what is added to the stream, nothing, and the state after the last token.
         """
-        xk, xv, xr, xg = mix(x, last, [1 - getattr(self, f"time_mix_{name}") for name in "kvrg"])
+        shares = [1 - getattr(self, f"time_mix_{name}") for name in "kvrg"]
+        xk, xv, xr, xg = mix(x, last, shares, borders and borders.first)
         last = ending(x, last, lengths)
         r, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in (self.receptance(xr), self.key(xk), self.value(xv)))
-        if lengths is None:
+        if borders is not None:  # and then decays differ by token
+            y, memory = by_document((r, self.time_decay.expand(k.shape), k, v, self.time_faaaa), memory, borders)
+        elif lengths is None:
             y, memory = wkv5(r, self.time_decay, k, v, self.time_faaaa, memory)
         else:  # padding leaves the memory as it is: for once, decays differ by token
             padding = beyond(lengths, k)

@@ -8,7 +8,17 @@ from rwkvpipe.kernel.blend import mix
 from rwkvpipe.kernel.gate import drift, gate
 from rwkvpipe.kernel.wkv6 import wkv6
 from rwkvpipe.model.language import LanguageModel, outline
-from rwkvpipe.model.layers import HEAD_EPS, GatedChannelMix, HeadNorm, beyond, channels, decays, ending
+from rwkvpipe.model.layers import (
+    HEAD_EPS,
+    Borders,
+    GatedChannelMix,
+    HeadNorm,
+    beyond,
+    by_document,
+    channels,
+    decays,
+    ending,
+)
 
 SLOTS = "wkvrg"  # the order of what is mixed in time_maa_w1 and time_maa_w2
 
@@ -46,16 +56,23 @@ class TimeMix(nn.Module):
             self.time_state = nn.Parameter(torch.zeros(D // N, N, N))
 
     def forward(
-        self, x: Tensor, first: None, last: Tensor, memory: Tensor, lengths: Tensor | None = None
+        self,
+        x: Tensor,
+        first: None,
+        last: Tensor,
+        memory: Tensor,
+        lengths: Tensor | None = None,
+        borders: Borders | None = None,
     ) -> tuple[Tensor, None, Tensor, Tensor]:
         """x (B, T, D); first: nothing, here; last (B, D) and memory (B, H, N, N): the state.
 
         Returns what is added to the stream, nothing, and the state after the last token.
         """
-        (xx,) = mix(x, last, [self.time_maa_x])
+        places = borders and borders.first
+        (xx,) = mix(x, last, [self.time_maa_x], places)
         low = torch.tanh(xx @ self.time_maa_w1).unflatten(-1, (len(SLOTS), -1))
         shifts = [low[..., n, :] @ self.time_maa_w2[n] for n in range(len(SLOTS))]
-        xw, xk, xv, xr, xg = drift(x, last, shifts, [getattr(self, f"time_maa_{name}") for name in SLOTS])
+        xw, xk, xv, xr, xg = drift(x, last, shifts, [getattr(self, f"time_maa_{name}") for name in SLOTS], places)
         last = ending(x, last, lengths)
         w = self.time_decay + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
         r, w, k, v = (
@@ -64,7 +81,8 @@ class TimeMix(nn.Module):
         if lengths is not None:  # what leaves the memory as it is
             padding = beyond(lengths, w)
             w, k = w.masked_fill(padding, -torch.inf), k.masked_fill(padding, 0)
-        y, memory = wkv6(r, w, k, v, self.time_faaaa, memory)
+        inputs = (r, w, k, v, self.time_faaaa)
+        y, memory = wkv6(*inputs, memory) if borders is None else by_document(inputs, memory, borders)
         y = gate(y, self.gate(xg), self.ln_x.weight, self.ln_x.bias, HEAD_EPS)
         return self.output(y), first, last, memory
 

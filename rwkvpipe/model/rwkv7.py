@@ -9,7 +9,7 @@ from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.kernel.blend import finish, lean, mix, prepare, squared_relu
 from rwkvpipe.kernel.wkv7 import wkv7
 from rwkvpipe.model.language import LanguageModel, orthogonal, outline
-from rwkvpipe.model.layers import HEAD_EPS, HeadNorm, beyond, channels, ending
+from rwkvpipe.model.layers import FORGET, HEAD_EPS, Borders, HeadNorm, beyond, channels, ending
 
 
 def rank(size: float) -> int:
@@ -61,13 +61,20 @@ class TimeMix(nn.Module):
             self.time_state = nn.Parameter(torch.zeros(D // N, N, N))
 
     def forward(
-        self, x: Tensor, first: Tensor | None, last: Tensor, memory: Tensor, lengths: Tensor | None = None
+        self,
+        x: Tensor,
+        first: Tensor | None,
+        last: Tensor,
+        memory: Tensor,
+        lengths: Tensor | None = None,
+        borders: Borders | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x (B, T, D); first: layer 0's values (None in layer 0); last (B, D) and memory (B, H, N, N): the state.
 
         Returns what is added to the stream, layer 0's values, and the state after the last token.
         """
-        xr, xw, xk, xv, xa, xg = mix(x, last, (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))
+        shares = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
+        xr, xw, xk, xv, xa, xg = mix(x, last, shares, borders and borders.first)
         last = ending(x, last, lengths)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         decay, rate = torch.tanh(xw @ self.w1) @ self.w2, (xa @ self.a1) @ self.a2
@@ -82,6 +89,8 @@ class TimeMix(nn.Module):
         if lengths is not None:  # what leaves the memory as it is
             padding = beyond(lengths, w)
             w, k, b = w.masked_fill(padding, -torch.inf), k.masked_fill(padding, 0), b.masked_fill(padding, 0)
+        if borders is not None:  # what a document's first token finds is forgotten
+            w, b = w.masked_fill(borders.begins, FORGET), b.masked_fill(borders.begins, 0)
         y, memory = wkv7(r, w, k, v, a, b, memory)
         y = finish(y, r, k, v, gate, (self.r_k, self.ln_x.weight, self.ln_x.bias), HEAD_EPS)
         return self.output(y), first, last, memory
@@ -122,9 +131,11 @@ class ChannelMix(nn.Module):
         self.key = nn.Linear(config.n_embd, config.dim_ffn, bias=False)
         self.value = nn.Linear(config.dim_ffn, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, last: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, last: Tensor, lengths: Tensor | None = None, borders: Borders | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x (B, T, D) and the input before it; returns what is added to the stream, and the last input."""
-        (xk,) = mix(x, last, (self.x_k,))
+        (xk,) = mix(x, last, (self.x_k,), borders and borders.first)
         return self.value(squared_relu(self.key(xk))), ending(x, last, lengths)
 
     def initialise(self, layer: int, n_layer: int, stream: torch.Generator) -> None:

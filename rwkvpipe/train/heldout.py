@@ -47,7 +47,7 @@ def held_out_loss(
 ) -> Callable[[nn.Module], float]:
     """Function of a model: its mean loss over all target tokens of the validation parts, in nats."""
     parts = [data] if isinstance(data, Binidx) else list(data)
-    by_document = masked or config.rows == "documents"
+    by_document = masked or config.rows in ("documents", "packed")
 
     def loss(model: nn.Module) -> float:
         found = (windows(part, config.ctx_len, micro_batch, masked, by_document) for part in parts)

@@ -27,13 +27,14 @@ class _Rows:
     ids: Tensor
     targets: Tensor
     mask: Tensor | None
+    starts: Tensor | None
     first: int
 
     def chunk(self, number: int, size: int) -> "_Rows":
         """A part of each row."""
         part = slice(number * size, (number + 1) * size)
-        mask = None if self.mask is None else self.mask[:, part]
-        return _Rows(self.ids[:, part], self.targets[:, part], mask, self.first + CHUNKS * number)
+        mask, starts = (None if each is None else each[:, part] for each in (self.mask, self.starts))
+        return _Rows(self.ids[:, part], self.targets[:, part], mask, starts, self.first + CHUNKS * number)
 
     def counts(self, l2_wrap: float) -> bool:
         """Whether anything in it enters the loss."""
@@ -56,7 +57,8 @@ def _read(model: nn.Module, part: _Rows, state: State | None, step: Share) -> tu
     """The share of a chunk in the loss, None where nothing in it counts, and the state after it."""
     config, device = step.config, device_of(model)
     with arithmetic(config.precision, device), row_dropout(model, part.first):
-        features, state = model.features(part.ids.to(device), state)
+        starts = None if part.starts is None else part.starts.to(device)
+        features, state = model.features(part.ids.to(device), state, starts=starts)
         if not part.counts(config.l2_wrap):
             return None, state
         mask = None if part.mask is None else part.mask.to(device)
@@ -119,8 +121,8 @@ def chunked_lm_losses(micro_batch: int, config: TrainConfig, rank: Rank = ALONE)
             if not len(used):
                 continue
             width = int(used.max()) + 1
-            mask = None if batch.mask is None else batch.mask[part, :width]
-            rows = _Rows(batch.ids[part, :width], batch.targets[part, :width], mask, part.start)
+            mask, starts = (None if each is None else each[part, :width] for each in (batch.mask, batch.starts))
+            rows = _Rows(batch.ids[part, :width], batch.targets[part, :width], mask, starts, part.start)
             yield from gradient(model, rows, -(-width // config.chunk), step)
 
     return losses

@@ -75,7 +75,8 @@ def lm_losses(micro_batch: int, config: TrainConfig, rank: Rank = ALONE) -> Loss
             targets = batch.targets[part, :width].to(device)
             mask = None if batch.mask is None else batch.mask[part, :width].to(device)
             with arithmetic(config.precision, device), row_dropout(model, part.start):
-                features, _ = model.features(batch.ids[part, :width].to(device))
+                starts = None if batch.starts is None else batch.starts[part, :width].to(device)
+                features, _ = model.features(batch.ids[part, :width].to(device), starts=starts)
                 yield language_loss(model, features, targets, mask, Share(config, count, int(real.sum())))
 
     return losses
