@@ -15,7 +15,10 @@ from pathlib import Path
 from benchmarks.pack import documents, run
 
 BPE_IDS = 32768
-CASES = ("world, JSON lines", "world, parquet", "bpe, JSON lines", "world, one text", "world, one line of 64 MB")
+CASES = (
+    "world, JSON lines", "world, parquet", "bpe, JSON lines", "bpe by gigatoken, JSON lines", "world, one text",
+    "world, one line of 64 MB",
+)  # fmt: skip
 
 
 def texts(source: Path, gigabytes: float) -> Iterator[str]:
@@ -78,7 +81,8 @@ def measure(folder: Path, gigabytes: float, files: list[Path], cases: list[str],
         path = write(case, source, folder, gigabytes)
         call = [sys.executable, "-m", "rwkvpipe.pack", path, "--spec", json.dumps({"path": "x", "tokenizer": "w"})]
         began = time.monotonic()
-        call += ["--tokenizer", words[case.partition(",")[0]], "--workers", workers]
+        call += ["--tokenizer", words[case.partition(",")[0].split()[0]], "--workers", workers]
+        call += ["--bpe-engine", "gigatoken"] if "gigatoken" in case else []
         used = run([*call, "--out", folder / "packed"],
                    folder / "memory.log")  # fmt: skip
         found[case] = {"input_megabytes": path.stat().st_size / 1e6, "held_megabytes": used["megabytes"],
