@@ -4,14 +4,12 @@ python -m rwkvpipe.launch 0 bench --spec '{"task":"choice","path":"e.jsonl"}' --
     --questions e.jsonl --out e.answers.jsonl
 """
 
-import hashlib
-import json
 import logging
 from pathlib import Path
 
 from rwkvpipe.base.config import BenchmarkConfig
 from rwkvpipe.base.errors import ConfigError, DataError, Parser, new_file, run
-from rwkvpipe.base.files import append_line, canonical, digest, write_jsonl
+from rwkvpipe.base.partial import Partial, mark
 from rwkvpipe.base.strict import check_json
 from rwkvpipe.infer.engine import Engine, load_vocabulary
 from rwkvpipe.infer.progress import Progress
@@ -20,59 +18,6 @@ from rwkvpipe.train import dist
 from rwkvpipe.weights import store
 
 log = logging.getLogger("rwkvpipe")
-
-
-def mark(spec: BenchmarkConfig, model: str, tokenizer: str, questions: str) -> str:
-    """What decides the answers, as one short text: settings, weights, vocabulary, questions."""
-    given = Path(tokenizer)
-    folder = given.parent if given.suffix == ".json" else given
-    words = [path for path in (folder / "tokenizer.json", folder / "vocab.txt", given) if path.is_file()]
-    parts = [spec.model_dump(mode="json"), "" if words else tokenizer]
-    parts += [store.mark(model), *(digest(path) for path in (Path(questions), *words))]
-    return hashlib.sha256(canonical(parts).encode()).hexdigest()[:32]
-
-
-class Partial:
-    """Answers on their way, in the order in which they come: a line that says to what, then one an answer."""
-
-    def __init__(self, path: Path, mark: str):
-        self.path, self.mark = path, mark
-        self.answers: dict[int, dict] = {}
-
-    def open(self, count: int) -> None:
-        """Take over what an earlier run with the same mark left whole of `count` answers; begin anew otherwise."""
-        rows = self._rows() if self.path.is_file() else []
-        if rows and rows[0].get("mark") == self.mark:
-            found = {row["row"]: row for row in rows[1:] if isinstance(row.get("row"), int)}
-            self.answers = {row: answer for row, answer in found.items() if 1 <= row <= count}
-        elif self.path.is_file():
-            log.info("%s: answers of other weights, questions or settings; left out", self.path)
-        # a torn last line must not join the next one
-        write_jsonl(self.path, [{"mark": self.mark}, *self.answers.values()])
-
-    def _rows(self) -> list[dict]:
-        """Whole lines up to the first that is not: what follows that is not to be trusted."""
-        rows = []
-        for line in self.path.read_bytes().split(b"\n")[:-1]:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break
-            if not isinstance(row, dict):
-                break
-            rows.append(row)
-        return rows
-
-    def add(self, answer: dict) -> None:
-        """Keep one more answer."""
-        append_line(self.path, answer)
-        self.answers[answer["row"]] = answer
-
-    def finish(self, path: Path) -> int:
-        """Write all answers in the order of their questions; the partial file has served and goes."""
-        count = write_jsonl(path, (self.answers[row] for row in sorted(self.answers)))
-        self.path.unlink(missing_ok=True)
-        return count
 
 
 def named(error: DataError, engine: Engine, task: Task, questions: list[dict], path: str) -> DataError:
@@ -102,9 +47,8 @@ def main(argv: list[str] | None = None) -> None:
     task, questions = read_questions(given.questions, spec)
     model = store.load_model(given.model, dist.start().device)
     engine = Engine(model, load_vocabulary(given.tokenizer, model.config.vocab_size, given.model), given.rows)
-    partial = Partial(
-        given.out.with_name(f"{given.out.name}.part"), mark(spec, given.model, given.tokenizer, given.questions)
-    )
+    decides = [spec.model_dump(mode="json"), store.mark(given.model)]
+    partial = Partial(given.out, mark(decides, given.tokenizer, [Path(given.questions)]))
     partial.open(len(questions))
     done, left = {row - 1 for row in partial.answers}, len(questions) - len(partial.answers)
     if done:
@@ -116,10 +60,9 @@ def main(argv: list[str] | None = None) -> None:
             partial.add({"row": number + 1, "asked": asked(task, questions[number]), **answer})
             progress.add(1)
     except DataError as error:
-        if not partial.answers:
-            partial.path.unlink(missing_ok=True)
+        partial.leave()
         raise named(error, engine, task, questions, given.questions) from None
-    log.info("%s: %d answers", given.out, partial.finish(given.out))
+    log.info("%s: %d answers", given.out, partial.finish())
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ import argparse
 import logging
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from rwkvpipe.base.config import SamplesConfig, SamplingConfig
-from rwkvpipe.base.errors import ConfigError, DataError, Parser, new_file, run
-from rwkvpipe.base.files import write_jsonl
+from rwkvpipe.base.errors import ConfigError, DataError, Parser, PipeError, new_file, run
+from rwkvpipe.base.partial import Partial, mark
 from rwkvpipe.base.strict import check, check_json
 from rwkvpipe.infer.engine import Engine, load_vocabulary
 from rwkvpipe.infer.packed import KINDS
@@ -18,6 +19,7 @@ from rwkvpipe.infer.prefix import States
 from rwkvpipe.infer.prompts import read_prompts
 from rwkvpipe.tokenizer.chat import MODES, prompt
 from rwkvpipe.train import dist
+from rwkvpipe.weights import store
 from rwkvpipe.weights.speaker import load_speaker
 
 log = logging.getLogger("rwkvpipe")
@@ -83,6 +85,24 @@ def _flow(pieces: Iterator[str]) -> str:
     return "".join(told)
 
 
+def write(engine: Engine, given: argparse.Namespace, prompts: list[str], sampling: SamplingConfig) -> int:
+    """Write samples.jsonl; goes on where a stopped run was. Returns how many texts are in it."""
+    beside = [] if given.adapter is None else [Path(given.adapter)]
+    decides = [sampling.model_dump(mode="json"), prompts, given.weights, store.mark(given.model)]
+    partial = Partial(given.out, mark(decides, given.tokenizer, beside))
+    partial.open(len(prompts))
+    left = [n for n in range(len(prompts)) if n + 1 not in partial.answers]
+    if len(left) < len(prompts):
+        log.info("going on: %d of %d are written", len(prompts) - len(left), len(prompts))
+    try:
+        for found in engine.generate([prompts[n] for n in left], sampling, numbers=left):
+            partial.add({"row": found.prompt + 1, "prompt": prompts[found.prompt], "text": found.text})
+    except PipeError:
+        partial.leave()
+        raise
+    return partial.finish(("prompt", "text"))
+
+
 def talk(engine: Engine, sampling: SamplingConfig, mode: str) -> None:
     """Answer line after line; of a talk that goes on only what is new is read."""
     messages: list[dict] = []
@@ -138,9 +158,7 @@ def main(argv: list[str] | None = None) -> None:
     if given.out is None:
         tell(engine, prompts, sampling)
         return
-    texts = {found.prompt: found.text for found in engine.generate(prompts, sampling)}
-    count = write_jsonl(given.out, ({"prompt": text, "text": texts[n]} for n, text in enumerate(prompts)))
-    log.info("%s: %d texts", given.out, count)
+    log.info("%s: %d texts", given.out, write(engine, given, prompts, sampling))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rwkvpipe import bench
+from rwkvpipe.base import partial
 from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.base.errors import ConfigError, DataError, PipeError
 from rwkvpipe.base.files import read_jsonl, write_jsonl
@@ -59,7 +60,7 @@ def run(home, task, rows=4, out="a.answers.jsonl", **changes):
 
 def killed(home, monkeypatch, task, after, **changes):
     """A run that ends while it writes an answer: half a line stays behind."""
-    whole = bench.append_line
+    whole = partial.append_line
 
     def cut(path, row, left=[after]):  # noqa: B006
         if not left[0]:
@@ -70,7 +71,7 @@ def killed(home, monkeypatch, task, after, **changes):
         whole(path, row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(bench, "append_line", cut)
+        patch.setattr(partial, "append_line", cut)
         with pytest.raises(Killed):
             run(home, task, **changes)
 

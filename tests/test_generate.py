@@ -2,12 +2,14 @@
 
 import io
 import json
+import logging
 import sys
 
 import pytest
 import torch
 
 from rwkvpipe import generate, merge
+from rwkvpipe.base import partial
 from rwkvpipe.base.config import LoraConfig, RwkvConfig
 from rwkvpipe.base.errors import ConfigError, DataError
 from rwkvpipe.base.files import read_jsonl
@@ -45,6 +47,40 @@ def test_each_prompt_has_its_text(home):
     rows = written(home, max_tokens=9)
     assert [row["prompt"] for row in rows] == PROMPTS
     assert all(list(row) == ["prompt", "text"] and row["text"] for row in rows)
+
+
+@pytest.mark.parametrize("after", [0, 2, 4])
+def test_a_stopped_run_goes_on_to_the_same_texts(home, monkeypatch, caplog, after):
+    spec = json.dumps({"prompts": [*PROMPTS, "once", "x"], "sampling": {"max_tokens": 9}})
+    call(home, "--spec", spec, "--out", home / "whole.jsonl")
+    whole, left = partial.append_line, [after]
+
+    def cut(path, row):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        whole(path, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(partial, "append_line", cut)
+        with pytest.raises(KeyboardInterrupt):
+            call(home, "--spec", spec, "--out", home / "s.jsonl")
+    with caplog.at_level(logging.INFO):
+        call(home, "--spec", spec, "--out", home / "s.jsonl")
+    assert (home / "s.jsonl").read_bytes() == (home / "whole.jsonl").read_bytes()
+    assert (f"going on: {after} of 5" in caplog.text) == bool(after) and not (home / "s.jsonl.part").exists()
+
+
+def test_texts_of_other_settings_weights_or_words_are_left_out(home, monkeypatch):
+    def row(*words):
+        call(home, "--prompt", "a", "--max-tokens", 3, "--out", home / "s.jsonl", *words)
+        return (home / "s.jsonl").read_bytes()
+
+    wanted = row("--weights", "int8")
+    with monkeypatch.context() as patch:
+        patch.setattr(partial.Partial, "finish", lambda *_: 0)
+        row(), row("--temperature", "0")
+    assert row("--weights", "int8") == wanted
 
 
 def test_the_same_seed_gives_the_same_texts(home):

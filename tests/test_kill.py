@@ -31,7 +31,7 @@ def serve() -> None:
     """Read runs from standard input, one JSON object a line, and answer each with how it ended."""
     import torch
 
-    from rwkvpipe import bench, dpo, grpo, merge, pack, pretrain, sft  # noqa: F401
+    from rwkvpipe import bench, dpo, generate, grpo, merge, pack, pretrain, sft  # noqa: F401
     from rwkvpipe.tasks import choice
     from rwkvpipe.train import dist, loop, rollout
 
@@ -229,6 +229,9 @@ def words(ground: Path, case: str, out: Path) -> tuple[str, list]:
         return case, [*model, "--adapter", ground / "adapter.safetensors", "--out", out / "model.safetensors"]
     if case == "pack":
         return case, ["--spec", json.dumps(TALK), "--tokenizer", ground / "t", "--out", out / "corpus"]
+    if case == "generate":
+        spec = {"prompts": [f"{n}+{n}=" for n in range(40)], "sampling": {"max_tokens": 6, "temperature": 1.0}}
+        return case, ["--spec", json.dumps(spec), *model, "--tokenizer", ground / "t", "--out", out / "samples.jsonl"]
     task = case.removeprefix("bench_")
     spec = {"task": task, "path": "q", "prompt": "{question}="}
     spec |= {"sampling": {"max_tokens": 6, "temperature": 1.0}} if task == "answer" else {}
@@ -250,8 +253,8 @@ def harvest(out: Path) -> dict[str, object]:
     return found
 
 
-KILLED = [*STAGES, "merge", "pack", "bench_answer", "bench_choice"]
-CASES = [name for name in KILLED if name != "dpo"]  # the others stand for it
+KILLED = [*STAGES, "merge", "pack", "bench_answer", "bench_choice", "generate"]
+CASES = [name for name in KILLED if name not in ("dpo", "generate")]  # the others stand for them
 
 
 class Case:

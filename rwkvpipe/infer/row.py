@@ -1,26 +1,19 @@
 """One text on its way: what was chosen, what it writes, and when it is over."""
 
-import hashlib
 import math
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from rwkvpipe.base.config import SamplingConfig
 from rwkvpipe.base.errors import ConfigError, WeightsError
+from rwkvpipe.infer.lot import Lot
 from rwkvpipe.infer.words import Words, choices
 from rwkvpipe.model.layers import State
 from rwkvpipe.tokenizer.byte import utf8
 
 DRAWN = 64  # random numbers drawn at once
 RULES = {"seed", "max_tokens", "stop", "stop_ids", "choices"}  # what does not decide the chances of the next id
-
-
-def stream(seed: int, prompt: int, sample: int) -> torch.Generator:
-    """The stream that one sample of one prompt draws from, whatever else is sampled beside it."""
-    key = hashlib.sha256(f"{seed} {prompt} {sample}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
 
 
 @dataclass(frozen=True)
@@ -75,13 +68,13 @@ class Row:
         self.told: list[tuple[float, list[tuple[int, float]]]] = []  # plain log-probability, and the likeliest ids
         self.data = bytearray()
         self.finish: str | None = None
-        self._stream = stream(sampling.seed, job.prompt, job.sample)
+        self._lot = Lot(sampling.seed, job.prompt, job.sample)
         self._draws: list[float] = []
 
     def uniform(self) -> float:
         """The next number of its own stream."""
         if not self._draws:
-            self._draws = torch.rand(DRAWN, generator=self._stream, dtype=torch.float64).tolist()[::-1]
+            self._draws = self._lot.draw(DRAWN)[::-1]
         return self._draws.pop()
 
     def allowed(self) -> list[int] | None:

@@ -100,22 +100,18 @@ def sample(
     logits: Tensor,
     config: SamplingConfig,
     counts: Tensor | None,
-    generators: Sequence[torch.Generator] | Tensor,
+    draws: Tensor | None,
     *,
     seen: Tensor | None = None,
 ) -> Tensor:
     """Next ids (R,) for logits (R, V); counts and seen as for `penalise`.
 
-    Each row takes one number from its own generator, or the one in `generators` (R,) if that is a tensor of numbers
-    in [0, 1). Temperature 0 draws nothing.
+    Each row has a number of its own in `draws` (R,), fp64 in [0, 1). Temperature 0 needs none.
     """
     if config.temperature == 0:
         return penalise(logits, counts, config, seen=seen).argmax(-1)
     chances = probabilities(logits, config, counts, seen=seen)
-    if not isinstance(generators, Tensor):
-        drawn = [torch.rand((), generator=g, dtype=torch.float64, device=g.device).item() for g in generators]
-        generators = torch.tensor(drawn, dtype=torch.float64)
     below = chances.cumsum(-1)  # (R, V)
-    wanted = generators.to(below)[:, None] * below[:, -1:]
+    wanted = draws.to(below)[:, None] * below[:, -1:]
     # right: an id of chance 0 has an empty interval and is never met; logits that are no numbers end anywhere
     return torch.searchsorted(below, wanted, right=True)[:, 0].clamp(max=below.shape[-1] - 1)

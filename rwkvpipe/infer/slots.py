@@ -153,7 +153,7 @@ class Slots:
             counts = seen = None
             if rows[members[0]].penalised:
                 counts, seen = (self.table[name][index[part]] for name in ("counts", "seen"))
-            draws = []
+            draws = None
             if sampling.temperature > 0:
                 draws = torch.tensor([rows[n].uniform() for n in members], dtype=torch.float64)
             chosen[part] = sample(logits if whole else logits[part], sampling, counts, draws, seen=seen)

@@ -5,10 +5,14 @@ import json
 import pytest
 import torch
 
-from rwkvpipe.base.config import SamplingConfig
-from rwkvpipe.infer.row import stream
+from rwkvpipe.base.config import RwkvConfig, SamplingConfig
+from rwkvpipe.base.errors import ConfigError
+from rwkvpipe.infer.engine import Engine
+from rwkvpipe.infer.lot import Lot, number
 from rwkvpipe.infer.sampling import nucleus, penalise, probabilities, sample
+from rwkvpipe.model.layers import State
 
+KNOWN = [0.47594482043045283, 0.03295949805835907]
 NAMES = ("order", "temperature", "top_k", "top_p", "repetition_penalty")
 
 
@@ -24,12 +28,12 @@ def counts(ids: list[int], size: int) -> torch.Tensor:
 
 
 def test_reference_samplers_agree(goldens):
-    for number, case in enumerate(json.loads((goldens / "tune" / "sampling.json").read_text())):
+    for place, case in enumerate(json.loads((goldens / "tune" / "sampling.json").read_text())):
         logits = torch.tensor([case["logits"]])
         logits[logits <= -1e9] = -torch.inf
         found = probabilities(logits, config(case), counts(case.get("prev", []), logits.shape[-1]))[0]
-        assert found.nonzero()[:, 0].tolist() == case["kept"], number
-        assert torch.allclose(found, torch.tensor(case["probs"], dtype=torch.float64), atol=1e-5, rtol=0), number
+        assert found.nonzero()[:, 0].tolist() == case["kept"], place
+        assert torch.allclose(found, torch.tensor(case["probs"], dtype=torch.float64), atol=1e-5, rtol=0), place
 
 
 def test_rows_are_cut_each_for_itself():
@@ -58,12 +62,12 @@ def test_the_prompt_counts_for_the_repetition_penalty_alone():
 
 def test_the_likeliest_is_found_after_penalties_bias_and_bans():
     settings = SamplingConfig(temperature=0.0, bias={1: 5.0}, ban=(2,))
-    assert sample(torch.tensor([[1.0, 0.0, 9.0]]), settings, None, []).tolist() == [1]
+    assert sample(torch.tensor([[1.0, 0.0, 9.0]]), settings, None, None).tolist() == [1]
 
 
 def test_bias_and_bans_of_ids_that_the_model_lacks_are_harmless():
     settings = SamplingConfig(temperature=0.0, bias={99: 5.0}, ban=(77,))
-    assert sample(torch.tensor([[1.0, 2.0]]), settings, None, []).tolist() == [1]
+    assert sample(torch.tensor([[1.0, 2.0]]), settings, None, None).tolist() == [1]
 
 
 @pytest.mark.parametrize("order", ["hf", "rwkv"])
@@ -75,7 +79,7 @@ def test_more_ids_asked_for_than_there_are_is_all(order):
 
 def test_frequencies_follow_the_probabilities():
     logits = torch.tensor([[0.0, 1.0, -1.0, -torch.inf]]).expand(4000, -1)
-    drawn = torch.rand(4000, generator=stream(3, 0, 0), dtype=torch.float64)
+    drawn = torch.tensor(Lot(3, 0, 0).draw(4000), dtype=torch.float64)
     found = torch.bincount(sample(logits, SamplingConfig(), None, drawn), minlength=4) / 4000
     assert torch.allclose(found, logits[0].softmax(-1), atol=0.03)
     assert found[3] == 0
@@ -87,18 +91,28 @@ def test_ids_without_a_chance_never_come_even_at_the_ends():
     assert sample(logits, SamplingConfig(), None, ends).tolist() == [1, 1]
 
 
-def test_a_row_draws_from_its_own_stream():
-    logits = torch.zeros(3, 50)
-    together = sample(logits, SamplingConfig(), None, [stream(0, n, 0) for n in range(3)])
-    alone = [sample(logits[:1], SamplingConfig(), None, [stream(0, n, 0)]).item() for n in range(3)]
-    assert together.tolist() == alone
-    assert len({stream(0, 1, 0).initial_seed(), stream(0, 0, 1).initial_seed(), stream(1, 0, 0).initial_seed()}) == 3
+def test_numbers_of_texts_are_the_reference_numbers(goldens):
+    for line in (goldens / "eval" / "seed_goldens.jsonl").read_text().splitlines():
+        case = json.loads(line)
+        assert number(case["sample"], case["repeat"], case["stage"]) == case["seed"]
+
+
+@pytest.mark.parametrize("odd", [(2**31, 0, 1), (0, 2**24, 1), (0, 0, 256), (-1, 0, 1)])
+def test_numbers_that_would_meet_another_texts_are_refused(odd):
+    with pytest.raises(ConfigError, match="numbers of texts are 0 to"):
+        number(*odd)
+
+
+def test_each_text_has_a_stream_of_its_own():
+    keys = [(0, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 0), (2**32, 0, 0), (0, 2**24, 0), (2**62, 5, 5)]
+    assert len({tuple(Lot(*key).draw(3)) for key in keys}) == len(keys)
+    assert all(0 <= value < 1 for value in Lot(0, 0, 0).draw(1000))
 
 
 def test_numbers_drawn_at_once_are_those_drawn_one_by_one():
-    one, many = stream(0, 0, 0), stream(0, 0, 0)
-    single = [torch.rand((), generator=one, dtype=torch.float64).item() for _ in range(40)]
-    assert torch.rand(40, generator=many, dtype=torch.float64).tolist() == single
+    one = Lot(0, 0, 0)
+    assert Lot(0, 0, 0).draw(40) == [one.draw(1)[0] for _ in range(40)]
+    assert Lot(7, 3, 2).draw(2) == KNOWN  # on every machine
 
 
 def test_spared_ids_keep_their_logits():
@@ -114,6 +128,9 @@ CASES = [
     SamplingConfig(order="rwkv", temperature=0.7, top_p=0.7),
     SamplingConfig(order="rwkv", temperature=1.3, top_k=5, top_p=0.9),
     SamplingConfig(presence=0.7, frequency=0.3, bias={3: 1.0}, ban=(1,)),
+    SamplingConfig(repetition_penalty=1.4, temperature=0.8, top_k=6, top_p=0.9, bias={0: -1.0}, ban=(2, 8)),
+    SamplingConfig(order="rwkv", repetition_penalty=1.4, presence=0.5, frequency=0.2, top_p=0.8, spare=(4,), ban=(7,)),
+    SamplingConfig(order="rwkv", bias={5: 2.0, 6: -2.0}, temperature=2.0, top_k=4, ban=(9,)),
 ]
 
 
@@ -123,14 +140,83 @@ def test_what_is_drawn_fits_the_exact_probabilities(settings):
     logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(8)) * 1.5
     times = torch.tensor([[0, 2, 1, 0, 3, 0, 0, 1, 0, 0, 0, 5]])
     exact, draws = probabilities(logits, settings, times)[0], 20_000
-    generators = [stream(11, n, 0) for n in range(draws // 50)]  # the first fifty numbers of many streams
-    numbers = torch.cat([torch.rand(50, generator=one, dtype=torch.float64) for one in generators])
+    lots = [Lot(11, n, 0) for n in range(draws // 50)]  # the first fifty numbers of many streams
+    numbers = torch.tensor([value for lot in lots for value in lot.draw(50)], dtype=torch.float64)
     found = torch.bincount(sample(logits.expand(draws, -1), settings, times.expand(draws, -1), numbers), minlength=12)
-    assert not found[exact == 0].any()
+    assert fits(found, exact)
+
+
+def fits(found: torch.Tensor, exact: torch.Tensor) -> bool:
+    """Whether counts fit chances: Wilson and Hilferty's form of the chi-squared quantile, 3.719 deviations out."""
     kept = exact > 0
-    wanted = exact[kept] * draws
+    wanted = exact[kept] * found.sum()
     squared = float(((found[kept] - wanted) ** 2 / wanted).sum())
-    # Wilson and Hilferty's form of the chi-squared quantile, 3.719 deviations out
     free = int(kept.sum()) - 1
-    assert free > 0
-    assert squared < free * (1 - 2 / (9 * free) + 3.719 * (2 / (9 * free)) ** 0.5) ** 3
+    assert free > 0 and not found[~kept].any()
+    return squared < free * (1 - 2 / (9 * free) + 3.719 * (2 / (9 * free)) ** 0.5) ** 3
+
+
+class Constant(torch.nn.Module):
+    """The same logits after anything."""
+
+    def __init__(self, logits: list[float]):
+        super().__init__()
+        self.config = RwkvConfig(n_layer=1, n_embd=1, head_size=1, vocab_size=len(logits))
+        self.values = torch.nn.Parameter(torch.tensor(logits))
+
+    def features(self, ids, state=None, lengths=None):
+        zeros = [torch.zeros(len(ids), 1)]
+        return torch.zeros(*ids.shape, 1), State(zeros, [torch.zeros(len(ids), 1, 1, 1)], zeros)
+
+    def logits(self, features):
+        return self.values.detach().expand(*features.shape[:-1], -1)
+
+    def forward(self, ids, state=None, lengths=None):
+        features, state = self.features(ids, state, lengths)
+        return self.logits(features), state
+
+
+class Letters:
+    """Ids 1 to 5 are letters; 0 belongs to nothing."""
+
+    size, eos = 6, None
+    encode = staticmethod(lambda text: ["_abcde".index(letter) for letter in text])
+    decode_bytes = staticmethod(lambda ids: "".join("_abcde"[n] for n in ids).encode())
+    owns = staticmethod(lambda number: number > 0)
+
+
+ALL = {"repetition_penalty": 1.3, "presence": 0.4, "frequency": 0.6, "decay": 0.5, "bias": {5: 0.5}, "seed": 4}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SamplingConfig(max_tokens=3, stop=(), top_k=4, top_p=0.95, temperature=0.9, **ALL),
+        SamplingConfig(max_tokens=3, stop=(), order="rwkv", top_p=0.9, temperature=1.2, ban=(2,), **ALL),
+    ],
+    ids=["hf", "rwkv"],
+)
+def test_texts_that_the_engine_writes_fit_the_exact_probabilities(settings):
+    """Three letters: penalties of what was written, and of the prompt, in the whole engine, with slots refilled."""
+    logits, prompt = [3.0, 0.2, 0.9, -0.3, 0.5, -0.6], "ca"
+    exact: dict[str, float] = {"": 1.0}
+    for _ in range(settings.max_tokens):
+        longer = {}
+        for text, chance in exact.items():
+            times, seen = torch.zeros(1, 6), torch.zeros(1, 6, dtype=torch.bool)
+            for n in Letters.encode(text):
+                times *= settings.decay
+                times[0, n] += 1
+            seen[0, Letters.encode(prompt + text)] = True
+            values = torch.tensor([logits])
+            values[0, 0] = -torch.inf
+            each = probabilities(values, settings, times, seen=seen)[0].tolist()
+            longer |= {text + "_abcde"[n]: chance * each[n] for n in range(6) if each[n] > 0}
+        exact = longer
+    found = dict.fromkeys(exact, 0)
+    for one in Engine(Constant(logits), Letters(), 64).generate([prompt], settings, 3000):
+        found[one.text] += 1
+    chances = torch.tensor(list(exact.values()), dtype=torch.float64)
+    counts = torch.tensor(list(found.values()), dtype=torch.float64)
+    rare = chances * 3000 < 5  # too few for the test: together
+    assert fits(*(torch.cat((x[~rare], x[rare].sum()[None])) for x in (counts, chances)))
