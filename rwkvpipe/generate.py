@@ -14,10 +14,11 @@ from rwkvpipe.base.errors import ConfigError, DataError, Parser, PipeError, new_
 from rwkvpipe.base.partial import Partial, mark
 from rwkvpipe.base.strict import check, check_json
 from rwkvpipe.infer.engine import Engine, load_vocabulary
+from rwkvpipe.infer.layout import TEMPLATE, Layout, find_layout
 from rwkvpipe.infer.packed import KINDS
 from rwkvpipe.infer.prefix import States
 from rwkvpipe.infer.prompts import read_prompts
-from rwkvpipe.tokenizer.chat import MODES, prompt
+from rwkvpipe.tokenizer.chat import MODES
 from rwkvpipe.train import dist
 from rwkvpipe.weights import store
 from rwkvpipe.weights.speaker import load_speaker
@@ -39,6 +40,7 @@ def parser() -> Parser:
     found.add_argument("--chat", action="store_true", help="or talk: a line is a turn, /new begins anew, Ctrl-D ends")
     found.add_argument("--weights", choices=KINDS, default="fp32", help="what matrices are kept in")
     found.add_argument("--mode", choices=sorted(MODES), default="plain", help="in talks: how answers begin")
+    found.add_argument("--template", help=TEMPLATE)
     found.add_argument("--temperature", type=float, help="without --spec; 0 is the likeliest token")
     found.add_argument("--max-tokens", type=int, help="without --spec: longest continuation")
     found.add_argument("--seed", type=int, help="without --spec: of all that is drawn by lot")
@@ -46,7 +48,7 @@ def parser() -> Parser:
     return found
 
 
-def read_spec(given: argparse.Namespace) -> tuple[list[str], SamplingConfig]:
+def read_spec(given: argparse.Namespace, layout: Layout) -> tuple[list[str], SamplingConfig]:
     """Prompts (none for a talk) and how they go on: of the settings, or of the command line. Raises ConfigError."""
     chosen = {name: getattr(given, name) for name in ("temperature", "max_tokens", "seed")}
     chosen = {name: value for name, value in chosen.items() if value is not None}
@@ -58,11 +60,11 @@ def read_spec(given: argparse.Namespace) -> tuple[list[str], SamplingConfig]:
         if chosen:
             raise ConfigError("--temperature, --max-tokens and --seed belong to --prompt; with --spec say it there")
         spec = check_json(SamplesConfig, given.spec, "--spec")
-        return list(spec.prompts) or read_prompts(spec.path, given.mode), spec.sampling
+        return list(spec.prompts) or read_prompts(spec.path, layout), spec.sampling
     if given.chat:
-        chosen = {"max_tokens": LONGEST} | chosen
+        chosen = {"max_tokens": LONGEST, "stop": layout.stops()} | chosen
     sampling = check(SamplingConfig, chosen, "the command line")
-    return read_prompts(given.prompts, given.mode) if given.prompts else given.prompt, sampling
+    return read_prompts(given.prompts, layout) if given.prompts else given.prompt, sampling
 
 
 def tell(engine: Engine, prompts: list[str], sampling: SamplingConfig) -> None:
@@ -103,7 +105,7 @@ def write(engine: Engine, given: argparse.Namespace, prompts: list[str], samplin
     return partial.finish(("prompt", "text"))
 
 
-def talk(engine: Engine, sampling: SamplingConfig, mode: str) -> None:
+def talk(engine: Engine, sampling: SamplingConfig, layout: Layout) -> None:
     """Answer line after line; of a talk that goes on only what is new is read."""
     messages: list[dict] = []
     kept, turn = States(), 0
@@ -113,7 +115,7 @@ def talk(engine: Engine, sampling: SamplingConfig, mode: str) -> None:
             continue
         asked = [*messages, {"role": "user", "content": words}]
         try:
-            said = _flow(_unspaced(engine.stream(prompt(asked, mode), sampling, turn, kept)))
+            said = _flow(_unspaced(engine.stream(layout.text(asked), sampling, turn, kept)))
         except DataError as error:  # letters that the vocabulary lacks: the talk goes on without that line
             log.warning("%s", error)
             continue
@@ -147,13 +149,14 @@ def _lines() -> Iterator[str]:
 def main(argv: list[str] | None = None) -> None:
     """Write samples.jsonl (prompt and text), or print both; the same seed gives the same texts."""
     given = parser().parse_args(argv)
-    prompts, sampling = read_spec(given)
+    layout = find_layout(given.mode, given.template, given.model, given.tokenizer)
+    prompts, sampling = read_spec(given, layout)
     rows = min(ROWS, len(prompts)) if given.out else 1
     model = load_speaker(given.model, given.adapter, dist.start().device)
     tokenizer = load_vocabulary(given.tokenizer, model.config.vocab_size, given.model)
-    engine = Engine(model, tokenizer, rows, kind=given.weights)
+    engine = Engine(model, tokenizer, rows, kind=given.weights, special=layout.special())
     if given.chat:
-        talk(engine, sampling, given.mode)
+        talk(engine, sampling, layout)
         return
     if given.out is None:
         tell(engine, prompts, sampling)

@@ -10,6 +10,7 @@ from rwkvpipe.base.config import SamplingConfig
 from rwkvpipe.base.errors import ConfigError, Parser, run
 from rwkvpipe.base.strict import check_json
 from rwkvpipe.infer.engine import Engine, load_vocabulary
+from rwkvpipe.infer.layout import TEMPLATE, find_layout
 from rwkvpipe.infer.packed import KINDS
 from rwkvpipe.tokenizer.chat import MODES
 from rwkvpipe.train import dist
@@ -30,6 +31,7 @@ def parser() -> Parser:
     found.add_argument("--sampling", default=DEFAULTS, help="JSON: what requests leave open, and the most max_tokens")
     found.add_argument("--weights", choices=KINDS, default="fp32", help="what matrices are kept in")
     found.add_argument("--mode", choices=sorted(MODES), default="plain", help="how answers in a talk begin")
+    found.add_argument("--template", help=TEMPLATE)
     found.add_argument("--rows", type=int, default=16, help="texts written side by side; decides memory, no text")
     found.add_argument("--waiting", type=int, default=256, help="texts that may wait; more are told to come again")
     found.add_argument("--host", default="127.0.0.1", help="the address to listen at; others than this reach out")
@@ -58,10 +60,13 @@ def main(argv: list[str] | None = None) -> None:
     from rwkvpipe.web.desk import Desk
 
     sampling = check_json(SamplingConfig, given.sampling, "--sampling")
+    layout = find_layout(given.mode, given.template, given.model, given.tokenizer)
+    if "stop" not in sampling.model_fields_set:
+        sampling = sampling.model_copy(update={"stop": layout.stops()})
     model = load_speaker(given.model, given.adapter, dist.start().device)
     tokenizer = load_vocabulary(given.tokenizer, model.config.vocab_size, given.model)
-    engine = Engine(model, tokenizer, given.rows, kind=given.weights)
-    house = House(engine, given.name or called(given.model), sampling, given.mode)
+    engine = Engine(model, tokenizer, given.rows, kind=given.weights, special=layout.special())
+    house = House(engine, given.name or called(given.model), sampling, layout)
     serve(house, Desk(engine, given.waiting), given.host, given.port)
     log.info("stopped")
 

@@ -2,7 +2,8 @@
 
 import codecs
 import logging
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -46,10 +47,18 @@ class Engine:
 
     The model may have adapters beside its matrices, and initial states. `kind` (see `packed`) is what its matrices are
     kept in from then on, whatever is done with it. Raises ConfigError when the tokenizer has ids that the model lacks,
-    or for more rows than memory holds.
+    or for more rows than memory holds. `special` words of prompts are an id each (a chat template may name some).
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer, rows: int, *, kind: str = "fp32"):
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        rows: int,
+        *,
+        kind: str = "fp32",
+        special: Mapping[str, int] | None = None,
+    ):
         size = model.config.vocab_size
         if rows < 1:
             raise ConfigError(f"rows: {rows} at a time; 1 is the least")
@@ -59,6 +68,7 @@ class Engine:
             )
         keep(model, kind)
         self.model, self.tokenizer, self.rows = model, tokenizer, rows
+        self.special = {word: number for word, number in (special or {}).items() if 0 <= number < size}
         self.reader = Reader(model, rows)
         check_rows(model.config, rows, self.reader.device, chunk=CHUNK, logits=LOGITS)
 
@@ -69,7 +79,10 @@ class Engine:
 
     def begin(self, text: str) -> list[int]:
         """Ids of a text to go on from; without any, the id that ends documents stands before it."""
-        ids = list(self.tokenizer.encode(text))
+        parts = re.split("|".join(f"({re.escape(word)})" for word in self.special), text) if self.special else [text]
+        ids = []
+        for part in filter(None, parts):
+            ids += [self.special[part]] if part in self.special else self.tokenizer.encode(part)
         if not ids and self.tokenizer.eos is None:
             raise DataError("an empty prompt: this tokenizer has no id that begins a document; give it some text")
         return ids or [self.tokenizer.eos]

@@ -8,7 +8,7 @@ from rwkvpipe.base.config import SamplingConfig
 from rwkvpipe.base.errors import ConfigError, DataError
 from rwkvpipe.base.strict import Positive, Real, Share, Strict, Whole, check
 from rwkvpipe.infer.engine import Engine
-from rwkvpipe.tokenizer import chat
+from rwkvpipe.infer.layout import Layout
 
 SAMPLES = 128
 SWITCHES = ("stream", "logprobs", "echo")
@@ -103,8 +103,8 @@ class Asked:
 class House:
     """What a server serves: an engine under a name, with what requests leave open."""
 
-    def __init__(self, engine: Engine, name: str, defaults: SamplingConfig, mode: str = "plain"):
-        self.engine, self.name, self.defaults, self.mode = engine, name, defaults, mode
+    def __init__(self, engine: Engine, name: str, defaults: SamplingConfig, layout: Layout | None = None):
+        self.engine, self.name, self.defaults, self.layout = engine, name, defaults, layout or Layout()
 
     def read(self, kind: Literal["chat", "text"], body: Any) -> Asked:
         """A request's JSON, understood. Raises Refused."""
@@ -164,7 +164,7 @@ class House:
                     raise Refused(400, f"messages.{n}.content: a text is no text", f"messages.{n}.content")
                 content = "\n".join(part["text"] for part in content)
             talk.append({"role": "system" if message.role == "developer" else message.role, "content": content})
-        return self.engine.begin(chat.prompt(talk, self.mode))
+        return self.engine.begin(self.layout.text(talk))
 
     def _prompts(self, prompt: Any) -> list[list[int]]:
         """One prompt or several, as texts or as ids."""
