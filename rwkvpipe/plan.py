@@ -282,7 +282,7 @@ class Plan(Tree):
 
     def _deciding(self) -> dict:
         """The config as one would write it: no defaults but the seed, no unused entries, no knobs."""
-        knobs = {"checkpoints", "hub", "code_tracking", "track"}
+        knobs = {"checkpoints", "hub", "code_tracking", "memory", "track"}
         value = self.config.model_dump(mode="json", exclude_defaults=True, exclude=knobs)
         used = {section: set(names) for section, names in self.used.items()}
         # a vocabulary may be learned from corpora that no stage reads

@@ -79,8 +79,8 @@ class TrainConfig(Strict):
     that one counts as it would alone. A longer one than ctx_len becomes several in pretrain, and is cut in sft."""
     seed: Whole | None = None
     """Order, dropout and sampling; left out, the run's seed."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the matrix products; weights, state and loss stay fp32."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the matrix products; weights, their moments, state and loss stay fp32. fp16 is for GPUs alone."""
     log_every: Count = 10
     """Steps between lines of metrics.jsonl."""
     valid_every: Whole = 0
@@ -315,6 +315,13 @@ class CheckpointConfig(Strict):
     """Steps between them."""
 
 
+class MemoryConfig(Strict):
+    """What spares the memory of training, at the cost of time. It never decides a result."""
+
+    recompute: bool = False
+    """Keep the input of each block alone, and compute the rest again in the backward."""
+
+
 class HubConfig(Strict):
     """Where hubs are asked. It never decides a result."""
 
@@ -347,6 +354,8 @@ class PipelineConfig(Strict):
     """What is done, in order."""
     checkpoints: CheckpointConfig = CheckpointConfig()
     """Resume points."""
+    memory: MemoryConfig = MemoryConfig()
+    """What spares memory."""
     track: tuple[Tracker, ...] = ()
     """Programs that are told each line of metrics as it comes; they decide no result."""
 

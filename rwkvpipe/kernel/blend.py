@@ -41,6 +41,7 @@ def prepare(k: Tensor, w: Tensor, a: Tensor, rows: Sequence[Tensor], heads: int)
 
     rows: w0, a0, k_k, k_a. The soft clamp: w <= -0.5, so that no decay is below 0.545.
     """
+    k, w, a = widened(rows[0], k, w, a)
     if k.numel() and build.native(k, w, a, *rows):
         return tuple(y.unflatten(-1, (heads, -1)) for y in _Prepare.apply(heads, k, w, a, *rows))
     w0, a0, k_k, k_a = rows
@@ -52,6 +53,7 @@ def prepare(k: Tensor, w: Tensor, a: Tensor, rows: Sequence[Tensor], heads: int)
 
 def lean(v: Tensor, first: Tensor, part: Tensor, v0: Tensor) -> Tensor:
     """v, moved towards `first` by the share sigmoid(v0 + part)."""
+    v, first, part = widened(v0, v, first, part)
     if v.numel() and build.native(v, first, part, v0):
         return _Lean.apply(v, first, part, v0)
     return torch.lerp(v, first, torch.sigmoid(v0 + part).to(v.dtype))
@@ -62,6 +64,7 @@ def finish(y: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor, rows: Seque
 
     y, r, k, v (B, T, H, N), gate (B, T, D); rows: r_k (H, N), and the norm's weight and bias (D).
     """
+    y, r, k, v, gate = widened(rows[0], y, r, k, v, gate)
     if y.numel() and build.native(y, r, k, v, gate, *rows):
         return _Finish.apply(eps, y, r, k, v, gate, *rows)
     r_k, weight, bias = rows
@@ -75,6 +78,12 @@ def squared_relu(x: Tensor) -> Tensor:
     if x.numel() and build.native(x):
         return _Square.apply(x)
     return x.relu().square()
+
+
+def widened(row: Tensor, *inputs: Tensor) -> list[Tensor]:
+    """On the CPU, what products rounded goes on in fp32, as the weights beside it are, and as native forms take it."""
+    wide = row.dtype == torch.float32 and row.device.type == "cpu"
+    return [x.float() for x in inputs] if wide else list(inputs)
 
 
 def without_gaps(tensors: Sequence[Tensor]) -> list[Tensor]:

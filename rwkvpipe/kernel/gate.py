@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkvpipe.kernel import build
-from rwkvpipe.kernel.blend import Places, apart, sums_of, unmixed, without_gaps
+from rwkvpipe.kernel.blend import Places, apart, sums_of, unmixed, widened, without_gaps
 
 
 def drift(
@@ -21,6 +21,7 @@ def drift(
 
     x (B, T, D); `before` is x a token earlier, and last (B, D) for the first; 0 at the places `alone`.
     """
+    x, last, *shifts = widened(shares[0], x, last, *shifts)
     if x.numel() and build.native(x, last, *shifts, *shares):
         found = list(_Drift.apply(x, last, *shifts, *shares))
     else:
@@ -33,6 +34,7 @@ def drift(
 
 def gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Each head of y (B, T, H, N) normalised, scaled by weight and bias (D), times z sigmoid(z): (B, T, D)."""
+    y, z = widened(weight, y, z)
     if y.numel() and build.native(y, z, weight, bias):
         return _Gate.apply(eps, y, z, weight, bias)
     normed = F.layer_norm(y.to(weight.dtype), y.shape[-1:], eps=eps)

@@ -4,7 +4,8 @@ The gradient of a position's logits is known as soon as they are, so it takes th
 (`cuda/loss_cpu.cpp`) or in PyTorch, and is multiplied out in the forward.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ class Wanted:
     real: Tensor
     scale: float
     pull: float = 0.0
+    dtype: torch.dtype | None = None
+    """To which the inputs of matrix products are rounded; sums are fp32 all the same. None is as they are."""
 
 
 def head_loss(x: Tensor, weight: Tensor, wanted: Wanted) -> Tensor:
@@ -38,18 +41,9 @@ def head_loss(x: Tensor, weight: Tensor, wanted: Wanted) -> Tensor:
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, wanted):
-        size = min(max(FEWEST, NUMBERS // len(weight)), MOST)
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        total = torch.zeros((), dtype=torch.float64, device=x.device)
-        for first in range(0, len(x), size):
-            part = slice(first, first + size)
-            logits = x[part] @ weight.mT
-            total += _gradients(logits, wanted, part).double().sum()
-            if dx is not None:
-                torch.mm(logits, weight, out=dx[part])
-            if dw is not None:
-                dw.addmm_(logits.mT, x[part])
+        with torch.autocast(x.device.type, enabled=False):
+            found = _narrow if wanted.dtype is not None else _plain
+            total, dx, dw = found(x, weight, wanted, ctx.needs_input_grad)
         ctx.save_for_backward(dx, dw)
         return (total * wanted.scale).to(x.dtype)
 
@@ -58,6 +52,45 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx, grad):
         whole = float(grad) == 1.0  # nearly always: then nothing is to be multiplied
         return *(x if x is None or whole else x * grad for x in ctx.saved_tensors), None
+
+
+def _parts(x: Tensor, weight: Tensor) -> Iterator[slice]:
+    size = min(max(FEWEST, NUMBERS // len(weight)), MOST)
+    for first in range(0, len(x), size):
+        yield slice(first, first + size)
+
+
+def _plain(x: Tensor, weight: Tensor, wanted: Wanted, needed: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Sum of -log p, and gradients of `x` and `weight` as they are needed."""
+    dx = torch.empty_like(x) if needed[0] else None
+    dw = torch.zeros_like(weight) if needed[1] else None
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    for part in _parts(x, weight):
+        logits = x[part] @ weight.mT
+        total += _gradients(logits, wanted, part).double().sum()
+        if dx is not None:
+            torch.mm(logits, weight, out=dx[part])
+        if dw is not None:
+            dw.addmm_(logits.mT, x[part])
+    return total, dx, dw
+
+
+def _narrow(x: Tensor, weight: Tensor, wanted: Wanted, needed: Sequence[bool]) -> tuple[Tensor, ...]:
+    """The same with rounded inputs. What is rounded of the gradient is that of -log p, which is no tiny number."""
+    dx = torch.empty_like(x) if needed[0] else None
+    dw = torch.zeros_like(weight) if needed[1] else None
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    rows, matrix = x.to(wanted.dtype), weight.to(wanted.dtype)
+    plain = replace(wanted, scale=1.0, pull=wanted.pull / wanted.scale)
+    for part in _parts(x, weight):
+        logits = (rows[part] @ matrix.mT).to(x.dtype)
+        total += _gradients(logits, plain, part).double().sum()
+        steps = logits.to(wanted.dtype)
+        if dx is not None:
+            dx[part] = (steps @ matrix).to(x.dtype).mul_(wanted.scale)
+        if dw is not None:
+            dw += (steps.mT @ rows[part]).to(x.dtype).mul_(wanted.scale)
+    return total, dx, dw
 
 
 def _gradients(logits: Tensor, wanted: Wanted, part: slice) -> Tensor:

@@ -102,11 +102,11 @@ class _Native(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dS):
-        dS = dS.contiguous()
-        found = [torch.empty_like(x) for x in (*ctx.saved_tensors[:5], dS)]
+        dS, kept = dS.contiguous(), ctx.saved_tensors  # asked for once: they may be computed again for it
+        found = [torch.empty_like(x) for x in (*kept[:5], dS)]
         B, _, H, N, _ = ctx.sizes
         room = dy.new_empty(2 * B * H * N)
-        build.call("wkv6_backward", ctx.sizes, *ctx.saved_tensors, dy.contiguous(), dS, *found, room)
+        build.call("wkv6_backward", ctx.sizes, *kept, dy.contiguous(), dS, *found, room)
         return None, *found
 
 

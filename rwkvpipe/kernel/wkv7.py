@@ -90,9 +90,9 @@ class _Native(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dS):
-        dS = dS.contiguous()
-        found = [torch.empty_like(x) for x in (*ctx.saved_tensors[:6], dS)]
-        build.call("wkv7_backward", ctx.sizes, *ctx.saved_tensors, dy.contiguous(), dS, *found)
+        dS, kept = dS.contiguous(), ctx.saved_tensors  # asked for once: they may be computed again for it
+        found = [torch.empty_like(x) for x in (*kept[:6], dS)]
+        build.call("wkv7_backward", ctx.sizes, *kept, dy.contiguous(), dS, *found)
         return None, *found
 
 

@@ -6,9 +6,11 @@ that is not a matrix.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.base.errors import ConfigError
@@ -30,6 +32,18 @@ class Block(nn.Module):
         self.att = att
         self.ffn = ffn
 
+    def forward(
+        self, x: Tensor, first: Tensor | None, state: Sequence[Tensor], lengths=None, borders: Borders | None = None
+    ) -> tuple[Tensor, ...]:
+        """x (B, T, D), layer 0's values, and this layer's parts of the state (att_x, wkv, ffn_x).
+
+        Returns the stream, layer 0's values, and the parts of the state after the last token.
+        """
+        y, first, last, memory = self.att(self.ln1(x), first, state[0], state[1], lengths, borders)
+        x = x + y
+        y, before = self.ffn(self.ln2(x), state[2], lengths, borders)
+        return x + y, first, last, memory, before
+
 
 class LanguageModel(nn.Module):
     """What the families share. They differ in two classes, made as `TimeMix(config, layer)`, `ChannelMix(config)`."""
@@ -40,6 +54,8 @@ class LanguageModel(nn.Module):
     def __init__(self, config: RwkvConfig):
         super().__init__()
         self.config = config
+        self.recompute = False
+        """Whether blocks keep their input alone for the backward, and compute the rest again there."""
         if config.vocab_size is None:
             raise ConfigError("model.vocab_size: how many ids there are is not known; name it or give a tokenizer")
         self.emb = nn.Embedding(config.vocab_size, config.n_embd)
@@ -84,16 +100,14 @@ class LanguageModel(nn.Module):
             state = self.start(len(ids), ids.device)
         x, first = self.blocks[0].ln0(self.emb(ids)), None
         after = State([], [], [])
-        for layer, block in enumerate(self.blocks):
-            y, first, last, memory = block.att(
-                block.ln1(x), first, state.att_x[layer], state.wkv[layer], lengths, borders
-            )
-            x = x + y
-            after.att_x.append(last)
-            after.wkv.append(memory)
-            y, last = block.ffn(block.ln2(x), state.ffn_x[layer], lengths, borders)
-            x = x + y
-            after.ffn_x.append(last)
+        for block, *parts in zip(self.blocks, state.att_x, state.wkv, state.ffn_x, strict=True):
+            if self.recompute and torch.is_grad_enabled():
+                again = {"use_reentrant": False, "preserve_rng_state": False}  # no block draws from a common stream
+                x, first, *found = checkpoint(block, x, first, parts, lengths, borders, **again)
+            else:
+                x, first, *found = block(x, first, parts, lengths, borders)
+            for kept, value in zip((after.att_x, after.wkv, after.ffn_x), found, strict=True):
+                kept.append(value)
         return x, after
 
     def logits(self, features: Tensor) -> Tensor:

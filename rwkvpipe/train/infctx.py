@@ -14,7 +14,8 @@ from rwkvpipe.base.config import TrainConfig
 from rwkvpipe.data.batches import Batch
 from rwkvpipe.model.layers import State
 from rwkvpipe.train.dist import ALONE, Rank
-from rwkvpipe.train.loss import Losses, Share, arithmetic, device_of, language_loss
+from rwkvpipe.train.loss import Losses, Share, device_of, language_loss
+from rwkvpipe.train.precision import arithmetic
 from rwkvpipe.weights.lora import row_dropout
 
 CHUNKS = 2**32  # more than a row has: chunks of a row draw their dropout apart from each other
@@ -74,7 +75,8 @@ def _truncated(model: nn.Module, rows: _Rows, chunks: int, step: Share) -> Itera
             loss, state = _read(model, part, state, step)
         state = state.detach()
         if loss is not None:
-            yield loss
+            with row_dropout(model, part.first):  # blocks that are computed again drop the same
+                yield loss
 
 
 def _whole(model: nn.Module, rows: _Rows, chunks: int, step: Share) -> Iterator[Tensor]:
@@ -93,14 +95,16 @@ def _whole(model: nn.Module, rows: _Rows, chunks: int, step: Share) -> Iterator[
     for number in reversed(range(chunks)):
         start = before.pop()
         start = start if start is None else _leaves(start)  # the first of all is the model's to make, and to learn
-        loss, after = _read(model, rows.chunk(number, size), start, step)
+        part = rows.chunk(number, size)
+        loss, after = _read(model, part, start, step)
         total = after.wkv[0].new_zeros(()) if loss is None else loss
         for value, grad in zip(_flat(after), wanted, strict=False):
             if grad is not None and value.requires_grad:
                 pull = (value * grad).sum()
                 total = total + (pull - pull.detach())
         del after, loss
-        yield total
+        with row_dropout(model, part.first):
+            yield total
         wanted = [] if start is None else [value.grad for value in _flat(start)]
 
 

@@ -21,6 +21,7 @@ from rwkvpipe.base.files import append_line, settle, write_jsonl
 from rwkvpipe.train import checkpoint
 from rwkvpipe.train.dist import ALONE, Rank
 from rwkvpipe.train.optim import adamw, lr_at, set_rate
+from rwkvpipe.train.precision import Scaler
 from rwkvpipe.train.tracker import Trackers
 
 log = logging.getLogger("rwkvpipe")
@@ -208,22 +209,23 @@ class _Stops:
 
 
 def _gradient(
-    model: nn.Module, losses: Iterator[Tensor], clip: float, rank: Rank, stops: _Stops
+    model: nn.Module, losses: Iterator[Tensor], clip: float, rank: Rank, stops: _Stops, scale: float
 ) -> tuple[float, float]:
-    """Gradients of one step, clipped: (loss, norm before the clip). Raises PipeError where a number is not finite."""
+    """Gradients of one step, clipped: (loss, norm before the clip)."""
     model.zero_grad(set_to_none=True)
     total: Tensor | float = 0.0
     for part in losses:
         if part.requires_grad:
-            part.backward()
+            (part if scale == 1 else part * scale).backward()
         total = total + part.detach()
     trained = [value for value in model.parameters() if value.requires_grad]
     stops.agreed = rank.sum_gradients(trained, stops.came)
+    if scale != 1:
+        for value in trained:
+            if value.grad is not None:
+                value.grad /= scale
     norm = float(torch.nn.utils.clip_grad_norm_(trained, clip))
     (loss,) = rank.total(float(total))
-    for name, value in (("loss", loss), ("norm of the gradient", norm)):
-        if not math.isfinite(value):
-            raise PipeError(f"the {name} is {value}; no weight was moved. Lower train.lr, or look at the step's data")
     return loss, norm
 
 
@@ -245,6 +247,7 @@ class _Training:
         self.model, self.config, self.run, self.hooks = model, config, run, hooks
         self.optimizer = adamw(model, config)
         self.progress = Progress()
+        self.scaler = Scaler.of(config.precision)
         self.log = Log(run.folder / "log.jsonl", run.rank)
         self.stops = _Stops()
         self.saved = 0
@@ -263,6 +266,7 @@ class _Training:
         carried: dict[str, Tensor] = {}
         if found is not None:
             carried = _unpack(self.model, self.optimizer, found.tensors)
+            self.scaler = Scaler(**found.notes.pop("scaler", vars(self.scaler)))
             self.progress = Progress(**found.notes)
             self.saved = found.step
             log.info("going on after step %d of %d", found.step, self.config.steps)
@@ -277,7 +281,8 @@ class _Training:
             return
         self.log.settle()
         tensors = _pack(self.model, self.optimizer, self.hooks.carry())
-        checkpoint.save(self.run.folder, self.progress.step, tensors, self.run.mark, notes=vars(self.progress))
+        notes = vars(self.progress) | {"scaler": vars(self.scaler)}
+        checkpoint.save(self.run.folder, self.progress.step, tensors, self.run.mark, notes=notes)
         try:
             self.log.settle()
         except DataError:  # the folder vanished, and was made anew for a point that would outlive its lines
@@ -291,15 +296,29 @@ class _Training:
         begin, step = time.monotonic(), self.progress.step
         batch = next(stream)
         set_rate(self.optimizer, lr_at(self.config, step))
-        torch.manual_seed(step_seed(self.run.seed, step))
         try:
-            loss, norm = _gradient(self.model, losses(self.model, batch), self.config.clip, self.run.rank, self.stops)
+            loss, norm = self.gradient(batch, losses)
         except PipeError as error:
             raise type(error)(f"step {step + 1}: {error}") from None
         with held():
             self.optimizer.step()
             values = {"loss": loss, "grad_norm": norm} | self.hooks.measures()
             self.progress.add(values, self.hooks.tokens(batch), time.monotonic() - begin)
+
+    def gradient(self, batch: Any, losses: Callable) -> tuple[float, float]:
+        """Gradients of a step, in fp16 by the first factor that overflows nothing; PipeError where none does."""
+        while True:
+            torch.manual_seed(step_seed(self.run.seed, self.progress.step))
+            found = losses(self.model, batch), self.config.clip, self.run.rank, self.stops, self.scaler.size
+            loss, norm = _gradient(self.model, *found)
+            if math.isfinite(loss) and math.isfinite(norm):
+                self.scaler.settle(self.config.precision)
+                return loss, norm
+            if not self.scaler.lower():
+                name, value = ("norm of the gradient", norm) if math.isfinite(loss) else ("loss", loss)
+                said = "no weight was moved. Lower train.lr, or look at the step's data"
+                raise PipeError(f"the {name} is {value}; {said}")
+            self.hooks.measures()  # those of a step that does not count
 
     def line(self) -> dict | None:
         """Write a line of metrics if one is due at the present step and not yet written; returns it."""

@@ -1,7 +1,6 @@
 """The losses of language models: cross-entropy over chosen positions, with RWKV's L2Wrap."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 
@@ -13,15 +12,11 @@ from rwkvpipe.base.config import TrainConfig
 from rwkvpipe.data.batches import Batch
 from rwkvpipe.kernel.loss import Wanted, head_loss
 from rwkvpipe.train.dist import ALONE, Rank
+from rwkvpipe.train.precision import NARROW, arithmetic
 from rwkvpipe.weights.lora import row_dropout
 
 Losses = Callable[[nn.Module, Batch], Iterator[Tensor]]
 """Cuts a batch into scalars, each ready for one backward and already weighted by its share of the step."""
-
-
-def arithmetic(precision: str, device: torch.device) -> AbstractContextManager:
-    """Context of a forward: bf16 rounds the inputs of matrix products, weights and loss stay fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -97,14 +92,13 @@ def language_loss(model: nn.Module, features: Tensor, targets: Tensor, mask: Ten
     features (B, T, D) of the model, targets (B, T) long, below 0 where there is none, mask (B, T) or None.
     """
     pull = share.config.l2_wrap
-    narrow = features.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(features.device.type)
-    if narrow or type(model.head) is not nn.Linear:  # rounded inputs of the product, or an adapter beside the matrix
+    if type(model.head) is not nn.Linear:  # an adapter beside the matrix
         logits = model.logits(features)
         loss = masked_cross_entropy(logits, targets, mask, total=share.targets)
         return loss + l2_wrap(logits, pull, total=share.positions, mask=targets >= 0) if pull else loss
     chosen = targets if mask is None else targets.masked_fill(mask == 0, -100)
     scales = (1 / max(share.targets, 1), pull / max(share.positions, 1))
-    wanted = Wanted(chosen.flatten(), (targets >= 0).flatten(), *scales)
+    wanted = Wanted(chosen.flatten(), (targets >= 0).flatten(), *scales, NARROW.get(share.config.precision))
     return head_loss(model.ln_out(features).flatten(0, 1), model.head.weight, wanted)
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from rwkvpipe.base.config import RolloutConfig
 from rwkvpipe.base.errors import ConfigError
 from rwkvpipe.train.dist import ALONE, Rank
-from rwkvpipe.train.loss import arithmetic, device_of
+from rwkvpipe.train.loss import device_of
+from rwkvpipe.train.precision import arithmetic
 
 
 def _deviation(values: Tensor, known: Tensor, dim: int) -> Tensor:

@@ -15,8 +15,9 @@ from rwkvpipe.base.errors import DataError
 from rwkvpipe.base.files import read_jsonl
 from rwkvpipe.data.pair import Ids, encoded, pair
 from rwkvpipe.tokenizer.load import Tokenizer
-from rwkvpipe.train.loss import arithmetic, device_of
+from rwkvpipe.train.loss import device_of
 from rwkvpipe.train.policy import token_logprobs
+from rwkvpipe.train.precision import arithmetic
 from rwkvpipe.train.rollout import drawn
 from rwkvpipe.train.stage import Stage
 from rwkvpipe.weights import lora

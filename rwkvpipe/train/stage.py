@@ -12,6 +12,7 @@ from rwkvpipe.base.errors import ConfigError, Parser, new_file
 from rwkvpipe.base.files import canonical, digest, write_jsonl
 from rwkvpipe.train import checkpoint, dist
 from rwkvpipe.train.loop import Log, Run, held
+from rwkvpipe.train.precision import check_precision
 from rwkvpipe.train.tracker import Trackers, add_trackers
 from rwkvpipe.weights import lora, store
 from rwkvpipe.weights.states import tune_states
@@ -51,6 +52,7 @@ def stage_parser(kind: str, about: str) -> Parser:
     parser.add_argument("--model", required=True, help="the weights it starts from")
     parser.add_argument("--micro-batch", type=int, default=8, help="rows at a time; decides memory, no result")
     parser.add_argument("--save-every", type=int, default=100, help="steps between resume points")
+    parser.add_argument("--recompute", action="store_true", help="compute blocks again in the backward; spares memory")
     parser.add_argument("--out", required=True, type=new_file, help="model.safetensors; with lora adapter.safetensors")
     add_trackers(parser)
     return parser
@@ -70,8 +72,10 @@ def open_stage(given: argparse.Namespace, *, kind: str) -> Stage:
     if kind == "grpo" and asked.rollout is None:
         asked = asked.model_copy(update={"rollout": RolloutConfig()})
     rank = dist.start()
+    check_precision(asked.train.precision, rank.device)
     base = store.mark(model)
     network = store.load_model(model, rank.device)
+    network.recompute = given.recompute
     stage = Stage(asked, network, rank, Path(given.out), base, tuple(given.track))
     if asked.lora is not None:
         lora.inject(network, asked.lora, stage.seed)

@@ -172,7 +172,8 @@ def training(rule):
 
 # a function of threads is not tracked by Snakemake: these settings decide no result
 def knobs(wildcards, threads):
-    return ["--save-every", settled.checkpoints.every, *(word for name in settled.track for word in ("--track", name))]
+    words = ["--save-every", settled.checkpoints.every, *(word for name in settled.track for word in ("--track", name))]
+    return [*words, *(["--recompute"] if settled.memory.recompute else [])]
 
 
 def micro_batch(wildcards):
