@@ -164,7 +164,8 @@ class Plan(Tree):
     def _shared_steps(self) -> Iterator[Step]:
         shared = self.shared
         for name in self.used["weights"]:
-            reads, timing = (self.checkpoint(name),), f"{shared}/log/convert-{name}.jsonl"
+            reads = (self.checkpoint(name), *self.merged_in(name))
+            timing = f"{shared}/log/convert-{name}.jsonl"
             yield Step("convert", name, reads, (f"{shared}/weights/{name}/model.safetensors",), timing)
         for name in self.used["tokenizers"]:
             reads, writes = tuple(self.vocabulary_files(name)), tuple(self.tokenizer_files(name))
@@ -253,6 +254,9 @@ class Plan(Tree):
                     for each in (given,) if isinstance(given, str) else given:
                         if path in (local(each), *pair_files(each)):
                             return f"{section}.{name}.{field}"
+        for name in self.config.weights:
+            if path in self.merged_in(name):
+                return f"weights.{name}.adapter"
         for name in self.stages:
             if path in self.judges(name):
                 return f"stages.{name}.rollout.reward"

@@ -172,6 +172,8 @@ class WeightsConfig(Strict):
     path: str
     """A checkpoint, a URL, or what a hub has: `hf://owner/name/file`, `modelscope://owner/name/file`, with `@revision`
     behind the name if need be; without a file, the repository."""
+    adapter: str | None = None
+    """What is merged into it: a folder of PEFT's (adapter_config.json, adapter_model.safetensors) or a file of ours."""
     files: tuple[str, ...] = ()
     """Of a whole repository: patterns of the files fetched; left out, one form of weights and what belongs to it."""
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None

@@ -175,6 +175,18 @@ class Tree:
         entry = self.config.weights[weights]
         return self.fetched(entry.path, entry.sha256)
 
+    def adapter(self, weights: str) -> str | None:
+        """The adapter that convert merges into them."""
+        given = self.config.weights[weights].adapter
+        return None if given is None else local(given)
+
+    def merged_in(self, weights: str) -> list[str]:
+        """Its files."""
+        given = self.adapter(weights)
+        if given is None or given.endswith(".safetensors"):
+            return [] if given is None else [given]
+        return [f"{given}/{name}" for name in ("adapter_config.json", "adapter_model.safetensors")]
+
     def corpus_source(self, name: str, field: str = "path") -> list[str]:
         """What a corpus is read from, as its step is told: a file, a folder, a glob; nothing for a made one."""
         return [self.fetched(path) for path in self._given(name, field)]

@@ -5,13 +5,15 @@ import json
 import pytest
 import torch
 
-from rwkvpipe import export
+from rwkvpipe import convert, export, merge
 from rwkvpipe.base.config import LoraConfig, RwkvConfig
-from rwkvpipe.base.errors import WeightsError
+from rwkvpipe.base.errors import PipeError, WeightsError
 from rwkvpipe.model.family import build
 from rwkvpipe.train.stage import write_adapter
-from rwkvpipe.weights.lora import adapter, inject, merged
-from rwkvpipe.weights.tensors import read_tensors
+from rwkvpipe.weights.lora import adapter, check_fits, disabled, folded, inject, merged
+from rwkvpipe.weights.peft import open_adapter
+from rwkvpipe.weights.store import load_model, mark
+from rwkvpipe.weights.tensors import read_tensors, write_tensors
 
 
 def exported(folder, format="peft", family="rwkv7", zeros=False, **changes):
@@ -73,3 +75,93 @@ def test_what_peft_has_no_place_for_is_refused(tmp_path, changes, said):
     with pytest.raises(WeightsError, match=said):
         exported(tmp_path, **changes)
     assert not (tmp_path / "out/README.md").exists()
+
+
+@pytest.mark.parametrize("format", ["peft", "peft_hf"])
+@pytest.mark.parametrize("kind", ["lora", "pissa", "dora", "disha"])
+def test_a_folder_comes_back_as_what_it_was_written_from(tmp_path, format, kind):
+    _, _, (asked, own, base) = exported(tmp_path, format, kind=kind, full=["ln_x", "ln1"], targets=None)
+    tensors, config, _ = open_adapter(tmp_path / "out")
+    again, wanted = merged(base, tensors, config), merged(base, own, asked)
+    assert again.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(again[name], value, atol=1e-5, rtol=1e-5, msg=name)
+    with torch.device("meta"):
+        check_fits(build(RwkvConfig(n_layer=2, n_embd=32, head_size=16, vocab_size=20)), tensors, config)
+
+
+def test_targets_by_their_last_part_are_those_of_peft(tmp_path):
+    exported(tmp_path, "peft_hf", kind="lora", targets=["att.key", "att.value"], rslora=True)
+    path = tmp_path / "out/adapter_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"target_modules": ["k_proj", "v_proj"]}))
+    assert open_adapter(tmp_path / "out")[1].targets == ("att.key", "att.value")
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"rank_pattern": {"key": 4}}, "rank_pattern is"),
+        ({"bias": "all"}, "bias is 'all'"),
+        ({"target_modules": "all-linear"}, "target_modules is 'all-linear'"),
+        ({"peft_type": "IA3"}, "peft_type IA3 is not supported"),
+        ({"lora_alpha": None}, "names no lora_alpha"),
+        ({"r": "many"}, "rank"),
+        ({"target_modules": ["att.key", "ffn.value", "att.value"]}, "blocks.0.att.value.lora_A is missing"),
+        ({"target_modules": ["att.key"]}, "blocks.0.ffn.value.lora_A is unknown"),
+    ],
+)
+def test_a_folder_that_would_have_to_be_guessed_at_is_refused(tmp_path, changes, said):
+    exported(tmp_path, kind="lora")
+    path = tmp_path / "out/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    model = build(RwkvConfig(n_layer=2, n_embd=32, head_size=16, vocab_size=20))
+    write_tensors(tmp_path / "base.safetensors", model.state_dict())
+    words = [tmp_path / "base.safetensors", "--adapter", tmp_path / "out", "--out", tmp_path / "new/model.safetensors"]
+    with pytest.raises(PipeError, match=said):
+        convert.main([str(word) for word in words])
+    assert not (tmp_path / "new").exists() or not list((tmp_path / "new").iterdir())
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_weights_are_converted_with_a_folder_in_them(tmp_path, ending):
+    _, _, (asked, own, base) = exported(tmp_path, "peft_hf", kind="dora", full=["ln2"])
+    if ending == "bin":
+        file = tmp_path / "out/adapter_model.safetensors"
+        torch.save(read_tensors(file)[0], tmp_path / "out/adapter_model.bin")
+        file.unlink()
+    write_tensors(tmp_path / "base.safetensors", base)
+    words = [tmp_path / "base.safetensors", "--adapter", tmp_path / "out", "--out", tmp_path / "new/model.safetensors"]
+    convert.main([str(word) for word in words])
+    found, wanted = read_tensors(tmp_path / "new/model.safetensors")[0], merged(base, own, asked)
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.parametrize("second", ["lora", "pissa", "dora", "disha"])
+@pytest.mark.parametrize("first", ["lora", "disha"])
+def test_an_adapter_of_an_adapter_is_both_and_the_base_comes_back(tmp_path, first, second):
+    sizes = RwkvConfig(n_layer=2, n_embd=32, head_size=16, vocab_size=20)
+    model = build(sizes)
+    model.initialise(0)
+    ids, path = torch.arange(12)[None], tmp_path / "base.safetensors"
+    for number, kind in enumerate((first, second)):
+        write_tensors(path, model.state_dict())
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        asked = LoraConfig(kind=kind, rank=2, full=["ln_x"])
+        inject(model, asked, number)
+        with torch.no_grad():
+            for value in model.parameters():
+                value.add_(0.1 * torch.randn(value.shape) * value.requires_grad)
+            wanted, _ = model(ids)
+            with folded(model):
+                assert (model(ids)[0] - wanted).abs().max() < 1e-4
+            with disabled(model):
+                assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+            assert torch.equal(model(ids)[0], wanted)
+        own = tmp_path / f"{number}/adapter.safetensors"
+        write_adapter(own, model, asked, base=mark(path))
+        merged_path = tmp_path / f"{number}/model.safetensors"
+        merge.main(["--model", str(path), "--adapter", str(own), "--out", str(merged_path)])
+        model, path = load_model(merged_path), tmp_path / "second.safetensors"
+        with torch.no_grad():
+            assert (model(ids)[0] - wanted).abs().max() < 1e-4

@@ -170,6 +170,11 @@ def training(rule):
     return lambda wildcards, threads: (lora if plan.stages[wildcards.stage].apart else plain)(wildcards, threads)
 
 
+def adapter_given(wildcards):
+    adapter = plan.adapter(wildcards.weights)
+    return [] if adapter is None else ["--adapter", adapter]
+
+
 # a function of threads is not tracked by Snakemake: these settings decide no result
 def knobs(wildcards, threads):
     words = ["--save-every", settled.checkpoints.every, *(word for name in settled.track for word in ("--track", name))]

@@ -33,6 +33,7 @@ use rule download as download_repository with:
 rule convert:
     input:
         checkpoint=lambda wildcards: plan.checkpoint(wildcards.weights),
+        adapter=lambda wildcards: plan.merged_in(wildcards.weights),
     output:
         model="<results>/shared/weights/{weights}/model.safetensors",
         config="<results>/shared/weights/{weights}/config.json",
@@ -44,9 +45,10 @@ rule convert:
         ENVIRONMENT
     params:
         code=plan.code("convert"),
+        adapter=adapter_given,
     shell:
-        "exec python -m rwkvpipe.convert --code {params.code:q} {input.checkpoint:q} --out {output.model:q} > {log:q}"
-        " 2>&1"
+        "exec python -m rwkvpipe.convert --code {params.code:q} {input.checkpoint:q} {params.adapter:q}"
+        " --out {output.model:q} > {log:q} 2>&1"
 
 
 # by its name alone: `snakemake kernels`, where there is a compiler, before jobs go to nodes without one
