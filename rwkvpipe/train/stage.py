@@ -74,11 +74,13 @@ def open_stage(given: argparse.Namespace, *, kind: str) -> Stage:
     rank = dist.start()
     check_precision(asked.train.precision, rank.device)
     base = store.mark(model)
-    network = store.load_model(model, rank.device)
+    rounds = asked.lora is not None and asked.lora.quantise is not None
+    network = store.load_model(model, "cpu" if rounds else rank.device)  # so that the device never holds what is not
     network.recompute = given.recompute
     stage = Stage(asked, network, rank, Path(given.out), base, tuple(given.track))
     if asked.lora is not None:
         lora.inject(network, asked.lora, stage.seed)
+        network.to(rank.device)
     if asked.state:
         tune_states(network)
     trained = sum(value.numel() for value in network.parameters() if value.requires_grad)

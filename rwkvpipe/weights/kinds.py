@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkvpipe.base.config import LoraConfig
+from rwkvpipe.weights.rounded import Rounded, product, rounded
 
 OVER = 8  # directions more than asked for, which make those asked for of a randomized SVD exact
 TINY = 1e-12
@@ -32,7 +33,8 @@ def scaling(config: LoraConfig) -> float:
 class Adapted(nn.Module):
     """A frozen matrix with an adapter; the matrix keeps its name, so that official names stay valid.
 
-    `weight` (out, in) is frozen and never changed; the parts of the adapter are fp32.
+    `weight` (out, in) is frozen and never changed; the parts of the adapter are fp32. With `quantise` there is none:
+    `rounded` is what is computed with, and the adapter begins as it would without.
     """
 
     trained: ClassVar[tuple[str, ...]]
@@ -42,7 +44,8 @@ class Adapted(nn.Module):
 
     def __init__(self, base: nn.Linear, config: LoraConfig, generator: torch.Generator, number: int):
         super().__init__()
-        self.weight = base.weight
+        self.weight: nn.Parameter | None = base.weight
+        self.rounded: Rounded | None = None
         self.scaling, self.dropout, self.number = scaling(config), config.dropout, number
         self.active = True
         self.first_row: int | None = None
@@ -52,6 +55,21 @@ class Adapted(nn.Module):
             setattr(self, name, nn.Parameter(begin[name].to(base.weight.device)))
         for name in self.kept:
             self.register_buffer(name, begin[name].to(base.weight.device))
+        if config.quantise is not None:
+            self.weight, self.rounded = None, rounded(base.weight.detach().float(), config.quantise)
+
+    def _apply(self, fn, recurse=True):
+        if self.rounded is not None:
+            self.rounded = self.rounded.moved(fn)
+        return super()._apply(fn, recurse)
+
+    def matrix(self) -> Tensor:
+        """The frozen matrix, as it is computed with."""
+        return self.weight.detach() if self.rounded is None else self.rounded.open()
+
+    def plain(self, x: Tensor) -> Tensor:
+        """W x."""
+        return F.linear(x, self.weight) if self.weight is not None else product(x, self.rounded)
 
     @staticmethod
     def shapes(out: int, inside: int, rank: int) -> dict[str, tuple[int, ...]]:
@@ -77,12 +95,12 @@ class Adapted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
         if not self.active:
-            return F.linear(x, self.weight)
+            return self.plain(x)
         return self.adapted(x, x * self._kept_inputs(x) if self.training and self.dropout else x)
 
     def adapted(self, x: Tensor, dropped: Tensor) -> Tensor:
         """The matrix and its adapter, which reads `dropped`."""
-        return F.linear(x, self.weight) + self.product(dropped)
+        return self.plain(x) + self.product(dropped)
 
     def product(self, x: Tensor) -> Tensor:
         """s B A x."""
@@ -155,7 +173,7 @@ class PissaLinear(Adapted):
     def adapted(self, x: Tensor, dropped: Tensor) -> Tensor:
         """What is frozen reads `x`, what is trained `dropped`."""
         frozen = F.linear(F.linear(x, self.lora_A0), self.lora_B0) * self.scaling
-        return F.linear(x, self.weight) + (self.product(dropped) - frozen)
+        return self.plain(x) + (self.product(dropped) - frozen)
 
 
 class DoraLinear(Adapted):
@@ -192,7 +210,7 @@ class DoraLinear(Adapted):
     def adapted(self, x: Tensor, dropped: Tensor) -> Tensor:
         """Both parts times m over the length that the row has."""
         with torch.no_grad():
-            rows = Adapted.whole(self.weight, self.parts(), self.scaling)
+            rows = Adapted.whole(self.matrix(), self.parts(), self.scaling)
         return super().adapted(x, dropped) * self.stretched(self.lora_m, rows)
 
 

@@ -185,16 +185,15 @@ def folded(model: nn.Module) -> Iterator[None]:
     """Matrices hold what they and their adapters come to while inside, so that sampling does
     one product, not three; they come back exactly."""
     layers = _layers(model)
-    kept = [layer.weight.data for layer in layers]
+    kept = [layer.weight for layer in layers]
     try:
         for layer in layers:
-            layer.weight.data = layer.whole(layer.weight.data, layer.parts(), layer.scaling)
-            layer.active = False
+            whole = layer.whole(layer.matrix(), layer.parts(), layer.scaling)
+            layer.weight, layer.active = nn.Parameter(whole, requires_grad=False), False
         yield
     finally:
         for layer, weight in zip(layers, kept, strict=True):
-            layer.weight.data = weight
-            layer.active = True
+            layer.weight, layer.active = weight, True
 
 
 @contextmanager

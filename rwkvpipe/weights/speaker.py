@@ -33,6 +33,6 @@ def load_speaker(model: str | Path, adapter: str | Path | None, device: str | to
         lora.check_fits(network, tensors, settings)
     except PipeError as error:
         raise WeightsError(f"{adapter}: {error}") from None
-    lora.inject(network, settings)
+    lora.inject(network, settings.model_copy(update={"quantise": None}))  # as merging has it
     lora.load_adapter(network, tensors)
     return network.to(device).eval()
