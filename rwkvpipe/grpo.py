@@ -35,14 +35,14 @@ def main(argv: list[str] | None = None) -> None:
     asked = Answer(settings.prompt or PROMPT).prompt
     questions = read_questions(given.data, asked, tokenizer, check_fits(stage), [task.check for task in tasks])
     check_batch(given.data, len(questions), "questions", settings.train)
-    config = whole_length(settings.train, len(questions), settings.rollout.iterations)
+    config = whole_length(settings.train, len(questions), settings.rollout.iterations * settings.rollout.slices)
     sampler = Sampler(stage, questions, tokenizer, given.micro_batch)
     losses = grpo_losses(
         settings.rollout, given.micro_batch, precision=settings.train.precision,
         report=sampler.parts.append, rank=stage.rank,
     )  # fmt: skip
     hooks = Hooks(measures=sampler.measures, carry=sampler.carry, tokens=_tokens)
-    where = run_of(stage, [given.data, *map(Path, settings.rollout.reward_files)], given.save_every)
+    where = run_of(stage, [given.data, *map(Path, settings.rollout.files)], given.save_every)
     metrics = fit(stage.model, sampler.batches, losses, config=config, run=where, hooks=hooks)
     write_jsonl(stage.out.parent / "rollouts.jsonl", sampler.log.rows())
     finish(stage, metrics)

@@ -259,7 +259,7 @@ class Plan(Tree):
                 return f"weights.{name}.adapter"
         for name in self.stages:
             if path in self.judges(name):
-                return f"stages.{name}.rollout.reward"
+                return f"stages.{name}.rollout.{self.stages[name].rollout.files[path]}"
         return "config"
 
     # the report

@@ -81,7 +81,12 @@ def main(argv: list[str] | None = None) -> None:
     bits = isinstance(spec, BenchmarkConfig) and spec.task == "bits"
     skipped: list[dict] = []
     bad = corpus.stop if getattr(spec, "on_error", "stop") == "stop" else lambda e: skipped.append({"error": str(e)})
-    asked = texts(file, spec, given.seed) if bits else (each.row() for each in found(file, spec, given.seed, bad))
+    learned = isinstance(spec, CorpusConfig)  # then rewards may ask for columns of the user's own
+    asked = (
+        texts(file, spec, given.seed)
+        if bits
+        else ((each.more or {} if learned else {}) | each.row() for each in found(file, spec, given.seed, bad))
+    )
     limit = spec.limit
     rows = islice(asked, limit)
     if (first := next(rows, None)) is None:

@@ -14,6 +14,7 @@ from rwkvpipe.infer.engine import Completion
 from rwkvpipe.model.family import build
 from rwkvpipe.tokenizer.load import load_tokenizer
 from rwkvpipe.train import rollout
+from rwkvpipe.train.stage import open_stage, stage_parser
 from rwkvpipe.weights import store
 
 MODEL = RwkvConfig(n_layer=2, n_embd=32, head_size=16, vocab_size=256)
@@ -88,6 +89,7 @@ CASES = {
     "plain": {},
     "reference": {"rollout": {"beta": 0.1, "iterations": 3}},
     "adapter": {"lora": LORA, "rollout": {"beta": 0.1, "iterations": 2}},
+    "slices": {"rollout": {"slices": 2}},
 }
 
 
@@ -141,7 +143,11 @@ def test_metrics_name_what_happened(home):
     assert rows[-1]["kl"] > 0
     assert max(row["sampler_gap"] for row in rows) < 1e-4
     assert {row["step"] for row in kept} == {1, 2, 3, 4}
-    assert kept[0].keys() == {"step", "prompt", "text", "reward", "advantage"}
+    assert kept[0].keys() == {
+        "step", "question", "sample", "prompt", "text", "ids", "finish", "reward", "rewards", "advantage", "logprob",
+        "reference_logprob",
+    }  # fmt: skip
+    assert all(0 < row["entropy"] < 5.55 and row["sampler_gap"] <= row["sampler_gap_largest"] < 1e-3 for row in rows)
 
 
 def test_what_is_rewarded_becomes_more_frequent(home):
@@ -282,3 +288,124 @@ def test_bnpo_averages_parts_that_the_settings_name_and_no_others(home):
     torch.testing.assert_close(
         run(home, "again", micro_batch=3)[0]["head.weight"], seen[2, "bnpo"], atol=1e-5, rtol=1e-4
     )
+
+
+def test_slices_are_learned_from_in_turn_and_hold_every_completion_once(home):
+    settings(home, train={"steps": 4}, rollout={"slices": 4, "iterations": 1})
+    stage = open_stage(parsed(home), kind="grpo")
+    tokenizer = load_tokenizer("bytes")
+    questions = rollout.read_questions(home / "q.jsonl", lambda row: row["question"], tokenizer, 60)
+    stream = rollout.Sampler(stage, questions, tokenizer, 8).batches(0, {})
+    parts = [next(stream) for _ in range(5)]
+    pairs = [pair for part in parts[:4] for pair in zip(part.ids, part.first, strict=True)]
+    rows = [tuple(row[: int(first)].tolist()) for row, first in pairs]
+    assert [len(part.ids) for part in parts] == [2] * 5
+    assert sorted(rows.count(row) for row in set(rows)) == [4, 4]
+    assert abs(float(torch.cat([part.advantages for part in parts[:4]]).sum())) < 1e-5
+    settings(home, rollout={"slices": 3})
+    with pytest.raises(ConfigError, match="8 completions .* are not cut into 3 equal parts"):
+        run(home, "a")
+
+
+def parsed(home):
+    words = ["--model", str(home / "start.safetensors"), "--out", str(home / "x.safetensors")]
+    return stage_parser("grpo", "x").parse_args([str(home / "settings.json"), *words])
+
+
+HOOKS = """
+import torch
+
+def keep(completions, completion_ids, masks, tokenizer, question):
+    assert len(question) == len(completions) and completion_ids.shape == masks.shape
+    return {"completions": completions, "completion_ids": completion_ids, "masks": masks}
+
+def ones(prompts, completions, completion_ids, tokenizer):
+    return torch.ones(completion_ids.shape)
+
+def first(completion_ids):
+    found = torch.zeros(completion_ids.shape)
+    found[:, 0] = 0.5
+    return found
+
+def none(completion_ids):
+    return torch.zeros(completion_ids.shape)
+
+def negative(completion_ids):
+    return -torch.ones(completion_ids.shape)
+
+def narrow(completion_ids):
+    return torch.ones(completion_ids.shape[0], 1)
+
+def said(completions, completion_ids, masks):
+    completion_ids[:, 0], masks[:, 1:] = 66, False
+    return {"completions": ["B" for _ in completions], "completion_ids": completion_ids, "masks": masks}
+
+def nothing():
+    return None
+
+def lacking(completions):
+    return {"completions": completions}
+
+def edited(completions, completion_ids, masks):
+    return {"completions": [text + "!" for text in completions], "completion_ids": completion_ids, "masks": masks}
+
+def gaps(completions, completion_ids, masks):
+    masks[:] = True
+    masks[0, 0] = False
+    return {"completions": completions, "completion_ids": completion_ids, "masks": masks}
+
+def outside(completions, completion_ids, masks):
+    return {"completions": completions, "completion_ids": completion_ids + 999, "masks": masks}
+"""
+
+
+def test_hooks_that_change_nothing_change_nothing(home, monkeypatch):
+    monkeypatch.chdir(home)
+    (home / "hooks.py").write_text(HOOKS)
+    settings(home, train={"steps": 2})
+    plain = run(home, "plain")
+    settings(home, train={"steps": 2}, rollout={"postprocess": "hooks.py:keep", "loss_mask": "hooks.py:ones"})
+    hooked = run(home, "hooked")
+    assert plain[1:] == hooked[1:] and torch.equal(plain[0]["head.weight"], hooked[0]["head.weight"])
+
+
+def test_edited_completions_are_what_is_graded_and_learned(home, monkeypatch):
+    monkeypatch.chdir(home)
+    (home / "hooks.py").write_text(HOOKS)
+    settings(home, train={"steps": 1}, rollout={"postprocess": "hooks.py:said"})
+    _, rows, kept = run(home, "a")
+    assert rows[0]["reward"] == 1 and rows[0]["completion_length"] == 1 and rows[0]["sampler_gap"] == 0
+    assert kept[0]["text"] == "B" and kept[0]["ids"] == [66]
+
+
+def test_a_loss_mask_says_how_much_tokens_count(home, monkeypatch):
+    monkeypatch.chdir(home)
+    (home / "hooks.py").write_text(HOOKS)
+    seen = {}
+    for name in ("ones", "first", "none"):
+        settings(home, train={"steps": 1}, rollout={"loss_mask": f"hooks.py:{name}"})
+        tensors, rows, _ = run(home, name)
+        seen[name] = tensors["blocks.0.att.key.weight"], rows[0]["grad_norm"]
+    assert seen["none"][1] == 0 < seen["first"][1] != seen["ones"][1]
+
+
+@pytest.mark.parametrize(
+    "key, name, said",
+    [
+        ("loss_mask", "negative", "counts less than nothing"),
+        ("loss_mask", "narrow", r"is of shape \(8, 1\), \(8, 4\) went in"),
+        ("loss_mask", "absent", "hooks.py has no function absent"),
+        ("postprocess", "nothing", "NoneType returned; a dict of completions, completion_ids, masks"),
+        ("postprocess", "lacking", "has no completion_ids"),
+        ("postprocess", "edited", "another text and the same ids"),
+        ("postprocess", "gaps", "completion 0 has a gap"),
+        ("postprocess", "outside", "no id of the 256"),
+    ],
+)
+def test_hooks_that_break_their_contract_are_told_in_one_line(home, monkeypatch, key, name, said):
+    monkeypatch.chdir(home)
+    (home / "hooks.py").write_text(HOOKS)
+    settings(home, rollout={key: f"hooks.py:{name}"})
+    with pytest.raises((ConfigError, DataError), match=f"rollout.{key}: .*{said}") as told:
+        run(home, "a")
+    assert "\n" not in str(told.value)

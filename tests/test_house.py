@@ -179,7 +179,7 @@ def test_only_the_edges_read_the_environment():
 
 def test_errors_are_caught_by_their_narrowest_name():
     for where, node in each(ast.ExceptHandler):
-        if where.startswith(("tokenizer/bpe.py:", "tokenizer/own.py:", "train/reward.py:")):
+        if where.startswith(("tokenizer/bpe.py:", "tokenizer/own.py:", "train/own.py:")):
             continue  # the library tokenizers raises nothing narrower, and code of the user's anything
         names = [n.id for n in ast.walk(node.type or ast.Constant(0)) if isinstance(n, ast.Name)]
         assert node.type is not None and not {"Exception", "BaseException"} & set(names), f"{where}: catches everything"

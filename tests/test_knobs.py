@@ -98,6 +98,10 @@ TRIES: dict[str, list[tuple]] = {
     "rollout.kl": [(kind, {"rollout.beta": 0.5}, ("grpo",)) for kind in ("k1", "k2")] + [("k1", {}, ())],
     "rollout.scale": [(scale, {}, ("grpo",)) for scale in ("batch", "none")],
     "rollout.iterations": [(1, {}, ("grpo",))],
+    "rollout.slices": [(2, {}, ("grpo",)), (5, {}, ()), (2, {"rollout.loss": "bnpo", "rollout.part": 2}, ())],
+    "rollout.postprocess": [("judge.py:halve", {}, ("grpo",))],
+    "rollout.loss_mask": [("judge.py:last", {}, ("grpo",))],
+    "rollout.kept": [(0, {}, ("grpo",))],
     "rollout.mask_truncated": [(True, {}, ("grpo",))],
     "rollout.sampling.temperature": [(0.7, {}, ("grpo",)), (0.0, {}, ())],
     "rollout.sampling.top_k": [(2, {}, ("grpo",))],
@@ -204,7 +208,10 @@ class Bench:
         write_jsonl(folder / "pairs.jsonl", pairs)
         (folder / "judge.py").write_text(
             "def even(completions):\n    return [sum(c.encode()) % 7 for c in completions]\n\n\n"
-            "def short(completions):\n    return [-float(len(c.encode())) for c in completions]\n"
+            "def short(completions):\n    return [-float(len(c.encode())) for c in completions]\n\n\n"
+            "def halve(completions, completion_ids, masks):\n    masks[:, 2:] = False\n"
+            "    return {'completions': completions, 'completion_ids': completion_ids * masks, 'masks': masks}\n\n\n"
+            "def last(completion_ids):\n    return [[0, 1, 1, 1][: len(row)] for row in completion_ids]\n"
         )
 
     def __call__(self, kind: str, spec: dict) -> str:
@@ -243,7 +250,8 @@ class Bench:
         MAINS[kind]([*call, *(["--tokenizer", "bytes"] if kind in JUDGED else [])])
         rows = [{k: v for k, v in row.items() if k not in MEASURED} for row in read_jsonl(home / "metrics.jsonl")]
         tensors = {name: digest_of(value) for name, value in store.read_tensors(out)[0].items()}
-        return json.dumps([tensors, rows], sort_keys=True)
+        told = home / "rollouts.jsonl"
+        return json.dumps([tensors, rows, digest(told) if told.exists() else ""], sort_keys=True)
 
 
 def digest_of(tensor: torch.Tensor) -> str:

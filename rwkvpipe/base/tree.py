@@ -280,8 +280,8 @@ class Tree:
         return [file for name in names for file in self.packed(name)]
 
     def judges(self, stage: str) -> list[str]:
-        """Python files of the user's in which a stage's rewards are."""
-        return self.stages[stage].rollout.reward_files if self.stages[stage].rollout else []
+        """Python files of the user's with a stage's rewards and hooks."""
+        return list(self.stages[stage].rollout.files) if self.stages[stage].rollout else []
 
     def cards(self, stage: str) -> dict[str, str]:
         """What tells of each corpus that a stage learns from, by name."""

@@ -8,6 +8,8 @@ from rwkvpipe.base.strict import Count, NotNegative, Positive, Real, Share, Stri
 
 # a task, or a function in a Python file
 Judge = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]*|[^:]+\.py:[A-Za-z_][A-Za-z0-9_]*)$")]
+# a function in a Python file
+Function = Annotated[str, Field(pattern=r"^[^:]+\.py:[A-Za-z_][A-Za-z0-9_]*$")]
 # the tag keeps errors to the form that was meant
 Reward = Annotated[
     Annotated[Judge, Tag("(one)")] | Annotated[dict[Judge, Real], Tag("(several)")],
@@ -134,9 +136,17 @@ class RolloutConfig(Strict):
     scale: Literal["group", "batch", "none"] = "group"
     """What rewards are divided by."""
     iterations: Count = 1
-    """Optimizer steps on the same completions."""
+    """How often the same completions are learned from."""
+    slices: Count = 1
+    """Optimizer steps that take a part each of the completions, mixed, every time."""
     mask_truncated: bool = False
     """Leave completions that did not end out of the loss."""
+    postprocess: Function | None = None
+    """`file.py:function`, which changes completions before they are graded."""
+    loss_mask: Function | None = None
+    """`file.py:function`, which says how much each token of a completion counts."""
+    kept: Whole = 4
+    """Completions of each rollout that rollouts.jsonl tells."""
 
     @model_validator(mode="after")
     def _bounds(self):
@@ -144,6 +154,8 @@ class RolloutConfig(Strict):
             raise ValueError("delta does nothing in loss cispo, whose ratios epsilon and epsilon_high bound")
         if self.loss != "bnpo" and self.part is not None:
             raise ValueError(f"part belongs to loss bnpo, this is {self.loss}")
+        if self.part is not None and self.slices > 1:
+            raise ValueError("part counts completions in a row, which slices mix; give one of them")
         if self.kl != "k3" and not self.beta:
             raise ValueError(f"kl {self.kl} estimates a divergence that beta 0 leaves out; give beta")
         if not self.rewards or not any(self.rewards.values()):
@@ -156,6 +168,8 @@ class RolloutConfig(Strict):
         return dict(sorted(self.reward.items())) if isinstance(self.reward, dict) else {self.reward: 1.0}
 
     @property
-    def reward_files(self) -> list[str]:
-        """The Python files in which rewards are."""
-        return list(dict.fromkeys(name.rpartition(":")[0] for name in self.rewards if ":" in name))
+    def files(self) -> dict[str, str]:
+        """The Python files of the user's, and the key that names each."""
+        named = {name: "reward" for name in self.rewards if ":" in name}
+        named |= {name: key for key in ("postprocess", "loss_mask") if (name := getattr(self, key))}
+        return {name.rpartition(":")[0]: key for name, key in reversed(named.items())}

@@ -24,8 +24,8 @@ class Document:
     a `pair`; `blocks`.
 
     `blocks` gives a text too long to be held: UTF-8, some at a time, and again when asked again. A question of
-    multiple choice has `options` and the index of the right one, `label`. `origin` is where the document came from, as
-    text `file:line`, for errors.
+    multiple choice has `options` and the index of the right one, `label`; `more` are the columns of its row that have
+    no meaning here. `origin` is where the document came from, as text `file:line`, for errors.
     """
 
     text: str | None = None
@@ -37,6 +37,7 @@ class Document:
     label: int | None = None
     pair: dict | None = None
     blocks: Callable[[], Iterator[bytes]] | None = None
+    more: dict | None = None
     origin: object = ""
 
     def talk(self) -> list[dict]:

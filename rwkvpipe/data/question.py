@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from rwkvpipe.base.column import NAMES, Columns, fill, slots
@@ -84,12 +85,22 @@ def _prompt(row: dict, column: str, where: object) -> str:
     return text(said).removeprefix("User: ").removesuffix(TURN_END)
 
 
+def _plain(value: object) -> bool:
+    """Whether JSON holds it as it is."""
+    if isinstance(value, list | tuple):
+        return all(map(_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _plain(each) for key, each in value.items())
+    return value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value))
+
+
 def question(row: dict, columns: Mapping[str, str], where: object) -> Document:
     """A row with a question and its answer (with options: which of them) as a document.
 
     `columns` is our name to the file's. Raises DataError naming `where` and the column.
     """
     column = {name: columns.get(name, name) for name in NAMES}
+    more = {name: value for name, value in row.items() if name not in (*NAMES, *column.values()) and _plain(value)}
     if "question" not in columns and column["question"] not in row and "prompt" in row:
         column["question"] = "prompt"
     asked = _prompt(row, column["question"], where)
@@ -100,13 +111,14 @@ def question(row: dict, columns: Mapping[str, str], where: object) -> Document:
     if options is None:
         if given is None:
             words(row, column["answer"], where)  # says what is wrong
-        return Document(question=asked, answer=_answer(given, column["answer"], where), origin=where)
+        return Document(question=asked, answer=_answer(given, column["answer"], where), more=more, origin=where)
     if given is None and label is None:
         raise DataError(f"{where}: neither `{column['answer']}` nor `{column['label']}` says which option is right")
     right = _index(given if label is None else label, options, where)
     if label is not None and isinstance(given, str) and given in options and given != options[right]:
         raise DataError(f"{where}: `{column['answer']}` and `{column['label']}` name different options")
-    return Document(question=asked, answer=options[right], options=tuple(options), label=right, origin=where)
+    found = Document(question=asked, answer=options[right], options=tuple(options), label=right, origin=where)
+    return replace(found, more=more)
 
 
 def filled(record: dict, columns: Columns, where: object) -> dict:

@@ -72,7 +72,7 @@ class Rollout:
     old: Tensor
     reference: Tensor | None = None
 
-    def rows(self, part: slice) -> "Rollout":
+    def rows(self, part: slice | Tensor) -> "Rollout":
         """Some of the rows, cut to the longest of them."""
         mask = self.mask[part]
         used = max(int(mask.any(0).nonzero().max()) + 1 if mask.any() else 0, 1)
@@ -93,10 +93,20 @@ class Rollout:
         return replace(self, **moved)
 
 
-def completion_logprobs(model: nn.Module, rollout: Rollout, temperature: float, precision: str = "fp32") -> Tensor:
+def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropy of softmax(logits / temperature) in nats: (..., T) from logits (..., T, V)."""
+    wide = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+    found = wide.log_softmax(-1)
+    return -(found.exp() * found).sum(-1)
+
+
+def completion_logprobs(
+    model: nn.Module, rollout: Rollout, temperature: float, precision: str = "fp32", told: list[float] | None = None
+) -> Tensor:
     """Log-probabilities (R, C) of the completions' tokens, 0 where the mask is 0; padding enters no state used.
 
-    Row by row the result is that of the row alone: positions after a row's last token are never gathered.
+    Row by row the result is that of the row alone: positions after a row's last token are never gathered. `told` is
+    given the sum of the entropies where these tokens were drawn.
     """
     with arithmetic(precision, rollout.ids.device):
         features, _ = model.features(rollout.ids[:, :-1])  # (R, T - 1, D)
@@ -106,6 +116,9 @@ def completion_logprobs(model: nn.Module, rollout: Rollout, temperature: float, 
         wanted = features.gather(1, places[..., None].expand(-1, -1, features.shape[-1]))  # (R, C, D)
         logits = model.logits(wanted)
     tokens = rollout.ids.gather(1, (places + 1).clamp(max=rollout.ids.shape[1] - 1))
+    if told is not None:
+        rows = zip(logits.detach(), rollout.mask != 0, strict=True)  # row by row: it is as large as the logits
+        told.append(sum(float(token_entropy(row[here], temperature).sum()) for row, here in rows))
     found = token_logprobs(logits, tokens, temperature)
     return torch.where(rollout.mask != 0, found, 0.0)
 

@@ -4,52 +4,19 @@ A function is called as TRL calls one, by names: `prompts` and `completions` (te
 each column of the questions; it returns a number for each completion, or None where it has nothing to say.
 """
 
-import importlib.util
-import inspect
 import math
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from rwkvpipe.base.config import RolloutConfig
-from rwkvpipe.base.errors import ConfigError, DataError
+from rwkvpipe.base.errors import DataError
 from rwkvpipe.infer.engine import Completion
+from rwkvpipe.train.own import columns, function, taken, theirs
 
 Grade = Callable[[dict, str], float | None]
-
-
-@contextmanager
-def _theirs(name: str) -> Iterator[None]:
-    """Code of the user's runs: whatever it raises becomes a DataError that names its place."""
-    try:
-        yield
-    except (Exception, SystemExit) as error:  # a stranger's code may raise anything
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-        frames = [frame for frame in frames if not frame.filename.startswith("<frozen ")]
-        where = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-        if isinstance(error, SyntaxError) and error.filename:
-            where = f" at {error.filename}:{error.lineno}"
-        said = " ".join(str(error).split()) or "without a word"
-        raise DataError(f"rollout.reward: {name} raises {type(error).__name__}{where}: {said}; mend it") from None
-
-
-def _function(name: str) -> Callable:
-    """The function of a reward `file.py:function`. Raises ConfigError or DataError where there is none."""
-    path, _, function = name.rpartition(":")
-    if not Path(path).is_file():
-        raise ConfigError(f"rollout.reward: there is no file {path}; paths count from the folder of the call")
-    found = importlib.util.spec_from_file_location(f"reward_{Path(path).stem}", path)
-    module = importlib.util.module_from_spec(found)
-    with _theirs(name):
-        found.loader.exec_module(module)
-    own = getattr(module, function, None)
-    if not callable(own):
-        raise ConfigError(f"rollout.reward: {path} has no function {function}; name one that it has")
-    return own
+KEY = "rollout.reward"
 
 
 def _checked(name: str, given: object, count: int) -> list[float]:
@@ -76,33 +43,23 @@ class Rewards:
 
     def __init__(self, config: RolloutConfig, grade: Callable[[str], Grade]):
         self.weights = config.rewards
-        self.own = {name: _function(name) for name in self.weights if ":" in name}
+        self.own = {name: function(KEY, name) for name in self.weights if ":" in name}
         self.tasks = {name: grade(name) for name in self.weights if ":" not in name}
 
     def __call__(self, rows: list[dict], prompts: list[str], found: list[Completion]) -> list[list[float]]:
         """Grades (completions, rewards); `rows` and `prompts` are those of the completions, one by one."""
-        columns = []
+        grades_of = []
         for name in self.weights:
             if name in self.tasks:
                 grades = [self.tasks[name](row, c.text) for row, c in zip(rows, found, strict=True)]
-                columns.append([math.nan if grade is None else grade for grade in grades])
+                grades_of.append([math.nan if grade is None else grade for grade in grades])
                 continue
-            with _theirs(name):
-                given = self.own[name](**self._given(name, rows, prompts, found))
-            columns.append(_checked(name, given, len(found)))
-        return [list(row) for row in zip(*columns, strict=True)]
-
-    def _given(self, name: str, rows: list[dict], prompts: list[str], found: list[Completion]) -> dict:
-        """The arguments that a function takes, of those there are."""
-        every = {
-            column: [row.get(column) for row in rows] for column in dict.fromkeys(key for row in rows for key in row)
-        }
-        every |= {"prompts": list(prompts), "completions": [c.text for c in found]}
-        every |= {"completion_ids": [list(c.ids) for c in found]}
-        taken = inspect.signature(self.own[name]).parameters.values()
-        if any(each.kind is each.VAR_KEYWORD for each in taken):
-            return every
-        return {each.name: every[each.name] for each in taken if each.name in every}
+            every = columns(rows) | {"prompts": list(prompts), "completions": [c.text for c in found]}
+            every |= {"completion_ids": [list(c.ids) for c in found]}
+            with theirs(KEY, name):
+                given = self.own[name](**taken(self.own[name], every))
+            grades_of.append(_checked(name, given, len(found)))
+        return [list(row) for row in zip(*grades_of, strict=True)]
 
     def total(self, grades: Tensor) -> Tensor:
         """The weighted sum (N,) of the rewards (N, F) that apply; a completion to which none does stays NaN."""

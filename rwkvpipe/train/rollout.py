@@ -16,13 +16,13 @@ from rwkvpipe.base.files import read_jsonl
 from rwkvpipe.infer.engine import Completion, Engine
 from rwkvpipe.tasks.registry import reward
 from rwkvpipe.tokenizer.load import Tokenizer
+from rwkvpipe.train.hooks import Shaping
 from rwkvpipe.train.loop import Log, step_seed
 from rwkvpipe.train.policy import Rollout, advantages, completion_logprobs
 from rwkvpipe.train.reward import Rewards
 from rwkvpipe.train.stage import Stage
 from rwkvpipe.weights import lora
 
-KEPT = 4  # samples of a step that go to rollouts.jsonl
 Check = Callable[[dict], None]
 """Raises DataError for a row that cannot be graded."""
 
@@ -78,12 +78,14 @@ def drawn(count: int, config: TrainConfig, step: int, seed: int) -> list[int]:
 
 
 class Sampler:
-    """The batches of GRPO: a rollout every `iterations` steps, a function of seed, step and the weights then."""
+    """The batches of GRPO: a rollout every `span` steps, a function of seed, step and the weights then."""
 
     def __init__(self, stage: Stage, questions: list[Question], tokenizer: Tokenizer, micro_batch: int):
         self.stage, self.questions, self.tokenizer, self.micro_batch = stage, questions, tokenizer, micro_batch
         self.config = stage.settings.rollout
-        self.rewards = Rewards(self.config, reward)
+        self.rewards, self.shaping = Rewards(self.config, reward), Shaping(self.config, tokenizer)
+        self.span = self.config.iterations * self.config.slices
+        """Steps that learn from one rollout."""
         self.log = Log(stage.folder / "rollouts.jsonl", stage.rank)
         self.current: Rollout | None = None
         self.facts: dict[str, float] = {}
@@ -102,14 +104,22 @@ class Sampler:
             self.current = Rollout(**{name: value for name, value in carried.items()})
         step = first_step
         while True:
-            if step % self.config.iterations == 0 or self.current is None:
+            if step % self.span == 0 or self.current is None:
                 self.current = self.sample(step)
-            yield self.current
+            yield self.slice(step)
             step += 1
+
+    def slice(self, step: int) -> Rollout:
+        """What one step learns from: all completions, or its part of them, mixed by lot."""
+        if self.config.slices == 1:
+            return self.current
+        stream = torch.Generator().manual_seed(step_seed(step_seed(self.stage.seed, -1), step // self.span))
+        mixed = torch.randperm(len(self.current.ids), generator=stream)
+        return self.current.rows(mixed.view(self.config.slices, -1)[step % self.config.slices])
 
     def carry(self) -> dict[str, Tensor]:
         """What is needed to go on in the middle of the steps on one rollout."""
-        if self.config.iterations == 1 or self.current is None:
+        if self.span == 1 or self.current is None:
             return {}
         facts = {f"fact/{name}": torch.tensor(value, dtype=torch.float64) for name, value in self.facts.items()}
         return {name: value for name, value in vars(self.current).items() if value is not None} | facts
@@ -125,7 +135,7 @@ class Sampler:
     def sample(self, step: int) -> Rollout:
         """Ask, answer, grade: the rollout that starts at `step`."""
         settings, samples = self.stage.settings, self.config.samples
-        number = step // self.config.iterations
+        number = step // self.span
         asked = [self.questions[i] for i in drawn(len(self.questions), settings.train, number, self.stage.seed)]
         seed = step_seed(step_seed(self.stage.seed, self.config.sampling.seed), number)
         sampling = self.config.sampling.model_copy(update={"seed": seed})
@@ -138,20 +148,42 @@ class Sampler:
         found = [Completion(**fields) for part in rank.gather(list(map(asdict, given))) for fields in part]
         found.sort(key=lambda completion: (completion.prompt, completion.sample))
         texts = ([asked[c.prompt].row for c in found], [asked[c.prompt].prompt for c in found])
+        shaped = rank.gather(self.shaping(*texts, found) if not rank.index else None)[0]
+        found, counts, foreign = self.shaping.read(found, shaped)
         # one process grades for all: a function of the user's may draw lots
         grades = torch.tensor(rank.gather(self.rewards(*texts, found) if not rank.index else None)[0])
         rewards = self.rewards.total(grades.double())
         gains = advantages(rewards, samples, self.config.scale)
-        rollout = self.with_logprobs(self.arrange(asked, found, gains))
-        self.facts = self.describe(found, rewards, rollout) | self.rewards.facts(grades)
-        for completion, grade, gain in list(zip(found, rewards.tolist(), gains.tolist(), strict=True))[:KEPT]:
-            row = {"step": step + 1, "prompt": asked[completion.prompt].prompt, "text": completion.text}
-            self.log.add(row | {"reward": None if math.isnan(grade) else grade, "advantage": gain})
+        rollout = self.with_logprobs(self.arrange(asked, found, gains, counts))
+        self.facts |= self.describe(found, rewards, rollout, foreign) | self.rewards.facts(grades)
+        self.tell(step, asked, found, (rollout, rewards, grades))
         model.train()
         return rollout
 
-    def arrange(self, asked: list[Question], found: list[Completion], gains: Tensor) -> Rollout:
-        """Rows of prompt plus completion, padded on the right; completions that did not end may be masked out."""
+    def tell(self, step: int, asked: list[Question], found: list[Completion], what: tuple) -> None:
+        """Write the first completions of a rollout down."""
+        (rollout, rewards, grades), names = what, list(self.rewards.weights)
+
+        def known(value: float) -> float | None:
+            return None if math.isnan(value) else value
+
+        for row, completion in enumerate(found[: self.config.kept]):
+            told = {"step": step + 1, "question": completion.prompt, "sample": completion.sample}
+            told |= {"prompt": asked[completion.prompt].prompt, "text": completion.text, "ids": completion.ids}
+            told |= {"finish": completion.finish, "reward": known(float(rewards[row]))}
+            told |= {"rewards": dict(zip(names, map(known, grades[row].tolist()), strict=True))}
+            told |= {"advantage": float(rollout.advantages[row]), "logprob": float(rollout.old[row].sum())}
+            if rollout.reference is not None:
+                told["reference_logprob"] = float(rollout.reference[row].sum())
+            self.log.add(told)
+
+    def arrange(
+        self, asked: list[Question], found: list[Completion], gains: Tensor, counts: list[list[float]] | None = None
+    ) -> Rollout:
+        """Rows of prompt plus completion, padded on the right; completions that did not end may be masked out.
+
+        `counts` says how much each token counts; left out, all alike.
+        """
         width = max(len(asked[c.prompt].ids) + len(c.ids) for c in found)
         longest = max(1, *(len(c.ids) for c in found))
         ids = torch.zeros(len(found), max(width, 2), dtype=torch.long)
@@ -161,21 +193,24 @@ class Sampler:
             whole = asked[completion.prompt].ids + completion.ids
             ids[row, : len(whole)] = torch.tensor(whole)
             if not (self.config.mask_truncated and completion.finish == "length"):
-                mask[row, : len(completion.ids)] = 1
+                mask[row, : len(completion.ids)] = 1 if counts is None else torch.tensor(counts[row])
         return Rollout(ids, first, mask, gains.float(), torch.zeros_like(mask))
 
     @torch.no_grad()
     def with_logprobs(self, rollout: Rollout) -> Rollout:
         """The same with old and, where divergence counts, reference log-probabilities by the trainer's own forward."""
         model, fields = self.stage.model, dict(vars(rollout))
-        fields["old"] = self.logprobs(model, rollout)
+        told: list[float] = []
+        fields["old"] = self.logprobs(model, rollout, told)
+        entropy, tokens = self.stage.rank.total(sum(told))[0], int((rollout.mask != 0).sum())
+        self.facts = {"entropy": entropy / max(tokens, 1)}
         if self.config.beta > 0:
             with lora.disabled(model) if self.start is None else nullcontext():
                 fields["reference"] = self.logprobs(self.start or model, rollout)
         return Rollout(**fields)
 
-    def logprobs(self, model: torch.nn.Module, rollout: Rollout) -> Tensor:
-        """Log-probabilities (R, C) on the CPU, `micro_batch` rows at a time."""
+    def logprobs(self, model: torch.nn.Module, rollout: Rollout, told: list[float] | None = None) -> Tensor:
+        """Log-probabilities (R, C) on the CPU, `micro_batch` rows at a time; `told` is given sums of entropies."""
         found = torch.zeros_like(rollout.mask)
         for part in self.stage.rank.mine(len(found), self.micro_batch):
             rows = rollout.rows(part)
@@ -185,20 +220,28 @@ class Sampler:
                     rows.to(self.stage.rank.device),
                     self.config.sampling.temperature,
                     self.stage.settings.train.precision,
+                    told,
                 )
                 found[part, : values.shape[1]] = values.cpu()
         return self.stage.rank.sum(found)
 
-    def describe(self, found: list[Completion], rewards: Tensor, rollout: Rollout) -> dict[str, float]:
-        """Facts of a rollout for the metrics."""
+    def describe(
+        self, found: list[Completion], rewards: Tensor, rollout: Rollout, foreign: set[int]
+    ) -> dict[str, float]:
+        """Facts of a rollout for the metrics. The sampler did not draw the tokens of `foreign` completions."""
         groups = rewards.view(-1, self.config.samples)
         known = ~groups.isnan()
         mean = groups.nansum(1, keepdim=True) / known.sum(1, keepdim=True).clamp(min=1)
         spread = ((groups - mean).nan_to_num().square().sum(1) / (known.sum(1) - 1).clamp(min=1)).sqrt()
         sampled = torch.zeros_like(rollout.old)
+        drawn_here = rollout.mask != 0
         for row, completion in enumerate(found):
-            sampled[row, : len(completion.logprobs)] = torch.tensor(completion.logprobs)
-        gap = ((sampled - rollout.old).abs() * rollout.mask).sum() / rollout.mask.sum().clamp(min=1)
+            if row in foreign:
+                drawn_here[row] = False
+            else:
+                sampled[row, : len(completion.logprobs)] = torch.tensor(completion.logprobs)
+        apart = (sampled - rollout.old).abs() * drawn_here
+        gap = apart.sum() / drawn_here.sum().clamp(min=1)
         lengths = [len(completion.ids) for completion in found]
         ended = [completion.finish == "length" for completion in found]
         return {
@@ -213,6 +256,7 @@ class Sampler:
             "completion_longest": max(lengths),
             "truncated": sum(ended) / len(found),
             "sampler_gap": float(gap),
+            "sampler_gap_largest": float(apart.max()),
         }
 
 
@@ -227,6 +271,12 @@ def check_fits(stage: Stage) -> int:
         )
     if rollout.sampling.temperature == 0:
         raise ConfigError("rollout.sampling.temperature: at 0 all samples of a prompt are the same; raise it")
+    completions = settings.train.batch * rollout.samples
+    if completions % rollout.slices:
+        raise ConfigError(
+            f"rollout.slices: {completions} completions (train.batch times rollout.samples) are not cut into"
+            f" {rollout.slices} equal parts"
+        )
     if settings.train.chunk is not None:
         raise ConfigError("train.chunk: belongs to pretrain and sft; a rollout is scored whole")
     if settings.lora is not None and settings.lora.dropout:

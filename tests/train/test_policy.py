@@ -8,7 +8,7 @@ import torch
 
 from rwkvpipe.base.config import RolloutConfig, SamplingConfig
 from rwkvpipe.base.errors import ConfigError
-from rwkvpipe.train.policy import Rollout, Share, advantages, by_parts, policy_loss, token_logprobs
+from rwkvpipe.train.policy import Rollout, Share, advantages, by_parts, policy_loss, token_entropy, token_logprobs
 from rwkvpipe.train.reward import Rewards
 
 
@@ -67,6 +67,7 @@ def test_logprobs_stay_fp32_on_bf16_logits(goldens, temperature):
     found = token_logprobs(logits, tensor(data["index"]), temperature)
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found, data[f"logp_T{temperature}"], atol=2e-5)
+    np.testing.assert_allclose(token_entropy(logits, temperature), data[f"entropy_T{temperature}"], atol=2e-5)
 
 
 def rollout_of(data, dtype, part=slice(None)):
