@@ -14,7 +14,7 @@ from rwkvpipe.base import compiler
 from rwkvpipe.kernel import gpu
 
 REPORT = Path(__file__).resolve().parents[1] / "docs/gpu.json"
-# a kernel's line, and what follows it; names are as C++ has them in files: Forward, I5ShapeILi64EE
+# a kernel's line, and what follows it; names are as C++ has them in files: Forward, I5ShapeILi64EE or ILi4EE
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\w+)'(.*?)(?=Compiling entry function|\Z)", re.S)
 NAMED = re.compile(r"\d([A-Z][A-Za-z]*)I(?:5ShapeI)?Li(\d+)")
 FIGURES = {
@@ -24,15 +24,15 @@ FIGURES = {
 }
 
 
-def newest() -> str:
-    """The newest kind of card that nvcc knows."""
+def known() -> list[str]:
+    """The kinds of card that nvcc knows, from the oldest on."""
     told = subprocess.run([*compiler.nvcc(), "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
-    return "sm_{}".format(max(int(number) for number in re.findall(r"sm_(\d+)$", told, re.M)))
+    return [f"sm_{number}" for number in sorted(map(int, re.findall(r"sm_(\d+)$", told, re.M)))]
 
 
 def targets() -> list[str]:
     """The kinds of card that the report is about."""
-    return ["sm_80", "sm_90a", newest()]
+    return ["sm_80", "sm_90a", known()[-1]]
 
 
 def parsed(file: str, told: str) -> list[dict]:
@@ -83,7 +83,7 @@ def table(found: dict) -> str:
 
 def _lines(kinds: Sequence[str], rows: dict[tuple, dict[str, str]]) -> list[str]:
     head = [f"| registers | channels of a head | {' | '.join(kinds)} |", f"| --- | --- |{' --- |' * len(kinds)}"]
-    return head + [
-        f"| {file}: {kernel} | up to {width} | {' | '.join(row.get(kind, '') for kind in kinds)} |"
-        for (file, kernel, width), row in rows.items()
-    ]
+    for (file, kernel, width), row in rows.items():
+        heads = f"64, {16 * width} rows a block" if kernel.startswith("Chunks") else f"up to {width}"
+        head.append(f"| {file}: {kernel} | {heads} | {' | '.join(row.get(kind, '') for kind in kinds)} |")
+    return head

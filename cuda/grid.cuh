@@ -1,9 +1,9 @@
 // What the GPU kernels are written with, so that one source makes them for a GPU (nvcc) and for the host (any C++
 // compiler, where tests compare them with the reference): a block of threads that walks through phases.
 //
-// A kernel is a struct with THREADS, FLOATS (of shared memory), a type Own (what a thread keeps in registers), and
-// work(block number, Block<Own>, shared memory). What threads do between two barriers is a phase, block.each(f) with
-// f(thread, its Own). On the host a phase is a loop over the threads, in any order: `grid_order` changes it, and a
+// A kernel is a struct with THREADS, FLOATS (of shared memory), a type Threads, which is Block<what a thread keeps in
+// registers, THREADS>, and work(block number, its threads, shared memory). What threads do between two barriers is a
+// phase, block.each(f) with f(thread, what it keeps). On the host a phase is a loop over the threads, in any order: `grid_order` changes it, and a
 // result that changes with it tells of a missing barrier.
 
 #pragma once
@@ -24,7 +24,7 @@
 
 #ifdef __CUDACC__
 
-template <class Own>
+template <class Own, int COUNT>
 struct Block {
     Own own;
 
@@ -38,7 +38,7 @@ struct Block {
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::THREADS) run(const Kernel kernel) {
     extern __shared__ __align__(16) float shared[];
-    Block<typename Kernel::Own> block;
+    typename Kernel::Threads block;
     kernel.work(static_cast<int64_t>(blockIdx.x), block, shared);
 }
 
@@ -46,16 +46,17 @@ __global__ void __launch_bounds__(Kernel::THREADS) run(const Kernel kernel) {
 
 inline int grid_way = 0;  // 0: threads in order; 1: from the last to the first; 2: the odd ones first
 
-template <class Own>
+template <class Own, int COUNT>
 struct Block {
-    std::vector<Own> own;
+    std::vector<Own> own = std::vector<Own>(COUNT);
+
+    Block() { std::memset(static_cast<void *>(own.data()), 0xff, sizeof(Own) * COUNT); }  // nothing is there before
 
     template <class Phase>
     void each(Phase phase) {
-        const int count = static_cast<int>(own.size());
-        for (int n = 0; n < count; n++) {
-            const int odd = count / 2, mixed = n < odd ? 2 * n + 1 : 2 * (n - odd);
-            const int thread = grid_way == 0 ? n : grid_way == 1 ? count - 1 - n : mixed;
+        for (int n = 0; n < COUNT; n++) {
+            const int odd = COUNT / 2, mixed = n < odd ? 2 * n + 1 : 2 * (n - odd);
+            const int thread = grid_way == 0 ? n : grid_way == 1 ? COUNT - 1 - n : mixed;
             phase(thread, own[thread]);
         }
     }
@@ -77,12 +78,9 @@ int launch(const Kernel &kernel, int64_t blocks, int64_t stream) {
     return static_cast<int>(cudaGetLastError());
 #else
     (void)stream;
-    std::vector<float> shared(Kernel::FLOATS);
-    Block<typename Kernel::Own> block;
     for (int64_t n = 0; n < blocks; n++) {
-        block.own.resize(Kernel::THREADS);
-        std::fill(shared.begin(), shared.end(), std::numeric_limits<float>::quiet_NaN());  // nothing is there before
-        std::memset(static_cast<void *>(block.own.data()), 0xff, sizeof(typename Kernel::Own) * block.own.size());
+        std::vector<float> shared(Kernel::FLOATS, std::numeric_limits<float>::quiet_NaN());
+        typename Kernel::Threads block;
         kernel.work(n, block, shared.data());
     }
     return 0;

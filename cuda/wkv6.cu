@@ -33,9 +33,9 @@ struct Tokens : Shape {
 
     ON_GPU int64_t at_w(int64_t head, int64_t t) const { return one_w ? head % s.H * s.N : s.at(head, t); }
 
-    template <class Own>
-    ON_GPU void load(Block<Own> &block, float *shared, int64_t head, int64_t first, const void *dy) const {
-        block.each([&](int thread, Own &) {
+    template <class Team>
+    ON_GPU void load(Team &block, float *shared, int64_t head, int64_t first, const void *dy) const {
+        block.each([&](int thread, auto &) {
             for (int i = thread; i < SOME * N; i += THREADS) {
                 const int x = i % N, t = i / N;
                 const bool there = x < s.N && first + t < s.T;
@@ -84,11 +84,12 @@ struct Forward : Tokens<Shape> {
         float S[Shape::EACH];
     };
     static constexpr int FLOATS = Base::PLACE + SOME * PARTS * N;
+    using Threads = Block<Own, Shape::THREADS>;
     const float *start;
     void *y;
     float *end, *kept;  // kept may be null, if no backward will follow
 
-    ON_GPU void work(int64_t head, Block<Own> &block, float *shared) const {
+    ON_GPU void work(int64_t head, Threads &block, float *shared) const {
         const int64_t square = s.N * s.N;
         block.each([&](int thread, Own &own) { this->take(own.S, start + head * square, thread % N, thread / N, 0); });
         for (int64_t first = 0; first < s.T; first += SOME) {
@@ -100,7 +101,7 @@ struct Forward : Tokens<Shape> {
                 if (to) this->give(to, own.S, x, p, false);
                 for (int t = 0; t < tokens; t++) shared[Base::PLACE + (t * PARTS + p) * N + x] = step(own, shared, t, x, p);
             });
-            block.each([&](int thread, Own &) {
+            block.each([&](int thread, auto &) {
                 for (int i = thread; i < tokens * N; i += THREADS) {
                     const int x = i % N, t = i / N;
                     const float found = Base::total(shared + Base::PLACE + t * PARTS * N, x);
@@ -137,6 +138,7 @@ struct Backward : Tokens<Shape> {
     };
     enum { dv_, dr_, dk_, dd_, own_, met_, SUMS };
     static constexpr int FLOATS = Base::PLACE + SUMS * PARTS * N;
+    using Threads = Block<Own, Shape::THREADS>;
     const float *kept;
     const void *dy;
     const float *dend;
@@ -146,7 +148,7 @@ struct Backward : Tokens<Shape> {
     // floats of `room` for one head
     EITHER static int64_t wanted(int64_t n) { return KEEP / SOME * n * n; }
 
-    ON_GPU void work(int64_t head, Block<Own> &block, float *shared) const {
+    ON_GPU void work(int64_t head, Threads &block, float *shared) const {
         const int64_t square = s.N * s.N;
         float *written = room + head * wanted(s.N);
         block.each([&](int thread, Own &own) {
@@ -192,7 +194,7 @@ struct Backward : Tokens<Shape> {
     }
 
     // the gradients of one token; `from`: the state before the first token in shared memory
-    ON_GPU void back(Block<Own> &block, float *shared, int64_t head, int64_t first, int t, const float *from) const {
+    ON_GPU void back(Threads &block, float *shared, int64_t head, int64_t first, int t, const float *from) const {
         block.each([&](int thread, Own &own) {
             const int x = thread % N, p = thread / N;
             this->take(own.S, from, x, p, true);

@@ -30,9 +30,9 @@ struct Rows : Shape {
     ON_GPU static float *row(float *shared, int which, int t) { return shared + (which * SOME + t) * N; }
 
     // tokens [t, t + SOME) of all tensors into shared memory, 0 where there are none
-    template <class Own>
-    ON_GPU void load(Block<Own> &block, float *shared, int64_t head, int64_t t, int64_t end) const {
-        block.each([&](int thread, Own &) {
+    template <class Team>
+    ON_GPU void load(Team &block, float *shared, int64_t head, int64_t t, int64_t end) const {
+        block.each([&](int thread, auto &) {
             for (int i = thread; i < (SOME + 1) * N; i += THREADS) {
                 const int x = i % N, token = i / N;
                 const bool there = x < s.N && t + token < end;
@@ -50,14 +50,14 @@ struct Rows : Shape {
 
     // Tokens [begin, end) from the state in own.S on. A state before each `every` of them goes to `states`, y and u
     // where they may go; own.S is then the last state.
-    template <class Own>
-    ON_GPU void walk(Block<Own> &block, float *shared, int64_t head, int64_t begin, int64_t end, int every,
+    template <class Team>
+    ON_GPU void walk(Team &block, float *shared, int64_t head, int64_t begin, int64_t end, int every,
                      float *states, void *y, float *u) const {
         float *sums = shared + (VECTORS * SOME + 1) * N;  // [u, y][even and odd tokens][PARTS][N]
         for (int64_t first = begin; first < end; first += SOME) {
             load(block, shared, head, first, end);
             if (first == begin) {
-                block.each([&](int thread, Own &own) {
+                block.each([&](int thread, auto &own) {
                     const int x = thread % N, p = thread / N;
                     float u_ = 0.0f;
 #pragma unroll
@@ -69,7 +69,7 @@ struct Rows : Shape {
             for (int t = 0; t < tokens; t++) {
                 const int64_t token = first + t - begin;
                 const int odd = static_cast<int>(token & 1);
-                block.each([&](int thread, Own &own) {
+                block.each([&](int thread, auto &own) {
                     const int x = thread % N, p = thread / N;
                     if (states && token % every == 0) {
                         float *to = states + token / every * s.N * s.N;
@@ -97,7 +97,7 @@ struct Rows : Shape {
             }
         }
         const int last = static_cast<int>((end - begin - 1) & 1);
-        block.each([&](int thread, Own &) {
+        block.each([&](int thread, auto &) {
             const int x = thread % N;
             if (y && thread < N && x < s.N)
                 put(y, s.at(head, end - 1) + x, s.half(V), total(sums + (2 + last) * PARTS * N, x));
@@ -132,11 +132,12 @@ struct Forward : Rows<Shape> {
     struct Own {
         float S[Shape::EACH];
     };
+    using Threads = Block<Own, Shape::THREADS>;
     const float *start;
     void *y;
     float *end, *kept;  // kept may be null, if no backward will follow
 
-    ON_GPU void work(int64_t head, Block<Own> &block, float *shared) const {
+    ON_GPU void work(int64_t head, Threads &block, float *shared) const {
         const int64_t square = s.N * s.N;
         block.each([&](int thread, Own &own) { this->take(own.S, start + head * square, thread % N, thread / N); });
         float *states = kept ? kept + head * s.segments(KEEP) * square : nullptr;
@@ -156,6 +157,7 @@ struct Backward : Rows<Shape> {
     enum { dv_, du_, dr_, dk_, db_, dd_, da_, SUMS };
     static constexpr int PLACE = VECTORS * SOME * N, OWN = PLACE + SUMS * PARTS * N + N;
     static constexpr int FLOATS = OWN > Base::FLOATS ? OWN : Base::FLOATS;
+    using Threads = Block<Own, Shape::THREADS>;
     const float *kept;
     const void *dy;
     const float *dend;
@@ -165,7 +167,7 @@ struct Backward : Rows<Shape> {
     // floats of `room` for one head: the states that are written down, then the u
     EITHER static int64_t wanted(int64_t n) { return KEEP / SOME * n * n + KEEP * N; }
 
-    ON_GPU void work(int64_t head, Block<Own> &block, float *shared) const {
+    ON_GPU void work(int64_t head, Threads &block, float *shared) const {
         const int64_t square = s.N * s.N;
         float *written = room + head * wanted(s.N), *u = written + KEEP / SOME * square;
         block.each([&](int thread, Own &own) {
@@ -209,9 +211,9 @@ struct Backward : Rows<Shape> {
         }
     }
 
-    ON_GPU void fetch(Block<Own> &block, float *shared, int64_t head, int64_t first, int64_t tokens,
+    ON_GPU void fetch(Threads &block, float *shared, int64_t head, int64_t first, int64_t tokens,
                       const float *u) const {
-        block.each([&](int thread, Own &) {
+        block.each([&](int thread, auto &) {
             for (int i = thread; i < tokens * N; i += THREADS) {
                 const int x = i % N, t = i / N;
                 const bool there = x < s.N;
@@ -231,7 +233,7 @@ struct Backward : Rows<Shape> {
     }
 
     // the gradients of one token; `from`: the state before the first token in shared memory
-    ON_GPU void back(Block<Own> &block, float *shared, int64_t head, int64_t first, int t, const float *from) const {
+    ON_GPU void back(Threads &block, float *shared, int64_t head, int64_t first, int t, const float *from) const {
         block.each([&](int thread, Own &own) {
             const int x = thread % N, p = thread / N;
             turned(own.S, from, x, p);
@@ -240,7 +242,7 @@ struct Backward : Rows<Shape> {
             by_rows(own, shared, t, x, p);
         });
         float *du = shared + PLACE + SUMS * PARTS * N;
-        block.each([&](int thread, Own &) {
+        block.each([&](int thread, auto &) {
             if (thread >= N) return;
             const int x = thread;
             const int64_t token = first + t;

@@ -23,7 +23,11 @@ TRACKED_FILES = ["../cuda/*.cu", "../cuda/*.cuh"]
 FLAGS = ("-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC")
 OLDEST = (7, 0)
 WIDEST = 128
+TENSOR_CORES = (8, 0)  # since when cards multiply matrices of eleven bits
+CHUNK, TILED = 16, 64  # tokens that go through them together; channels of a head that goes through them
+SHARED = 110_000  # bytes of shared memory that a head in one part takes at most; in two parts it takes 80,000
 KINDS = (torch.float32, torch.bfloat16)
+DIVIDED = (0, 1, 2, 4, 5)  # gradients of r w k a b come from each part of a head
 _said: set[str] = set()
 
 
@@ -61,8 +65,9 @@ def target(device: torch.device) -> str:
 def loaded(path: Path) -> ctypes.CDLL:
     """A library of these kernels. Raises OSError."""
     library = ctypes.CDLL(str(path))
-    for function in (library.wkv7_kept, library.wkv7_room, library.wkv6_kept, library.wkv6_room):
-        function.restype = ctypes.c_int64
+    for operator in ("wkv7", "wkv7_chunks", "wkv6"):
+        for floats in ("kept", "room"):
+            getattr(library, f"{operator}_{floats}").restype = ctypes.c_int64
     return library
 
 
@@ -130,27 +135,54 @@ def _call(function: str, sizes: Sequence[int], *given: Tensor | None) -> None:
         raise RuntimeError(f"{function}: CUDA error {status}")
 
 
+def by_chunks(v: Tensor) -> bool:
+    """Whether RWKV-7 goes to tensor cores: where factors of eleven bits will do, and there is enough to do for them."""
+    rough = v.dtype == torch.bfloat16 or torch.get_float32_matmul_precision() != "highest"
+    modern = not v.is_cuda or torch.cuda.get_device_capability(v.device) >= TENSOR_CORES
+    return rough and modern and v.shape[1] >= CHUNK and v.shape[-1] == TILED
+
+
+def _parts(v: Tensor) -> int:
+    """Into how many parts a head is divided, so that few heads keep all of a card busy."""
+    if not v.is_cuda:
+        return 1
+    card = torch.cuda.get_device_properties(v.device)
+    least = 1 if getattr(card, "shared_memory_per_block_optin", 0) >= SHARED else 2
+    heads = v.shape[0] * v.shape[2]
+    return next((parts for parts in (1, 2) if parts >= least and heads * parts >= card.multi_processor_count), 4)
+
+
 class Wkv7(torch.autograd.Function):
-    """`cuda/wkv7.cu`: token by token, with a state in 64 kept for the backward."""
+    """`cuda/wkv7_chunks.cu` where `by_chunks`, else `cuda/wkv7.cu`; a state in 64 is kept for the backward."""
 
     @staticmethod
     def forward(ctx, tracked, *inputs):
         inputs = [x.contiguous() for x in inputs]
-        ctx.sizes, v, S = _sizes(inputs[:-1]), inputs[3], inputs[-1]
+        v, S = inputs[3], inputs[-1]
+        ctx.operator, ctx.sizes = "wkv7", _sizes(inputs[:-1])
+        if by_chunks(v):
+            ctx.operator, ctx.sizes = "wkv7_chunks", _sizes(inputs[:-1], _parts(v))
         y, after, kept = torch.empty_like(v), torch.empty_like(S), None
         if tracked:
-            kept = _floats("wkv7_kept", ctx.sizes, v)
+            kept = _floats(f"{ctx.operator}_kept", ctx.sizes, v)
             ctx.save_for_backward(*inputs[:-1], kept)
-        _call("wkv7_forward", ctx.sizes, *inputs, y, after, kept)
+        _call(f"{ctx.operator}_forward", ctx.sizes, *inputs, y, after, kept)
         return y, after
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dS):
-        dS = dS.contiguous()
-        found = [torch.empty_like(x) for x in (*ctx.saved_tensors[:6], dS)]
-        room = _floats("wkv7_room", ctx.sizes, dS)
-        _call("wkv7_backward", ctx.sizes, *ctx.saved_tensors, dy.contiguous(), dS, *found, room)
+        dS, inputs = dS.contiguous(), ctx.saved_tensors[:6]
+        room = _floats(f"{ctx.operator}_room", ctx.sizes, dS)
+        parts = ctx.sizes[5] if ctx.operator == "wkv7_chunks" else 1
+        found = [torch.empty_like(x) for x in (*inputs, dS)]
+        if parts > 1:
+            found = [
+                torch.empty((parts, *x.shape), device=x.device) if n in DIVIDED else x for n, x in enumerate(found)
+            ]
+        _call(f"{ctx.operator}_backward", ctx.sizes, *ctx.saved_tensors, dy.contiguous(), dS, *found, room)
+        if parts > 1:
+            found = [x.sum(0).to(inputs[n].dtype) if n in DIVIDED else x for n, x in enumerate(found)]
         return None, *found
 
 

@@ -151,8 +151,9 @@ def test_the_order_in_which_threads_run_between_barriers_changes_nothing(on_host
         assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize("which", OPERATORS)
-def test_all_results_and_nothing_beside_them_is_written(on_host, which, monkeypatch):
+@pytest.fixture
+def guards(monkeypatch):
+    """Memory that the operators ask for lies between numbers that are none; to be called when they are done."""
     guard, kept = 64, []
 
     def room(like, *given, **kwargs):
@@ -162,12 +163,24 @@ def test_all_results_and_nothing_beside_them_is_written(on_host, which, monkeypa
         kept.append(whole)
         return whole[guard:-guard].view(shape)
 
+    def empty(*shape, device=None):
+        return room(None, shape[0] if isinstance(shape[0], tuple) else shape)
+
+    def check(least):
+        assert len(kept) >= least
+        for whole in kept:
+            assert whole[:guard].isnan().all() and whole[-guard:].isnan().all()
+
     monkeypatch.setattr(torch, "empty_like", room)
-    monkeypatch.setattr(torch, "empty", lambda *shape, device=None: room(None, shape))
+    monkeypatch.setattr(torch, "empty", empty)
+    return check
+
+
+@pytest.mark.parametrize("which", OPERATORS)
+def test_all_results_and_nothing_beside_them_is_written(on_host, guards, which):
     found = results(OPERATORS[which][0], made(which, 2, 67, 2, 7))
-    assert len(kept) >= 9 and all(x.isfinite().all() for x in found)
-    for whole in kept:
-        assert whole[:guard].isnan().all() and whole[-guard:].isnan().all()
+    assert all(x.isfinite().all() for x in found)
+    guards(9)
 
 
 def test_views_with_gaps_give_the_same(on_host):
@@ -228,6 +241,112 @@ def test_what_a_card_refuses_is_an_error(on_host, monkeypatch):
         wkv7(*made("wkv7", 1, 3, 1, 8))
 
 
+def rms(found, wanted):
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+@pytest.fixture
+def tiled(on_host, monkeypatch):
+    """fp32 goes to tensor cores too."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield on_host
+    torch.set_float32_matmul_precision(before)
+
+
+def in_bf16(*sizes, seed=0, w=None):
+    """Inputs that bf16 holds, as fp32."""
+    return [x.bfloat16().float() for x in made("wkv7", *sizes, seed, w)]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("sizes", [(1, 16, 1, 64), (2, 70, 2, 64), (1, 131, 1, 64)])
+def test_tensor_cores_err_by_a_thousandth_at_most_before_rounding(tiled, monkeypatch, sizes, parts):
+    monkeypatch.setattr(gpu, "_parts", lambda v: parts)
+    inputs = in_bf16(*sizes)
+    assert gpu.by_chunks(inputs[3])
+    for n, (found, wanted) in enumerate(zip(results(wkv7, inputs), exact("wkv7", inputs), strict=True)):
+        assert rms(found, wanted) < 1e-3, n
+
+
+def test_tensor_cores_give_the_reference_numbers_as_well_as_eleven_bits_can(tiled, goldens):
+    golden = np.load(goldens / "rwkv" / "op_wkv7.npz")
+    inputs = [torch.tensor(golden[f"t17n64/in/{name}"]).float() for name in [*NAMES["wkv7"][:-1], "s0"]]
+    found = results(wkv7, inputs, [torch.tensor(golden[f"t17n64/in/{name}"]) for name in ("gy", "gsT")])
+    assert gpu.by_chunks(inputs[3])
+    names = ["out/y", "out/sT", *(f"grad/{name}" for name in [*NAMES["wkv7"][:-1], "s0"])]
+    for name, x in zip(names, found, strict=True):
+        assert rms(x, torch.tensor(golden[f"t17n64/{name}"])) < 1.5e-3, name  # inputs are rounded, too
+
+
+@pytest.mark.parametrize("heads, places, room, parts", [
+    (64, 132, 232448, 4), (100, 132, 232448, 2), (512, 132, 232448, 1), (512, 84, 101376, 2), (20, 84, 101376, 4),
+])  # fmt: skip
+def test_few_heads_and_little_shared_memory_divide_heads(monkeypatch, heads, places, room, parts):
+    class Card:
+        multi_processor_count, shared_memory_per_block_optin = places, room
+
+    class Values:
+        is_cuda, shape, device = True, (1, 4096, heads, 64), None
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
+    assert gpu._parts(Values) == parts
+
+
+def test_tensor_cores_err_by_hardly_more_than_rounding_to_bf16_does(on_host):
+    inputs = [*(x.bfloat16() for x in made("wkv7", 2, 70, 2, 64)[:-1]), made("wkv7", 2, 70, 2, 64)[-1]]
+    pulls = [torch.randn(2, 70, 2, 64).bfloat16().double(), torch.randn(2, 2, 64, 64).double()]
+    assert gpu.by_chunks(inputs[3])
+    wanted = results(wkv7_reference, [x.double() for x in inputs], pulls)
+    for n, (found, real) in enumerate(zip(results(wkv7, inputs, pulls), wanted, strict=True)):
+        rounded = rms(real.bfloat16(), real) if found.dtype == torch.bfloat16 else 1e-3
+        assert rms(found, real) < 1.2 * rounded, n
+
+
+@pytest.mark.parametrize("w", [[0.5, 1.0], [-30.0, 3.6, 20.0], [-math.inf, -0.5, 87.0, 1e30]])
+def test_tensor_cores_are_right_at_any_decay(tiled, w):
+    inputs = in_bf16(1, 35, 1, 64, w=w)
+    for n, (found, wanted) in enumerate(zip(results(wkv7, inputs), exact("wkv7", inputs), strict=True)):
+        assert found.isfinite().all()
+        assert float((found.double() - wanted).norm()) < 1e-3 * float(wanted.norm().clamp(min=wanted.numel() ** 0.5)), n
+
+
+def test_tensor_cores_leave_the_state_as_it_is_where_a_row_is_filled_up(tiled):
+    r, w, k, v, a, b, S = in_bf16(1, 40, 2, 64)
+    w[:, 21:], k[:, 21:], b[:, 21:] = -torch.inf, 0, 0
+    _, filled = wkv7(r, w, k, v, a, b, S)
+    _, wanted = wkv7(*(x[:, :21] for x in (r, w, k, v, a, b)), S)
+    assert rms(filled, wanted.double()) < 1e-6
+
+
+def test_rows_in_pieces_give_gradients_through_their_states_on_tensor_cores(tiled):
+    def in_pieces(*inputs):
+        y, S = wkv7(*(x[:, :37] for x in inputs[:-1]), inputs[-1])
+        rest, S = wkv7(*(x[:, 37:] for x in inputs[:-1]), S)
+        return torch.cat((y, rest), 1), S
+
+    inputs = in_bf16(1, 70, 1, 64)
+    for found, wanted in zip(results(in_pieces, inputs), exact("wkv7", inputs), strict=True):
+        assert rms(found, wanted) < 1.2e-3
+
+
+def test_the_order_in_which_warps_and_threads_run_between_barriers_changes_nothing_for_tensor_cores(tiled):
+    for w in (None, [0.5, 2.0]):
+        inputs, found = in_bf16(1, 37, 1, 64, w=w), []
+        for way in (0, 1):
+            tiled.grid_order(way)
+            found.append(results(wkv7, inputs))
+        assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_tensor_cores_write_all_results_and_nothing_beside_them(tiled, guards, monkeypatch, parts):
+    monkeypatch.setattr(gpu, "_parts", lambda v: parts)
+    found = results(wkv7, in_bf16(1, 67, 2, 64))
+    assert all(x.isfinite().all() for x in found)
+    guards(9)
+
+
 def on_card():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -249,6 +368,21 @@ def test_a_card_computes_what_the_reference_does_and_the_same_bits_again(which, 
     assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
     for one, real, other in zip(found, wanted, plain, strict=True):
         assert error(one, real, 1.0) < 2e-6 + 4 * error(other.nan_to_num(0.0), real, 1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not on_card(), reason="there is no GPU here")
+@pytest.mark.parametrize("sizes", [(1, 16, 1, 64), (2, 131, 3, 64), (8, 70, 40, 64)])
+@pytest.mark.parametrize("w", [None, [0.5, 1.0, 20.0]])
+def test_a_card_s_tensor_cores_err_as_built_for_the_host_and_give_the_same_bits_again(sizes, w):
+    inputs = [x.bfloat16() for x in made("wkv7", *sizes, w=w)]
+    given = [*(x.cuda() for x in inputs[:-1]), inputs[-1].float().cuda()]
+    assert gpu.by_chunks(given[3])
+    wanted = exact("wkv7", inputs)
+    found, again = ([x.cpu() for x in results(wkv7, given)] for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+    for one, real in zip(found, wanted, strict=True):
+        assert float((one.double() - real).norm()) < 2.5e-3 * float(real.norm().clamp(min=real.numel() ** 0.5))
 
 
 @pytest.mark.gpu

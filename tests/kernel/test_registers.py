@@ -49,6 +49,13 @@ def test_all_kernels_compile_for_all_kinds_of_card():
             within_limits(checked(file.name, target))
 
 
+@needs_nvcc
+@pytest.mark.large
+def test_all_kernels_compile_for_the_oldest_kind_of_card_that_the_compiler_knows():
+    for file in gpu.sources():
+        assert registers.report(file, registers.known()[0])
+
+
 def test_a_report_is_read_as_the_compiler_writes_it():
     said = "ptxas info    : Compiling entry function '_Z3runIN1_8BackwardI5ShapeILi64EEEEEvT_' for 'sm_80'\n"
     said += "    80 bytes stack frame, 200 bytes spill stores, 140 bytes spill loads\n"

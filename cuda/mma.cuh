@@ -1,0 +1,193 @@
+// Products of small matrices by the tensor cores, for a GPU since Ampere and, lane by lane, for the host.
+//
+// mma.sync m16n8k8 with tf32 factors (eleven bits, read from fp32) and fp32 sums: a 16 x 8 `Sum` += 16 x 8 times 8 x 8,
+// each divided among the 32 lanes of a warp. What a lane holds of a Sum, with g = lane / 4 and t = lane % 4, is
+// (g, 2t) (g, 2t+1) (g+8, 2t) (g+8, 2t+1). Of a factor it holds, along the inner index, places t and t + 4; all loads
+// here put the numbers 2t and 2t + 1 there, which is the same product, reads neighbours, and makes a Sum that was
+// found a left factor as it stands.
+//
+// On the host a fragment holds what all 32 lanes do, and `multiply` spells the hardware's layout out on its own.
+
+#pragma once
+
+#include "grid.cuh"
+
+#ifdef __CUDACC__
+constexpr int LANES = 1;
+#else
+constexpr int LANES = 32;
+#endif
+
+template <int COUNT>
+struct Fragment {
+    float x[LANES][COUNT];
+};
+using Sum = Fragment<4>;
+using Left = Fragment<4>;
+using Right = Fragment<2>;
+
+// f(g, t, index into Fragment::x) for this lane; on the host, for all
+template <class F>
+ON_GPU void lanes(F f) {
+#ifdef __CUDACC__
+    const int lane = threadIdx.x % 32;
+    f(lane / 4, lane % 4, 0);
+#else
+    for (int lane = 0; lane < 32; lane++) f(lane / 4, lane % 4, lane);
+#endif
+}
+
+// f(row, column, number) of a Sum
+template <class F>
+ON_GPU void cells(Sum &sum, F f) {
+    lanes([&](int g, int t, int l) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) f(g + i / 2 * 8, 2 * t + i % 2, sum.x[l][i]);
+    });
+}
+
+ON_GPU void clear(Sum &sum) {
+    cells(sum, [](int, int, float &x) { x = 0.0f; });
+}
+
+// To the nearest number of eleven bits, half away from zero: tensor cores ignore the bits behind, and so cut.
+ON_GPU float tf32(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    bits += 0x1000u;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+ON_GPU void multiply(Sum &sum, const Left &a, const Right &b) {
+#ifndef __CUDACC__
+    const auto cut = [](float x) {
+        uint32_t bits;
+        memcpy(&bits, &x, 4);
+        bits &= 0xffffe000u;
+        memcpy(&x, &bits, 4);
+        return x;
+    };
+    float left[16][8], right[8][8];
+    for (int lane = 0; lane < 32; lane++) {
+        for (int i = 0; i < 4; i++) left[lane / 4 + i % 2 * 8][lane % 4 + i / 2 * 4] = cut(a.x[lane][i]);
+        for (int i = 0; i < 2; i++) right[lane % 4 + i * 4][lane / 4] = cut(b.x[lane][i]);
+    }
+    for (int lane = 0; lane < 32; lane++)
+        for (int i = 0; i < 4; i++) {
+            float found = sum.x[lane][i];
+            for (int k = 0; k < 8; k++) found += left[lane / 4 + i / 2 * 8][k] * right[k][lane % 4 * 2 + i % 2];
+            sum.x[lane][i] = found;
+        }
+#elif __CUDA_ARCH__ >= 800
+    float *d = sum.x[0];
+    const float *f = a.x[0], *s = b.x[0];
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+        "%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(__float_as_uint(f[0])), "r"(__float_as_uint(f[1])), "r"(__float_as_uint(f[2])),
+          "r"(__float_as_uint(f[3])), "r"(__float_as_uint(s[0])), "r"(__float_as_uint(s[1])));
+#else
+    __trap();
+#endif
+}
+
+// A Sum as left factor.
+ON_GPU Left left(const Sum &sum) {
+    Left a;
+    lanes([&](int, int, int l) {
+        a.x[l][0] = tf32(sum.x[l][0]), a.x[l][1] = tf32(sum.x[l][2]);
+        a.x[l][2] = tf32(sum.x[l][1]), a.x[l][3] = tf32(sum.x[l][3]);
+    });
+    return a;
+}
+
+// 16 rows from m on, 8 columns; its numbers must be of eleven bits already, as those of all that follow.
+ON_GPU Left left(const float *m, int wide) {
+    Left a;
+    lanes([&](int g, int t, int l) {
+        const float *at = m + g * wide + 2 * t;
+        a.x[l][0] = at[0], a.x[l][1] = at[8 * wide], a.x[l][2] = at[1], a.x[l][3] = at[8 * wide + 1];
+    });
+    return a;
+}
+
+// the transpose of 8 rows from m on, 16 columns
+ON_GPU Left left_turned(const float *m, int wide) {
+    Left a;
+    lanes([&](int g, int t, int l) {
+        const float *at = m + 2 * t * wide + g;
+        a.x[l][0] = at[0], a.x[l][1] = at[8], a.x[l][2] = at[wide], a.x[l][3] = at[wide + 8];
+    });
+    return a;
+}
+
+// 8 rows from m on, 8 columns
+ON_GPU Right right(const float *m, int wide) {
+    Right b;
+    lanes([&](int g, int t, int l) { b.x[l][0] = m[2 * t * wide + g], b.x[l][1] = m[(2 * t + 1) * wide + g]; });
+    return b;
+}
+
+// their transpose
+ON_GPU Right right_turned(const float *m, int wide) {
+    Right b;
+    lanes([&](int g, int t, int l) { b.x[l][0] = m[g * wide + 2 * t], b.x[l][1] = m[g * wide + 2 * t + 1]; });
+    return b;
+}
+
+// The sums of the columns of `sum`, one in each lane with g = 0: f(column, found).
+template <class F>
+ON_GPU void columns(Sum &sum, F f) {
+#ifdef __CUDACC__
+    float first = sum.x[0][0] + sum.x[0][2], second = sum.x[0][1] + sum.x[0][3];
+#pragma unroll
+    for (int far = 4; far < 32; far *= 2) {
+        first += __shfl_xor_sync(0xffffffffu, first, far);
+        second += __shfl_xor_sync(0xffffffffu, second, far);
+    }
+    const int lane = threadIdx.x % 32;
+    if (lane < 4) f(2 * lane, first), f(2 * lane + 1, second);
+#else
+    float found[8] = {};
+    cells(sum, [&](int, int column, float &x) { found[column] += x; });
+    for (int column = 0; column < 8; column++) f(column, found[column]);
+#endif
+}
+
+// A block as warps: f(warp, what it keeps in fragments) between two barriers, or f(thread).
+template <class Own, int WARPS>
+struct Team {
+#ifdef __CUDACC__
+    Own own;
+
+    template <class Phase>
+    ON_GPU void warps(Phase phase) {
+        phase(static_cast<int>(threadIdx.x / 32), own);
+        __syncthreads();
+    }
+
+    template <class Phase>
+    ON_GPU void each(Phase phase) {
+        phase(static_cast<int>(threadIdx.x));
+        __syncthreads();
+    }
+#else
+    Own own[WARPS];
+
+    Team() { std::memset(static_cast<void *>(own), 0xff, sizeof own); }
+
+    template <class Phase>
+    void warps(Phase phase) {
+        for (int n = 0; n < WARPS; n++) {
+            const int warp = grid_way ? WARPS - 1 - n : n;
+            phase(warp, own[warp]);
+        }
+    }
+
+    template <class Phase>
+    void each(Phase phase) {
+        for (int n = 0; n < 32 * WARPS; n++) phase(grid_way ? 32 * WARPS - 1 - n : n);
+    }
+#endif
+};

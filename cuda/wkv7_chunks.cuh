@@ -1,0 +1,205 @@
+// What the forward and the backward of RWKV-7 on tensor cores share; wkv7_chunks.cu has the formulas.
+
+#pragma once
+
+#include "mma.cuh"
+
+namespace {
+
+enum { R, W, K, V, A, B_ };       // bits of Sizes::halves
+constexpr int C = 16, N = 64;     // tokens of a chunk, channels of a head
+constexpr int LONG = N + 4, SHORT = C + 4;  // floats from a row to the next in shared memory
+constexpr float STEEP = 12.0f;    // a chunk whose log decays sum up to more is taken token by token
+constexpr float STEEPEST = 36.0f; // a log decay below its negative counts as this: exp(-36) is 2e-16 of the state
+
+// Tokens [t + first, t + first + count) of a chunk; all others of the 16 leave the state as it is.
+struct Window {
+    int64_t t;
+    int first, count;
+    ON_GPU bool has(int token) const { return token >= first && token < first + count; }
+};
+
+// WARPS warps do 16 rows of a state each; a head takes N / (16 WARPS) blocks.
+template <int WARPS_>
+struct Chunks {
+    static constexpr int WARPS = WARPS_, THREADS = 32 * WARPS, ROWS = 16 * WARPS, PARTS = N / ROWS, WIDE = ROWS + 4;
+    static constexpr int AB = 0, AK = C * SHORT, RB = 2 * AK, RK = 3 * AK, M = 4 * AK;
+    static constexpr int RT = 5 * AK, AT = RT + C * LONG, KT = AT + C * LONG, BT = KT + C * LONG;
+    static constexpr int VT = BT + C * LONG, DECAY = VT + C * WIDE, MIDDLE = DECAY + C * N, LAST = MIDDLE + N;
+    static constexpr int FLAG = LAST + N, COMMON = FLAG + 4;
+
+    Sizes s;
+    const void *r, *w, *k, *v, *a, *b;
+
+    // where this block works
+    struct Place {
+        int64_t head;
+        int part;
+    };
+
+    ON_GPU static Place place(int64_t block) { return {block / PARTS, static_cast<int>(block % PARTS)}; }
+
+    ON_GPU Window whole(int64_t t) const { return {t, 0, static_cast<int>(s.T - t < C ? s.T - t : C)}; }
+
+    ON_GPU float read(const void *from, int tensor, int64_t head, Window at, int token, int x) const {
+        return at.has(token) ? get(from, s.at(head, at.t + token) + x, s.half(tensor)) : 0.0f;
+    }
+
+    // The sums of the log decays of each channel, up to each token, go to DECAY. Gives whether they are steep. Each
+    // call gives the next `turn`: what says so lies in two places in turns, so that nobody overwrites what another has
+    // yet to read.
+    template <class Team>
+    ON_GPU bool decays(Team &team, float *shared, int64_t head, Window at, int64_t turn) const {
+        team.each([&](int thread) {
+            for (int x = thread; x < N; x += THREADS) {
+                float rates[C], sum = 0.0f;
+#pragma unroll
+                for (int o = 0; o < C; o++) rates[o] = at.has(o) ? get(w, s.at(head, at.t + o) + x, s.half(W)) : -1e9f;
+#pragma unroll
+                for (int o = 0; o < C; o++) {
+                    sum -= fminf(rate_of(rates[o]), STEEPEST);
+                    shared[DECAY + o * N + x] = sum;
+                    if (o == C / 2 - 1) shared[MIDDLE + x] = sum;
+                }
+                const float middle = shared[MIDDLE + x];
+                shared[LAST + x] = expf(sum - middle), shared[MIDDLE + x] = expf(middle);
+                if (-sum > STEEP) shared[FLAG + turn % 2] = static_cast<float>(turn % (1 << 24));
+            }
+        });
+        return shared[FLAG + turn % 2] == static_cast<float>(turn % (1 << 24));
+    }
+
+    // r a k b times their halves of the decay, v, and `more` (like v) go to shared memory, to eleven bits. The halves
+    // meet in the middle of the chunk: there a state is multiplied by what is at MIDDLE, and at the end by LAST.
+    template <class Team>
+    ON_GPU void load(Team &team, float *shared, Place place, Window at, const void *more, int more_at) const {
+        const int64_t head = place.head;
+        team.each([&](int thread) {
+#pragma unroll 2
+            for (int i = thread; i < C * N; i += THREADS) {
+                const int o = i / N, x = i % N, to = o * LONG + x;
+                const float middle = shared[DECAY + (C / 2 - 1) * N + x], sum = shared[DECAY + i] - middle;
+                const float before = (o ? shared[DECAY + i - N] : 0.0f) - middle;
+                shared[RT + to] = tf32(read(r, R, head, at, o, x) * expf(sum));
+                shared[AT + to] = tf32(read(a, A, head, at, o, x) * expf(before));
+                shared[KT + to] = tf32(read(k, K, head, at, o, x) * expf(-sum));
+                shared[BT + to] = tf32(read(b, B_, head, at, o, x) * expf(-sum));
+            }
+#pragma unroll 2
+            for (int i = thread; i < C * ROWS; i += THREADS) {
+                const int o = i / ROWS, x = i % ROWS;
+                shared[VT + o * WIDE + x] = tf32(read(v, V, head, at, o, place.part * ROWS + x));
+                if (more) shared[more_at + o * WIDE + x] = tf32(read(more, V, head, at, o, place.part * ROWS + x));
+            }
+        });
+    }
+
+    // x y^T of two (C, 8 * tiles) in shared memory, what is above the diagonal (on it too, if strict) left out
+    ON_GPU static void outer(float *to, const float *x, const float *y, int wide, int tiles, bool strict, bool round) {
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            Sum sum;
+            clear(sum);
+            for (int i = 0; i < tiles; i++)
+                multiply(sum, left(x + i * 8, wide), right_turned(y + n * 8 * wide + i * 8, wide));
+            cells(sum, [&](int row, int column, float &found) {
+                const bool seen = n * 8 + column < row + !strict;
+                to[row * SHORT + n * 8 + column] = !seen ? 0.0f : round ? tf32(found) : found;
+            });
+        }
+    }
+
+    // What a token takes from those before it, at AB AK RB RK, and the inverse of 1 - AB at M.
+    template <class Team>
+    ON_GPU void between(Team &team, float *shared) const {
+        team.warps([&](int warp, auto &) {
+#pragma unroll 1
+            for (int which = warp; which < 4; which += WARPS) {
+                const float *x = shared + (which < 2 ? AT : RT), *y = shared + (which % 2 ? KT : BT);
+                outer(shared + which * AK, x, y, LONG, N / 8, which < 2, which != 0);
+            }
+        });
+        team.each([&](int thread) {
+            if (thread >= C) return;
+            float found[C];  // a column of the inverse, from above, in fp32
+#pragma unroll
+            for (int i = 0; i < C; i++) {
+                float sum = i == thread ? 1.0f : 0.0f;
+#pragma unroll
+                for (int o = 0; o < i; o++) sum += shared[AB + i * SHORT + o] * found[o];
+                found[i] = sum;
+                shared[M + i * SHORT + thread] = tf32(sum);
+            }
+        });
+    }
+
+    // Each column of a warp's state times what is at `factors`.
+    ON_GPU static void times(Sum *S, const float *factors) {
+#pragma unroll
+        for (int i = 0; i < N / 8; i++)
+            cells(S[i], [&](int, int column, float &x) { x *= factors[i * 8 + column]; });
+    }
+
+    // sum += transpose of (C, ROWS) rows in shared memory, this warp's 16 columns, times (C, 8) or its transpose
+    ON_GPU static void add_rows(Sum &sum, const float *rows, int warp, const float *m, int wide, bool turned) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const Left x = left_turned(rows + i * 8 * WIDE + warp * 16, WIDE);
+            multiply(sum, x, turned ? right_turned(m + i * 8, wide) : right(m + i * 8 * wide, wide));
+        }
+    }
+
+    // sum += x times (C, 8) or its transpose, where x are two Sums side by side
+    ON_GPU static void add_sums(Sum &sum, const Sum *x, const float *m, int wide, bool turned) {
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            multiply(sum, left(x[i]), turned ? right_turned(m + i * 8, wide) : right(m + i * 8 * wide, wide));
+    }
+
+    // u of the chunk, transposed, from the state at its middle
+    ON_GPU static void find_u(Sum *U, const Sum *S, const float *shared, int warp) {
+        Sum X[2];
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            clear(X[n]), clear(U[n]);
+#pragma unroll
+            for (int i = 0; i < N / 8; i++)
+                multiply(X[n], left(S[i]), right_turned(shared + AT + n * 8 * LONG + i * 8, LONG));
+            add_rows(X[n], shared + VT, warp, shared + AK + n * 8 * SHORT, SHORT, true);
+        }
+#pragma unroll
+        for (int n = 0; n < 2; n++) add_sums(U[n], X, shared + M + n * 8 * SHORT, SHORT, true);
+    }
+
+    // what the chunk writes into the state at its middle
+    ON_GPU static void update(Sum *S, const Sum *U, const float *shared, int warp) {
+#pragma unroll
+        for (int i = 0; i < N / 8; i++) {
+            add_sums(S[i], U, shared + BT + i * 8, LONG, false);
+            add_rows(S[i], shared + VT, warp, shared + KT + i * 8, LONG, false);
+        }
+    }
+
+    // f(float in memory, number of S): a warp's state as [tile][lane][4], all lanes beside each other
+    template <class F>
+    ON_GPU static void packed(Sum *S, float *memory, int warp, F f) {
+#pragma unroll
+        for (int i = 0; i < N / 8; i++)
+            lanes([&](int g, int t, int l) {
+                float *at = memory + ((warp * (N / 8) + i) * 32 + g * 4 + t) * 4;
+#pragma unroll
+                for (int o = 0; o < 4; o++) f(at[o], S[i].x[l][o]);
+            });
+    }
+
+    // f(place in a state of (H, N, N), number of S)
+    template <class F>
+    ON_GPU static void plain(Sum *S, Place place, int warp, F f) {
+        const int64_t first = (place.head * N + place.part * ROWS + warp * 16) * N;
+#pragma unroll
+        for (int i = 0; i < N / 8; i++)
+            cells(S[i], [&](int row, int column, float &x) { f(first + row * N + i * 8 + column, x); });
+    }
+};
+
+}  // namespace
