@@ -9,21 +9,53 @@ python -m benchmarks tokenize [FILE ...]
 python -m benchmarks pack [FILE ...]
 python -m benchmarks bpe [FILE ...]
 python -m benchmarks memory [--gigabytes 2] [FILE ...]
+python -m benchmarks gpu
 python -m benchmarks registers
 python -m benchmarks page
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-from benchmarks import bpe, decode, families, infer, memory, op, pack, page, peers, registers, tables, tokenize, train
+import torch
+
+from benchmarks import (
+    bpe,
+    decode,
+    families,
+    gpu,
+    infer,
+    memory,
+    op,
+    pack,
+    page,
+    peers,
+    registers,
+    tables,
+    tokenize,
+    train,
+)
 
 
 def main() -> None:
     """Print a table and keep the numbers in a file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    what = ["train", "op", "decode", "infer", "families", "tokenize", "pack", "bpe", "memory", "registers", "page"]
+    what = [
+        "train",
+        "op",
+        "decode",
+        "infer",
+        "families",
+        "tokenize",
+        "pack",
+        "bpe",
+        "memory",
+        "gpu",
+        "registers",
+        "page",
+    ]
     parser.add_argument("what", choices=what, help="a step of training; the operator; text to ids, and to files")
     parser.add_argument("files", nargs="*", type=Path, help="the text; left out, Python's library and papers")
     parser.add_argument("--peer-python", type=Path, help="a Python that has the peer; left out, one is set up")
@@ -48,6 +80,12 @@ def main() -> None:
         python = given.peer_python or peers.set_up("pyrwkv-tokenizer")
         found = tokenize.measure(python, given.out, given.rounds, given.files)
         print(tokenize.table(found))
+    elif given.what == "gpu":
+        if not torch.cuda.is_available():
+            print("there is no NVIDIA GPU here, so there is nothing to measure", file=sys.stderr)
+            sys.exit(2)
+        found = gpu.measure(torch.cuda.get_device_name())
+        print(gpu.table(found))
     elif given.what == "pack":
         python = given.peer_python or peers.set_up("rwkv")
         found = pack.measure(python, given.out, given.rounds, given.files)

@@ -1,4 +1,4 @@
-"""The tables of docs/kernels.md and docs/gpu.md, out of docs/kernels.jsonl and gpu.json: `python -m benchmarks.tables`.
+"""The tables of docs/kernels.md and docs/gpu.md, out of what lies beside them: `python -m benchmarks.tables`.
 
 A run of `python -m benchmarks` appends a line to a file of its own; those to be shown are copied to the latter. Of
 runs of the same thing the last one counts.
@@ -8,7 +8,7 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks import decode, op, registers, train
+from benchmarks import decode, gpu, op, registers, train
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TABLES = {"op": op.table, "train": train.table, "decode": decode.table}
@@ -37,10 +37,12 @@ def filled(page: str) -> str:
 
 
 def reported(page: str) -> str:
-    """A page with what the compiler says of the GPU's kernels between its marks."""
+    """A page with what the compiler says of the GPU's kernels, and with what was measured, between their marks."""
     found = json.loads(registers.REPORT.read_text(encoding="utf-8"))
     text = f"<!-- registers -->\n{registers.table(found)}\n\n{found['nvcc']}\n<!-- end -->"
-    return re.sub(r"<!-- registers -->\n.*?<!-- end -->", lambda _: text, page, flags=re.S)
+    page = re.sub(r"<!-- registers -->\n.*?<!-- end -->", lambda _: text, page, flags=re.S)
+    text = f"<!-- gpu -->\n{gpu.table(gpu.kept(DOCS / 'gpu.jsonl'))}\n<!-- end -->"
+    return re.sub(r"<!-- gpu -->\n.*?<!-- end -->", lambda _: text, page, flags=re.S)
 
 
 def write() -> None:
