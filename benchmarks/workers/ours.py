@@ -22,16 +22,23 @@ ids = load_file(folder / "ids.safetensors")["ids"]
 config = TrainConfig(steps=1000, lr=case["lr"], ctx_len=case["ctx_len"], batch=case["batch"])
 optimizer = adamw(model, config)
 losses, batch = lm_losses(case["batch"], config), Batch(ids[:, :-1], ids[:, 1:])
+
+
+def gradients() -> None:
+    """As the loop of training computes them: what they are made of is gone before the next ones."""
+    model.zero_grad(set_to_none=True)
+    for part in losses(model, batch):
+        part.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+
+
 for order in sys.stdin:
     if order.strip() == "loss":
         with torch.no_grad():
             answer = {"loss": float(sum(losses(model, batch)))}
     else:
         begin = time.process_time()
-        model.zero_grad(set_to_none=True)
-        for part in losses(model, batch):
-            part.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        gradients()
         optimizer.step()
         answer = {"cpu_seconds": time.process_time() - begin}
     print(json.dumps(answer), flush=True)

@@ -58,7 +58,7 @@ class LanguageModel(nn.Module):
         """Whether blocks keep their input alone for the backward, and compute the rest again there."""
         if config.vocab_size is None:
             raise ConfigError("model.vocab_size: how many ids there are is not known; name it or give a tokenizer")
-        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
+        self.emb = embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(
             Block(config, layer, self.TimeMix(config, layer), self.ChannelMix(config))
             for layer in range(config.n_layer)
@@ -142,6 +142,12 @@ class LanguageModel(nn.Module):
                 elif isinstance(matrix, nn.Linear):
                     matrix.weight.zero_()
         self.ln_out.reset_parameters()
+
+
+def embedding(vocab_size: int, n_embd: int) -> nn.Embedding:
+    """As `nn.Embedding` makes it, but for device meta: drawing nothing there, torch would import its compiler."""
+    weight = torch.empty(vocab_size, n_embd)
+    return nn.Embedding(vocab_size, n_embd, _weight=weight if weight.is_meta else nn.init.normal_(weight))
 
 
 def orthogonal(matrix: Tensor, gain: float, stream: torch.Generator) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.kernel.blend import finish, lean, mix, prepare, squared_relu
+from rwkvpipe.kernel.block7 import fits, project, recall, square_mix
 from rwkvpipe.kernel.wkv7 import wkv7
 from rwkvpipe.model.language import LanguageModel, orthogonal, outline
 from rwkvpipe.model.layers import FORGET, HEAD_EPS, Borders, HeadNorm, beyond, channels, ending
@@ -74,6 +75,9 @@ class TimeMix(nn.Module):
         Returns what is added to the stream, layer 0's values, and the state after the last token.
         """
         shares = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
+        layers = (self.receptance, self.key, self.value)
+        if lengths is None and borders is None and fits(layers, x, last, memory, *shares):
+            return self._whole(x, first, last, memory)
         xr, xw, xk, xv, xa, xg = mix(x, last, shares, borders and borders.first)
         last = ending(x, last, lengths)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
@@ -94,6 +98,23 @@ class TimeMix(nn.Module):
         y, memory = wkv7(r, w, k, v, a, b, memory)
         y = finish(y, r, k, v, gate, (self.r_k, self.ln_x.weight, self.ln_x.bias), HEAD_EPS)
         return self.output(y), first, last, memory
+
+    def _whole(
+        self, x: Tensor, first: Tensor | None, last: Tensor, memory: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same in fewer, larger operations, which keep less for the backward."""
+        shares = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
+        layers = (self.receptance, self.key, self.value)
+        matrices = [(n, layer.weight.mT) for n, layer in zip((0, 2, 3), layers, strict=True)]
+        matrices += [(1, self.w1), (4, self.a1), (5, self.g1)]
+        r, k, v, decay, rate, gate, *part = project(
+            x, last, shares, matrices if first is None else [*matrices, (3, self.v1)]
+        )
+        decay, rate, gate = torch.tanh(decay) @ self.w2, rate @ self.a2, torch.sigmoid(gate) @ self.g2
+        lean_to = () if first is None else (first, part[0] @ self.v2, self.v0)
+        rows, norm = (self.w0, self.a0, self.k_k, self.k_a), (self.r_k, self.ln_x.weight, self.ln_x.bias)
+        y, memory = recall((r, k, v, decay, rate, gate), rows, norm, memory, eps=HEAD_EPS, lean=lean_to)
+        return self.output(y), v if first is None else first, ending(x, last), memory
 
     def initialise(self, layer: int, n_layer: int, stream: torch.Generator) -> None:
         """RWKV-LM's values: all but the norm and the matrices."""
@@ -135,6 +156,8 @@ class ChannelMix(nn.Module):
         self, x: Tensor, last: Tensor, lengths: Tensor | None = None, borders: Borders | None = None
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, D) and the input before it; returns what is added to the stream, and the last input."""
+        if borders is None and fits((self.key, self.value), x, last, self.x_k):
+            return square_mix(x, last, self.x_k, self.key.weight, self.value.weight), ending(x, last, lengths)
         (xk,) = mix(x, last, (self.x_k,), borders and borders.first)
         return self.value(squared_relu(self.key(xk))), ending(x, last, lengths)
 

@@ -20,7 +20,7 @@ from rwkvpipe.base.errors import DataError, PipeError, Stopped
 from rwkvpipe.base.files import append_line, settle, write_jsonl
 from rwkvpipe.train import checkpoint
 from rwkvpipe.train.dist import ALONE, Rank
-from rwkvpipe.train.optim import adamw, lr_at, set_rate
+from rwkvpipe.train.optim import AdamW, adamw, lr_at, set_rate
 from rwkvpipe.train.precision import Scaler
 from rwkvpipe.train.tracker import Trackers
 
@@ -156,7 +156,7 @@ def step_seed(seed: int, step: int) -> int:
     return (seed * 1_000_003 + step) % 2**63
 
 
-def _pack(model: nn.Module, optimizer: torch.optim.Optimizer, carried: dict[str, Tensor]) -> dict[str, Tensor]:
+def _pack(model: nn.Module, optimizer: AdamW, carried: dict[str, Tensor]) -> dict[str, Tensor]:
     """Everything a resume point holds, under flat names: trained weights, Adam's moments, what the batches carry.
 
     What adapters began with is in it, too: another machine would find other last digits.
@@ -171,7 +171,7 @@ def _pack(model: nn.Module, optimizer: torch.optim.Optimizer, carried: dict[str,
     return tensors
 
 
-def _unpack(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _unpack(model: nn.Module, optimizer: AdamW, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Put weights and moments back; returns what the batches carried."""
     with torch.no_grad():
         for name, value in model.named_buffers():

@@ -1,6 +1,8 @@
 """Learning rates and parameter groups are those of the references."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -116,3 +118,40 @@ def test_a_frozen_tensor_is_in_no_group_and_rates_follow_their_scale():
     ]
     set_rate(optimizer, 0.5)
     assert {g["lr_scale"]: g["lr"] for g in optimizer.param_groups} == {2.0: 1.0, 1.0: 0.5}
+
+
+def test_weights_move_as_torch_moves_them_bit_for_bit_and_stay_without_a_gradient():
+    stream, config = torch.Generator().manual_seed(0), TrainConfig(steps=9, weight_decay=0.1)
+    given = {"blocks.0.att.w0": (1, 1, 4), "blocks.0.att.key.weight": (4, 5), "head.weight": (3, 4)}
+    ours, theirs = Names(given), Names(given)
+    optimizer, groups = adamw(ours, config), parameter_groups(theirs, config)
+    other = torch.optim.AdamW(groups, betas=tuple(config.betas), eps=config.eps, fused=True)
+    for step in range(5):
+        set_rate(optimizer, 0.01 * (step + 1)), set_rate(other, 0.01 * (step + 1))
+        for name in given:
+            grad = torch.randn(given[name], generator=stream)
+            for model in (ours, theirs):
+                model.given[name].grad = None if name == "head.weight" and step < 2 else grad.clone()
+        optimizer.step(), other.step()
+    for name in given:
+        assert torch.equal(ours.given[name], theirs.given[name])
+        for kind, moment in other.state[theirs.given[name]].items():
+            assert torch.equal(optimizer.state[ours.given[name]][kind], moment)
+
+
+def test_training_does_not_import_the_compiler_of_torch():
+    said = """
+import sys, torch
+from rwkvpipe.base.config import RwkvConfig, TrainConfig
+from rwkvpipe.model.family import build
+from rwkvpipe.train.optim import adamw
+with torch.device("meta"):
+    build(RwkvConfig(vocab_size=30, n_layer=2, n_embd=32, head_size=16))
+model = build(RwkvConfig(vocab_size=30, n_layer=2, n_embd=32, head_size=16))
+optimizer = adamw(model, TrainConfig(steps=1))
+model(torch.arange(6).view(2, 3))[0].sum().backward()
+torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+optimizer.step()
+sys.exit("torch._dynamo" in sys.modules or "sympy" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", said], check=True)
