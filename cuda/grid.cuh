@@ -114,6 +114,15 @@ ON_GPU void put(void *to, int64_t at, bool half, float x) {
         static_cast<float *>(to)[at] = x;
 }
 
+// Asks for a line of 128 bytes that is to be read soon.
+ON_GPU void soon(const void *line) {
+#ifdef __CUDACC__
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+#else
+    (void)line;
+#endif
+}
+
 struct Sizes {
     int64_t B, T, H, N, halves;
 

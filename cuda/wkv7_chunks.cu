@@ -6,8 +6,9 @@
 //     A_ab = a~ b~^T, A_ak = a~ k~^T (below the diagonal), A_rb = r~ b~^T, A_rk = r~ k~^T (and on it);
 //     M = (1 - A_ab)^-1;  U = M (A_ak V + a~ S~^T);  Y = r~ S~^T + A_rb U + A_rk V;
 //     the state after the chunk is (S~ + U^T b~ + V^T k~) exp(c_end - m).
-// RWKV-7's soft clamp keeps each half of a decay within exp(5). A chunk that decays faster than that allows is taken
-// token by token, by the same steps with all other tokens left out, which is right for any decay.
+// RWKV-7's soft clamp keeps each half of a decay within exp(5). A chunk that decays faster (the first token of a
+// document may forget all before) is taken in pieces, at least of one token, by the same steps with all other tokens
+// left out, which is right for any decay.
 //
 // Backward, with G~ the gradient of the state after the chunk times exp(c_end - m):
 //     dU = A_rb^T dY + b~ G~^T;  Z = M^T dU;  dV = A_rk^T dY + k~ G~^T + A_ak^T Z;
@@ -51,17 +52,17 @@ struct ChunksForward : Chunks<WARPS> {
                     Base::packed(own.S, to, warp, [](float &memory, float &x) { memory = x; });
                 });
             }
-            const int tokens = this->whole(t).count;
-            for (int first = 0, count = tokens; first < tokens; first += count) {
-                if (this->decays(team, shared, place.head, {t, first, count}, turn++) && count > 1) {
-                    count = 1, first = -1;  // from the chunk's first token again, one by one
-                    continue;
-                }
-                this->load(team, shared, place, {t, first, count}, nullptr, 0);
-                step(team, shared, {t, first, count});
+            const Window whole = this->whole(t);
+            const unsigned pieces = this->pieces(team, shared, place.head, whole, turn);
+            const int count = Base::count(pieces);
+            for (int n = 0; n < count; n++) {
+                const Window at = Base::piece(whole, pieces, n);
+                if (count > 1) this->decays(team, shared, place.head, at, turn++);
+                this->load(team, shared, place, at, nullptr, 0, t + C);
+                step(team, shared, at);
             }
             team.each([&](int thread) {
-                for (int i = thread; i < this->whole(t).count * ROWS; i += Base::THREADS) {
+                for (int i = thread; i < whole.count * ROWS; i += Base::THREADS) {
                     const int64_t to = s.at(place.head, t + i / ROWS) + place.part * ROWS + i % ROWS;
                     put(y, to, s.half(V), shared[YT + i / ROWS * WIDE + i % ROWS]);
                 }
@@ -150,27 +151,26 @@ struct ChunksBackward : Chunks<WARPS> {
         });
     }
 
-    // The state, or its gradient, goes through a chunk. A steep one: token by token, and for each gradient first the
-    // state once more up to there.
+    // The state, or its gradient, goes through a chunk. In pieces: for each gradient first the state once more up to
+    // there.
     ON_GPU void through(Threads &team, float *shared, Place place, int64_t t, bool back, const float *state,
                         int64_t &turn) const {
-        Window at = this->whole(t);
-        const int tokens = at.count;
-        bool alone = false;
-        for (int goal = 0; goal >= 0;) {
-            if (this->decays(team, shared, place.head, at, turn++) && !alone && tokens > 1) {
-                alone = true, at = {t, 0, 1}, goal = tokens - 1;
-                continue;
-            }
-            if (back && at.first == 0) recall(team, state);
-            const bool now = back && (!alone || at.first == goal);
-            this->load(team, shared, place, at, dy, YT);
+        const Window whole = this->whole(t);
+        const unsigned pieces = this->pieces(team, shared, place.head, whole, turn);
+        const int count = Base::count(pieces);
+        for (int goal = count - 1, n = 0; goal >= 0;) {
+            const Window at = Base::piece(whole, pieces, n);
+            if (count > 1) this->decays(team, shared, place.head, at, turn++);
+            if (back && n == 0) recall(team, state);
+            this->load(team, shared, place, at, dy, YT, back ? t - C : t + C);
             this->between(team, shared);
-            team.warps([&](int warp, Own &own) { values(own, shared, warp, at, now); });
-            if (now) gradients(team, shared, place, at);
-            if (!alone || (!back && at.first == goal)) return;
-            if (now) goal--, at.first = 0;
-            else at.first++;
+            team.warps([&](int warp, Own &own) { values(own, shared, warp, at, back && n == goal); });
+            if (back && n == goal) gradients(team, shared, place, at);
+            if (n < goal) {
+                n++;
+            } else {
+                goal = back ? goal - 1 : -1, n = 0;
+            }
         }
     }
 

@@ -9,7 +9,7 @@ namespace {
 enum { R, W, K, V, A, B_ };       // bits of Sizes::halves
 constexpr int C = 16, N = 64;     // tokens of a chunk, channels of a head
 constexpr int LONG = N + 4, SHORT = C + 4;  // floats from a row to the next in shared memory
-constexpr float STEEP = 12.0f;    // a chunk whose log decays sum up to more is taken token by token
+constexpr float STEEP = 0.7f;     // a log decay below its negative (the soft clamp's are above -0.61) stands alone
 constexpr float STEEPEST = 36.0f; // a log decay below its negative counts as this: exp(-36) is 2e-16 of the state
 
 // Tokens [t + first, t + first + count) of a chunk; all others of the 16 leave the state as it is.
@@ -45,36 +45,78 @@ struct Chunks {
         return at.has(token) ? get(from, s.at(head, at.t + token) + x, s.half(tensor)) : 0.0f;
     }
 
-    // The sums of the log decays of each channel, up to each token, go to DECAY. Gives whether they are steep. Each
+    // The sums of the log decays of each channel, up to each token, go to DECAY. Gives whether one is steep. Each
     // call gives the next `turn`: what says so lies in two places in turns, so that nobody overwrites what another has
     // yet to read.
     template <class Team>
     ON_GPU bool decays(Team &team, float *shared, int64_t head, Window at, int64_t turn) const {
         team.each([&](int thread) {
             for (int x = thread; x < N; x += THREADS) {
-                float rates[C], sum = 0.0f;
+                float rates[C], sum = 0.0f, most = 0.0f;
 #pragma unroll
                 for (int o = 0; o < C; o++) rates[o] = at.has(o) ? get(w, s.at(head, at.t + o) + x, s.half(W)) : -1e9f;
 #pragma unroll
                 for (int o = 0; o < C; o++) {
-                    sum -= fminf(rate_of(rates[o]), STEEPEST);
+                    const float rate = fminf(rate_of(rates[o]), STEEPEST);
+                    sum -= rate, most = fmaxf(most, rate);
                     shared[DECAY + o * N + x] = sum;
                     if (o == C / 2 - 1) shared[MIDDLE + x] = sum;
                 }
                 const float middle = shared[MIDDLE + x];
                 shared[LAST + x] = expf(sum - middle), shared[MIDDLE + x] = expf(middle);
-                if (-sum > STEEP) shared[FLAG + turn % 2] = static_cast<float>(turn % (1 << 24));
+                if (most > STEEP) shared[FLAG + turn % 2] = static_cast<float>(turn % (1 << 24));
             }
         });
         return shared[FLAG + turn % 2] == static_cast<float>(turn % (1 << 24));
     }
 
+    // The pieces of a chunk, as a bit for the first token of each: as long as no decay is steep, or a single token.
+    // `turn` counts the calls of `decays`, whose results of the last piece are there.
+    template <class Team>
+    ON_GPU unsigned pieces(Team &team, float *shared, int64_t head, Window whole, int64_t &turn) const {
+        unsigned found = 0;
+        for (int first = 0, count = whole.count; first < whole.count;) {
+            if (decays(team, shared, head, {whole.t, first, count}, turn++) && count > 1) {
+                count = (count + 1) / 2;
+                continue;
+            }
+            found |= 1u << first;
+            first += count, count = whole.count - first;
+        }
+        return found;
+    }
+
+    ON_GPU static Window piece(Window whole, unsigned pieces, int which) {
+        for (int n = 0; n < which; n++) pieces &= pieces - 1;
+        int first = 0, end = 0;
+        while (!(pieces >> first & 1)) first++;
+        for (end = first + 1; end < whole.count && !(pieces >> end & 1);) end++;
+        return {whole.t, first, end - first};
+    }
+
+    ON_GPU static int count(unsigned pieces) {
+        int found = 0;
+        for (; pieces; pieces &= pieces - 1) found++;
+        return found;
+    }
+
     // r a k b times their halves of the decay, v, and `more` (like v) go to shared memory, to eleven bits. The halves
     // meet in the middle of the chunk: there a state is multiplied by what is at MIDDLE, and at the end by LAST.
+    // What the chunk at `next` reads, if there is one, is asked for meanwhile.
     template <class Team>
-    ON_GPU void load(Team &team, float *shared, Place place, Window at, const void *more, int more_at) const {
+    ON_GPU void load(Team &team, float *shared, Place place, Window at, const void *more, int more_at,
+                     int64_t next) const {
         const int64_t head = place.head;
         team.each([&](int thread) {
+            for (int i = thread; i < 6 * C; i += THREADS) {
+                const int64_t t = next + i % C;
+                if (t < 0 || t >= s.T) continue;
+                const int which = i / C, size = s.half(which) ? 2 : 4;
+                const void *from = which < 3 ? (which == R ? r : which == W ? w : k) : which == V ? v : which == A ? a : b;
+                const char *line = static_cast<const char *>(from) + s.at(head, t) * size;
+                soon(line);
+                if (size == 4) soon(line + 128);
+            }
 #pragma unroll 2
             for (int i = thread; i < C * N; i += THREADS) {
                 const int o = i / N, x = i % N, to = o * LONG + x;

@@ -6,7 +6,7 @@ for heads of more than WIDEST channels the form by chunks in PyTorch computes, a
 
 import ctypes
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -80,7 +80,10 @@ def at_hand(device: torch.device) -> tuple[ctypes.CDLL | None, str]:
         return None, "RWKVPIPE_KERNELS turns them off"
     try:
         path, said = compiled(target(device))
-        return loaded(path), said
+        library = loaded(path)
+        if status := tried(library, device):
+            raise OSError(f"CUDA error {status} at the first try, as of a driver older than nvcc")
+        return library, said
     except compiler.FAILURES as error:
         return None, compiler.reason(error)
 
@@ -114,24 +117,30 @@ def _array(sizes: Sequence[int]) -> ctypes.Array:
     return (ctypes.c_int64 * len(sizes))(*sizes)
 
 
-def _function(like: Tensor, function: str) -> Callable:
-    return getattr(at_hand(like.device)[0], function)
-
-
 def _floats(function: str, sizes: Sequence[int], like: Tensor) -> Tensor:
     """As much fp32 memory as a kernel asks for."""
-    return torch.empty(_function(like, function)(_array(sizes)), device=like.device)
+    return torch.empty(getattr(at_hand(like.device)[0], function)(_array(sizes)), device=like.device)
 
 
-def _call(function: str, sizes: Sequence[int], *given: Tensor | None) -> None:
-    """Start a kernel behind all that was started before. Raises RuntimeError where the card refuses it."""
+def _started(library: ctypes.CDLL, function: str, sizes: Sequence[int], *given: Tensor | None) -> int:
+    """Start a kernel behind all that was started before; returns 0, or the card's error."""
     assert all(x is None or x.is_contiguous() for x in given), function
     like = given[0]
     stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
     words = [None if x is None else ctypes.c_void_p(x.data_ptr()) for x in given]
     with torch.cuda.device_of(like):
-        status = _function(like, function)(_array(sizes), ctypes.c_int64(stream), *words)
-    if status:
+        return getattr(library, function)(_array(sizes), ctypes.c_int64(stream), *words)
+
+
+def tried(library: ctypes.CDLL, device: torch.device) -> int:
+    """What comes of a first, small kernel: 0, or the card's error."""
+    x, S = torch.zeros(1, 1, 1, 8, device=device), torch.zeros(1, 1, 8, 8, device=device)
+    return _started(library, "wkv7_forward", _sizes([x] * 6), *[x] * 6, S, torch.empty_like(x), S.clone(), None)
+
+
+def _call(function: str, sizes: Sequence[int], *given: Tensor | None) -> None:
+    """Start a kernel. Raises RuntimeError where the card refuses it."""
+    if status := _started(at_hand(given[0].device)[0], function, sizes, *given):
         raise RuntimeError(f"{function}: CUDA error {status}")
 
 

@@ -9,10 +9,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.kernel import build, gpu
 from rwkvpipe.kernel.wkv5 import wkv5, wkv5_reference
 from rwkvpipe.kernel.wkv6 import wkv6, wkv6_reference
 from rwkvpipe.kernel.wkv7 import wkv7, wkv7_reference
+from rwkvpipe.model.family import build as build_model
 
 OPERATORS = {"wkv7": (wkv7, wkv7_reference), "wkv6": (wkv6, wkv6_reference), "wkv5": (wkv5, wkv5_reference)}
 NAMES = {"wkv7": "rwkvabs", "wkv6": "rwkvus", "wkv5": "rwkvus"}
@@ -235,10 +237,66 @@ def test_without_nvcc_a_card_computes_by_chunks(monkeypatch, tmp_path):
     assert gpu.at_hand.__wrapped__(torch.device("cuda", 0)) == (None, "there is no nvcc")
 
 
-def test_what_a_card_refuses_is_an_error(on_host, monkeypatch):
-    monkeypatch.setattr(gpu, "_function", lambda like, function: lambda *given: 700)
-    with pytest.raises(RuntimeError, match="wkv7_forward: CUDA error 700"):
+class Refusing:
+    """A library whose kernels a card does not take."""
+
+    def __getattr__(self, function):
+        return lambda *given: 0 if function.endswith(("kept", "room")) else 35
+
+
+def test_what_a_card_refuses_is_an_error(monkeypatch):
+    monkeypatch.setattr(gpu, "at_hand", lambda device: (Refusing(), "refusing"))
+    with pytest.raises(RuntimeError, match="wkv7_forward: CUDA error 35"):
         wkv7(*made("wkv7", 1, 3, 1, 8))
+
+
+def test_a_card_that_refuses_the_first_kernel_computes_by_chunks(host_library, monkeypatch):
+    cpu = torch.device("cpu")
+    assert gpu.tried(host_library, cpu) == 0
+    status = gpu.tried(Refusing(), cpu)
+    monkeypatch.delenv("RWKVPIPE_KERNELS", raising=False)
+    monkeypatch.setattr(gpu, "target", lambda device: "sm_90")
+    monkeypatch.setattr(gpu, "compiled", lambda target: ("path", "nvcc"))
+    monkeypatch.setattr(gpu, "loaded", lambda path: Refusing())
+    monkeypatch.setattr(gpu, "tried", lambda library, device: status)
+    library, said = gpu.at_hand.__wrapped__(torch.device("cuda", 0))
+    assert library is None and "CUDA error 35" in said
+
+
+@pytest.mark.parametrize("family", ["rwkv7", "rwkv6", "rwkv5"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_model_learns_the_same_through_our_kernels(on_host, monkeypatch, family, packed):
+    model = build_model(RwkvConfig(family=family, n_layer=2, n_embd=64, head_size=32, vocab_size=30))
+    model.initialise(0)
+    with torch.no_grad():  # what starts at zero would hide a difference
+        for n, x in enumerate(model.parameters()):
+            x.add_(0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(n)))
+    ids = torch.arange(2 * 40).view(2, 40) * 7 % 30
+    starts = torch.zeros(2, 40, dtype=torch.bool)
+    starts[:, [0, 11, 12, 33]] = True
+
+    def learnt():
+        model.zero_grad()
+        x, state = model.features(ids, starts=starts if packed else None)
+        (model.logits(x).square().mean() + sum(S.square().mean() for S in state.wkv)).backward()
+        return {name: x.grad.clone() for name, x in model.named_parameters()}
+
+    found = learnt()
+    monkeypatch.setattr(gpu, "at_hand", lambda device: (None, "turned off"))
+    for name, wanted in learnt().items():
+        assert error(found[name], wanted.double(), 1e-3) < 1e-4, name
+
+
+def test_a_prompt_of_rows_of_several_lengths_leaves_the_same_state_through_our_kernels(on_host, monkeypatch):
+    model = build_model(RwkvConfig(n_layer=2, n_embd=64, head_size=64, vocab_size=30)).eval()
+    model.initialise(0)
+    ids, lengths = torch.arange(3 * 20).view(3, 20) % 30, torch.tensor([20, 3, 11])
+    with torch.inference_mode():
+        found = model(ids, lengths=lengths)[1]
+        monkeypatch.setattr(gpu, "at_hand", lambda device: (None, "turned off"))
+        wanted = model(ids, lengths=lengths)[1]
+    for one, other in zip(found.wkv, wanted.wkv, strict=True):
+        assert error(one, other.double(), 1e-3) < 1e-5
 
 
 def rms(found, wanted):
@@ -309,6 +367,14 @@ def test_tensor_cores_are_right_at_any_decay(tiled, w):
     for n, (found, wanted) in enumerate(zip(results(wkv7, inputs), exact("wkv7", inputs), strict=True)):
         assert found.isfinite().all()
         assert float((found.double() - wanted).norm()) < 1e-3 * float(wanted.norm().clamp(min=wanted.numel() ** 0.5)), n
+
+
+def test_tensor_cores_begin_documents_anew_in_the_middle_of_a_row(tiled):
+    inputs = in_bf16(1, 70, 1, 64)
+    for first in (5, 6, 16, 31, 69):
+        inputs[1][:, first], inputs[5][:, first] = 8.0, 0.0
+    for n, (found, wanted) in enumerate(zip(results(wkv7, inputs), exact("wkv7", inputs), strict=True)):
+        assert float((found.double() - wanted).norm()) < 1e-3 * float(wanted.norm().clamp(min=1e-6)), n
 
 
 def test_tensor_cores_leave_the_state_as_it_is_where_a_row_is_filled_up(tiled):

@@ -1,0 +1,90 @@
+"""The GPU's kernels, built for the host, under the address and undefined-behaviour sanitizers: shared memory, too."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from rwkvpipe.kernel import gpu
+
+PROGRAM = r"""
+#include <cstdint>
+#include <cstdio>
+#include <memory>
+#include <vector>
+
+extern "C" {
+#define SEVEN const void *, const void *, const void *, const void *, const void *, const void *
+#define SIX const void *, const void *, const void *, const void *, const void *
+int64_t wkv7_kept(const int64_t *), wkv7_room(const int64_t *), wkv6_kept(const int64_t *), wkv6_room(const int64_t *);
+int64_t wkv7_chunks_kept(const int64_t *), wkv7_chunks_room(const int64_t *);
+#define DECLARE(name)                                                                              \
+    int name##_forward(const int64_t *, int64_t, SEVEN, const float *, void *, float *, float *);  \
+    int name##_backward(const int64_t *, int64_t, SEVEN, const float *, const void *, const float *, void *, void *, \
+                        void *, void *, void *, void *, float *, float *);
+DECLARE(wkv7)
+DECLARE(wkv7_chunks)
+int wkv6_forward(const int64_t *, int64_t, SIX, const float *, void *, float *, float *);
+int wkv6_backward(const int64_t *, int64_t, SIX, const float *, const void *, const float *, void *, void *, void *,
+                  void *, float *, float *, float *);
+}
+
+std::vector<std::unique_ptr<float[]>> all;  // of exactly their length, so that a step beyond it is seen
+
+float *made(int64_t n) {
+    all.emplace_back(new float[n]);
+    for (int64_t i = 0; i < n; i++) all.back()[i] = 0.01f * static_cast<float>((i * 37) % 101 - 50);
+    return all.back().get();
+}
+
+int wrong = 0;
+
+#define SEVENTH(name, parts)                                                                            \
+    {                                                                                                   \
+        float *kept = made(name##_kept(s));                                                             \
+        wrong |= name##_forward(s, 0, r, w, k, v, a, b, S, y, end, nullptr);                            \
+        wrong |= name##_forward(s, 0, r, w, k, v, a, b, S, y, end, kept);                               \
+        wrong |= name##_backward(s, 0, r, w, k, v, a, b, kept, y, end, made(parts * n), made(parts * n), \
+                                 made(parts * n), x(), made(parts * n), made(parts * n), made(m),        \
+                                 made(name##_room(s)));                                                 \
+    }
+
+void operators(int64_t B, int64_t T, int64_t H, int64_t N) {
+    const int64_t n = B * T * H * N, m = B * H * N * N;
+    int64_t s[] = {B, T, H, N, 0, 0};
+    auto x = [&] { return made(n); };
+    float *r = x(), *w = x(), *k = x(), *v = x(), *a = x(), *b = x(), *y = x(), *S = made(m), *end = made(m);
+    for (int64_t i = 0; i < n; i++) w[i] -= i % 13 ? 1.0f : -3.0f;
+    SEVENTH(wkv7, 1)
+    for (s[5] = 1; N == 64 && s[5] <= 4; s[5] *= 2) SEVENTH(wkv7_chunks, s[5])
+    for (s[5] = 0; s[5] < 2; s[5]++) {
+        float *u = made(H * N), *kept = made(wkv6_kept(s)), *dw = made(s[5] ? B * H * N : n);
+        wrong |= wkv6_forward(s, 0, r, w, k, v, u, S, y, end, kept);
+        wrong |= wkv6_backward(s, 0, r, w, k, v, u, kept, y, end, x(), dw, x(), x(), made(B * H * N), made(m),
+                               made(wkv6_room(s)));
+    }
+}
+
+int main() {
+    operators(1, 1, 1, 5), operators(1, 67, 2, 20), operators(1, 9, 1, 100), operators(1, 67, 1, 64);
+    std::puts(wrong ? "wrong" : "all");
+}
+"""
+
+
+@pytest.mark.large
+def test_the_gpu_s_kernels_keep_inside_their_tensors_and_shared_memory(tmp_path: Path):
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("there is no g++")
+    source, program = tmp_path / "main.cpp", tmp_path / "main"
+    source.write_text(PROGRAM)
+    command = [compiler, "-std=c++17", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-x", "c++"]
+    parts = [str(source), *map(str, gpu.sources())]
+    made = subprocess.run([*command, "-Wno-unknown-pragmas", *parts, "-o", str(program)], capture_output=True)
+    if made.returncode and (b"sanitize" in made.stderr or b"asan" in made.stderr):
+        pytest.skip("this compiler has no address sanitizer")
+    assert made.returncode == 0, made.stderr.decode()[:3000]
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "all\n"), done.stderr[:3000]
