@@ -145,7 +145,7 @@ def train(device: torch.device, name: str, length: str) -> dict:
         losses, batch = lm_losses(rows, config), Batch(ids[:, :-1], ids[:, 1:])
 
         def step(losses=losses, batch=batch) -> None:
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             for part in losses(model, batch):
                 part.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
