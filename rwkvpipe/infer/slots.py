@@ -30,7 +30,7 @@ class Slots:
         self.state: State | None = None
         self.decoder = decoder(model)
         self.table: dict[str, Tensor] = {}  # (rows, V): how often an id came, and whether; where penalties ask
-        self.forbidden = None if words.owned.all() else torch.from_numpy(~words.owned).to(self.device)
+        self.forbidden = None if words.owned.all() else torch.from_numpy(np.flatnonzero(~words.owned)).to(self.device)
         self.steps = 0
 
     @property
@@ -116,17 +116,20 @@ class Slots:
     def _accept(self, places: Sequence[int], logits: Tensor) -> list[Row]:
         """Choose the next token of these rows from logits (places, V)."""
         rows = [self.rows[place] for place in places]
-        index = torch.tensor(list(places), device=self.device)
+        index = None if len(rows) == len(self.rows) else torch.tensor(list(places), device=self.device)
         chosen = self._choose(rows, index, logits)
         if self.table:
             counted = [n for n, row in enumerate(rows) if row.penalised]
-            for n in counted if any(rows[n].job.sampling.decay != 1.0 for n in counted) else ():
-                self.table["counts"][places[n]] *= rows[n].job.sampling.decay
-            spots = index[counted], chosen[counted]
+            for n in counted:
+                if rows[n].job.sampling.decay != 1.0:
+                    self.table["counts"][places[n]] *= rows[n].job.sampling.decay
+            spots = torch.tensor([places[n] for n in counted], device=self.device), chosen[counted]
             self.table["counts"][spots] += 1
             self.table["seen"][spots] = True
-        scale = torch.tensor([row.job.sampling.temperature or 1.0 for row in rows], device=self.device)
-        values = logprob(logits / scale.to(logits)[:, None], chosen).tolist()
+        heat, plain = [row.job.sampling.temperature or 1.0 for row in rows], logits
+        if any(each != 1.0 for each in heat):
+            plain = logits / torch.tensor(heat, device=self.device).to(logits)[:, None]
+        values = logprob(plain, chosen).tolist()
         numbers, over = chosen.tolist(), []
         for n, (place, row) in enumerate(zip(places, rows, strict=True)):
             if row.job.top is not None:
@@ -138,25 +141,32 @@ class Slots:
                 self.rows[place] = None
         return over
 
-    def _choose(self, rows: list[Row], index: Tensor, logits: Tensor) -> Tensor:
-        """Next ids (rows,): rows of equal settings are sampled together."""
+    def _choose(self, rows: list[Row], index: Tensor | None, logits: Tensor) -> Tensor:
+        """Next ids (rows,): rows of equal settings are sampled together. `index`: their places, None for all."""
         if self.forbidden is not None:
-            logits = logits.masked_fill(self.forbidden, -torch.inf)
+            logits = logits.index_fill(-1, self.forbidden, -torch.inf)
         logits = self._limited(rows, logits)
         groups: dict[str, list[int]] = {}
         for n, row in enumerate(rows):
             groups.setdefault(row.rules, []).append(n)
-        chosen = torch.zeros(len(rows), dtype=torch.long, device=self.device)
+        found = []
         for members in groups.values():
-            sampling, part = rows[members[0]].job.sampling, torch.tensor(members, device=self.device)
-            whole = len(members) == len(rows)
-            counts = seen = None
-            if rows[members[0]].penalised:
-                counts, seen = (self.table[name][index[part]] for name in ("counts", "seen"))
-            draws = None
-            if sampling.temperature > 0:
+            first, whole = rows[members[0]], len(members) == len(rows)
+            part = None if whole else torch.tensor(members, device=self.device)
+            here = part if index is None else index if whole else index[part]
+            counts = seen = draws = None
+            if first.penalised:
+                counts, seen = (
+                    self.table[name] if here is None else self.table[name][here] for name in ("counts", "seen")
+                )
+            if first.job.sampling.temperature > 0:
                 draws = torch.tensor([rows[n].uniform() for n in members], dtype=torch.float64)
-            chosen[part] = sample(logits if whole else logits[part], sampling, counts, draws, seen=seen)
+            found.append(sample(logits if whole else logits[part], first.job.sampling, counts, draws, seen=seen))
+        if len(found) == 1:
+            return found[0]
+        chosen = torch.zeros(len(rows), dtype=torch.long, device=self.device)
+        for members, ids in zip(groups.values(), found, strict=True):
+            chosen[torch.tensor(members, device=self.device)] = ids
         return chosen
 
     def _limited(self, rows: list[Row], logits: Tensor) -> Tensor:
@@ -173,6 +183,6 @@ class Slots:
     def _alternatives(self, logits: Tensor, number: int, top: int) -> tuple[float, list[tuple[int, float]]]:
         """Plain log-probability of an id, and the `top` likeliest ids that stand for something with theirs."""
         values = logits.log_softmax(-1)
-        likely = values if self.forbidden is None else values.masked_fill(self.forbidden, -torch.inf)
+        likely = values if self.forbidden is None else values.index_fill(-1, self.forbidden, -torch.inf)
         found = likely.topk(min(top, int(np.count_nonzero(self.words.owned))))
         return values[number].item(), list(zip(found.indices.tolist(), found.values.tolist(), strict=True))

@@ -4,9 +4,12 @@ import json
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rwkvpipe.base.config import RwkvConfig, SamplingConfig
 from rwkvpipe.base.errors import ConfigError
+from rwkvpipe.infer.draw import draw
 from rwkvpipe.infer.engine import Engine
 from rwkvpipe.infer.lot import Lot, number
 from rwkvpipe.infer.sampling import nucleus, penalise, probabilities, sample
@@ -220,3 +223,23 @@ def test_texts_that_the_engine_writes_fit_the_exact_probabilities(settings):
     counts = torch.tensor(list(found.values()), dtype=torch.float64)
     rare = chances * 3000 < 5  # too few for the test: together
     assert fits(*(torch.cat((x[~rare], x[rare].sum()[None])) for x in (counts, chances)))
+
+
+@given(
+    order=st.sampled_from(["hf", "rwkv"]),
+    temperature=st.sampled_from([0.3, 1.0, 1.7]),
+    top_k=st.sampled_from([0, 1, 3, 40, 5000]),
+    top_p=st.sampled_from([0.0, 0.3021, 0.9017, 0.9987, 1.0]),  # whole numbers of equals would be a matter of rounding
+    spread=st.sampled_from([0.0, 0.5, 3.0, 30.0]),
+    seed=st.integers(0, 10),
+)
+@settings(max_examples=60, deadline=None)
+def test_one_row_on_a_cpu_draws_what_the_plain_form_draws(order, temperature, top_k, top_p, spread, seed):
+    asked = SamplingConfig(order=order, temperature=temperature, top_k=top_k, top_p=top_p)
+    logits = torch.randn(1, 500, generator=torch.Generator().manual_seed(seed)) * spread
+    logits[0, 7:90] = logits[0, 3]  # equals
+    logits[0, 100:120] = -torch.inf
+    below = probabilities(logits, asked)[0].cumsum(0)
+    for place in Lot(seed, 0, 0).draw(20):
+        wanted = int(torch.searchsorted(below, place * below[-1], right=True))
+        assert draw(logits[0].numpy(), asked, place) == wanted
