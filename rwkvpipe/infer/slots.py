@@ -118,8 +118,8 @@ class Slots:
         rows = [self.rows[place] for place in places]
         index = None if len(rows) == len(self.rows) else torch.tensor(list(places), device=self.device)
         chosen = self._choose(rows, index, logits)
-        if self.table:
-            counted = [n for n, row in enumerate(rows) if row.penalised]
+        counted = [n for n, row in enumerate(rows) if row.penalised]
+        if counted:
             for n in counted:
                 if rows[n].job.sampling.decay != 1.0:
                     self.table["counts"][places[n]] *= rows[n].job.sampling.decay
