@@ -5,6 +5,7 @@ python -m benchmarks families
 python -m benchmarks op [--operator wkv6]
 python -m benchmarks decode [--size large]
 python -m benchmarks infer
+python -m benchmarks same
 python -m benchmarks tokenize [FILE ...]
 python -m benchmarks pack [FILE ...]
 python -m benchmarks bpe [FILE ...]
@@ -33,6 +34,7 @@ from benchmarks import (
     page,
     peers,
     registers,
+    same,
     tables,
     tokenize,
     train,
@@ -47,6 +49,7 @@ def main() -> None:
         "op",
         "decode",
         "infer",
+        "same",
         "families",
         "tokenize",
         "pack",
@@ -101,6 +104,9 @@ def main() -> None:
         python = given.peer_python or peers.set_up("rwkv")
         found = infer.measure(python, given.out, given.rounds)
         print(infer.table(found))
+    elif given.what == "same":
+        found = same.measure()
+        print(same.table(found))
     elif given.what == "families":
         found = families.measure(given.rounds)
         print(families.table(found))

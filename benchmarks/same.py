@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks.train import conditions
 from rwkvpipe.base.config import RwkvConfig, SamplingConfig
 from rwkvpipe.infer import prefix, reading
 from rwkvpipe.infer.engine import Engine
@@ -92,7 +93,7 @@ def measure() -> dict:
         for name, make in others.items():
             rows.append({"family": family, "kind": kind, "way": name, **compare(make(), plain)})
     tokens = sum(map(len, [*plain["greedy"].values(), *plain["drawn"].values()]))
-    return {"what": "same", "texts": len(PROMPTS), "tokens": tokens, "rows": rows}
+    return {"what": "same", "texts": len(PROMPTS), "tokens": tokens, "rows": rows, **conditions()}
 
 
 def table(found: dict) -> str:

@@ -1,4 +1,4 @@
-"""The tables of docs/kernels.md and docs/gpu.md, out of what lies beside them: `python -m benchmarks.tables`.
+"""The tables of docs/kernels.md, inference.md, gpu.md, out of what lies beside them: `python -m benchmarks.tables`.
 
 A run of `python -m benchmarks` appends a line to a file of its own; those to be shown are copied to the latter. Of
 runs of the same thing the last one counts.
@@ -8,10 +8,11 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks import decode, gpu, op, registers, train
+from benchmarks import decode, gpu, infer, op, registers, same, train
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TABLES = {"op": op.table, "train": train.table, "decode": decode.table}
+INFERENCE = {"infer": infer.table, "same": same.table}
 
 
 def runs() -> dict[str, dict]:
@@ -36,6 +37,17 @@ def filled(page: str) -> str:
     return page
 
 
+def inferred(page: str) -> str:
+    """A page with what the engine was last measured to do between its marks."""
+    lines = (DOCS / "inference.jsonl").read_text(encoding="utf-8").splitlines()
+    for name, run in {run["what"]: run for run in map(json.loads, lines)}.items():
+        text = f"<!-- {name} -->\n{INFERENCE[name](run)}\n\n{run['machine']}, torch {run['torch']}\n<!-- end -->"
+        page, count = re.subn(rf"<!-- {name} -->\n.*?<!-- end -->", lambda _, new=text: new, page, flags=re.S)
+        if count != 1:
+            raise SystemExit(f"docs/inference.md has no place for: {name}")
+    return page
+
+
 def reported(page: str) -> str:
     """A page with what the compiler says of the GPU's kernels, and with what was measured, between their marks."""
     found = json.loads(registers.REPORT.read_text(encoding="utf-8"))
@@ -46,8 +58,8 @@ def reported(page: str) -> str:
 
 
 def write() -> None:
-    """Put the tables into both pages."""
-    for name, fill in (("kernels.md", filled), ("gpu.md", reported)):
+    """Put the tables into the pages."""
+    for name, fill in (("kernels.md", filled), ("inference.md", inferred), ("gpu.md", reported)):
         path = DOCS / name
         path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
 

