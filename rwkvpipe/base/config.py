@@ -322,6 +322,9 @@ class MemoryConfig(Strict):
 
     recompute: bool = False
     """Keep the input of each block alone, and compute the rest again in the backward."""
+    shard: Literal["gradients", "weights"] | None = None
+    """pretrain and sft in several processes: each keeps a part of the model. Weights are gathered for a step
+    (gradients: ZeRO-2) or for a block at a time (weights: ZeRO-3); left out, each has all of them."""
 
 
 class HubConfig(Strict):

@@ -39,6 +39,8 @@ class Block(nn.Module):
 
         Returns the stream, layer 0's values, and the parts of the state after the last token.
         """
+        if hasattr(self, "ln0"):
+            x = self.ln0(x)
         y, first, last, memory = self.att(self.ln1(x), first, state[0], state[1], lengths, borders)
         x = x + y
         y, before = self.ffn(self.ln2(x), state[2], lengths, borders)
@@ -98,7 +100,7 @@ class LanguageModel(nn.Module):
         borders = None if starts is None else Borders(starts)
         if state is None:
             state = self.start(len(ids), ids.device)
-        x, first = self.blocks[0].ln0(self.emb(ids)), None
+        x, first = self.emb(ids), None
         after = State([], [], [])
         for block, *parts in zip(self.blocks, state.att_x, state.wkv, state.ffn_x, strict=True):
             if self.recompute and torch.is_grad_enabled():

@@ -31,12 +31,19 @@ class Rank:
     index: int
     count: int
     device: torch.device
+    lockstep: bool = False
+    """Whether it must make as many passes as the others, because their models are one."""
 
     def mine(self, rows: int, micro_batch: int) -> Iterator[slice]:
-        """The rows of a step that this process computes, at most `micro_batch` at a time: every count-th part."""
+        """The rows of a step that this process computes, at most `micro_batch` at a time: every count-th part.
+
+        In lockstep it may be asked to compute none, where others still have some.
+        """
         size = min(micro_batch, -(-rows // self.count))
-        for first in range(self.index * size, rows, self.count * size):
-            yield slice(first, min(first + size, rows))
+        for round in range(0, rows, self.count * size):
+            first = min(round + self.index * size, rows)
+            if first < rows or self.lockstep:
+                yield slice(first, min(first + size, rows))
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over all processes, in place. Raises Parted when one of them is gone."""
@@ -71,6 +78,8 @@ class Rank:
         """
         if self.count == 1:
             return stopping
+        if self.lockstep:  # they are summed already
+            return self.total(float(stopping))[0] > 0
         found = self.total(float(stopping), *(value.grad is not None for value in parameters))
         grads = []
         for value, has in zip(parameters, found[1:], strict=True):

@@ -22,6 +22,7 @@ from rwkvpipe.train import checkpoint
 from rwkvpipe.train.dist import ALONE, Rank
 from rwkvpipe.train.optim import AdamW, adamw, lr_at, set_rate
 from rwkvpipe.train.precision import Scaler
+from rwkvpipe.train.sharding import part_of, parted, watched, whole
 from rwkvpipe.train.tracker import Trackers
 
 log = logging.getLogger("rwkvpipe")
@@ -178,9 +179,9 @@ def _unpack(model: nn.Module, optimizer: AdamW, tensors: dict[str, Tensor]) -> d
             value.copy_(tensors[f"kept/{name}"])
         for name, value in model.named_parameters():
             if value.requires_grad:
-                value.copy_(tensors[f"weight/{name}"])
+                value.copy_(part_of(tensors[f"weight/{name}"], value))
                 head = f"adam/{name}/"
-                found = {k.removeprefix(head): v.to(value.device) for k, v in tensors.items() if k.startswith(head)}
+                found = {k.removeprefix(head): part_of(v, value) for k, v in tensors.items() if k.startswith(head)}
                 if found:
                     optimizer.state[value] = found
     return {name.removeprefix("carry/"): value for name, value in tensors.items() if name.startswith("carry/")}
@@ -212,19 +213,22 @@ def _gradient(
     model: nn.Module, losses: Iterator[Tensor], clip: float, rank: Rank, stops: _Stops, scale: float
 ) -> tuple[float, float]:
     """Gradients of one step, clipped: (loss, norm before the clip)."""
+    parted(model)
     model.zero_grad(set_to_none=True)
     total: Tensor | float = 0.0
     for part in losses:
         if part.requires_grad:
             (part if scale == 1 else part * scale).backward()
         total = total + part.detach()
+    parted(model)
     trained = [value for value in model.parameters() if value.requires_grad]
     stops.agreed = rank.sum_gradients(trained, stops.came)
     if scale != 1:
         for value in trained:
             if value.grad is not None:
                 value.grad /= scale
-    norm = float(torch.nn.utils.clip_grad_norm_(trained, clip))
+    found = torch.nn.utils.clip_grad_norm_(trained, clip)
+    norm = float(found.full_tensor() if hasattr(found, "full_tensor") else found)
     (loss,) = rank.total(float(total))
     return loss, norm
 
@@ -277,10 +281,14 @@ class _Training:
 
     def save(self) -> None:
         """Write a resume point at the present step."""
-        if self.saved == self.progress.step or self.run.rank.index:
+        if self.saved == self.progress.step:
+            return
+        parted(self.model)
+        tensors = whole(_pack(self.model, self.optimizer, self.hooks.carry()), self.run.rank)
+        if self.run.rank.index:
+            self.saved = self.progress.step
             return
         self.log.settle()
-        tensors = _pack(self.model, self.optimizer, self.hooks.carry())
         notes = vars(self.progress) | {"scaler": vars(self.scaler)}
         checkpoint.save(self.run.folder, self.progress.step, tensors, self.run.mark, notes=notes)
         try:
@@ -350,7 +358,7 @@ def fit(
     model.train()
     first, begin, said = training.progress.step, time.monotonic(), -math.inf
     try:
-        with training.stops.noted(run.rank):
+        with training.stops.noted(run.rank), watched(run.rank):
             training.line()  # told to stop after a step and before its line, a run still owes it
             stream = batches(first, carried)
             while training.progress.step < config.steps:

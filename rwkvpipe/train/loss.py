@@ -1,7 +1,7 @@
 """The losses of language models: cross-entropy over chosen positions, with RWKV's L2Wrap."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -65,9 +65,12 @@ def lm_losses(micro_batch: int, config: TrainConfig, rank: Rank = ALONE) -> Loss
         count = int(real.sum() if batch.mask is None else ((batch.mask != 0) & real).sum())
         for part in rank.mine(len(batch.ids), micro_batch):
             width = int(real[part].any(0).sum())  # rows are padded on the right: what no row uses is not computed
-            if width == 0:
+            idle = width == 0
+            if idle and not rank.lockstep:
                 continue
+            part, width = (slice(0, 1), 1) if idle else (part, width)
             targets = batch.targets[part, :width].to(device)
+            targets = torch.full_like(targets, -1) if idle else targets
             mask = None if batch.mask is None else batch.mask[part, :width].to(device)
             with arithmetic(config.precision, device), row_dropout(model, part.start):
                 starts = None if batch.starts is None else batch.starts[part, :width].to(device)
@@ -102,6 +105,16 @@ def language_loss(model: nn.Module, features: Tensor, targets: Tensor, mask: Ten
     return head_loss(model.ln_out(features).flatten(0, 1), model.head.weight, wanted)
 
 
+def _mine(batches: Iterator[Batch], rank: Rank) -> Iterator[Batch]:
+    """Every count-th batch; in lockstep one without targets, where others still have one."""
+    if not rank.lockstep:
+        yield from islice(batches, rank.index, None, rank.count)
+        return
+    while some := list(islice(batches, rank.count)):
+        idle = replace(some[0], targets=torch.full_like(some[0].targets, -1))
+        yield some[rank.index] if rank.index < len(some) else idle
+
+
 @torch.no_grad()
 def mean_loss(
     model: nn.Module,
@@ -118,7 +131,7 @@ def mean_loss(
     device, training = device_of(model), model.training
     model.eval()
     total, count = 0.0, 0
-    for batch in islice(batches, rank.index, None, rank.count):
+    for batch in _mine(batches, rank):
         for first in range(0, len(batch.ids), micro_batch):
             part = slice(first, first + micro_batch)
             targets = batch.targets[part].to(device)
@@ -129,7 +142,8 @@ def mean_loss(
                 ids.split(chunk or ids.shape[1], 1), targets.split(chunk or ids.shape[1], 1), strict=True
             ):
                 with arithmetic(precision, device):
-                    logits, state = model(some, state)
+                    features, state = model.features(some, state)
+                    logits = model.logits(features)
                 total += float(masked_cross_entropy(logits, wanted, total=1))
             count += int((targets >= 0).sum())
     model.train(training)

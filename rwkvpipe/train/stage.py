@@ -2,7 +2,7 @@
 
 import argparse
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -13,11 +13,14 @@ from rwkvpipe.base.files import canonical, digest, write_jsonl
 from rwkvpipe.train import checkpoint, dist
 from rwkvpipe.train.loop import Log, Run, held
 from rwkvpipe.train.precision import check_precision
+from rwkvpipe.train.sharding import check_shard, parted, shard, whole
 from rwkvpipe.train.tracker import Trackers, add_trackers
 from rwkvpipe.weights import lora, store
 from rwkvpipe.weights.states import tune_states
 
 log = logging.getLogger("rwkvpipe")
+
+CUT = ("pretrain", "sft")  # kinds whose models may be cut: the others compare a model with itself, or write with it
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ def stage_parser(kind: str, about: str) -> Parser:
     parser.add_argument("--micro-batch", type=int, default=8, help="rows at a time; decides memory, no result")
     parser.add_argument("--save-every", type=int, default=100, help="steps between resume points")
     parser.add_argument("--recompute", action="store_true", help="compute blocks again in the backward; spares memory")
+    cut = {"choices": ["gradients", "weights"], "help": "cut the model among the processes: ZeRO-2, ZeRO-3"}
+    parser.add_argument("--shard", **cut) if kind in CUT else parser.set_defaults(shard=None)
     parser.add_argument("--out", required=True, type=new_file, help="model.safetensors; with lora adapter.safetensors")
     add_trackers(parser)
     return parser
@@ -83,6 +88,9 @@ def open_stage(given: argparse.Namespace, *, kind: str) -> Stage:
         network.to(rank.device)
     if asked.state:
         tune_states(network)
+    if given.shard is not None:
+        check_shard(asked, network.config.time_state)
+        stage = replace(stage, rank=shard(network, rank, given.shard))
     trained = sum(value.numel() for value in network.parameters() if value.requires_grad)
     whole = sum(value.numel() for value in network.parameters())
     train = asked.train
@@ -108,15 +116,18 @@ def finish(stage: Stage, metrics: Log) -> None:
     They stay where the one who asked is gone: the next one may begin by deleting results that it saw nobody finish, as
     Snakemake does, and then makes them from the last point.
     """
+    parted(stage.model)
+    apart = stage.settings.apart
+    tensors = whole(lora.trained(stage.model) if apart else stage.model.state_dict(), stage.rank)
     if stage.rank.index:  # the first one writes
         return
     write_jsonl(stage.out.parent / "metrics.jsonl", metrics.rows())
     if stage.settings.lora is not None:
-        write_adapter(stage.out, stage.model, stage.settings.lora, base=stage.base)
+        store.write_tensors(stage.out, tensors, described(stage.model, stage.settings.lora, stage.base))
     elif stage.settings.state:
-        store.write_tensors(stage.out, lora.adapter(stage.model), {"base": stage.base})
+        store.write_tensors(stage.out, tensors, {"base": stage.base})
     else:
-        store.write(stage.out, stage.model.config, stage.model.state_dict())
+        store.write(stage.out, stage.model.config, tensors)
     log.info("wrote %s", stage.out)
     if dist.deserted():
         log.info("whoever started this is gone: %s stays, for whom starts it next", stage.folder)
@@ -127,6 +138,9 @@ def finish(stage: Stage, metrics: Log) -> None:
 
 def write_adapter(path: Path, model: nn.Module, config: LoraConfig, *, base: str) -> None:
     """Write an adapter with its settings and the digest of the weights it belongs to."""
-    family = model.config.family
-    described = {"lora": canonical(config.model_dump(mode="json")), "base": base, "family": family}
-    store.write_tensors(path, lora.adapter(model), described)
+    store.write_tensors(path, lora.adapter(model), described(model, config, base))
+
+
+def described(model: nn.Module, config: LoraConfig, base: str) -> dict[str, str]:
+    """What an adapter's file tells beside its tensors."""
+    return {"lora": canonical(config.model_dump(mode="json")), "base": base, "family": model.config.family}

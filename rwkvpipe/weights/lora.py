@@ -78,20 +78,20 @@ def train_whole(model: nn.Module, names: list[str]) -> None:
     model.base_tensors = {name: model.get_parameter(name).detach().clone() for name in names}
 
 
-def _stored(model: nn.Module) -> dict[str, Tensor]:
+def trained(model: nn.Module) -> dict[str, Tensor]:
     """What an adapter consists of: what is trained, and what its matrices began with where that counts."""
-    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    return trained | {name: value for name, value in model.named_buffers() if name.rpartition(".")[2] in PARTS}
+    found = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+    return found | {name: value for name, value in model.named_buffers() if name.rpartition(".")[2] in PARTS}
 
 
 def adapter(model: nn.Module) -> dict[str, Tensor]:
     """What was trained: `<matrix>.lora_A` and so on, and the full tensors under their own names, on the CPU."""
-    return {name: value.detach().cpu().clone() for name, value in _stored(model).items()}
+    return {name: value.detach().cpu().clone() for name, value in trained(model).items()}
 
 
 def load_adapter(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Put a stored adapter into a model prepared by `inject`. Raises WeightsError unless it fits exactly."""
-    wanted = _stored(model)
+    wanted = trained(model)
     _check(tensors, {name: tuple(value.shape) for name, value in wanted.items()})
     with torch.no_grad():
         for name, value in wanted.items():

@@ -20,7 +20,7 @@ class Table(torch.nn.Module):
         self.ln_out, self.head = torch.nn.Identity(), torch.nn.Linear(size, size, bias=False)
         self.head.weight = torch.nn.Parameter(torch.eye(size), requires_grad=False)
 
-    def features(self, ids, state=None, lengths=None):
+    def features(self, ids, state=None, lengths=None, starts=None):
         return self.rows[ids], state
 
     def forward(self, ids, state=None):

@@ -178,7 +178,9 @@ def adapter_given(wildcards):
 # a function of threads is not tracked by Snakemake: these settings decide no result
 def knobs(wildcards, threads):
     words = ["--save-every", settled.checkpoints.every, *(word for name in settled.track for word in ("--track", name))]
-    return [*words, *(["--recompute"] if settled.memory.recompute else [])]
+    words += ["--recompute"] if settled.memory.recompute else []
+    cut = settled.memory.shard if plan.stages[wildcards.stage].kind in ("pretrain", "sft") else None
+    return [*words, *(["--shard", cut] if cut else [])]
 
 
 def micro_batch(wildcards):

@@ -1,0 +1,82 @@
+"""A model cut among the processes that train it (torch's fully_shard), for models that one device does not hold.
+
+Each process keeps a part of every weight, of its gradient and of its moments. A block's weights are gathered when it
+is computed; `gradients` keeps them until the backward is over (ZeRO-2), `weights` drops them at once and gathers them
+again there (ZeRO-3). All processes have to make as many passes as each other, or one waits for the others for ever.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from rwkvpipe.base.config import Settings
+from rwkvpipe.base.errors import ConfigError, Parted
+from rwkvpipe.train.dist import Rank
+
+LOST = ("Connection closed", "Connection reset", "closed by peer", "gloo", "NCCL")  # what a process that is gone is
+
+
+def check_shard(settings: Settings, time_state: bool) -> None:
+    """Raise ConfigError for a stage whose model cannot be cut."""
+    if settings.train.chunk is not None:
+        raise ConfigError("memory.shard: rows read in chunks (train.chunk) need whole models; leave one of them out")
+    if settings.state or time_state:
+        raise ConfigError("memory.shard: initial states are read before any block; models that have them stay whole")
+
+
+def shard(model: nn.Module, rank: Rank, kind: str) -> Rank:
+    """Cut a model in place, `kind` says how; returns the process with its passes counted. Alone it stays whole."""
+    if rank.count == 1:
+        return rank
+    from torch.distributed.device_mesh import init_device_mesh  # a second that only those who cut wait for
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(rank.device.type, (rank.count,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=kind == "weights")
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    for unit in (*model.blocks, model):
+        unit.set_force_sum_reduction_for_comms(True)  # the loss is divided already, and gloo knows no other sum
+        unit.set_gradient_divide_factor(1.0)
+    register_fsdp_forward_method(model, "features")
+    return replace(rank, lockstep=True)
+
+
+def parted(model: nn.Module) -> None:
+    """Give back what a forward gathered: what optimizer and resume points see are the parts."""
+    if hasattr(model, "set_gradient_divide_factor"):
+        for unit in (*model.blocks, model):
+            unit.reshard()
+
+
+def whole(tensors: Mapping[str, Tensor], rank: Rank) -> dict[str, Tensor]:
+    """Tensors put together for the first process, one after the other; to the others none. All have to call it."""
+    found = {}
+    for name, value in tensors.items():
+        value = value.full_tensor().cpu() if hasattr(value, "full_tensor") else value
+        if not rank.index:
+            found[name] = value
+    return found
+
+
+def part_of(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor as a parameter is: this process's part of it, if that is cut, on its device."""
+    if not hasattr(like, "full_tensor") or value.shape != like.shape:
+        return value.to(like.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+@contextmanager
+def watched(rank: Rank) -> Iterator[None]:
+    """Inside, a process that is gone is told in one line. Raises Parted."""
+    try:
+        yield
+    except RuntimeError as error:
+        if rank.lockstep and any(word in str(error) for word in LOST):
+            line = f"process {rank.index + 1} of {rank.count}: another of them is gone; this one stops"
+            raise Parted(line) from None
+        raise
