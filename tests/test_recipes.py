@@ -64,6 +64,8 @@ def shrunk(name: str) -> dict:
             stage["train"] |= {"batch": 2}
         if "lora" in stage:
             stage["lora"] |= {"rank": 2}
+    for entry in found["corpora"].values():
+        entry |= {"valid": 0.25} if entry.get("valid") else {}
     for entry in found.get("benchmarks", {}).values():
         entry["sampling"] = {"temperature": 0, "max_tokens": 4}
     for entry in found["tokenizers"].values():
