@@ -31,14 +31,13 @@ def furnish(folder: Path) -> None:
     """The files that recipes ask their reader for."""
     from rwkvpipe.data.binidx import BinidxWriter
 
-    lines = [f"Line {n} of a story about {n + 1} cats.\n" for n in range(60)]
     for name in ("texts", "books"):
         (folder / name).mkdir()
-        for n in range(4):
-            (folder / name / f"{n}.txt").write_text("".join(lines[n * 15 :]) * 3)
-    turns = [("user", "How many?"), ("assistant", "Seven.")]
-    talk = json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]})
-    (folder / "talks.jsonl").write_text(f"{talk}\n" * 40)
+        for n in range(40):
+            (folder / name / f"{n}.txt").write_text(f"Story {n} is about {n + 1} cats and their {n * n} mice.\n" * 12)
+    talks = [[("user", f"How many cats in story {n}?"), ("assistant", f"{n + 1}.")] for n in range(40)]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in talk]} for talk in talks]
+    (folder / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     asked = [json.dumps({"question": f"{n} + 1?", "answer": str(n + 1)}) for n in range(12)]
     for name in ("questions", "exam"):
         (folder / f"{name}.jsonl").write_text("\n".join(asked) + "\n")

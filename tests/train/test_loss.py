@@ -23,8 +23,8 @@ class Table(torch.nn.Module):
     def features(self, ids, state=None, lengths=None, starts=None):
         return self.rows[ids], state
 
-    def forward(self, ids, state=None):
-        return self.head(self.rows[ids]), state
+    def logits(self, features):
+        return self.head(features)
 
 
 def test_l2_wrap_is_that_of_rwkv_lm_ties_included(goldens):
