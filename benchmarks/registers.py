@@ -16,7 +16,7 @@ from rwkvpipe.kernel import gpu
 REPORT = Path(__file__).resolve().parents[1] / "docs/gpu.json"
 # a kernel's line, and what follows it; names are as C++ has them in files: Forward, I5ShapeILi64EE or ILi4EE
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\w+)'(.*?)(?=Compiling entry function|\Z)", re.S)
-NAMED = re.compile(r"\d([A-Z][A-Za-z]*)I(?:5ShapeI)?Li(\d+)")
+NAMED = re.compile(r"\d([A-Z][A-Za-z]*)(?:I(?:5ShapeI)?Li(\d+)|E)")
 FIGURES = {
     "registers": re.compile(r"Used (\d+) registers"),
     "spilled": re.compile(r"(\d+) bytes spill stores"),
@@ -40,7 +40,7 @@ def parsed(file: str, told: str) -> list[dict]:
     found = []
     for name, target, said in ENTRY.findall(told):
         kernel, width = NAMED.search(name).groups()
-        line = {"file": file, "kernel": kernel, "width": int(width), "target": target}
+        line = {"file": file, "kernel": kernel, "width": int(width or 0), "target": target}
         found.append(line | {figure: int(look.search(said)[1]) for figure, look in FIGURES.items()})
     return sorted(found, key=lambda line: (line["kernel"], line["width"]))
 
@@ -84,6 +84,6 @@ def table(found: dict) -> str:
 def _lines(kinds: Sequence[str], rows: dict[tuple, dict[str, str]]) -> list[str]:
     head = [f"| registers | channels of a head | {' | '.join(kinds)} |", f"| --- | --- |{' --- |' * len(kinds)}"]
     for (file, kernel, width), row in rows.items():
-        heads = f"64, {16 * width} rows a block" if kernel.startswith("Chunks") else f"up to {width}"
+        heads = f"64, {16 * width} rows a block" if kernel.startswith("Chunks") else f"up to {width}" if width else ""
         head.append(f"| {file}: {kernel} | {heads} | {' | '.join(row.get(kind, '') for kind in kinds)} |")
     return head

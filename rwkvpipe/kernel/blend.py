@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rwkvpipe.kernel import build
+from rwkvpipe.kernel import build, passes
 
 Places = tuple[Tensor, ...]
 """Indices of tokens: of their rows, and of their places within."""
@@ -22,7 +22,9 @@ def mix(x: Tensor, last: Tensor, shares: Sequence[Tensor], alone: Places | None 
 
     To tokens at the places `alone` it is 0: there documents begin.
     """
-    if x.shape[1] and build.native(x, last, *shares):
+    if passes.fit(x, *shares):
+        found = passes.mix(x, last.to(x.dtype), shares)
+    elif x.shape[1] and build.native(x, last, *shares):
         found = list(_Mix.apply(x, last, *shares))
     else:
         dx = torch.cat((last.to(x.dtype)[:, None], x[:, :-1]), 1) - x
@@ -75,6 +77,8 @@ def finish(y: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor, rows: Seque
 
 def squared_relu(x: Tensor) -> Tensor:
     """max(x, 0)^2."""
+    if passes.fit(x):
+        return passes.Square.apply(x)
     if x.numel() and build.native(x):
         return _Square.apply(x)
     return x.relu().square()

@@ -68,6 +68,7 @@ def loaded(path: Path) -> ctypes.CDLL:
     for operator in ("wkv7", "wkv7_chunks", "wkv6"):
         for floats in ("kept", "room"):
             getattr(library, f"{operator}_{floats}").restype = ctypes.c_int64
+    library.mix_sums.restype = ctypes.c_int64
     return library
 
 
@@ -117,17 +118,26 @@ def _array(sizes: Sequence[int]) -> ctypes.Array:
     return (ctypes.c_int64 * len(sizes))(*sizes)
 
 
-def _floats(function: str, sizes: Sequence[int], like: Tensor) -> Tensor:
+def floats(function: str, sizes: Sequence[int], like: Tensor) -> Tensor:
     """As much fp32 memory as a kernel asks for."""
     return torch.empty(getattr(at_hand(like.device)[0], function)(_array(sizes)), device=like.device)
 
 
-def _started(library: ctypes.CDLL, function: str, sizes: Sequence[int], *given: Tensor | None) -> int:
+Given = Tensor | Sequence[Tensor] | None
+
+
+def _word(x: Given) -> ctypes.c_void_p | ctypes.Array | None:
+    if isinstance(x, Sequence):
+        assert all(each.is_contiguous() for each in x)
+        return (ctypes.c_void_p * len(x))(*(each.data_ptr() for each in x))
+    assert x is None or x.is_contiguous()
+    return None if x is None else ctypes.c_void_p(x.data_ptr())
+
+
+def _started(library: ctypes.CDLL, function: str, sizes: Sequence[int], *given: Given) -> int:
     """Start a kernel behind all that was started before; returns 0, or the card's error."""
-    assert all(x is None or x.is_contiguous() for x in given), function
-    like = given[0]
+    like, words = given[0], [_word(x) for x in given]
     stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
-    words = [None if x is None else ctypes.c_void_p(x.data_ptr()) for x in given]
     with torch.cuda.device_of(like):
         return getattr(library, function)(_array(sizes), ctypes.c_int64(stream), *words)
 
@@ -138,8 +148,8 @@ def tried(library: ctypes.CDLL, device: torch.device) -> int:
     return _started(library, "wkv7_forward", _sizes([x] * 6), *[x] * 6, S, torch.empty_like(x), S.clone(), None)
 
 
-def _call(function: str, sizes: Sequence[int], *given: Tensor | None) -> None:
-    """Start a kernel. Raises RuntimeError where the card refuses it."""
+def call(function: str, sizes: Sequence[int], *given: Given) -> None:
+    """Start a kernel on tensors without gaps, or lists of them. Raises RuntimeError where the card refuses it."""
     if status := _started(at_hand(given[0].device)[0], function, sizes, *given):
         raise RuntimeError(f"{function}: CUDA error {status}")
 
@@ -173,23 +183,23 @@ class Wkv7(torch.autograd.Function):
             ctx.operator, ctx.sizes = "wkv7_chunks", _sizes(inputs[:-1], _parts(v))
         y, after, kept = torch.empty_like(v), torch.empty_like(S), None
         if tracked:
-            kept = _floats(f"{ctx.operator}_kept", ctx.sizes, v)
+            kept = floats(f"{ctx.operator}_kept", ctx.sizes, v)
             ctx.save_for_backward(*inputs[:-1], kept)
-        _call(f"{ctx.operator}_forward", ctx.sizes, *inputs, y, after, kept)
+        call(f"{ctx.operator}_forward", ctx.sizes, *inputs, y, after, kept)
         return y, after
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dS):
         dS, inputs = dS.contiguous(), ctx.saved_tensors[:6]
-        room = _floats(f"{ctx.operator}_room", ctx.sizes, dS)
+        room = floats(f"{ctx.operator}_room", ctx.sizes, dS)
         parts = ctx.sizes[5] if ctx.operator == "wkv7_chunks" else 1
         found = [torch.empty_like(x) for x in (*inputs, dS)]
         if parts > 1:
             found = [
                 torch.empty((parts, *x.shape), device=x.device) if n in DIVIDED else x for n, x in enumerate(found)
             ]
-        _call(f"{ctx.operator}_backward", ctx.sizes, *ctx.saved_tensors, dy.contiguous(), dS, *found, room)
+        call(f"{ctx.operator}_backward", ctx.sizes, *ctx.saved_tensors, dy.contiguous(), dS, *found, room)
         if parts > 1:
             found = [x.sum(0).to(inputs[n].dtype) if n in DIVIDED else x for n, x in enumerate(found)]
         return None, *found
@@ -205,9 +215,9 @@ class Wkv6(torch.autograd.Function):
         ctx.sizes = _sizes(inputs[:-1], int(w.dim() == 2))
         y, after, kept = torch.empty_like(v), torch.empty_like(S), None
         if tracked:
-            kept = _floats("wkv6_kept", ctx.sizes, v)
+            kept = floats("wkv6_kept", ctx.sizes, v)
             ctx.save_for_backward(*inputs[:-1], kept)
-        _call("wkv6_forward", ctx.sizes, *inputs, y, after, kept)
+        call("wkv6_forward", ctx.sizes, *inputs, y, after, kept)
         return y, after
 
     @staticmethod
@@ -218,9 +228,9 @@ class Wkv6(torch.autograd.Function):
         dr, dk, dv, dstart = (torch.empty_like(x) for x in (r, k, v, dS))
         du = torch.empty(B, H, N, device=r.device)
         dw = torch.empty_like(du if one_w else w)
-        room = _floats("wkv6_room", ctx.sizes, dS)
+        room = floats("wkv6_room", ctx.sizes, dS)
         found = (dr, dw, dk, dv, du, dstart)
-        _call("wkv6_backward", ctx.sizes, *ctx.saved_tensors, dy.contiguous(), dS.contiguous(), *found, room)
+        call("wkv6_backward", ctx.sizes, *ctx.saved_tensors, dy.contiguous(), dS.contiguous(), *found, room)
         if one_w:
             dw = dw.sum(0).to(w.dtype)
         return None, dr, dw, dk, dv, du.sum(0).to(u.dtype), dstart

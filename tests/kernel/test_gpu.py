@@ -266,6 +266,8 @@ def test_a_card_that_refuses_the_first_kernel_computes_by_chunks(host_library, m
 @pytest.mark.parametrize("family", ["rwkv7", "rwkv6", "rwkv5"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_model_learns_the_same_through_our_kernels(on_host, monkeypatch, family, packed):
+    monkeypatch.setattr("rwkvpipe.model.rwkv7.fits", lambda *inputs: False)  # what only the CPU has
+    gpu._said.clear()
     model = build_model(RwkvConfig(family=family, n_layer=2, n_embd=64, head_size=32, vocab_size=30))
     model.initialise(0)
     with torch.no_grad():  # what starts at zero would hide a difference
@@ -282,6 +284,7 @@ def test_a_model_learns_the_same_through_our_kernels(on_host, monkeypatch, famil
         return {name: x.grad.clone() for name, x in model.named_parameters()}
 
     found = learnt()
+    assert any("by our kernels" in line for line in gpu._said)
     monkeypatch.setattr(gpu, "at_hand", lambda device: (None, "turned off"))
     for name, wanted in learnt().items():
         assert error(found[name], wanted.double(), 1e-3) < 1e-4, name
@@ -290,6 +293,7 @@ def test_a_model_learns_the_same_through_our_kernels(on_host, monkeypatch, famil
 def test_a_prompt_of_rows_of_several_lengths_leaves_the_same_state_through_our_kernels(on_host, monkeypatch):
     model = build_model(RwkvConfig(n_layer=2, n_embd=64, head_size=64, vocab_size=30)).eval()
     model.initialise(0)
+    monkeypatch.setattr("rwkvpipe.model.rwkv7.fits", lambda *inputs: False)
     ids, lengths = torch.arange(3 * 20).view(3, 20) % 30, torch.tensor([20, 3, 11])
     with torch.inference_mode():
         found = model(ids, lengths=lengths)[1]

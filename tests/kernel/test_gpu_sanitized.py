@@ -25,6 +25,11 @@ int64_t wkv7_chunks_kept(const int64_t *), wkv7_chunks_room(const int64_t *);
                         void *, void *, void *, void *, float *, float *);
 DECLARE(wkv7)
 DECLARE(wkv7_chunks)
+int64_t mix_sums(const int64_t *);
+int mix_forward(const int64_t *, int64_t, const void *, const void *, const void *const *, void *const *);
+int mix_backward(const int64_t *, int64_t, const void *, const void *, const void *const *, const void *const *, void *,
+                 void *, float *);
+int square(const int64_t *, int64_t, const void *, const void *, void *);
 int wkv6_forward(const int64_t *, int64_t, SIX, const float *, void *, float *, float *);
 int wkv6_backward(const int64_t *, int64_t, SIX, const float *, const void *, const float *, void *, void *, void *,
                   void *, float *, float *, float *);
@@ -66,7 +71,20 @@ void operators(int64_t B, int64_t T, int64_t H, int64_t N) {
     }
 }
 
+void passes(int64_t B, int64_t T, int64_t D) {
+    const int64_t s[] = {B, T, D, 2, 0}, numbers[] = {B * T * D, 0};
+    auto x = [&] { return made(B * T * D); };
+    const void *m[] = {made(D), made(D)}, *dy[] = {x(), x()};
+    void *out[] = {x(), x()};
+    float *in = x(), *last = made(B * D);
+    wrong |= mix_forward(s, 0, in, last, m, out);
+    wrong |= mix_backward(s, 0, in, last, m, dy, x(), made(B * D), made(mix_sums(s)));
+    wrong |= square(numbers, 0, in, nullptr, x());
+    wrong |= square(numbers, 0, in, dy[0], x());
+}
+
 int main() {
+    passes(1, 1, 1), passes(2, 35, 20), passes(3, 32, 300);
     operators(1, 1, 1, 5), operators(1, 67, 2, 20), operators(1, 9, 1, 100), operators(1, 67, 1, 64);
     std::puts(wrong ? "wrong" : "all");
 }
