@@ -11,7 +11,8 @@ from rwkvpipe.data.batches import check_batch
 from rwkvpipe.infer.engine import load_vocabulary
 from rwkvpipe.train.loop import Hooks, fit
 from rwkvpipe.train.optim import whole_length
-from rwkvpipe.train.preference import Preferences, pair_batches, read_pairs, tokens
+from rwkvpipe.train.preference import Preferences, pair_batches, read_pairs, targets, tokens
+from rwkvpipe.train.rollout import drawn
 from rwkvpipe.train.stage import finish, open_stage, run_of, stage_parser
 
 
@@ -28,13 +29,18 @@ def main(argv: list[str] | None = None) -> None:
     check_batch(given.data, len(pairs), "pairs", config)
     config = whole_length(config, len(pairs))
     wanted = Preferences(stage, stage.settings.dpo or DpoConfig(), given.micro_batch)
+
+    def read(step: int) -> str:
+        asked = drawn(len(pairs), config, step, stage.seed)
+        return f"pairs {', '.join(str(number + 1) for number in sorted(asked))}"
+
     metrics = fit(
         stage.model,
         lambda first, carried: pair_batches(pairs, config, stage.seed, first),
         wanted.losses,
         config=config,
         run=run_of(stage, [given.data], given.save_every),
-        hooks=Hooks(measures=wanted.measures, tokens=tokens),
+        hooks=Hooks(measures=wanted.measures, tokens=tokens, targets=targets, read=read),
     )
     finish(stage, metrics)
 

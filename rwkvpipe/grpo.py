@@ -19,7 +19,11 @@ from rwkvpipe.train.stage import finish, open_stage, run_of, stage_parser
 
 
 def _tokens(rollout: Rollout) -> int:
-    return int((rollout.first + rollout.mask.sum(1)).sum())
+    return int((rollout.first + (rollout.mask != 0).sum(1)).sum())
+
+
+def _targets(rollout: Rollout) -> int:
+    return int((rollout.mask != 0).sum())
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         settings.rollout, given.micro_batch, precision=settings.train.precision,
         report=sampler.parts.append, rank=stage.rank,
     )  # fmt: skip
-    hooks = Hooks(measures=sampler.measures, carry=sampler.carry, tokens=_tokens)
+    hooks = Hooks(measures=sampler.measures, carry=sampler.carry, tokens=_tokens, targets=_targets, read=sampler.read)
     where = run_of(stage, [given.data, *map(Path, settings.rollout.files)], given.save_every)
     metrics = fit(stage.model, sampler.batches, losses, config=config, run=where, hooks=hooks)
     write_jsonl(stage.out.parent / "rollouts.jsonl", sampler.log.rows())

@@ -14,6 +14,7 @@ from rwkvpipe.infer.engine import Completion
 from rwkvpipe.model.family import build
 from rwkvpipe.tokenizer.load import load_tokenizer
 from rwkvpipe.train import rollout
+from rwkvpipe.train.record import MEASURED
 from rwkvpipe.train.stage import open_stage, stage_parser
 from rwkvpipe.weights import store
 
@@ -80,7 +81,7 @@ def run(home, name, micro_batch=8, out="model.safetensors", save_every=2):
     ])  # fmt: skip
     rows = [json.loads(line) for line in (home / name / "metrics.jsonl").read_text().splitlines()]
     kept = [json.loads(line) for line in (home / name / "rollouts.jsonl").read_text().splitlines()]
-    rows = [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+    rows = [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
     return store.read_tensors(path)[0], rows, kept
 
 

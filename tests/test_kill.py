@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+MEASURED = ("seconds", "tokens_per_second", "memory_mb")  # what no two runs have alike
 WATCHED = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate")
 EVENTS, TIMES = 6, 2  # kills of each case at a counted moment, and after a time
 
@@ -248,7 +249,9 @@ def harvest(out: Path) -> dict[str, object]:
         found[str(path.relative_to(out))] = path.read_bytes()
         if path.name == "metrics.jsonl":
             rows = [json.loads(line) for line in path.read_text().splitlines()]
-            timeless = [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+            timeless = [
+                {k: v for k, v in row.items() if k not in MEASURED} for row in rows
+            ]
             found[str(path.relative_to(out))] = timeless
     return found
 

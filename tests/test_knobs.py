@@ -72,6 +72,12 @@ TRIES: dict[str, list[tuple]] = {
     "train.precision": [("bf16", {}, KINDS), ("fp16", {}, ())],
     "train.log_every": [(2, {"train.steps": 5}, KINDS)],
     "train.valid_every": [(1, {}, CORPUS)],
+    "train.watch.best": [(True, {"train.valid_every": 1}, CORPUS), (True, {}, ())],
+    "train.watch.patience": [(1, {"train.valid_every": 1, "train.lr": 0.5, "train.steps": 6}, CORPUS), (1, {}, ())],
+    "train.watch.spike": [(1.001, {"train.watch.bad": "skip", "train.lr": 0.5, "train.steps": 8}, KINDS)],
+    "train.watch.bad": [
+        ("stop", {"train.watch.bad": "skip", "train.watch.spike": 1.001, "train.lr": 0.5, "train.steps": 8}, ())
+    ],  # it stops
     "lora.kind": [(kind, {"lora.rank": 4}, KINDS) for kind in ("pissa", "dora", "disha")],
     "lora.rank": [(8, {"lora.rank": 4}, KINDS)],
     "lora.alpha": [(3.0, {"lora.rank": 4}, KINDS)],
@@ -134,7 +140,17 @@ TRIES: dict[str, list[tuple]] = {
     "model.ln0": [(False, {}, ("init",))],
     "model.time_state": [(True, {}, ("init",))],
 }
-NOT_FLIPPED = {"kind", "mix", "model", "lora", "dpo", "rollout", "rollout.sampling", "train"}  # parts of these are
+NOT_FLIPPED = {
+    "kind",
+    "mix",
+    "model",
+    "lora",
+    "dpo",
+    "rollout",
+    "rollout.sampling",
+    "train",
+    "train.watch",
+}  # parts of these are
 
 
 def leaves(model: type[BaseModel], head: str = "") -> dict[str, object]:
@@ -177,6 +193,7 @@ def test_every_word_that_a_setting_knows_is_tried():
             "train.precision": "fp32",
             "lora.kind": "lora",
         }
+        default |= {"train.watch.bad": "skip"}
         default |= {"dpo.loss": "sigmoid", "rollout.loss": "dapo", "rollout.level": "token", "rollout.kl": "k3"}
         default |= {"rollout.scale": "group", "rollout.sampling.order": "hf", "model.family": "rwkv7"}
         if words and path not in ("model.preset", "rollout.reward"):
@@ -251,7 +268,8 @@ class Bench:
         rows = [{k: v for k, v in row.items() if k not in MEASURED} for row in read_jsonl(home / "metrics.jsonl")]
         tensors = {name: digest_of(value) for name, value in store.read_tensors(out)[0].items()}
         told = home / "rollouts.jsonl"
-        return json.dumps([tensors, rows, digest(told) if told.exists() else ""], sort_keys=True)
+        files = sorted(path.name for path in home.iterdir() if path.is_file())
+        return json.dumps([tensors, rows, digest(told) if told.exists() else "", files], sort_keys=True)
 
 
 def digest_of(tensor: torch.Tensor) -> str:

@@ -9,13 +9,14 @@ import torch
 
 from rwkvpipe import merge, pretrain
 from rwkvpipe.base.config import LoraConfig, RwkvConfig, Settings, TrainConfig
-from rwkvpipe.base.errors import ConfigError, DataError, Stopped
+from rwkvpipe.base.errors import ConfigError, DataError, PipeError, Stopped
 from rwkvpipe.base.files import write_json
 from rwkvpipe.data.batches import rows_of, token_batches
 from rwkvpipe.data.binidx import Binidx, BinidxWriter
 from rwkvpipe.model.family import build
 from rwkvpipe.train import loop
 from rwkvpipe.train.optim import whole_length
+from rwkvpipe.train.record import MEASURED
 from rwkvpipe.weights import store
 
 MODEL = RwkvConfig(n_layer=2, n_embd=32, head_size=16, vocab_size=24)
@@ -43,9 +44,9 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-def settings(home, lora=None, kind="pretrain", mix=(), **train):
+def settings(home, lora=None, kind="pretrain", mix=(), state=False, **train):
     asked = {"steps": 12, "ctx_len": 16, "batch": 4, "lr": 0.01, "warmup": 1, "log_every": 4} | train
-    value = Settings(kind=kind, seed=5, train=TrainConfig(**asked), lora=lora, mix=mix)
+    value = Settings(kind=kind, seed=5, train=TrainConfig(**asked), lora=lora, mix=mix, state=state)
     write_json(home / "settings.json", value.model_dump(mode="json"))
 
 
@@ -57,7 +58,7 @@ def run(home, name, micro_batch=4, out="model.safetensors", data=("corpus",)):
         "--micro-batch", str(micro_batch), "--save-every", "5", "--out", str(path),
     ])  # fmt: skip
     rows = [json.loads(line) for line in (home / name / "metrics.jsonl").read_text().splitlines()]
-    rows = [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+    rows = [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
     return store.read_tensors(path)[0], rows
 
 
@@ -157,7 +158,7 @@ def test_hardware_numbers_below_one_are_refused(home):
 def test_other_weights_start_again(home, monkeypatch):
     settings(home)
     whole = run(home, "whole")
-    monkeypatch.setattr(loop.checkpoint, "prune", lambda folder: (_ for _ in ()).throw(ZeroDivisionError))
+    monkeypatch.setattr(loop.checkpoint, "prune", lambda folder, stem: (_ for _ in ()).throw(ZeroDivisionError))
     with pytest.raises(ZeroDivisionError):
         run(home, "cut")
     monkeypatch.undo()
@@ -229,3 +230,43 @@ def test_an_epoch_reads_each_row_once(home):
     assert 2 * rows <= sum(seen.values()) < 2 * rows + 4 and min(seen.values()) >= 2
     assert whole_length(TrainConfig(epochs=0.1, batch=1), 30).steps == 3  # 0.1 is no fraction of two's powers
     assert whole_length(TrainConfig(epochs=2, batch=4), 6, repeats=3).steps == 9
+
+
+@pytest.mark.parametrize("apart", [{}, {"lora": LoraConfig(rank=2)}, {"state": True}], ids=["whole", "lora", "state"])
+def test_the_best_weights_lie_beside_the_last_ones(home, monkeypatch, apart):
+    def measured(*given, **named):
+        losses = iter([3.0, 1.0, 2.0, 2.0, 1.5])
+        return lambda model: next(losses)
+
+    monkeypatch.setattr("rwkvpipe.train.corpus.held_out_loss", measured)
+    stream, tensors = torch.Generator().manual_seed(1), store.read_tensors(home / "start.safetensors")[0]
+    moved = {name: value + 0.2 * torch.randn(value.shape, generator=stream) for name, value in tensors.items()}
+    store.write_tensors(home / "start.safetensors", moved)
+    asked = apart | {"schedule": "constant", "valid_every": 2}
+    out, kept = ("adapter.safetensors", "best_adapter.safetensors") if apart else ("model.safetensors",) * 2
+    settings(home, steps=9, watch={"best": True}, **asked)
+    last, _ = run(home, "a", out=out)
+    found = store.read_tensors(home / "a" / (kept if apart else "best.safetensors"))[0]
+    settings(home, steps=4, **asked)
+    wanted = run(home, "b", out=out)[0]
+    assert found.keys() == last.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in found)
+    assert any(not torch.equal(found[name], last[name]) for name in found)
+
+
+def test_raising_the_tokens_of_a_finished_stage_goes_on_from_its_end(home, caplog):
+    settings(home, steps=None, tokens=9 * 4 * 16, schedule="constant", valid_every=2)
+    whole = run(home, "whole")
+    settings(home, steps=5, schedule="constant", valid_every=2)
+    run(home, "cut")
+    settings(home, steps=None, tokens=9 * 4 * 16, schedule="constant", valid_every=2)
+    with caplog.at_level("INFO", logger="rwkvpipe"):
+        found = run(home, "cut")
+    assert "going on after step 5 of 9" in caplog.text and whole[1] == found[1]
+    assert all(torch.equal(value, found[0][name]) for name, value in whole[0].items())
+
+
+def test_a_bad_step_is_told_with_the_documents_it_read(home):
+    settings(home, steps=9, lr=3.0, watch={"spike": 1.0001})
+    with pytest.raises(PipeError, match=r"step \d: the norm of .*\(it read documents [\d, ]+ of .*corpus"):
+        run(home, "a")

@@ -60,7 +60,9 @@ def harvest(folder: Path) -> dict[str, object]:
         name = str(path.relative_to(folder))
         if path.name == "metrics.jsonl":
             rows = [json.loads(line) for line in path.read_text().splitlines()]
-            found[name] = [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+            found[name] = [
+                {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second", "memory_mb")} for row in rows
+            ]
         elif not {"log", ".locks"} & set(path.parts):
             found[name] = path.read_bytes()
     return found

@@ -13,7 +13,7 @@ from rwkvpipe.base.corpus import CorpusConfig, check_columns
 from rwkvpipe.base.files import read_json
 from rwkvpipe.base.sizes import RwkvConfig
 from rwkvpipe.base.strict import Count, Name, NotNegative, Positive, Share, Strict, Whole, check
-from rwkvpipe.base.tuning import DpoConfig, LoraConfig, RolloutConfig, SamplingConfig
+from rwkvpipe.base.tuning import DpoConfig, LoraConfig, RolloutConfig, SamplingConfig, WatchConfig
 from rwkvpipe.base.vocabulary import TokenizerConfig
 
 
@@ -85,6 +85,8 @@ class TrainConfig(Strict):
     """Steps between lines of metrics.jsonl."""
     valid_every: Whole = 0
     """Steps between measurements of the held-out loss; 0: only at the end."""
+    watch: WatchConfig = WatchConfig()
+    """Best weights, an early end, steps that went wrong."""
 
     @model_validator(mode="after")
     def _fits(self):
@@ -92,6 +94,8 @@ class TrainConfig(Strict):
             raise ValueError("give one of steps, epochs and tokens: it says how long")
         if self.tokens is not None and self.rows in ("documents", "packed"):
             raise ValueError("tokens counts those of a stream: rows of documents differ in length; give epochs")
+        if (self.watch.best or self.watch.patience) and not self.valid_every:
+            raise ValueError("watch.best and watch.patience look at the held-out loss: give valid_every, too")
         if self.bptt is not None and self.chunk is None:
             raise ValueError("bptt says how gradients cross chunks: give chunk, too")
         if self.rows in ("documents", "packed") and self.order == "magic":

@@ -52,6 +52,20 @@ class LoraConfig(Strict):
         return self
 
 
+class WatchConfig(Strict):
+    """What a training looks out for as it goes."""
+
+    best: bool = False
+    """Keep the weights of the lowest held-out loss, too: best.safetensors. Needs train.valid_every."""
+    patience: Count | None = None
+    """End after so many held-out losses in a row that are no lower than the lowest; left out, never."""
+    bad: Literal["stop", "skip"] = "stop"
+    """What is done where a loss or gradient is no number, or a spike: end, or go on without the step. It is named, and
+    the documents it read."""
+    spike: Annotated[Real, Field(gt=1)] | None = None
+    """So many times the gradient's usual norm (its running mean, of about 20 steps) is a spike; left out, none is."""
+
+
 class DpoConfig(Strict):
     """DPO: how answers that people prefer are told from others."""
 

@@ -22,6 +22,7 @@ from rwkvpipe.data.order import Shares, magic_prime, place, shuffled
 log = logging.getLogger("rwkvpipe")
 
 BLOCK = 1 << 16  # documents that are looked at together
+MOST = 20  # documents that are named
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,15 @@ class Share(Protocol):
 
     index: int
     count: int
+
+
+@dataclass(frozen=True)
+class _Alone:
+    index: int = 0
+    count: int = 1
+
+
+ALONE = _Alone()
 
 
 Spans = Sequence[tuple[int, int]]
@@ -248,6 +258,26 @@ def _padded(rows: Sequence[Row], *, masked: bool, packed: bool) -> Batch:
                 starts[row, first] = True
             first = last
     return Batch(ids, targets, mask, starts)
+
+
+def named(spans: Callable[[int], list[Row]], step: int) -> str:
+    """Which documents a step reads, by their numbers, corpus by corpus."""
+    found: dict[str, set[int]] = {}
+    for data, parts in spans(step):
+        starts = data.documents[:, 0]
+        for first, count in parts:
+            low, high = np.searchsorted(starts, [first, first + count - 1], "right")
+            found.setdefault(str(data.prefix), set()).update(range(int(low), int(high) + 1))
+    told = {prefix: sorted(numbers) for prefix, numbers in found.items()}
+    listed = {prefix: ", ".join(map(str, n[:MOST])) + (" ..." if len(n) > MOST else "") for prefix, n in told.items()}
+    return "; ".join(f"documents {numbers} of {prefix}" for prefix, numbers in listed.items())
+
+
+def documents_of(data: Mix, config: TrainConfig, step: int, *, masked: bool) -> str:
+    """Which documents a step of `masked_batches` or `token_batches` reads, in words."""
+    by_document = masked or config.rows in ("documents", "packed")
+    order = partial(_by_document, masked=masked) if by_document else _chunks
+    return named(spans_of(data, config, ALONE, order), step)
 
 
 def rows_of(data: Binidx, config: TrainConfig, *, masked: bool) -> int:

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from rwkvpipe.base.config import TrainConfig
 from rwkvpipe.base.errors import ConfigError, DataError
 from rwkvpipe.base.files import read_json
-from rwkvpipe.data.batches import Mix, rows_of
+from rwkvpipe.data.batches import Mix, documents_of, read_of, rows_of
 from rwkvpipe.data.binidx import Binidx
 from rwkvpipe.data.spread import read_parts
 from rwkvpipe.train.dist import ALONE
@@ -51,6 +52,14 @@ def _weights(stage: Stage, folders: Sequence[Path]) -> tuple[float, ...]:
     return weights
 
 
+def left_of(data: Mix, config: TrainConfig, *, masked: bool) -> dict[str, float]:
+    """How many documents of all corpora are cut, and how many left out, where rows are documents."""
+    if not masked and config.rows not in ("documents", "packed"):
+        return {}
+    found = [read_of(corpus, config.ctx_len, masked=masked) for corpus in data.corpora]
+    return {f"documents_{name}": sum(each[name] for each in found) for name in ("cut", "left_out")}
+
+
 def train(
     stage: Stage, folders: Sequence[Path], batches: Callable[..., Iterator], *, micro_batch: int, save_every: int
 ) -> None:
@@ -80,6 +89,9 @@ def train(
     valid = [file for folder in folders for file in _files(folder, "valid", masked)]
     parts = [Binidx(folder / "valid", rows) for folder in folders if _files(folder, "valid", masked)]
     validate = held_out_loss(parts, config, micro_batch, masked=masked, rank=stage.rank) if parts else None
+    if config.watch.best and validate is None:
+        raise DataError(f"{folders[0]}: has no held-out part, by whose loss watch.best tells; pack it with valid")
+    counts = left_of(data, config, masked=masked)
     begun = any(stage.folder.glob("step-*.json"))
     stream = None if begun else batches(data, config, ALONE, 0)  # judges the corpus before anything is written
     metrics = fit(
@@ -88,6 +100,6 @@ def train(
         (lm_losses if config.chunk is None else chunked_lm_losses)(micro_batch, config, stage.rank),
         config=config,
         run=run_of(stage, inputs + valid, save_every),
-        hooks=Hooks(validate=validate),
+        hooks=Hooks(validate, lambda: counts, read=lambda step: documents_of(data, config, step, masked=masked)),
     )
     finish(stage, metrics)

@@ -1,6 +1,5 @@
 """The training loop: the one place where gradients are computed and weights moved."""
 
-import json
 import logging
 import math
 import signal
@@ -17,13 +16,14 @@ from torch import Tensor, nn
 
 from rwkvpipe.base.config import TrainConfig
 from rwkvpipe.base.errors import DataError, PipeError, Stopped
-from rwkvpipe.base.files import append_line, settle, write_jsonl
 from rwkvpipe.train import checkpoint
 from rwkvpipe.train.dist import ALONE, Rank
-from rwkvpipe.train.optim import AdamW, adamw, lr_at, set_rate
+from rwkvpipe.train.optim import AdamW, adamw, lr_at, same_until, set_rate
 from rwkvpipe.train.precision import Scaler
+from rwkvpipe.train.record import Log, Progress
 from rwkvpipe.train.sharding import part_of, parted, watched, whole
 from rwkvpipe.train.tracker import Trackers
+from rwkvpipe.weights.store import write_tensors
 
 log = logging.getLogger("rwkvpipe")
 
@@ -39,11 +39,19 @@ class Run:
     save_every: int
     seed: int
     rank: Rank = ALONE
+    stem: str = ""
+    """The same mark for runs that differ in their length and in how they end."""
     trackers: Trackers = field(default_factory=Trackers)
 
 
 def _count(batch: Any) -> int:
     return int((batch.targets >= 0).sum())
+
+
+def _learned(batch: Any) -> int:
+    real = batch.targets >= 0
+    mask = getattr(batch, "mask", None)
+    return int(real.sum() if mask is None else (real & (mask != 0)).sum())
 
 
 @dataclass(frozen=True)
@@ -58,76 +66,10 @@ class Hooks:
     """Tensors that the batches need to go on from a resume point."""
     tokens: Callable[[Any], int] = _count
     """Tokens read in a batch."""
-
-
-class Log:
-    """Rows with a `step`, one JSON line each, that survive a kill: what lies past a resume point is cut off.
-
-    Of processes that train together the first one writes; to the others it is a file to read.
-    """
-
-    def __init__(self, path: Path, rank: Rank = ALONE):
-        self.path, self.writes = path, rank.index == 0
-
-    def add(self, row: dict) -> None:
-        """Append a row; `cut` has begun the file. Raises DataError if it vanished since."""
-        if self.writes:
-            append_line(self.path, row)
-
-    def settle(self) -> None:
-        """Have it on disk, so that no resume point outlives the rows before it. Raises DataError if it vanished."""
-        settle(self.path)
-
-    def rows(self) -> list[dict]:
-        """All rows; a last line that a kill has torn is none. Raises DataError for a line that is broken otherwise."""
-        if not self.path.exists():
-            return []
-        whole, rows = self.path.read_bytes().rpartition(b"\n")[0], []
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                row = json.loads(line)
-                rows.append(row | {"step": int(row["step"])})
-            except (ValueError, TypeError, KeyError):
-                raise DataError(f"{self.path}:{number}: damaged, no row of metrics; remove the line") from None
-        return rows
-
-    def cut(self, step: int) -> None:
-        """Begin, or go on with the rows up to and with `step`."""
-        if self.writes:
-            write_jsonl(self.path, [row for row in self.rows() if row["step"] <= step])
-
-
-@dataclass
-class Progress:
-    """What has been done: the step, and sums since the last line of metrics."""
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    sums: dict[str, float] = field(default_factory=dict)
-    since: dict[str, float] = field(default_factory=lambda: {"steps": 0, "tokens": 0, "seconds": 0.0})
-
-    def add(self, values: dict[str, float], tokens: int, seconds: float) -> None:
-        """Count one more step."""
-        self.step += 1
-        self.tokens += tokens
-        self.seconds += seconds
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.since = {
-            "steps": self.since["steps"] + 1,
-            "tokens": self.since["tokens"] + tokens,
-            "seconds": self.since["seconds"] + seconds,
-        }
-
-    def row(self, rate: float) -> dict:
-        """A line of metrics: means since the last one, which are then forgotten."""
-        means = {name: value / self.since["steps"] for name, value in self.sums.items()}
-        speed = self.since["tokens"] / max(self.since["seconds"], 1e-9)
-        head = {"step": self.step, "tokens": self.tokens, "loss": means.pop("loss"), "lr": rate}
-        head |= {"grad_norm": means.pop("grad_norm"), "tokens_per_second": round(speed, 1)}
-        self.sums, self.since = {}, {"steps": 0, "tokens": 0, "seconds": 0.0}
-        return head | {"seconds": round(self.seconds, 3)} | means
+    targets: Callable[[Any], int] = _learned
+    """Those of them that are learned."""
+    read: Callable[[int], str] = lambda step: ""
+    """What the batch of a step was made of, in words."""
 
 
 @contextmanager
@@ -155,6 +97,11 @@ def held(*, stopping: bool = False) -> Iterator[None]:
 def step_seed(seed: int, step: int) -> int:
     """The seed of what is drawn by lot in one step: a function of the run's seed and the step, nothing else."""
     return (seed * 1_000_003 + step) % 2**63
+
+
+def best_file(folder: Path, step: int) -> Path:
+    """Where the trained weights of a step are kept while it has the lowest held-out loss."""
+    return folder / f"best-{step:09d}.safetensors"
 
 
 def _pack(model: nn.Module, optimizer: AdamW, carried: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -255,13 +202,20 @@ class _Training:
         self.log = Log(run.folder / "log.jsonl", run.rank)
         self.stops = _Stops()
         self.saved = 0
+        self.stem = checkpoint.Stem(run.stem, same_until(config) if run.stem else 0)
+
+    @property
+    def over(self) -> bool:
+        """Whether training has come to its end, or gone on for long enough without getting better."""
+        patience = self.config.watch.patience
+        return self.progress.step >= self.config.steps or (patience is not None and self.progress.worse >= patience)
 
     def resume(self) -> dict[str, Tensor]:
         """Go back to the newest resume point, if there is one; returns what the batches carried."""
         rank = self.run.rank
         if rank.index:  # the first one removes what is no use
             rank.wait()
-        found = checkpoint.latest(self.run.folder, self.run.mark)
+        found = checkpoint.latest(self.run.folder, self.run.mark, self.stem)
         if not rank.index:
             rank.wait()
         step = 0 if found is None else found.step
@@ -276,7 +230,7 @@ class _Training:
             log.info("going on after step %d of %d", found.step, self.config.steps)
             if not any(row["step"] == 1 for row in self.log.rows()):  # every log begins with step 1
                 log.warning("%s: earlier lines are gone; metrics begin after step %d", self.log.path, found.step)
-        self.log.cut(self.progress.step)
+        self.log.cut(self.progress.lined)
         return carried
 
     def save(self) -> None:
@@ -290,31 +244,41 @@ class _Training:
             return
         self.log.settle()
         notes = vars(self.progress) | {"scaler": vars(self.scaler)}
-        checkpoint.save(self.run.folder, self.progress.step, tensors, self.run.mark, notes=notes)
+        checkpoint.save(self.run.folder, self.progress.step, tensors, self.run.mark, notes=notes, stem=self.stem)
         try:
             self.log.settle()
         except DataError:  # the folder vanished, and was made anew for a point that would outlive its lines
             checkpoint.clear(self.run.folder)
             raise
-        checkpoint.prune(self.run.folder)
+        checkpoint.prune(self.run.folder, stem=self.stem)
         self.saved = self.progress.step
 
     def advance(self, stream: Iterator, losses: Callable) -> None:
         """Make one step; the time that its batch takes (for grpo, to sample it) is part of it."""
-        begin, step = time.monotonic(), self.progress.step
+        begin, step, watch = time.monotonic(), self.progress.step, self.config.watch
         batch = next(stream)
         set_rate(self.optimizer, lr_at(self.config, step))
         try:
             loss, norm = self.gradient(batch, losses)
         except PipeError as error:
             raise type(error)(f"step {step + 1}: {error}") from None
+        wrong = self.progress.wrong(loss, norm, watch)
+        read = f" (it read {self.hooks.read(step)})" if wrong else ""
+        if wrong and watch.bad == "stop":
+            said = "no weight was moved. Lower train.lr, look at the step's data, or set train.watch.bad to skip"
+            raise PipeError(f"step {step + 1}: {wrong}; {said}{read}")
         with held():
-            self.optimizer.step()
             values = {"loss": loss, "grad_norm": norm} | self.hooks.measures()
-            self.progress.add(values, self.hooks.tokens(batch), time.monotonic() - begin)
+            if wrong:
+                log.warning("step %d is skipped: %s%s", step + 1, wrong, read)
+                values = {}
+            else:
+                self.optimizer.step()
+            counted = {"tokens": self.hooks.tokens(batch), "targets": self.hooks.targets(batch)}
+            self.progress.add(values, counted, time.monotonic() - begin)
 
     def gradient(self, batch: Any, losses: Callable) -> tuple[float, float]:
-        """Gradients of a step, in fp16 by the first factor that overflows nothing; PipeError where none does."""
+        """Gradients of a step, in fp16 by the first factor that overflows nothing, if there is one."""
         while True:
             torch.manual_seed(step_seed(self.run.seed, self.progress.step))
             found = losses(self.model, batch), self.config.clip, self.run.rank, self.stops, self.scaler.size
@@ -323,10 +287,19 @@ class _Training:
                 self.scaler.settle(self.config.precision)
                 return loss, norm
             if not self.scaler.lower():
-                name, value = ("norm of the gradient", norm) if math.isfinite(loss) else ("loss", loss)
-                said = "no weight was moved. Lower train.lr, or look at the step's data"
-                raise PipeError(f"the {name} is {value}; {said}")
+                return loss, norm
             self.hooks.measures()  # those of a step that does not count
+
+    def keep(self) -> None:
+        """Write the weights of the lowest held-out loss; of those before them one set stays, for a run that goes on."""
+        parted(self.model)
+        trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        tensors = whole(trained, self.run.rank)
+        if self.run.rank.index:
+            return
+        write_tensors(best_file(self.run.folder, self.progress.best_step), tensors)
+        for old in sorted(self.run.folder.glob("best-*.safetensors"))[:-2]:
+            old.unlink(missing_ok=True)
 
     def line(self) -> dict | None:
         """Write a line of metrics if one is due at the present step and not yet written; returns it."""
@@ -338,6 +311,8 @@ class _Training:
             return None
         held_out = {"valid_loss": self.hooks.validate(self.model)} if valid else {}
         with held():
+            if valid and self.progress.judge(held_out["valid_loss"]) and config.watch.best:
+                self.keep()
             row = self.progress.row(lr_at(config, number - 1)) | held_out
             self.log.add(row)
         self.run.trackers.add(row)
@@ -361,17 +336,23 @@ def fit(
         with training.stops.noted(run.rank), watched(run.rank):
             training.line()  # told to stop after a step and before its line, a run still owes it
             stream = batches(first, carried)
-            while training.progress.step < config.steps:
+            while not training.over:
                 training.advance(stream, losses)
+                if training.progress.step == config.steps:
+                    training.save()  # before its line: in a longer run there might be none
                 row = training.line()
                 now, done = time.monotonic(), training.progress.step
                 if row and (now - said > SECONDS_BETWEEN_WORDS or done == config.steps):
                     _say(training.progress, row, config, now - begin, first)
                     said = now
-                if done % run.save_every == 0 or done == config.steps:
+                if done % run.save_every == 0 or done == training.stem.until or training.over:
                     training.save()
-                if training.stops.agreed and done < config.steps:
+                if training.stops.agreed and not training.over:
                     raise KeyboardInterrupt
+            if training.progress.step < config.steps:
+                made = training.progress
+                words = "%d held-out losses are no lower than %.4f, of step %d: ended after step %d of %d"
+                log.info(words, made.worse, made.best, made.best_step, made.step, config.steps)
     except KeyboardInterrupt:
         with held(stopping=True):  # whoever presses Ctrl-C twice loses nothing
             training.save()
@@ -380,4 +361,5 @@ def fit(
     finally:
         run.trackers.close()
     model.eval()
+    training.log.best_step, training.log.stem = training.progress.best_step, training.stem
     return training.log

@@ -113,6 +113,13 @@ def lr_at(config: TrainConfig, step: int) -> float:
     return last + (config.lr - last) * (1 - fallen)
 
 
+def same_until(config: TrainConfig) -> int:
+    """The step up to which rates do not depend on how long training goes on: 0 for schedules that fall all along."""
+    if config.schedule == "constant":
+        return config.steps
+    return max(config.warmup, config.steps - round(config.decay * config.steps)) if config.schedule == "wsd" else 0
+
+
 def _rule(name: str, tensor: torch.Tensor, weight_decay: float) -> tuple[float, float]:
     """RWKV-LM's rule for all families: (scale of the learning rate, weight decay); the first that fits."""
     last = name.rpartition(".")[2]

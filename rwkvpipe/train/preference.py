@@ -137,3 +137,8 @@ def tokens(batch: Pairs) -> int:
     """Tokens of a step up to the end of each answer."""
     places = torch.arange(1, batch.mask.shape[1] + 1)
     return int((places * (batch.mask != 0)).amax(1).sum())
+
+
+def targets(batch: Pairs) -> int:
+    """Those of them that are an answer's."""
+    return int((batch.mask != 0).sum())

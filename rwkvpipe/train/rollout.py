@@ -17,8 +17,9 @@ from rwkvpipe.infer.engine import Completion, Engine
 from rwkvpipe.tasks.registry import reward
 from rwkvpipe.tokenizer.load import Tokenizer
 from rwkvpipe.train.hooks import Shaping
-from rwkvpipe.train.loop import Log, step_seed
+from rwkvpipe.train.loop import step_seed
 from rwkvpipe.train.policy import Rollout, advantages, completion_logprobs
+from rwkvpipe.train.record import Log
 from rwkvpipe.train.reward import Rewards
 from rwkvpipe.train.stage import Stage
 from rwkvpipe.weights import lora
@@ -116,6 +117,11 @@ class Sampler:
         stream = torch.Generator().manual_seed(step_seed(step_seed(self.stage.seed, -1), step // self.span))
         mixed = torch.randperm(len(self.current.ids), generator=stream)
         return self.current.rows(mixed.view(self.config.slices, -1)[step % self.config.slices])
+
+    def read(self, step: int) -> str:
+        """Which questions a step learns from, by their lines."""
+        asked = drawn(len(self.questions), self.stage.settings.train, step // self.span, self.stage.seed)
+        return f"questions {', '.join(str(number + 1) for number in sorted(asked))}"
 
     def carry(self) -> dict[str, Tensor]:
         """What is needed to go on in the middle of the steps on one rollout."""

@@ -5,14 +5,15 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from rwkvpipe.base.config import LoraConfig, RolloutConfig, Settings, read_settings
 from rwkvpipe.base.errors import ConfigError, Parser, new_file
 from rwkvpipe.base.files import canonical, digest, write_jsonl
 from rwkvpipe.train import checkpoint, dist
-from rwkvpipe.train.loop import Log, Run, held
+from rwkvpipe.train.loop import Run, best_file, held
 from rwkvpipe.train.precision import check_precision
+from rwkvpipe.train.record import Log
 from rwkvpipe.train.sharding import check_shard, parted, shard, whole
 from rwkvpipe.train.tracker import Trackers, add_trackers
 from rwkvpipe.weights import lora, store
@@ -104,10 +105,19 @@ def run_of(stage: Stage, inputs: list[Path], save_every: int) -> Run:
     """Where and how the stage keeps resume points; they are bound to settings, weights and the bytes of `inputs`."""
     if save_every < 1:
         raise ConfigError(f"--save-every: {save_every} steps between resume points; 1 is the least")
-    mark = checkpoint.fingerprint(stage.settings.model_dump(mode="json"), stage.base, [digest(p) for p in inputs])
+    asked, made_of = stage.settings.model_dump(mode="json"), [stage.base, *(digest(p) for p in inputs)]
+    mark, stem = checkpoint.fingerprint(asked, made_of), checkpoint.fingerprint(_endless(asked), made_of)
     names = () if stage.rank.index else stage.track
-    trackers = Trackers(names, folder=stage.out.parent, mark=mark, config=stage.settings.model_dump(mode="json"))
-    return Run(stage.folder, mark, save_every, stage.seed, stage.rank, trackers)
+    trackers = Trackers(names, folder=stage.out.parent, mark=mark, config=asked)
+    return Run(stage.folder, mark, save_every, stage.seed, stage.rank, stem, trackers)
+
+
+def _endless(asked: dict) -> dict:
+    """Settings without what says how long training goes on, and how the rate falls at its end."""
+    train = {name: value for name, value in asked["train"].items() if name not in ("steps", "epochs", "tokens")}
+    if train["schedule"] in ("constant", "wsd"):  # the same until the rate falls
+        train = {name: value for name, value in train.items() if name not in ("schedule", "decay", "lr_final")}
+    return asked | {"train": train}
 
 
 def finish(stage: Stage, metrics: Log) -> None:
@@ -122,18 +132,37 @@ def finish(stage: Stage, metrics: Log) -> None:
     if stage.rank.index:  # the first one writes
         return
     write_jsonl(stage.out.parent / "metrics.jsonl", metrics.rows())
-    if stage.settings.lora is not None:
-        store.write_tensors(stage.out, tensors, described(stage.model, stage.settings.lora, stage.base))
-    elif stage.settings.state:
-        store.write_tensors(stage.out, tensors, {"base": stage.base})
-    else:
-        store.write(stage.out, stage.model.config, tensors)
+    write_product(stage, stage.out, tensors)
     log.info("wrote %s", stage.out)
+    if stage.settings.train.watch.best:
+        write_best(stage, metrics.best_step, tensors)
     if dist.deserted():
         log.info("whoever started this is gone: %s stays, for whom starts it next", stage.folder)
     else:
         with held(stopping=True):  # stopped here, a finished run would look like one that is to be made again
-            checkpoint.clear(stage.folder)
+            if metrics.stem is None or not checkpoint.leave(stage.folder, metrics.stem):
+                checkpoint.clear(stage.folder)
+
+
+def write_product(stage: Stage, path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write what was trained: the model, with lora the adapter, with state the states."""
+    if stage.settings.lora is not None:
+        store.write_tensors(path, tensors, described(stage.model, stage.settings.lora, stage.base))
+    elif stage.settings.state:
+        store.write_tensors(path, tensors, {"base": stage.base})
+    else:
+        store.write(path, stage.model.config, tensors)
+
+
+def write_best(stage: Stage, step: int, tensors: dict[str, Tensor]) -> None:
+    """Write the weights of the lowest held-out loss beside the last ones, of which they take what was not trained.
+
+    Raises DataError where they are gone.
+    """
+    kept, _ = store.read_tensors(best_file(stage.folder, step))
+    best = stage.out.with_name("best_adapter.safetensors" if stage.settings.apart else "best.safetensors")
+    write_product(stage, best, {**tensors, **kept})
+    log.info("wrote %s, of step %d, which had the lowest held-out loss", best, step)
 
 
 def write_adapter(path: Path, model: nn.Module, config: LoraConfig, *, base: str) -> None:

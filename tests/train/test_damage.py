@@ -12,7 +12,7 @@ from rwkvpipe.base.config import LoraConfig, RwkvConfig
 from rwkvpipe.base.errors import PipeError
 from rwkvpipe.model.family import build
 from rwkvpipe.train import checkpoint
-from rwkvpipe.train.loop import Log
+from rwkvpipe.train.record import Log
 from rwkvpipe.train.stage import write_adapter
 from rwkvpipe.weights import store
 from rwkvpipe.weights.lora import inject, read_adapter

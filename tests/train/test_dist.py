@@ -22,6 +22,7 @@ from rwkvpipe.data.binidx import BinidxWriter
 from rwkvpipe.model.family import build
 from rwkvpipe.train import dist
 from rwkvpipe.train.dist import Rank
+from rwkvpipe.train.record import MEASURED
 from rwkvpipe.weights import store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,7 +95,7 @@ def same(given, wanted) -> None:
     for name, value in wanted[0].items():
         assert (tensors[name] - value).abs().max() <= 1e-6, name
     for row, other in zip(rows, wanted[1], strict=True):
-        for name in row.keys() - {"seconds", "tokens_per_second", "memory_mb"}:
+        for name in row.keys() - set(MEASURED):
             assert row[name] == pytest.approx(other[name], rel=1e-6, abs=2e-5), (row["step"], name)
 
 

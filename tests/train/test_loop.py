@@ -13,7 +13,8 @@ from torch import nn
 from rwkvpipe.base.config import TrainConfig
 from rwkvpipe.base.errors import DataError, PipeError, Stopped
 from rwkvpipe.train import checkpoint
-from rwkvpipe.train.loop import Hooks, Log, Run, fit, step_seed
+from rwkvpipe.train.loop import Hooks, Run, fit, step_seed
+from rwkvpipe.train.record import MEASURED, Log
 
 CONFIG = TrainConfig(steps=12, warmup=2, lr=0.05, log_every=3, valid_every=4, weight_decay=0.1)
 
@@ -66,7 +67,7 @@ def run(folder, stream=None, **changes):
 
 
 def timeless(log):
-    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in log.rows()]
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in log.rows()]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
@@ -217,7 +218,8 @@ def test_metrics_are_means_since_the_last_line(tmp_path):
     rows = {row["step"]: row for row in some.rows()}
     assert rows[6]["loss"] == pytest.approx(sum(wanted[3:6]) / 3)
     assert rows[12]["tokens"] == 72
-    assert rows[6].keys() == {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "seconds"}
+    named = {"step", "tokens", "loss", "lr", "grad_norm", "target_fraction", *MEASURED}
+    assert rows[6].keys() == named and rows[6]["target_fraction"] == 1 and rows[6]["memory_mb"] > 1
 
 
 def test_a_torn_last_line_is_no_row(tmp_path):

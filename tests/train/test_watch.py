@@ -1,0 +1,151 @@
+"""The best weights are kept, patience ends, bad steps are named, and a longer run goes on where a shorter one ended."""
+
+import logging
+import math
+import re
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from rwkvpipe.base.config import TrainConfig
+from rwkvpipe.base.errors import PipeError, Stopped
+from rwkvpipe.train import checkpoint
+from rwkvpipe.train.loop import Hooks, Run, best_file, fit
+from rwkvpipe.train.record import MEASURED
+from rwkvpipe.weights.store import read_tensors
+
+CONFIG = {"steps": 12, "warmup": 2, "lr": 0.05, "log_every": 3, "weight_decay": 0.1}
+
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.body = nn.Linear(4, 4)
+
+
+@dataclass
+class Stream:
+    """Batches by step; the loss of some steps is multiplied, and one of them is never reached."""
+
+    factors: dict
+    stop_at: int = -1
+    first: int = -1
+
+    def __call__(self, first, carried):
+        self.first, step = first, first
+        while True:
+            if step == self.stop_at:
+                raise KeyboardInterrupt
+            x = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
+            targets = torch.tensor([1, 1, 1, 1, -1, -1])
+            yield SimpleNamespace(x=x, targets=targets, mask=torch.tensor([1, 0, 0, 0, 1, 1]), step=step)
+            step += 1
+
+    def losses(self, model, batch):
+        yield model.body(batch.x).square().mean() * self.factors.get(batch.step, 1.0)
+
+
+def run(folder, *, factors=None, stop_at=-1, stem="stem", valid=None, **changes):
+    model, stream = Toy(), Stream(factors or {}, stop_at)
+    config = TrainConfig(**(CONFIG | changes))
+    hooks = Hooks(valid and (lambda model: valid(model)), read=lambda step: f"document {step}")
+    where = Run(folder, f"mark {config.steps} {config.schedule}", 5, 7, stem=stem)
+    log = fit(model, stream, stream.losses, config=config, run=where, hooks=hooks)
+    return model.body.weight.detach(), log, stream.first
+
+
+def timeless(log):
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in log.rows()]
+
+
+@pytest.mark.parametrize("factor, said", [(math.nan, "the loss is nan"), (1e6, "over 10 times its mean of")])
+def test_a_bad_step_stops_and_is_named_with_what_it_read(tmp_path, factor, said):
+    with pytest.raises(PipeError, match=rf"step 5: .*{said}.*no weight was moved.*\(it read document 4\)"):
+        run(tmp_path, factors={4: factor}, watch={"spike": 10})
+
+
+def test_a_skipped_step_moves_nothing_and_is_counted(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="rwkvpipe"):
+        whole, log, _ = run(tmp_path / "a", factors={4: math.nan, 7: 1e6}, watch={"spike": 10, "bad": "skip"})
+    assert re.search(r"step 5 is skipped: the loss is nan \(it read document 4\)", caplog.text)
+    assert "step 8 is skipped: the norm of the gradient is" in caplog.text
+    assert torch.isfinite(whole).all()
+    rows = {row["step"]: row for row in log.rows()}
+    assert [rows[step].get("skipped") for step in (1, 3, 6, 9, 12)] == [None, None, 1, 1, None]
+    assert all(math.isfinite(row["loss"]) and row["target_fraction"] == 0.25 for row in rows.values())
+    with pytest.raises(Stopped):
+        run(tmp_path / "b", factors={4: math.nan, 7: 1e6}, watch={"spike": 10, "bad": "skip"}, stop_at=6)
+    again, second, first = run(tmp_path / "b", factors={4: math.nan, 7: 1e6}, watch={"spike": 10, "bad": "skip"})
+    assert first == 6 and torch.equal(whole, again) and timeless(log) == timeless(second)
+
+
+def valley(model) -> float:
+    """A held-out loss that falls for a while and rises again: the weights shrink past some size."""
+    return abs(float(model.body.weight.detach().norm()) - 0.9)
+
+
+BEST = {"valid_every": 2, "steps": 40, "watch": {"best": True, "patience": 3}, "schedule": "constant"}
+
+
+def test_the_best_weights_are_kept_and_patience_ends(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="rwkvpipe"):
+        last, log, _ = run(tmp_path / "a", valid=valley, **BEST)
+    rows = [row for row in log.rows() if "valid_loss" in row]
+    lowest = min(rows, key=lambda row: row["valid_loss"])
+    assert rows[-1]["step"] == lowest["step"] + 6 < 40 and log.best_step == lowest["step"]
+    assert f"of step {log.best_step}: ended after step {rows[-1]['step']} of 40" in caplog.text
+    kept = read_tensors(best_file(tmp_path / "a", log.best_step))[0]["body.weight"]
+    short = run(tmp_path / "short", **(BEST | {"steps": log.best_step, "watch": {}}))[0]
+    assert torch.equal(kept, short) and not torch.equal(kept, last)
+    for stop_at in (log.best_step - 1, log.best_step, log.best_step + 3):
+        with pytest.raises(Stopped):
+            run(tmp_path / f"{stop_at}", valid=valley, stop_at=stop_at, **BEST)
+        again, second, _ = run(tmp_path / f"{stop_at}", valid=valley, **BEST)
+        assert torch.equal(again, last) and timeless(second) == timeless(log) and second.best_step == log.best_step
+        assert torch.equal(kept, read_tensors(best_file(tmp_path / f"{stop_at}", log.best_step))[0]["body.weight"])
+
+
+def finished(folder, **changes):
+    """A run to its end, which leaves what a longer one may go on from."""
+    found = run(folder, **changes)
+    assert checkpoint.leave(folder, found[1].stem)
+    return found
+
+
+PHASES = {"constant": {"schedule": "constant"}, "wsd": {"schedule": "wsd", "decay": 0.25}}
+
+
+@pytest.mark.parametrize(
+    "short, long, place", [("constant", "constant", 11), ("wsd", "wsd", 8), ("constant", "wsd", 11)]
+)
+def test_a_longer_run_goes_on_where_a_finished_one_ended(tmp_path, short, long, place):
+    whole, log, _ = run(tmp_path / "whole", valid=valley, valid_every=4, **(PHASES[long] | {"steps": 20}))
+    finished(tmp_path / "cut", valid=valley, valid_every=4, **(PHASES[short] | {"steps": 11}))
+    resumed, second, first = run(tmp_path / "cut", valid=valley, valid_every=4, **(PHASES[long] | {"steps": 20}))
+    assert first == place
+    assert torch.equal(whole, resumed) and timeless(log) == timeless(second)
+
+
+def test_the_falling_phase_of_wsd_may_be_entered_twice_from_one_stable_phase(tmp_path):
+    for steps in (16, 20):
+        whole = run(tmp_path / f"{steps}", **(PHASES["wsd"] | {"steps": steps}))[0]
+        again, _, first = run(tmp_path / "one", **(PHASES["wsd"] | {"steps": steps}))
+        assert torch.equal(whole, again) and first == {16: 0, 20: 12}[steps]
+        assert checkpoint.leave(tmp_path / "one", checkpoint.Stem("stem", 0))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "rwkv"])
+def test_where_rates_depend_on_the_length_a_longer_run_begins_anew_and_says_so(tmp_path, caplog, schedule):
+    run(tmp_path, schedule=schedule)
+    with caplog.at_level(logging.INFO, logger="rwkvpipe"):
+        assert run(tmp_path, schedule=schedule, steps=14)[2] == 0
+    assert "for another length, on which its rates depend; removed, training starts again" in caplog.text
+
+
+def test_other_settings_begin_anew_whatever_the_schedule(tmp_path):
+    finished(tmp_path, **PHASES["constant"])
+    assert run(tmp_path, stem="other", **(PHASES["constant"] | {"steps": 14}))[2] == 0
