@@ -1,4 +1,4 @@
-"""All figures of an NVIDIA card, one after the other, in less than eight minutes: `python -m benchmarks gpu`.
+"""All figures of an NVIDIA card, one after the other, in eight minutes at most: `python -m benchmarks gpu`.
 
 Each is taken by a process of its own (benchmarks/card.py). A peer is asked where it is installed: in its environment
 (`python -m benchmarks.peers fla`), or beside us. What cannot be taken says why.
