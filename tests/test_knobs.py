@@ -85,7 +85,7 @@ TRIES: dict[str, list[tuple]] = {
     "lora.dropout": [(0.3, {"lora.rank": 4}, CORPUS)],
     "lora.rslora": [(True, {"lora.rank": 4}, KINDS), (True, {"lora.rank": 4, "lora.kind": "disha"}, ())],
     "lora.targets": [(("att.key",), {"lora.rank": 4}, KINDS)],
-    "lora.quantise": [(kind, {"lora.rank": 4}, KINDS) for kind in ("int8", "nf4")],
+    "lora.quantise": [(kind, {"lora.rank": 4}, KINDS) for kind in ("bf16", "int8", "nf4")],
     "lora.full": [(("ln1",), {"lora.rank": 4}, KINDS)],
     "dpo.beta": [(0.5, {}, ("dpo",))],
     "dpo.loss": [("ipo", {}, ("dpo",))],

@@ -37,9 +37,9 @@ class LoraConfig(Strict):
     """Matrices that get an adapter, by the last parts of their path (`att.key`, `ffn.value`); left out, every matrix
     of the blocks: receptance, key, value and output of the time mix, key and value of the channel mix, and in rwkv5
     and rwkv6 the gate of the one and the receptance of the other."""
-    quantise: Literal["int8", "nf4"] | None = None
-    """The frozen matrices that have an adapter in 8 or 4 bits; left out, as they are. Only training sees them so: the
-    adapter is merged into the weights as they were."""
+    quantise: Literal["bf16", "int8", "nf4"] | None = None
+    """The frozen matrices that have an adapter in 16, 8 or 4 bits; left out, in fp32. Only training sees them so: the
+    adapter is merged into the weights as they were given."""
     full: tuple[str, ...] = ()
     """Tensors trained whole beside them, by the last parts of their path (`ln1`, `att.ln_x`, `att.w0`)."""
 

@@ -1,8 +1,8 @@
 """Frozen matrices in few bits, for training adapters beside them: opened for each product, never kept open.
 
-int8: each row (out, in) times its largest number's share of 127, rounded. nf4 (Dettmers et al. 2023, arXiv
-2305.14314): each 64 numbers in a row of memory divided by the largest of them, and rounded to 16 levels between -1 and
-1 that are evenly likely for normally distributed numbers; two in a byte.
+bf16: what most weights are released in, so that nothing is lost. int8: each number a whole multiple of a 127th of its
+row's largest. nf4 (Dettmers et al. 2023, arXiv 2305.14314): each 64 numbers in a row of memory divided by the largest
+and rounded to 16 levels between -1 and 1 that are evenly likely for normally distributed numbers; two in a byte.
 """
 
 from dataclasses import dataclass, replace
@@ -40,6 +40,8 @@ class Rounded:
 
     def open(self) -> Tensor:
         """The matrix, in fp32."""
+        if self.kind == "bf16":
+            return self.data.float()
         if self.kind == "int8":
             return self.data.float().mul_(self.scale[:, None])
         levels = torch.tensor(LEVELS, device=self.data.device)
@@ -49,7 +51,9 @@ class Rounded:
 
 
 def rounded(matrix: Tensor, kind: str) -> Rounded:
-    """A matrix (out, in) in few bits: `int8` or `nf4`."""
+    """A matrix (out, in) in few bits: `bf16`, `int8` or `nf4`."""
+    if kind == "bf16":
+        return Rounded(kind, tuple(matrix.shape), matrix.bfloat16(), matrix.new_empty(0))
     if kind == "int8":
         scale = matrix.abs().amax(1).clamp(min=1e-30) / 127
         return Rounded(kind, tuple(matrix.shape), (matrix / scale[:, None]).round().to(torch.int8), scale)

@@ -50,6 +50,11 @@ def test_nf4_is_the_nearest_of_its_levels_in_blocks_of_64(shape):
         torch.testing.assert_close(found.flatten()[first : first + BLOCK], nearest * most)
 
 
+def test_bf16_keeps_every_bit_of_weights_that_were_released_so():
+    matrix = drawn(6, 40).bfloat16().float()
+    assert torch.equal(rounded(matrix, "bf16").open(), matrix)
+
+
 def test_int8_keeps_each_row_to_half_a_step_of_its_largest_number():
     matrix = drawn(6, 40) * torch.logspace(-3, 3, 6)[:, None]
     matrix[3] = 0
@@ -57,13 +62,13 @@ def test_int8_keeps_each_row_to_half_a_step_of_its_largest_number():
     assert (error <= 0.5001 * matrix.abs().amax(1, keepdim=True) / 127).all() and error.max() > 0
 
 
-@pytest.mark.parametrize(("kind", "bytes_each"), [("int8", 1.02), ("nf4", 0.57)])
+@pytest.mark.parametrize(("kind", "bytes_each"), [("bf16", 2), ("int8", 1.02), ("nf4", 0.57)])
 def test_few_bits_are_few_bytes(kind, bytes_each):
     assert rounded(drawn(256, 256), kind).nbytes <= bytes_each * 256 * 256
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", ["bf16", "int8", "nf4"])
 def test_products_and_gradients_are_those_of_the_opened_matrix(kind, precision):
     matrix, found = rounded(drawn(12, 20), kind), []
     for open_matrix in (True, False):
