@@ -259,3 +259,7 @@ def test_rows_are_shared_out_and_none_is_left():
                 assert found == list(range(rows))
                 assert all(cut.stop - cut.start <= micro_batch for part in parts for cut in part)
                 assert rows < count or all(len(part) > 0 for part in parts[: -(-rows // (-(-rows // count)))])
+                ranks = [Rank(n, count, torch.device("cpu"), lockstep=True) for n in range(count)]
+                even = [list(rank.mine(rows, micro_batch)) for rank in ranks]
+                assert len({len(part) for part in even}) == 1
+                assert [[cut for cut in part if cut.start < cut.stop] for part in even] == parts
