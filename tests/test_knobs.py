@@ -124,6 +124,8 @@ TRIES: dict[str, list[tuple]] = {
     "rollout.sampling.stop": [(tuple("bcdefghijk"), {"rollout.sampling.bias": {98: 9.0}}, ("grpo",))],
     "rollout.sampling.stop_ids": [((98,), {"rollout.sampling.bias": {98: 9.0}}, ("grpo",))],
     "rollout.sampling.choices": [(("yes", "no"), {}, ("grpo",))],
+    "rollout.sampling.regex": [("[xy]{2}", {}, ("grpo",))],
+    "rollout.sampling.json_schema": [({"enum": ["x", "y"]}, {}, ("grpo",))],
     "rollout.sampling.seed": [(8, {}, ("grpo",))],
     "model.preset": [("rwkv7-0.1b", {"model.n_layer": 2, "model.n_embd": 64}, ("init",))],
     "model.family": [(name, {}, ("init",)) for name in ("rwkv6", "rwkv5")],

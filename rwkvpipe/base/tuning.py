@@ -1,6 +1,6 @@
 """What tuning adds to training: adapters beside frozen weights, and how text is sampled and judged."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -116,8 +116,18 @@ class SamplingConfig(Strict):
     """Ids that end it, too; what they stand for does not belong to it."""
     choices: tuple[str, ...] = ()
     """Texts of which the completion is one, whole; left out, it is free."""
+    regex: str | None = None
+    """A regular expression that the completion, whole, fits; needs the library llguidance."""
+    json_schema: dict[str, Any] | None = None
+    """A JSON schema that the completion, whole, fits; likewise."""
     seed: Whole = 0
     """Each sample draws from a stream of its own, made of this, the prompt's number and the sample's."""
+
+    @model_validator(mode="after")
+    def _one_form(self):
+        if sum((bool(self.choices), self.regex is not None, self.json_schema is not None)) > 1:
+            raise ValueError("choices, regex and json_schema each say all that a text may be; give one of them")
+        return self
 
 
 class RolloutConfig(Strict):

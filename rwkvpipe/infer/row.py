@@ -1,19 +1,30 @@
 """One text on its way: what was chosen, what it writes, and when it is over."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from torch import Tensor
 
 from rwkvpipe.base.config import SamplingConfig
 from rwkvpipe.base.errors import ConfigError, WeightsError
+from rwkvpipe.infer.grammar import Grammar
 from rwkvpipe.infer.lot import Lot
 from rwkvpipe.infer.words import Words, choices
 from rwkvpipe.model.layers import State
 from rwkvpipe.tokenizer.byte import utf8
 
 DRAWN = 64  # random numbers drawn at once
-RULES = {"seed", "max_tokens", "stop", "stop_ids", "choices"}  # what does not decide the chances of the next id
+RULES = {
+    "seed",
+    "max_tokens",
+    "stop",
+    "stop_ids",
+    "choices",
+    "regex",
+    "json_schema",
+}  # what does not decide the chances of the next id
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,8 @@ class Row:
             raise ConfigError("sampling.stop: an empty text ends every completion at once; remove it")
         self.choices = choices(sampling.choices, words) if sampling.choices else None
         self.node = self.choices.root if self.choices else None
+        ruled = sampling.regex is not None or sampling.json_schema is not None
+        self.grammar = Grammar(sampling, words) if ruled else None
         banned = [number for number in set(sampling.ban) if 0 <= number < words.size]
         if banned and words.owned[banned].sum() == words.owned.sum():
             raise ConfigError("sampling.ban: leaves no id of the vocabulary; shorten it")
@@ -77,8 +90,10 @@ class Row:
             self._draws = self._lot.draw(DRAWN)[::-1]
         return self._draws.pop()
 
-    def allowed(self) -> list[int] | None:
+    def allowed(self) -> Sequence[int] | np.ndarray | None:
         """Ids that may come next, where the choice is limited."""
+        if self.grammar is not None:
+            return self.grammar.ids
         return None if self.choices is None else self.node.ids
 
     def add(self, number: int, logprob: float) -> bool:
@@ -96,6 +111,10 @@ class Row:
         if ends := [place for place in found if place >= 0]:
             del self.data[min(ends) :]
             self.finish = "stop"
+        elif self.grammar is not None:
+            self.grammar.take(number)
+            if self.grammar.over:
+                self.finish = "stop"
         elif self.choices is not None:
             self.node = self.node.after(self.data[before:])
             if self.choices.over(self.node):

@@ -173,11 +173,12 @@ class Slots:
         """Logits with -inf at all that a row's choices rule out. Raises ConfigError where nothing is left."""
         limits = {n: allowed for n, row in enumerate(rows) if (allowed := row.allowed()) is not None}
         for n, allowed in limits.items():
-            if not set(allowed) - set(rows[n].job.sampling.ban):
-                raise ConfigError("sampling.choices: no token of the vocabulary goes on with any of them; change them")
-            kept = logits[n, allowed].clone()
+            if not np.setdiff1d(allowed, rows[n].job.sampling.ban).size:
+                raise ConfigError("sampling: no token of the vocabulary goes on with what the text may be; change it")
+            here = torch.as_tensor(allowed, device=self.device)
+            kept = logits[n, here]
             logits = logits.index_fill(0, torch.tensor([n], device=self.device), -torch.inf)
-            logits[n, allowed] = kept
+            logits[n, here] = kept
         return logits
 
     def _alternatives(self, logits: Tensor, number: int, top: int) -> tuple[float, list[tuple[int, float]]]:

@@ -1,5 +1,6 @@
 """What OpenAI's interface lets a client ask, checked: honoured, or refused naming the parameter."""
 
+import json
 import secrets
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,7 +13,8 @@ from rwkvpipe.infer.layout import Layout
 
 SAMPLES = 128
 SWITCHES = ("stream", "logprobs", "echo")
-CHOICES = 4000  # characters of texts to choose among
+FREE = {"choices": (), "regex": None, "json_schema": None}
+FORM = 8000  # characters of what says how an answer must look
 LIKELY = {"chat": 20, "text": 5}  # alternatives that may be asked for
 
 
@@ -37,7 +39,7 @@ class StreamOptions(Strict):
 
 
 class Common(Strict):
-    """Parameters of both kinds of request. The last four are not OpenAI's."""
+    """Parameters of both kinds of request. The last six are not OpenAI's."""
 
     model: str
     temperature: Real | None = None
@@ -56,6 +58,8 @@ class Common(Strict):
     repetition_penalty: Positive | None = None
     penalty_decay: Share | None = None
     guided_choice: tuple[str, ...] | None = None
+    guided_regex: str | None = None
+    guided_json: dict[str, Any] | None = None
 
 
 class Message(Strict):
@@ -144,8 +148,6 @@ class House:
             if given.best_of not in (None, given.n or 1):
                 raise Refused(400, "best_of is not offered here; leave it out", "best_of")
             return None if given.logprobs is None else _within("logprobs", given.logprobs, 0, LIKELY[kind])
-        if given.response_format not in (None, {"type": "text"}):
-            raise Refused(400, "only response_format text is offered; guided_choice limits answers", "response_format")
         if given.top_logprobs is not None and not given.logprobs:
             raise Refused(400, "top_logprobs belong to logprobs: true", "top_logprobs")
         return _within("top_logprobs", given.top_logprobs or 0, 0, LIKELY[kind]) if given.logprobs else None
@@ -189,10 +191,7 @@ class House:
         stops = () if given.stop is None else (given.stop,) if isinstance(given.stop, str) else given.stop
         if len(stops) > 16 or any(not text or len(text) > 1000 for text in stops):
             raise Refused(400, "stop: up to 16 texts of 1 to 1000 characters", "stop")
-        if sum(map(len, given.guided_choice or ())) > CHOICES:
-            raise Refused(
-                400, f"guided_choice: the texts have more than {CHOICES} characters together", "guided_choice"
-            )
+        forms = _forms(kind, given)
         if odd := [number for number in given.logit_bias or () if not 0 <= number < self.engine.words.size]:
             raise Refused(400, f"logit_bias: there is no id {odd[0]}", "logit_bias")
         asked = {
@@ -208,9 +207,31 @@ class House:
             "top_k": given.top_k,
             "repetition_penalty": given.repetition_penalty,
             "decay": given.penalty_decay,
-            "choices": given.guided_choice,
         }
-        return base.model_copy(update={name: value for name, value in asked.items() if value is not None})
+        asked = {name: value for name, value in asked.items() if value is not None}
+        return base.model_copy(update=asked | (FREE | forms if forms else {}))
+
+
+def _forms(kind: str, given: Any) -> dict[str, Any]:
+    """What an answer must be, whole: one of some texts, or what fits a regular expression or a JSON schema."""
+    found = {"choices": given.guided_choice, "regex": given.guided_regex, "json_schema": given.guided_json}
+    said = {"choices": "guided_choice", "regex": "guided_regex", "json_schema": "guided_json"}
+    asked = given.response_format if kind == "chat" else None
+    if asked not in (None, {"type": "text"}):
+        described = asked.get("json_schema") if asked.get("type") == "json_schema" else {"schema": {"type": "object"}}
+        schema = described.get("schema") if isinstance(described, dict) else None
+        if asked.get("type") not in ("json_object", "json_schema") or not isinstance(schema, dict):
+            raise Refused(400, "response_format: text, json_object, or json_schema with a schema", "response_format")
+        if given.guided_json is not None:
+            raise Refused(400, "response_format and guided_json say the same; give one of them", "response_format")
+        found["json_schema"], said["json_schema"] = schema, "response_format"
+    found = {name: value for name, value in found.items() if value is not None and value != ()}
+    if len(found) > 1:
+        raise Refused(400, f"{' and '.join(said[name] for name in found)}: give one of them", said[next(iter(found))])
+    for name, value in found.items():
+        if len(json.dumps(value)) > FORM:
+            raise Refused(400, f"{said[name]}: more than {FORM} characters", said[name])
+    return found
 
 
 def _within(name: str, value: Any, least: float, most: float) -> Any:
