@@ -117,7 +117,8 @@ def test_processes_together_end_where_one_ends(home, kind, count):
     same(shared, result(alone))
 
 
-@pytest.mark.parametrize("kind", ["dpo", pytest.param("sft", marks=pytest.mark.large)])
+@pytest.mark.large
+@pytest.mark.parametrize("kind", ["dpo", "sft"])
 def test_adapters_and_preferences_too(home, kind):
     test_processes_together_end_where_one_ends(home, kind, 2)
 
