@@ -242,15 +242,20 @@ def test_a_family_is_added_by_one_file_and_one_line(tmp_path):
     write_json(tmp_path / "s.json", asked)
     asked = {"kind": "sft", "seed": 1, "lora": {"rank": 2}, "train": TRAIN | {"chunk": 5}}
     write_json(tmp_path / "t.json", asked)
+    write_json(tmp_path / "p.json", {"kind": "sft", "seed": 1, "train": TRAIN | {"rows": "packed"}})
     write_corpus(tmp_path / "corpus")
     program = """
+from rwkvpipe.base.errors import ConfigError
 from rwkvpipe import generate, init, inspect, merge, pretrain, sft
 init.main("s.json --tokenizer bytes --out init.safetensors".split())
 pretrain.main("s.json --model init.safetensors --data corpus --micro-batch 4 --out base/model.safetensors".split())
 sft.main("t.json --model base/model.safetensors --data corpus --micro-batch 3 --out chat/adapter.safetensors".split())
 merge.main("--model base --adapter chat/adapter.safetensors --out chat/model.safetensors".split())
 generate.main("--model chat --tokenizer bytes --prompt abc --max-tokens 3".split())
-print()
+try:
+    sft.main("p.json --model base/model.safetensors --data corpus --micro-batch 3 --out p/model.safetensors".split())
+except ConfigError as error:
+    print(error)
 inspect.main(["base", "--json"])
 """
     found = subprocess.run(
@@ -261,4 +266,5 @@ inspect.main(["base", "--json"])
         text=True,
     )
     assert found.returncode == 0, found.stderr
+    assert "train.rows: packed: models of toy do not begin documents anew" in found.stdout
     assert json.loads(found.stdout[found.stdout.index("\n{") :])["family"] == "toy"

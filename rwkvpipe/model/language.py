@@ -7,6 +7,7 @@ that is not a matrix.
 
 import math
 from collections.abc import Sequence
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +42,10 @@ class Block(nn.Module):
         """
         if hasattr(self, "ln0"):
             x = self.ln0(x)
-        y, first, last, memory = self.att(self.ln1(x), first, state[0], state[1], lengths, borders)
+        given = (lengths,) if borders is None else (lengths, borders)
+        y, first, last, memory = self.att(self.ln1(x), first, state[0], state[1], *given)
         x = x + y
-        y, before = self.ffn(self.ln2(x), state[2], lengths, borders)
+        y, before = self.ffn(self.ln2(x), state[2], *given)
         return x + y, first, last, memory, before
 
 
@@ -97,6 +99,8 @@ class LanguageModel(nn.Module):
         """
         if starts is not None and self.config.time_state:
             raise ConfigError("train.rows: packed begins each document without a memory; this model has a time_state")
+        if starts is not None and "borders" not in signature(self.TimeMix.forward).parameters:
+            raise ConfigError(f"train.rows: packed: models of {self.config.family} do not begin documents anew")
         borders = None if starts is None else Borders(starts)
         if state is None:
             state = self.start(len(ids), ids.device)
