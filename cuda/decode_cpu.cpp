@@ -8,6 +8,9 @@
 
 #include <algorithm>
 #include <cmath>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -36,9 +39,15 @@ struct Half {
 struct Byte {
     typedef int8_t Number;
     static Vec at(const int8_t *p) {
+#if defined(__AVX512F__)
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
+#elif defined(__AVX2__)
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))));
+#else
         // by way of 16 bits: in one step compilers take the bytes apart
         const Shorts wider = __builtin_convertvector(*reinterpret_cast<const Bytes *>(p), Shorts);
         return __builtin_convertvector(__builtin_convertvector(wider, Ints), Vec);
+#endif
     }
 };
 
@@ -48,33 +57,44 @@ struct Matrix {
     int64_t out, in;
 };
 
-// OUTS rows of the matrix times ROWS rows of x: `to` gets what is below `out`
+// OUTS rows of the matrix times ROWS rows of x, all of them in the matrix; the rows behind them are asked for meanwhile
 template <int OUTS, int ROWS, class Form>
 void block(const Matrix &m, int64_t first, const float *x, int64_t x_step, float *to, int64_t to_step) {
     typedef typename Form::Number Number;
-    const Number *w[OUTS];
-    for (int i = 0; i < OUTS; i++)
-        w[i] = static_cast<const Number *>(m.data) + std::min<int64_t>(first + i, m.out - 1) * m.in;
-    Vec found[WIDTH] = {};
+    constexpr int64_t LINE = 64 / sizeof(Number);
+    const int64_t in = m.in;
+    const Number *w = static_cast<const Number *>(m.data) + first * in;
+    Vec found[WIDTH];
+    for (int i = 0; i < WIDTH; i++) found[i] = Vec{};
     int64_t k = 0;
-    for (; k + WIDTH <= m.in; k += WIDTH) {
+    const auto add = [&](const Number *at) {
         Vec x_[ROWS];
         for (int r = 0; r < ROWS; r++) x_[r] = load(x + r * x_step + k);
+#pragma GCC unroll 16
         for (int i = 0; i < OUTS; i++) {
-            const Vec w_ = Form::at(w[i] + k);
+            const Vec w_ = Form::at(at + i * in);
             for (int r = 0; r < ROWS; r++) found[i * ROWS + r] += w_ * x_[r];
         }
+    };
+    while (k + LINE <= in) {
+        for (int i = 0; i < OUTS; i++) __builtin_prefetch(w + k + (OUTS + i) * in);
+        for (int part = 0; part < LINE / WIDTH; part++, k += WIDTH) add(w + k);
     }
-    if (k < m.in) {
+    for (; k + WIDTH <= in; k += WIDTH) add(w + k);
+    if (k < in) {
         for (int i = 0; i < OUTS; i++) {
             Number rest[WIDTH] = {};
-            for (int64_t l = k; l < m.in; l++) rest[l - k] = w[i][l];
+            for (int64_t l = k; l < in; l++) rest[l - k] = w[i * in + l];
             for (int r = 0; r < ROWS; r++) found[i * ROWS + r] += Form::at(rest) * load(x + r * x_step + k);
         }
     }
-    alignas(64) float added[WIDTH];
-    store(added, sums(found));
-    for (int i = 0; i < OUTS && first + i < m.out; i++)
+    Vec added = sums(found);
+    if (ROWS == 1) {
+        if (m.scale) added *= load_some(m.scale + first, OUTS);
+        store_some(to + first, added, OUTS);
+        return;
+    }
+    for (int i = 0; i < OUTS; i++)
         for (int r = 0; r < ROWS; r++)
             to[r * to_step + first + i] = added[i * ROWS + r] * (m.scale ? m.scale[first + i] : 1.0f);
 }
@@ -112,17 +132,22 @@ struct Decode {
         float *operator[](int64_t row) const { return start + row * step; }
     };
 
+    // from `begin` to `end`, OUTS at a time
+    template <int OUTS, int ROWS, class Form>
+    void some(const Matrix &m, int64_t begin, int64_t end, int64_t row, const Room &x, const Room &to) const {
+        int64_t o = begin;
+        for (; o + OUTS <= end; o += OUTS) block<OUTS, ROWS, Form>(m, o, x[row], x.step, to[row], to.step);
+        for (; o < end; o++) block<1, ROWS, Form>(m, o, x[row], x.step, to[row], to.step);
+    }
+
     template <class Form>
     void part(const Matrix &m, int64_t begin, int64_t end, int64_t count, const Room &x, const Room &to) const {
         for (int64_t o = begin; o < end; o += WIDTH) {
+            const int64_t stop = std::min(end, o + WIDTH);
             int64_t r = 0;
-            for (; r + 4 <= count; r += 4)
-                for (int i = 0; i < WIDTH && o + i < end; i += WIDTH / 4)
-                    block<WIDTH / 4, 4, Form>(m, o + i, x[r], x.step, to[r], to.step);
-            for (; r + 2 <= count; r += 2)
-                for (int i = 0; i < WIDTH && o + i < end; i += WIDTH / 2)
-                    block<WIDTH / 2, 2, Form>(m, o + i, x[r], x.step, to[r], to.step);
-            for (; r < count; r++) block<WIDTH, 1, Form>(m, o, x[r], x.step, to[r], to.step);
+            for (; r + 4 <= count; r += 4) some<WIDTH / 4, 4, Form>(m, o, stop, r, x, to);
+            for (; r + 2 <= count; r += 2) some<WIDTH / 2, 2, Form>(m, o, stop, r, x, to);
+            for (; r < count; r++) some<WIDTH, 1, Form>(m, o, stop, r, x, to);
         }
     }
 

@@ -1,0 +1,75 @@
+"""What is compiled for lesser vector units than those of this machine gives the same numbers here."""
+
+import ctypes
+
+import pytest
+import torch
+
+from rwkvpipe.base.config import RwkvConfig
+from rwkvpipe.infer.decode import Decoder
+from rwkvpipe.infer.packed import keep
+from rwkvpipe.kernel import build
+from rwkvpipe.kernel.loss import Wanted, head_loss
+from rwkvpipe.model.family import build as model_of
+
+needs_native = pytest.mark.skipif(build.extension() is None, reason=f"no native kernels here: {build.why_not()}")
+WIDTHS = list(build.levels())
+LESSER = WIDTHS[WIDTHS.index(build.level()) :]
+
+
+@pytest.fixture(params=LESSER)
+def level(request, monkeypatch):
+    """The native code of a level, in the place of this machine's own."""
+    path, said = build.compiled(request.param)
+    library = ctypes.CDLL(str(path))
+    for function in (library.wkv7_kept, library.wkv6_kept, library.blend_tasks):
+        function.restype = ctypes.c_int64
+    monkeypatch.setattr(build, "_loaded", lambda: (library, said))
+    return request.param
+
+
+def made(family):
+    model = model_of(RwkvConfig(family=family, vocab_size=53, n_layer=2, n_embd=40, head_size=20, dim_ffn=70))
+    stream = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            tensor.copy_(0.15 * torch.randn(tensor.shape, generator=stream) + ("ln" in name))
+    return model
+
+
+def step(model, ids):
+    """Logits, memories, and gradients of both; and a loss with its own."""
+    features, state = model.features(ids)
+    count = features.shape[0] * features.shape[1]
+    wanted = Wanted(ids.flatten(), torch.ones(count), 1 / count, 0.1)
+    loss = head_loss(features.flatten(0, 1), model.head.weight, wanted)
+    logits = model.logits(features)
+    parts = (loss, logits.square().mean(), *(memory.square().mean() for memory in state.wkv))
+    found = torch.autograd.grad(sum(parts), list(model.parameters()), allow_unused=True)
+    found = [loss, logits, *state.wkv, *(x for x in found if x is not None)]
+    return [x.detach() for x in found]
+
+
+@needs_native
+@pytest.mark.parametrize("family", ["rwkv5", "rwkv6", "rwkv7"])
+def test_a_step_of_training_is_that_of_pytorch_in_fp64(level, family):
+    model, ids = made(family), torch.arange(74).view(2, 37) * 7 % 53
+    found = step(model, ids)
+    for one, other in zip(found, step(model.double(), ids), strict=True):
+        assert float((one - other).abs().max()) <= 3e-5 * max(1e-3, float(other.abs().max()))
+
+
+@needs_native
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_a_token_of_every_row_is_that_of_the_models_forward(level, kind, rows):
+    model = made("rwkv7").eval()
+    if kind != "fp32":
+        keep(model, kind)
+    with torch.inference_mode():
+        state, native, decoder = model.start(rows), model.start(rows), Decoder(model, kind)
+        for n in range(5):
+            ids = (torch.arange(rows) * 5 + n) % 53
+            logits, state = model(ids[:, None], state)
+            found = decoder.step(ids, native)
+            assert float((found - logits[:, -1]).abs().max()) <= 2e-5 * float(logits.abs().max())
