@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rwkvpipe.base.config import TrainConfig
 from rwkvpipe.base.errors import ConfigError, DataError
-from rwkvpipe.data.batches import BLOCK, Mix, Share, check_batch, span_order, spans_of
+from rwkvpipe.data.batches import BLOCK, Mix, Order, Share, check_batch, span_order, spans_of
 from rwkvpipe.data.binidx import Binidx
 
 log = logging.getLogger("rwkvpipe")
@@ -43,7 +43,7 @@ def _sides(data: Binidx) -> np.ndarray:
     return np.concatenate(found) if found else np.zeros(0, bool)
 
 
-def _pairs(data: Binidx, config: TrainConfig, part: float) -> Callable[[int], tuple[int, int]]:
+def _pairs(data: Binidx, config: TrainConfig, part: float) -> Order:
     """Whole documents of two sides, in order. Raises DataError when less than a batch is there."""
     borders = data.documents[_sides(data)]
     if not len(borders):
@@ -51,9 +51,9 @@ def _pairs(data: Binidx, config: TrainConfig, part: float) -> Callable[[int], tu
     check_batch(data.prefix, len(borders), "pairs", config, part)
     index = span_order(len(borders), config)
 
-    def span(number: int) -> tuple[int, int]:
+    def span(number: int) -> list[tuple[int, int]]:
         start, end = borders[index(number)].tolist()
-        return start, end - start
+        return [(start, end - start)]
 
     return span
 
@@ -85,7 +85,7 @@ def pair_batches(
 
     def batch(step: int) -> PairBatch:
         sources, targets = [], []
-        for corpus, start, count in spans(step):
+        for corpus, ((start, count),) in spans(step):
             ids, marks = np.asarray(corpus.tokens(start, count)), corpus.mask(start, count) != 0
             sources.append(_cut(ids[~marks], config.ctx_len))
             targets.append(ids[marks][: config.ctx_len])
