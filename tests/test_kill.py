@@ -249,9 +249,7 @@ def harvest(out: Path) -> dict[str, object]:
         found[str(path.relative_to(out))] = path.read_bytes()
         if path.name == "metrics.jsonl":
             rows = [json.loads(line) for line in path.read_text().splitlines()]
-            timeless = [
-                {k: v for k, v in row.items() if k not in MEASURED} for row in rows
-            ]
+            timeless = [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
             found[str(path.relative_to(out))] = timeless
     return found
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from rwkvpipe.base.config import WatchConfig
 from rwkvpipe.base.errors import DataError
 from rwkvpipe.base.files import append_line, settle, write_jsonl
+from rwkvpipe.base.tuning import WatchConfig
 from rwkvpipe.train.checkpoint import Stem
 from rwkvpipe.train.dist import ALONE, Rank
 
