@@ -46,10 +46,22 @@ def _sweep(path: Path) -> None:
             log.debug("%s: left as it is (%s)", left, error)
 
 
+def absent(*folders: Path) -> list[Path]:
+    """Those of some folders, the innermost first, that are not there yet."""
+    return [each for each in folders if not each.exists()]
+
+
+def unmake(folders: Iterable[Path]) -> None:
+    """Remove folders that were made for what did not come, unless somebody has put something there."""
+    with suppress(OSError):
+        for each in folders:
+            each.rmdir()
+
+
 @contextmanager
 def _home(folder: Path) -> Iterator[None]:
     """A folder to write in, made if need be; what was made for a file that did not come goes again."""
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    made = absent(folder, *folder.parents)
     folder.mkdir(parents=True, exist_ok=True)
     came = False
     try:
@@ -57,9 +69,7 @@ def _home(folder: Path) -> Iterator[None]:
         came = True
     finally:
         if not came:
-            with suppress(OSError):  # somebody else has put something there
-                for each in made:
-                    each.rmdir()
+            unmake(made)
 
 
 @contextmanager

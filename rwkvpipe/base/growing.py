@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rwkvpipe.base.files import naming
+from rwkvpipe.base.files import absent, naming, unmake
 
 COPIED = 1 << 20  # bytes that are copied at once
 EVERY = 2.0  # seconds between records: what is lost at most, give or take one piece
@@ -30,7 +30,7 @@ class Growing:
         self.state = self._go_on(mark)
         if self.state is None:
             shutil.rmtree(folder, ignore_errors=True)
-            self.made = [each for each in folder.parents if not each.exists()]
+            self.made = absent(*folder.parents)
             folder.mkdir(parents=True)
             with naming(self.journal):
                 self.journal.write_text(json.dumps({"mark": mark}) + "\n", encoding="utf-8")
@@ -106,9 +106,7 @@ class Growing:
     def forget(self) -> None:
         """Leave nothing, nor the folders that were made for this."""
         self.remove()
-        with suppress(OSError):  # somebody has put something there
-            for each in self.made:
-                each.rmdir()
+        unmake(self.made)
 
     def remove(self) -> None:
         """Remove the files that were not moved."""

@@ -4,11 +4,10 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rwkvpipe.base.files import append_line, canonical, digest, write_jsonl
+from rwkvpipe.base.files import absent, append_line, canonical, digest, unmake, write_jsonl
 
 log = logging.getLogger("rwkvpipe")
 
@@ -28,7 +27,7 @@ class Partial:
     def __init__(self, out: Path, mark: str):
         self.out, self.path, self.mark = out, out.with_name(f"{out.name}.part"), mark
         self.answers: dict[int, dict] = {}
-        self.made = [folder for folder in out.parents if not folder.exists()]
+        self.made = absent(*out.parents)
 
     def open(self, count: int) -> None:
         """Take over what an earlier run with the same mark left whole of `count` answers; begin anew otherwise."""
@@ -63,9 +62,7 @@ class Partial:
         """Something went wrong: a file without any answer does not stay, nor do folders that were made for it."""
         if not self.answers:
             self.path.unlink(missing_ok=True)
-            for folder in self.made:
-                with suppress(OSError):  # somebody else uses it
-                    folder.rmdir()
+            unmake(self.made)
 
     def finish(self, fields: Sequence[str] | None = None) -> int:
         """Write all answers, or these fields of them, in the order of their rows; the partial file has served."""

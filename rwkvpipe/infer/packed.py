@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkvpipe.base.errors import ConfigError
+from rwkvpipe.kernel.rounding import from_int8, to_int8
 
 KINDS = ("fp32", "bf16", "int8")
 PART = 1 << 24  # numbers that are in fp32 at a time
@@ -23,14 +24,13 @@ def pack(matrix: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
     if kind == "bf16":
         return matrix.bfloat16(), None
     if kind == "int8":
-        scale = matrix.abs().amax(1).clamp(min=1e-30) / 127
-        return (matrix / scale[:, None]).round().to(torch.int8), scale
+        return to_int8(matrix)
     return matrix, None
 
 
 def unpack(data: Tensor, scale: Tensor | None) -> Tensor:
     """The rounded matrix, in fp32."""
-    return data.float() if scale is None else data.float() * scale[:, None]
+    return data.float() if scale is None else from_int8(data, scale)
 
 
 class Packed(nn.Module):

@@ -16,6 +16,7 @@ from rwkvpipe.tokenizer.trie import TrieTokenizer, read_vocab, write_vocab
 from rwkvpipe.tokenizer.world import WorldTokenizer, load_vocabulary, load_world
 
 KINDS = ("bytes", "integer", "world", "trie", "bpe", "own")
+BPE_ENGINES = ("tokenizers", "gigatoken")
 WORDS, MERGES = "vocab.txt", "bpe.json"  # what lies beside tokenizer.json
 HUB = (WORDS, "rwkv_vocab_v20230424.txt")  # where folders of hubs keep a vocabulary in RWKV-LM's format
 
@@ -73,9 +74,6 @@ def _own(described: dict, file: Path) -> OwnTokenizer:
     if found.source() != described.get("source"):
         raise DataError(f"{file}: the code of {import_path} has changed since; make it again with rwkvpipe.vocab")
     return found
-
-
-BPE_ENGINES = ("tokenizers", "gigatoken")
 
 
 def load_engine(path: str | Path, bpe_engine: str) -> Tokenizer:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rwkvpipe.kernel.rounding import from_int8, to_int8
+
 BLOCK = 64
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -43,7 +45,7 @@ class Rounded:
         if self.kind == "bf16":
             return self.data.float()
         if self.kind == "int8":
-            return self.data.float().mul_(self.scale[:, None])
+            return from_int8(self.data, self.scale)
         levels = torch.tensor(LEVELS, device=self.data.device)
         pairs = torch.stack((self.data >> 4, self.data & 15), -1)  # (bytes, 2)
         blocks = levels[pairs.flatten().int()].view(-1, BLOCK) * self.scale[:, None]
@@ -55,8 +57,7 @@ def rounded(matrix: Tensor, kind: str) -> Rounded:
     if kind == "bf16":
         return Rounded(kind, tuple(matrix.shape), matrix.bfloat16(), matrix.new_empty(0))
     if kind == "int8":
-        scale = matrix.abs().amax(1).clamp(min=1e-30) / 127
-        return Rounded(kind, tuple(matrix.shape), (matrix / scale[:, None]).round().to(torch.int8), scale)
+        return Rounded(kind, tuple(matrix.shape), *to_int8(matrix))
     levels = torch.tensor(LEVELS, device=matrix.device)
     numbers = matrix.flatten()
     parts = [_nf4(part, levels) for part in numbers.split(PART)]

@@ -106,6 +106,14 @@ def until(process, reached) -> None:
         time.sleep(0.02)
 
 
+def without_the_second(process) -> str:
+    """What is said when the second process that trains is killed."""
+    below = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    environments = {int(pid): Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in below}
+    os.kill(next(pid for pid, values in environments.items() if b"RANK=1" in values), signal.SIGKILL)
+    return process.communicate(timeout=300)[1]
+
+
 @pytest.mark.parametrize(("kind", "count"), [("pretrain", 2), ("grpo", 2)])
 def test_processes_together_end_where_one_ends(home, kind, count):
     alone, shared = words(home, kind, "alone"), words(home, kind, "shared")
@@ -164,10 +172,7 @@ def test_a_cut_model_stops_in_one_line_when_a_process_is_gone(home):
     given = words(home, "pretrain", "shared", chunk=None, steps=100_000)
     process, log = start(2, "pretrain", [*given, "--shard", "weights"]), home / "shared/checkpoints/log.jsonl"
     until(process, lambda: log.exists() and log.read_bytes().count(b"\n") > 3)
-    below = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    environments = {int(pid): Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in below}
-    os.kill(next(pid for pid, values in environments.items() if b"RANK=1" in values), signal.SIGKILL)
-    said = process.communicate(timeout=300)[1]
+    said = without_the_second(process)
     assert process.returncode == 137 and "Traceback" not in said, said
     assert said.splitlines()[-1].startswith("error: process 2 of 2 was killed (SIGKILL), so all were stopped")
 
@@ -209,10 +214,7 @@ def test_one_that_is_killed_ends_all_with_one_line_and_the_rest_goes_on(home):
     given = words(home, "sft", "shared", steps=100_000)
     process, log = start(2, "sft", [*given, "--save-every", "2"]), home / "shared/checkpoints/log.jsonl"
     until(process, lambda: log.exists() and log.read_bytes().count(b"\n") > 3)
-    below = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    environments = {int(pid): Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in below}
-    os.kill(next(pid for pid, values in environments.items() if b"RANK=1" in values), signal.SIGKILL)
-    said = process.communicate(timeout=300)[1]
+    said = without_the_second(process)
     assert process.returncode == 137
     assert said.splitlines()[-1] == (
         "error: process 2 of 2 was killed (SIGKILL), so all were stopped; the same command goes on from the last"
