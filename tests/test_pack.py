@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -16,7 +17,9 @@ from rwkvpipe.base.errors import ConfigError, DataError
 from rwkvpipe.base.files import digest
 from rwkvpipe.data import packing, table
 from rwkvpipe.data.binidx import Binidx, BinidxWriter
+from rwkvpipe.data.lines import LARGE
 from rwkvpipe.data.synthetic import generate
+from rwkvpipe.data.workers import Turn
 from rwkvpipe.tokenizer.byte import ByteTokenizer
 from rwkvpipe.tokenizer.integer import IntegerTokenizer
 from rwkvpipe.tokenizer.load import save_tokenizer
@@ -287,6 +290,36 @@ def test_the_first_bad_row_of_the_file_is_named_whoever_finds_it(tmp_path, monke
         with pytest.raises(DataError, match=r"many.jsonl:701: `text` is int 1"):
             run(tmp_path, path, "--workers", workers)
         assert not (tmp_path / "out").exists()
+
+
+def test_large_lines_are_held_by_one_process_at_a_time_and_a_bad_one_stops_nobody_else(tmp_path):
+    path = tmp_path / "large.jsonl"
+    texts = [letter * (LARGE + 100_000) for letter in "abcd"]
+    path.write_text("".join(json.dumps({"text" if text[0] != "b" else "words": text}) + "\n" for text in texts))
+    with pytest.raises(DataError, match=r"large.jsonl:2: "):
+        run(tmp_path, path, "--workers", 2)
+    train, about = run(tmp_path, path, "--workers", 2, on_error="skip")
+    assert about["skipped"] == 1
+    for letter, (start, end) in zip("acd", train.documents, strict=True):
+        ids = train.tokens(start, end - start)
+        assert len(ids) == LARGE + 100_001 and (ids[:-1] == ord(letter) + 1).all() and ids[-1] == 0
+
+
+def test_a_turn_is_waited_for_and_left_by_whoever_has_it():
+    first, second = Turn(), Turn()
+    first.take()
+    first.lock = second.lock = threading.Lock()  # alone before, nobody waited
+    first.take()
+    first.take()
+    second.leave()  # not its own
+    waiting = threading.Thread(target=second.take)
+    waiting.start()
+    assert first.lock.locked() and not second.had
+    first.leave()
+    waiting.join()
+    assert second.had and not first.had
+    second.leave()
+    assert not second.lock.locked()
 
 
 def test_bad_rows_are_skipped_counted_and_listed(tmp_path, monkeypatch, caplog):

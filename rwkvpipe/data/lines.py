@@ -7,9 +7,11 @@ from typing import BinaryIO
 from rwkvpipe.base.errors import DataError
 from rwkvpipe.data.kind import BOM
 from rwkvpipe.data.unit import Place, Unit
+from rwkvpipe.data.workers import turn
 
 BLOCK = 1 << 20  # bytes of lines that are held at once; a line may be longer
 LINE = 1 << 27  # bytes of a line at most
+LARGE = 1 << 22  # bytes of a line that one process holds at a time
 READ = 1 << 18
 
 
@@ -31,7 +33,8 @@ def _begin(unit: Unit, file: BinaryIO) -> tuple[int, int]:
 def blocks(unit: Unit, file: BinaryIO) -> Iterator[tuple[int, bytearray | DataError]]:
     """(lines of the unit before it, whole lines) of the lines that begin in the unit; or the error of one too long.
 
-    The bytes are for who asks: they may be written to.
+    The bytes are for who asks: they may be written to. Of several processes one at a time holds a large line, until it
+    asks for what follows or its work is done.
     """
     place, number = _begin(unit, file)
     stop = math.inf if unit.stop is None else unit.stop
@@ -48,12 +51,19 @@ def blocks(unit: Unit, file: BinaryIO) -> Iterator[tuple[int, bytearray | DataEr
             yield number, _bare(held, unit.start + number)
             number += ended
             held = bytearray(piece[cut:])
+            turn.leave()
         elif len(held) > LINE:
             yield number, _long(unit, number)
+            held = bytearray()
+            turn.leave()
             place += _pass(file)
-            number, held = number + 1, bytearray()
+            number += 1
+        elif len(held) > LARGE:
+            turn.take()
     while held and not held.endswith(b"\n") and len(held) <= LINE and (piece := file.readline(READ)):
         held += piece
+        if len(held) > LARGE:
+            turn.take()
     if len(held) > LINE:
         yield number, _long(unit, number)
     elif held:

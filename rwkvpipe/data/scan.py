@@ -15,6 +15,7 @@ log = logging.getLogger("rwkvpipe")
 SOURCE = Path(__file__).resolve().parents[1] / "cuda/rows.cc"
 TRACKED_FILES = ["../cuda/rows.cc"]
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared")
+PIECE = 1 << 20  # bytes that are compared at a time
 POINTER, SIZE = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -45,5 +46,6 @@ def scan(data: np.ndarray, key: bytes) -> np.ndarray:
     place), where the line starts and ends. What is no object with such a text for sure stays as it is, and its text
     starts and ends at -1.
     """
-    rows = np.empty((int(np.count_nonzero(data == 10)) + 1, 5), dtype=np.int64)
+    pieces = (data[place : place + PIECE] for place in range(0, len(data), PIECE))
+    rows = np.empty((sum(int(np.count_nonzero(piece == 10)) for piece in pieces) + 1, 5), dtype=np.int64)
     return rows[: _library().rows_scan(data.ctypes.data, len(data), key, len(key), rows.ctypes.data)]

@@ -4,6 +4,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
+from multiprocessing.synchronize import Lock
 from typing import Any
 
 from rwkvpipe.base.errors import DataError, PipeError
@@ -11,8 +12,34 @@ from rwkvpipe.base.errors import DataError, PipeError
 AHEAD = 3  # results a process may be ahead of the one that is waited for: they are held in memory
 
 
-def _serve(task: Callable[[Any], Any], pipe: Connection) -> None:
+class Turn:
+    """What one of the processes that share work has at a time: the leave to hold much memory.
+
+    Nobody need wait for it in a process that works alone.
+    """
+
+    def __init__(self):
+        self.lock: Lock | None = None
+        self.had = False
+
+    def take(self) -> None:
+        """Wait until no other process has it."""
+        if self.lock and not self.had:
+            self.had = self.lock.acquire()
+
+    def leave(self) -> None:
+        """Let others have it, if this process does."""
+        if self.had:
+            self.had = False
+            self.lock.release()
+
+
+turn = Turn()  # of this process
+
+
+def _serve(task: Callable[[Any], Any], pipe: Connection, lock: Lock) -> None:
     """Answer jobs until nobody asks any more, be it because the asking process was killed."""
+    turn.lock = lock
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the asking process says when it is over
     try:
@@ -22,6 +49,7 @@ def _serve(task: Callable[[Any], Any], pipe: Connection) -> None:
                 answer = (number, task(job), None)
             except (PipeError, OSError) as error:
                 answer = (number, None, error)
+            turn.leave()  # an error may have kept whoever took it from doing so
             pipe.send(answer)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
@@ -37,10 +65,11 @@ def in_order(task: Callable[[Any], Any], jobs: Sequence[Any], count: int) -> Ite
         yield from map(task, jobs)
         return
     context, workers = multiprocessing.get_context("spawn"), []
+    lock = context.Lock()
     try:
         for _ in range(count):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(task, there), daemon=True)
+            process = context.Process(target=_serve, args=(task, there, lock), daemon=True)
             process.start()
             there.close()
             workers.append((process, here))
