@@ -12,6 +12,8 @@ from rwkvpipe.base.errors import ConfigError, DataError, Stopped
 from rwkvpipe.base.files import write_json, write_jsonl
 from rwkvpipe.infer.engine import Completion
 from rwkvpipe.model.family import build
+from rwkvpipe.show.chart import curves
+from rwkvpipe.show.metrics import read_metrics
 from rwkvpipe.tokenizer.load import load_tokenizer
 from rwkvpipe.train import rollout
 from rwkvpipe.train.record import MEASURED
@@ -149,6 +151,14 @@ def test_metrics_name_what_happened(home):
         "reference_logprob",
     }  # fmt: skip
     assert all(0 < row["entropy"] < 5.55 and row["sampler_gap"] <= row["sampler_gap_largest"] < 1e-3 for row in rows)
+
+
+def test_what_was_not_computed_is_in_no_file(home):
+    settings(home, train={"steps": 1})
+    _, rows, kept = run(home, "a")
+    assert {"reward", "clip_ratio", "clip_low", "clip_high"} <= rows[0].keys() and "kl" not in rows[0]
+    assert "logprob" in kept[0] and "reference_logprob" not in kept[0]
+    assert "Divergence" not in curves(read_metrics(home / "a/metrics.jsonl"), policy=True)
 
 
 def test_what_is_rewarded_becomes_more_frequent(home):

@@ -51,7 +51,7 @@ POLICY = (
         "Reward", "mean, ± standard deviation in a group", (Series("reward", "green", spread="reward_std"),), wide=True
     ),
     Chart("Policy loss", "nats a token", (Series("loss", "blue"),)),
-    Chart("KL from the start", "nats a token", (Series("kl", "plum"),)),
+    Chart("Divergence from the start", "nats a token", (Series("kl", "plum"),)),
     Chart("Length of completions", "tokens", (Series("completion_length", "blue"),)),
     *COMMON,
     Chart("Clipped ratios", "share", (Series("clip_ratio", "orange"),)),

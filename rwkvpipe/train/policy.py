@@ -166,7 +166,7 @@ def policy_loss(new: Tensor, rollout: Rollout, config: RolloutConfig, *, share: 
         cost = -torch.minimum(bounded * gain, ratio.clamp(low, high) * gain)
         below, above = (ratio < low) & (gain < 0), (ratio > high) & (gain > 0)
     measures = {"clip_low": (below * mask).sum(), "clip_high": (above * mask).sum()}
-    measures |= {"tokens": mask.sum(), "kl": new.new_zeros(())}
+    measures["tokens"] = mask.sum()
     if rollout.reference is not None:
         apart = torch.where(mask != 0, rollout.reference.to(new.dtype) - new, 0.0)
         divergence = _divergence(config.kl, apart)

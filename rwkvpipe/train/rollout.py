@@ -132,11 +132,13 @@ class Sampler:
 
     def measures(self) -> dict[str, float]:
         """Numbers of the step just made."""
-        sums = [sum(part[name] for part in self.parts) for name in ("tokens", "clip_low", "clip_high", "kl")]
-        tokens, low, high, divergence = self.stage.rank.total(*sums)
+        names = ["tokens", "clip_low", "clip_high", *(["kl"] if self.config.beta > 0 else [])]
+        sums = self.stage.rank.total(*(sum(part[name] for part in self.parts) for name in names))
         self.parts.clear()
-        shares = {"clip_ratio": low + high, "clip_low": low, "clip_high": high, "kl": divergence}
-        return self.facts | {name: value / max(tokens, 1) for name, value in shares.items()}
+        found = dict(zip(names, sums, strict=True))
+        tokens = max(found.pop("tokens"), 1)
+        found["clip_ratio"] = found["clip_low"] + found["clip_high"]
+        return self.facts | {name: value / tokens for name, value in found.items()}
 
     def sample(self, step: int) -> Rollout:
         """Ask, answer, grade: the rollout that starts at `step`."""
