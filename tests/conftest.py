@@ -39,6 +39,26 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture
+def at_any_thread_count():
+    """Checks that what a function returns, tensors, has the same bits with any number of threads."""
+
+    import torch  # not before OMP_NUM_THREADS is set
+
+    def check(results) -> None:
+        threads, found = torch.get_num_threads(), []
+        try:
+            for count in (1, 2, 3, 5, 7):
+                torch.set_num_threads(count)
+                found.append(results())
+        finally:
+            torch.set_num_threads(threads)
+        for other in found[1:]:
+            assert all(torch.equal(x, y) for x, y in zip(other, found[0], strict=True))
+
+    return check
+
+
 RUN = """
 run: demo
 seed: 7

@@ -5,8 +5,8 @@ from collections.abc import Generator, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from rwkvpipe.infer.draw import logprob
 from rwkvpipe.infer.prefix import Header, headers
-from rwkvpipe.infer.slots import logprob
 from rwkvpipe.model.layers import State
 
 CHUNK = 256  # tokens of a row read in one forward

@@ -8,16 +8,11 @@ from torch import Tensor, nn
 
 from rwkvpipe.base.errors import ConfigError
 from rwkvpipe.infer.decode import decoder
+from rwkvpipe.infer.draw import Asked, choose
 from rwkvpipe.infer.prefix import States
 from rwkvpipe.infer.row import Job, Row
-from rwkvpipe.infer.sampling import sample
 from rwkvpipe.infer.words import Words
 from rwkvpipe.model.layers import State
-
-
-def logprob(logits: Tensor, ids: Tensor) -> Tensor:
-    """Log-probabilities (...) of ids (...) under logits (..., V)."""
-    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
 
 class Slots:
@@ -117,7 +112,7 @@ class Slots:
         """Choose the next token of these rows from logits (places, V)."""
         rows = [self.rows[place] for place in places]
         index = None if len(rows) == len(self.rows) else torch.tensor(list(places), device=self.device)
-        chosen = self._choose(rows, index, logits)
+        chosen, values = self._choose(rows, index, logits)
         counted = [n for n, row in enumerate(rows) if row.penalised]
         if counted:
             for n in counted:
@@ -126,11 +121,7 @@ class Slots:
             spots = torch.tensor([places[n] for n in counted], device=self.device), chosen[counted]
             self.table["counts"][spots] += 1
             self.table["seen"][spots] = True
-        heat, plain = [row.job.sampling.temperature or 1.0 for row in rows], logits
-        if any(each != 1.0 for each in heat):
-            plain = logits / torch.tensor(heat, device=self.device).to(logits)[:, None]
-        values = logprob(plain, chosen).tolist()
-        numbers, over = chosen.tolist(), []
+        numbers, values, over = chosen.tolist(), values.tolist(), []
         for n, (place, row) in enumerate(zip(places, rows, strict=True)):
             if row.job.top is not None:
                 row.told.append(self._alternatives(logits[n], numbers[n], row.job.top))
@@ -141,15 +132,16 @@ class Slots:
                 self.rows[place] = None
         return over
 
-    def _choose(self, rows: list[Row], index: Tensor | None, logits: Tensor) -> Tensor:
-        """Next ids (rows,): rows of equal settings are sampled together. `index`: their places, None for all."""
-        if self.forbidden is not None:
-            logits = logits.index_fill(-1, self.forbidden, -torch.inf)
-        logits = self._limited(rows, logits)
+    def _choose(self, rows: list[Row], index: Tensor | None, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Next ids (rows,) and their log-probabilities: rows of equal settings are sampled together.
+
+        `index`: their places, None for all.
+        """
+        limited = self._limited(rows, logits)
         groups: dict[str, list[int]] = {}
         for n, row in enumerate(rows):
             groups.setdefault(row.rules, []).append(n)
-        found = []
+        chosen, values = [], []
         for members in groups.values():
             first, whole = rows[members[0]], len(members) == len(rows)
             part = None if whole else torch.tensor(members, device=self.device)
@@ -161,13 +153,13 @@ class Slots:
                 )
             if first.job.sampling.temperature > 0:
                 draws = torch.tensor([rows[n].uniform() for n in members], dtype=torch.float64)
-            found.append(sample(logits if whole else logits[part], first.job.sampling, counts, draws, seen=seen))
-        if len(found) == 1:
-            return found[0]
-        chosen = torch.zeros(len(rows), dtype=torch.long, device=self.device)
-        for members, ids in zip(groups.values(), found, strict=True):
-            chosen[torch.tensor(members, device=self.device)] = ids
-        return chosen
+            given = (limited, logits) if whole else (limited[part], logits[part])
+            found = choose(Asked(*given, self.forbidden, draws, counts, seen), first.job.sampling)
+            chosen.append(found[0]), values.append(found[1])
+        if len(groups) == 1:
+            return chosen[0], values[0]
+        back = torch.tensor([n for members in groups.values() for n in members], device=self.device).argsort()
+        return torch.cat(chosen)[back], torch.cat(values)[back]
 
     def _limited(self, rows: list[Row], logits: Tensor) -> Tensor:
         """Logits with -inf at all that a row's choices rule out. Raises ConfigError where nothing is left."""

@@ -25,6 +25,7 @@ X86 = {
     "AVX2": ("-mavx2", "-mfma"),
     "DEFAULT": (),
 }
+TYPES = (torch.float32, torch.float64, torch.int64, torch.bool)  # of tensors that native functions take
 _said: set[str] = set()
 
 
@@ -109,7 +110,7 @@ def words(tensors: Sequence[torch.Tensor | None]) -> ctypes.Array:
 
 def _word(function: str, x: torch.Tensor | Sequence[torch.Tensor] | ctypes.Array | float | None):
     if isinstance(x, torch.Tensor):
-        assert x.is_contiguous() and x.dtype in (torch.float32, torch.int64), (function, x.dtype, x.stride())
+        assert x.is_contiguous() and x.dtype in TYPES, (function, x.dtype, x.stride())
         return ctypes.c_void_p(x.data_ptr())
     if isinstance(x, float):
         return ctypes.c_float(x)

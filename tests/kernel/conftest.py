@@ -3,7 +3,6 @@
 import ctypes
 
 import pytest
-import torch
 
 from rwkvpipe.base import compiler
 from rwkvpipe.kernel import gpu
@@ -26,21 +25,3 @@ def on_host(host_library, monkeypatch):
     monkeypatch.setattr(gpu, "at_hand", lambda device: (host_library, "built for the host"))
     yield host_library
     host_library.grid_order(0)
-
-
-@pytest.fixture
-def at_any_thread_count():
-    """Checks that what a function returns, tensors, has the same bits with any number of threads."""
-
-    def check(results) -> None:
-        threads, found = torch.get_num_threads(), []
-        try:
-            for count in (1, 2, 3, 5, 7):
-                torch.set_num_threads(count)
-                found.append(results())
-        finally:
-            torch.set_num_threads(threads)
-        for other in found[1:]:
-            assert all(torch.equal(x, y) for x, y in zip(other, found[0], strict=True))
-
-    return check

@@ -5,9 +5,11 @@ import ctypes
 import pytest
 import torch
 
-from rwkvpipe.base.config import RwkvConfig
+from rwkvpipe.base.config import RwkvConfig, SamplingConfig
 from rwkvpipe.infer.decode import Decoder
+from rwkvpipe.infer.draw import Asked, weights
 from rwkvpipe.infer.packed import keep
+from rwkvpipe.infer.sampling import chances
 from rwkvpipe.kernel import build
 from rwkvpipe.kernel.loss import Wanted, head_loss
 from rwkvpipe.model.family import build as model_of
@@ -73,3 +75,13 @@ def test_a_token_of_every_row_is_that_of_the_models_forward(level, kind, rows):
             logits, state = model(ids[:, None], state)
             found = decoder.step(ids, native)
             assert float((found - logits[:, -1]).abs().max()) <= 2e-5 * float(logits.abs().max())
+
+
+@needs_native
+@pytest.mark.parametrize("order", ["hf", "rwkv"])
+def test_chances_have_the_bits_of_pytorchs(level, order):
+    logits = 4 * torch.randn(3, 777, generator=torch.Generator().manual_seed(1))
+    counts = (logits > 2).float()
+    for cuts in ({}, {"top_p": 0.9}, {"top_k": 40}, {"top_k": 9, "top_p": 0.7}):
+        config = SamplingConfig(order=order, temperature=0.8, repetition_penalty=1.3, frequency=0.3, **cuts)
+        assert torch.equal(weights(Asked(logits, logits, counts=counts), config), chances(logits, config, counts))

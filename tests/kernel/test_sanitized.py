@@ -30,6 +30,8 @@ void wkv6_backward(const int64_t *, int, const float *, const float *, const flo
 void decode7(const int64_t *, int, const float *const *, const float *const *, const void *const *,
              const float *const *, float *const *, float *const *, float *const *, const int64_t *, float *);
 void loss_rows(const int64_t *, int, float *, const int64_t *, const int64_t *, float, float, float *);
+void sample_rows(const int64_t *, int, const float *, const float *, const float *, const uint8_t *, const int64_t *,
+                 const float *, const double *, const double *, int64_t *, float *, int64_t *);
 void gate_backward(const int64_t *, int, const float *, const float *, const float *, const float *, float,
                    const float *, float *, float *, float *, float *);
 void finish_backward(const int64_t *, int, const float *, const float *, const float *, const float *, const float *,
@@ -95,7 +97,22 @@ void decode(int64_t rows, int64_t kind) {
     decode7(s, 2, fixed, vectors.data(), matrices.data(), scales.data(), att, memory, ffn, ids.data(), made(rows * V));
 }
 
+void samples(int64_t V, int64_t top_k, double top_p) {
+    const std::vector<int64_t> listed = {V - 1, 0, V - 1};
+    const std::vector<double> set = {1.3, top_p, 1.2, 0.3, 0.1}, draws = {0.0, 0.99};
+    std::unique_ptr<uint8_t[]> seen(new uint8_t[2 * V]());
+    std::unique_ptr<int64_t[]> told(new int64_t[2 * V]), ids(new int64_t[2]);
+    seen[V - 1] = seen[2 * V - 1] = 1;
+    for (int64_t form = 0; form < 3; form++) {
+        const int64_t s[] = {2, V, top_k, form == 1, form == 2, 1, 1, V > 1};
+        float *x = made(2 * V);
+        sample_rows(s, 2, x, x, made(2 * V), form ? seen.get() : nullptr, listed.data(), made(1), set.data(),
+                    draws.data(), ids.get(), made(2), told.get());
+    }
+}
+
 int main() {
+    for (int64_t V : {1, 5, 64, 200}) samples(V, 0, 1.0), samples(V, 3, 0.7), samples(V, 0, 0.9), samples(V, 100, 1.0);
     operators(2, 1, 1, 20), operators(1, 35, 3, 7), operators(1, 33, 1, 33);
     for (int64_t rows : {1, 7}) decode<float>(rows, 0), decode<uint16_t>(rows, 1), decode<int8_t>(rows, 2);
     std::puts("all");
