@@ -1,103 +1,16 @@
 // One token of every row through a whole RWKV-7: all layers in one call. rwkvpipe/model/rwkv7.py has the same in PyTorch.
 //
-// A row has the same bits whatever rows are beside it, and however many threads there are: each number of a matrix
-// product is the sum of the same vectors in the same order.
+// A row has the same bits whatever rows are beside it, and however many threads there are, as matvec.h has it.
 
-#include "threads.h"
-#include "vector.h"
+#include "matvec.h"
 
-#include <algorithm>
 #include <cmath>
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 namespace {
 
 constexpr float NORM_EPS = 1e-5f, LEAST = 1e-12f, HALF_ROOT = 0.60653066f;  // e^{-1/2}
-constexpr int64_t LARGE = 1 << 18;  // numbers of a matrix that are worth another thread
 
 int64_t whole(int64_t n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
-
-enum Kind { FP32, BF16, INT8 };
-
-typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
-typedef int8_t Bytes __attribute__((vector_size(WIDTH), aligned(1), may_alias));
-typedef int16_t Shorts __attribute__((vector_size(2 * WIDTH)));
-
-// rows of a matrix as vectors of floats
-struct Wide {
-    typedef float Number;
-    static Vec at(const float *p) { return load(p); }
-};
-struct Half {
-    typedef uint16_t Number;
-    static Vec at(const uint16_t *p) {
-        return (Vec)(__builtin_convertvector(*reinterpret_cast<const Halves *>(p), Ints) << 16);
-    }
-};
-struct Byte {
-    typedef int8_t Number;
-    static Vec at(const int8_t *p) {
-#if defined(__AVX512F__)
-        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
-#elif defined(__AVX2__)
-        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))));
-#else
-        // by way of 16 bits: in one step compilers take the bytes apart
-        const Shorts wider = __builtin_convertvector(*reinterpret_cast<const Bytes *>(p), Shorts);
-        return __builtin_convertvector(__builtin_convertvector(wider, Ints), Vec);
-#endif
-    }
-};
-
-struct Matrix {
-    const void *data;
-    const float *scale;  // of each row, for INT8
-    int64_t out, in;
-};
-
-// OUTS rows of the matrix times ROWS rows of x, all of them in the matrix; the rows behind them are asked for meanwhile
-template <int OUTS, int ROWS, class Form>
-void block(const Matrix &m, int64_t first, const float *x, int64_t x_step, float *to, int64_t to_step) {
-    typedef typename Form::Number Number;
-    constexpr int64_t LINE = 64 / sizeof(Number);
-    const int64_t in = m.in;
-    const Number *w = static_cast<const Number *>(m.data) + first * in;
-    Vec found[WIDTH];
-    for (int i = 0; i < WIDTH; i++) found[i] = Vec{};
-    int64_t k = 0;
-    const auto add = [&](const Number *at) {
-        Vec x_[ROWS];
-        for (int r = 0; r < ROWS; r++) x_[r] = load(x + r * x_step + k);
-#pragma GCC unroll 16
-        for (int i = 0; i < OUTS; i++) {
-            const Vec w_ = Form::at(at + i * in);
-            for (int r = 0; r < ROWS; r++) found[i * ROWS + r] += w_ * x_[r];
-        }
-    };
-    while (k + LINE <= in) {
-        for (int i = 0; i < OUTS; i++) __builtin_prefetch(w + k + (OUTS + i) * in);
-        for (int part = 0; part < LINE / WIDTH; part++, k += WIDTH) add(w + k);
-    }
-    for (; k + WIDTH <= in; k += WIDTH) add(w + k);
-    if (k < in) {
-        for (int i = 0; i < OUTS; i++) {
-            Number rest[WIDTH] = {};
-            for (int64_t l = k; l < in; l++) rest[l - k] = w[i * in + l];
-            for (int r = 0; r < ROWS; r++) found[i * ROWS + r] += Form::at(rest) * load(x + r * x_step + k);
-        }
-    }
-    Vec added = sums(found);
-    if (ROWS == 1) {
-        if (m.scale) added *= load_some(m.scale + first, OUTS);
-        store_some(to + first, added, OUTS);
-        return;
-    }
-    for (int i = 0; i < OUTS; i++)
-        for (int r = 0; r < ROWS; r++)
-            to[r * to_step + first + i] = added[i * ROWS + r] * (m.scale ? m.scale[first + i] : 1.0f);
-}
 
 struct Decode {
     int64_t rows, L, D, H, F, V, ranks[4];
@@ -121,48 +34,9 @@ struct Decode {
         if (low) (which - W1) % 2 ? in = low : out = low;
         if (which == FFN_KEY) out = F;
         if (which == FFN_VALUE) in = F;
-        return {matrices[n], scales[n], out, in};
+        return {matrices[n], scales[n], out, in, kind};
     }
     const float *vector(int64_t layer, int which) const { return vectors[layer * VECTORS + which]; }
-
-    // rows side by side, each filled up with zeros to whole vectors
-    struct Room {
-        float *start;
-        int64_t step;
-        float *operator[](int64_t row) const { return start + row * step; }
-    };
-
-    // from `begin` to `end`, OUTS at a time
-    template <int OUTS, int ROWS, class Form>
-    void some(const Matrix &m, int64_t begin, int64_t end, int64_t row, const Room &x, const Room &to) const {
-        int64_t o = begin;
-        for (; o + OUTS <= end; o += OUTS) block<OUTS, ROWS, Form>(m, o, x[row], x.step, to[row], to.step);
-        for (; o < end; o++) block<1, ROWS, Form>(m, o, x[row], x.step, to[row], to.step);
-    }
-
-    template <class Form>
-    void part(const Matrix &m, int64_t begin, int64_t end, int64_t count, const Room &x, const Room &to) const {
-        for (int64_t o = begin; o < end; o += WIDTH) {
-            const int64_t stop = std::min(end, o + WIDTH);
-            int64_t r = 0;
-            for (; r + 4 <= count; r += 4) some<WIDTH / 4, 4, Form>(m, o, stop, r, x, to);
-            for (; r + 2 <= count; r += 2) some<WIDTH / 2, 2, Form>(m, o, stop, r, x, to);
-            for (; r < count; r++) some<WIDTH, 1, Form>(m, o, stop, r, x, to);
-        }
-    }
-
-    void times(const Matrix &m, int64_t count, int threads, const Room &x, const Room &to) const {
-        const int64_t pieces = std::max<int64_t>(1, std::min<int64_t>(threads, m.out * m.in / LARGE));
-        const int64_t size = (m.out / pieces + WIDTH) / WIDTH * WIDTH;
-        share((m.out + size - 1) / size, threads, [&](int64_t n) {
-            const int64_t begin = n * size, end = std::min(m.out, begin + size);
-            switch (kind) {
-                case FP32: return part<Wide>(m, begin, end, count, x, to);
-                case BF16: return part<Half>(m, begin, end, count, x, to);
-                case INT8: return part<Byte>(m, begin, end, count, x, to);
-            }
-        });
-    }
 
     void norm(const float *x, const float *weight, const float *bias, float *to) const {
         Vec total = {}, squares = {};
@@ -327,7 +201,7 @@ struct Decode {
             for (int64_t i = 0; i < count; i++) add(at.x[i], at.mixed[i]);
         }
         for (int64_t i = 0; i < count; i++) norm(at.x[i], fixed[LN_OUT], fixed[LN_OUT_BIAS], at.normed[i]);
-        const Matrix head = {matrices[L * MATRICES], scales[L * MATRICES], V, D};
+        const Matrix head = {matrices[L * MATRICES], scales[L * MATRICES], V, D, kind};
         times(head, count, threads, at.normed, {logits + begin * V, V});
     }
 

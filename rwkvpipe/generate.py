@@ -15,9 +15,9 @@ from rwkvpipe.base.partial import Partial, mark
 from rwkvpipe.base.strict import check, check_json
 from rwkvpipe.infer.engine import Engine, load_vocabulary
 from rwkvpipe.infer.layout import TEMPLATE, Layout, find_layout
-from rwkvpipe.infer.packed import KINDS
 from rwkvpipe.infer.prefix import States
 from rwkvpipe.infer.prompts import read_prompts
+from rwkvpipe.kernel.panels import KINDS
 from rwkvpipe.tokenizer.chat import MODES
 from rwkvpipe.train import dist
 from rwkvpipe.weights import store

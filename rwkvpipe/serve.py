@@ -11,7 +11,7 @@ from rwkvpipe.base.errors import ConfigError, Parser, run
 from rwkvpipe.base.strict import check_json
 from rwkvpipe.infer.engine import Engine, load_vocabulary
 from rwkvpipe.infer.layout import TEMPLATE, find_layout
-from rwkvpipe.infer.packed import KINDS
+from rwkvpipe.kernel.panels import KINDS
 from rwkvpipe.tokenizer.chat import MODES
 from rwkvpipe.train import dist
 from rwkvpipe.weights.speaker import load_speaker

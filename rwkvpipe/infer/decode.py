@@ -1,15 +1,16 @@
 """A token of every row in one native call for all layers (`cuda/decode_cpu.cpp`), for RWKV-7 on the CPU.
 
 The model's forward is the reference, and what computes where there is no native code, or another family. The matrices
-may be kept in fewer bits (see `packed`): then the weights are read in half or a quarter of the time, which is what a
-token costs.
+may be kept in panels and fewer bits (see `packed`): then the weights are read in half or a quarter of the time, which
+is what a token costs.
 """
 
 import torch
 from torch import Tensor, nn
 
-from rwkvpipe.infer.packed import KINDS, kind_of, matrix, pack
+from rwkvpipe.infer.packed import kind_of, matrix
 from rwkvpipe.kernel import build
+from rwkvpipe.kernel.panels import lies, pack
 from rwkvpipe.model.layers import State
 
 ROWS = ("ln1.weight", "ln1.bias", "ln2.weight", "ln2.bias", "att.x_r", "att.x_w", "att.x_k", "att.x_v", "att.x_a",
@@ -20,10 +21,13 @@ MATRICES = ("att.receptance", "att.key", "att.value", "att.output", "att.w1", "a
 
 
 class Decoder:
-    """The weights of a model as they are now, laid out for `step`. `kind` says what matrices are kept in."""
+    """The weights of a model as they are now, laid out for `step`.
+
+    `kind` says what matrices are in: panels of a kind, or, None, read where the model has them.
+    """
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, kind: str = "fp32"):
+    def __init__(self, model: nn.Module, kind: str | None = None):
         config, parameters = model.config, dict(model.named_parameters())
         self.vocab_size, self.kind = config.vocab_size, kind
         self.kept: list[Tensor] = []  # what native code reads must not go
@@ -49,7 +53,7 @@ class Decoder:
         ids, logits = ids.contiguous(), torch.empty(len(ids), self.vocab_size)
         if len(ids) and not bool(((ids >= 0) & (ids < self.vocab_size)).all()):
             raise IndexError("an id that the model does not have")
-        sizes = (len(ids), *self.sizes, KINDS.index(self.kind))
+        sizes = (len(ids), *self.sizes, lies(self.kind))
         weights = (self.fixed, self.vectors, self.matrices, self.scales)
         build.call("decode7", sizes, *weights, state.att_x, state.wkv, state.ffn_x, ids, logits)
         return logits
@@ -66,13 +70,15 @@ def decoder(model: nn.Module) -> Decoder | None:
 
 
 def _packed(
-    model: nn.Module, parameters: dict[str, Tensor], name: str, kind: str
+    model: nn.Module, parameters: dict[str, Tensor], name: str, kind: str | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """A matrix (out, in) and its scale: of a low rank, which is stored the other way round, a layer's, or kept so."""
     if name in (kept := getattr(model, "packed", {})):
-        return kept[name]
+        return kept[name][:2]
     if name in parameters:
-        return pack(parameters[name].mT, kind)
-    if not hasattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]):
+        found = parameters[name].mT
+    elif not hasattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]):
         return None, None  # layer 0 has no v
-    return pack(matrix(model.get_submodule(name)), kind)
+    else:
+        found = matrix(model.get_submodule(name))
+    return (found, None) if kind is None else pack(found, kind)[:2]

@@ -46,8 +46,9 @@ class Engine:
     """Writes on after prompts and weighs texts, `rows` at a time; what comes out does not depend on `rows`.
 
     The model may have adapters beside its matrices, and initial states. `kind` (see `packed`) is what its matrices are
-    kept in from then on, whatever is done with it. Raises ConfigError when the tokenizer has ids that the model lacks,
-    or for more rows than memory holds. `special` words of prompts are an id each (a chat template may name some).
+    kept in from then on, whatever is done with it; None leaves them where they are trained. Raises ConfigError when the
+    tokenizer has ids that the model lacks, or for more rows than memory holds. `special` words of prompts are an id
+    each (a chat template may name some).
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Engine:
         tokenizer: Tokenizer,
         rows: int,
         *,
-        kind: str = "fp32",
+        kind: str | None = None,
         special: Mapping[str, int] | None = None,
     ):
         size = model.config.vocab_size
@@ -66,7 +67,8 @@ class Engine:
             raise ConfigError(
                 f"the tokenizer has {tokenizer.size} ids, the model {size}; give the tokenizer it was trained with"
             )
-        keep(model, kind)
+        if kind is not None:
+            keep(model, kind)
         self.model, self.tokenizer, self.rows = model, tokenizer, rows
         self.special = {word: number for word, number in (special or {}).items() if 0 <= number < size}
         self.reader = Reader(model, rows)

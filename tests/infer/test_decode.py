@@ -5,8 +5,8 @@ import torch
 
 from rwkvpipe.base.config import LoraConfig, RwkvConfig
 from rwkvpipe.infer.decode import Decoder, decoder
-from rwkvpipe.infer.packed import pack, unpack
 from rwkvpipe.kernel import build
+from rwkvpipe.kernel.panels import KINDS, pack, unpack
 from rwkvpipe.model.family import build as model_of
 from rwkvpipe.model.layers import State
 from rwkvpipe.weights.lora import inject
@@ -41,7 +41,7 @@ def reference(model, ids):
     return torch.stack(found, 1), state
 
 
-def native(model, ids, kind="fp32"):
+def native(model, ids, kind=None):
     step, state, found = Decoder(model, kind), apart(model.start(len(ids))), []
     for t in range(ids.shape[1]):
         found.append(step.step(ids[:, t], state))
@@ -53,35 +53,38 @@ def drawn(rows, tokens, seed=1, vocabulary=53):
 
 
 @pytest.mark.parametrize("sizes", [{}, ODD, {"n_embd": 128, "head_size": 64, "vocab_size": 300, **ODD}, {"ln0": False}])
-@pytest.mark.parametrize("rows", [1, 2, 7])
-def test_logits_and_states_are_those_of_the_models_forward(sizes, rows):
+@pytest.mark.parametrize("rows", [1, 2, 7, 15])
+@pytest.mark.parametrize("kind", [None, "fp32"])
+def test_logits_and_states_are_those_of_the_models_forward(sizes, rows, kind):
     model = made(**sizes)
     ids = drawn(rows, 12)
-    (found, state), (wanted, after) = native(model, ids), reference(model, ids)
+    (found, state), (wanted, after) = native(model, ids, kind), reference(model, ids)
     assert float((found - wanted).abs().max()) < 2e-5 * max(1.0, float(wanted.abs().max()))
     for mine, its in ((state.att_x, after.att_x), (state.wkv, after.wkv), (state.ffn_x, after.ffn_x)):
         for one, other in zip(mine, its, strict=True):
             assert float((one - other).abs().max()) < 2e-5 * max(1.0, float(other.abs().max()))
 
 
-def test_a_row_has_the_same_bits_whatever_rows_and_threads_there_are():
-    model, ids, threads = made(**ODD), drawn(11, 3), torch.get_num_threads()
-    alone = torch.cat([native(model, ids[n : n + 1])[0] for n in range(11)])
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_a_row_has_the_same_bits_whatever_rows_and_threads_there_are(kind):
+    model, ids, threads = made(**ODD), drawn(27, 3), torch.get_num_threads()
+    alone = torch.cat([native(model, ids[n : n + 1], kind)[0] for n in range(27)])
     try:
         for count in (1, 2, 3, 8):
             torch.set_num_threads(count)
-            assert torch.equal(native(model, ids)[0], alone)
-            assert torch.equal(native(model, ids[:6])[0], alone[:6])
+            assert torch.equal(native(model, ids, kind)[0], alone)
+            assert torch.equal(native(model, ids[:6], kind)[0], alone[:6])
     finally:
         torch.set_num_threads(threads)
 
 
-def test_a_large_matrix_has_the_same_bits_however_many_threads_share_it():
+@pytest.mark.parametrize("kind", [None, "fp32", "int8"])
+def test_a_large_matrix_has_the_same_bits_however_many_threads_share_it(kind):
     model, ids, threads, found = made(n_layer=1, vocab_size=9000, n_embd=80), drawn(2, 1), torch.get_num_threads(), []
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            found.append(native(model, ids)[0])
+            found.append(native(model, ids, kind)[0])
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
@@ -96,8 +99,8 @@ def test_fewer_bits_are_those_of_the_rounded_matrices(kind):
             end = name.rpartition(".")[2]
             low = end in ("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2")
             if low or (tensor.dim() == 2 and end == "weight" and name != "emb.weight"):
-                data, scale = pack(tensor.mT if low else tensor, kind)
-                tensor.copy_(unpack(data, scale).mT if low else unpack(data, scale))
+                rounded = unpack(pack(tensor.mT if low else tensor, kind))
+                tensor.copy_(rounded.mT if low else rounded)
     wanted = reference(model, ids)[0]
     assert float((found - wanted).abs().max()) < 2e-5 * max(1.0, float(wanted.abs().max()))
 

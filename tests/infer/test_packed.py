@@ -10,13 +10,14 @@ from rwkvpipe.base.errors import ConfigError
 from rwkvpipe.infer import packed
 from rwkvpipe.infer.decode import decoder
 from rwkvpipe.infer.engine import Engine
-from rwkvpipe.infer.packed import Packed, keep, pack, unpack
+from rwkvpipe.infer.packed import keep
+from rwkvpipe.kernel.panels import WIDE, pack, unpack
 from rwkvpipe.model.family import build
 from rwkvpipe.tokenizer.byte import ByteTokenizer
 from rwkvpipe.weights.lora import inject
 
 FAMILIES = ["rwkv5", "rwkv6", "rwkv7"]
-KINDS = {"bf16": 2, "int8": 1}
+KINDS = {"fp32": 4, "bf16": 2, "int8": 1}  # bytes of a number
 
 
 def made(family="rwkv7", **sizes):
@@ -63,10 +64,11 @@ def test_the_whole_computes_with_the_rounded_matrices(family, kind):
         for name, value in other.named_parameters():
             layer = name.removesuffix(".weight")
             if layer in model.packed:
-                rounded = unpack(*model.packed[layer])
+                rounded = unpack(model.packed[layer])
                 value.copy_(rounded.mT if packed.LOW.fullmatch(layer) else rounded)
-        assert torch.equal(model(ids)[0], other(ids)[0])
-        assert not torch.equal(model(ids)[0], made(family)(ids)[0])
+        wanted, whole = other(ids)[0], made(family)(ids)[0]
+        assert torch.allclose(model(ids)[0], wanted, atol=2e-5 * float(wanted.abs().max()), rtol=0)
+        assert kind == "fp32" or not torch.allclose(model(ids)[0], whole, atol=1e-3 * float(whole.abs().max()), rtol=0)
 
 
 @pytest.mark.parametrize(("kind", "size"), KINDS.items())
@@ -78,24 +80,16 @@ def test_no_copy_in_fp32_stays(kind, size):
     engine = Engine(model, ByteTokenizer(1), 2, kind=kind)
     assert not any(one() is not None for one in matrices)
     slots = engine.slots(2)
-    low = size_of(x for name, pair in model.packed.items() if packed.LOW.fullmatch(name) for x in pair)
-    rows = sum(len(data) for name, (data, _) in model.packed.items() if not packed.LOW.fullmatch(name))
-    held = size_of(model.parameters()) + size_of(x for pair in model.packed.values() for x in pair)
-    assert held == whole - (4 - size) * large + low + (4 * rows if kind == "int8" else 0)
+    low = size_of(x for name, kept in model.packed.items() if packed.LOW.fullmatch(name) for x in kept[:2])
+    large_ones = [kept for name, kept in model.packed.items() if not packed.LOW.fullmatch(name)]
+    beside = sum(kept.data.shape[1] * (-kept.out % WIDE) * size for kept in large_ones)  # what fills up the last panels
+    beside += sum(4 * kept.out for kept in large_ones if kind == "int8")
+    held = size_of(model.parameters()) + size_of(x for kept in model.packed.values() for x in kept[:2])
+    assert held == whole - (4 - size) * large + low + beside
     if slots.decoder:  # reads the same memory
-        known = {x.data_ptr() for x in model.parameters()} | {d.data_ptr() for d, _ in model.packed.values()}
-        known |= {s.data_ptr() for _, s in model.packed.values() if s is not None}
-        assert size_of(x for x in slots.decoder.kept if x.data_ptr() not in known) <= low
-
-
-def test_a_large_matrix_is_in_fp32_a_part_at_a_time(monkeypatch):
-    drawn, x = torch.randn(50, 8, generator=torch.Generator().manual_seed(1)), torch.ones(2, 3, 8)
-    layer = Packed(*pack(drawn, "int8"))
-    whole = layer(x)
-    monkeypatch.setattr(packed, "PART", 60)
-    seen = []
-    monkeypatch.setattr(packed, "unpack", lambda data, scale: seen.append(data.numel()) or unpack(data, scale))
-    assert torch.allclose(layer(x), whole, atol=1e-5) and max(seen) <= 60 and sum(seen) == 400
+        known = {x.data_ptr() for x in model.parameters()} | {x[0].data_ptr() for x in model.packed.values()}
+        known |= {x.scale.data_ptr() for x in model.packed.values() if x.scale is not None}
+        assert size_of(x for x in slots.decoder.kept if x.data_ptr() not in known) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -108,12 +102,13 @@ def test_adapters_are_rounded_with_their_matrices(kind):
                 tensor.copy_(0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(len(name))))
     whole = packed.matrix(model.blocks[0].att.key)
     keep(model.eval(), kind)
-    assert torch.equal(model.packed["blocks.0.att.key"][0], pack(whole, kind)[0])
+    assert torch.equal(model.packed["blocks.0.att.key"].data, pack(whole, kind).data)
     assert len(model.packed) == 2 * 6 + 1 + 14
 
 
 def test_matrices_in_other_bits_are_not_rounded_again():
     model = made()
     keep(model, "int8"), keep(model, "int8")
+    Engine(model, ByteTokenizer(1), 1)
     with pytest.raises(ConfigError, match="kept in int8 already"):
         Engine(model, ByteTokenizer(1), 1, kind="bf16")

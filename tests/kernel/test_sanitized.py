@@ -27,6 +27,7 @@ void wkv6_forward(const int64_t *, int, const float *, const float *, const floa
 void wkv6_backward(const int64_t *, int, const float *, const float *, const float *, const float *, const float *,
                    const float *, const float *, const float *, float *, float *, float *, float *, float *, float *,
                    float *);
+void panels_times(const int64_t *, int, const void *const *, const float *, float *, float *);
 void decode7(const int64_t *, int, const float *const *, const float *const *, const void *const *,
              const float *const *, float *const *, float *const *, float *const *, const int64_t *, float *);
 void loss_rows(const int64_t *, int, float *, const int64_t *, const int64_t *, float, float, float *);
@@ -81,9 +82,9 @@ void decode(int64_t rows, int64_t kind) {
     std::vector<std::unique_ptr<Number[]>> numbers;
     std::vector<const void *> matrices;
     auto matrix = [&](int64_t out, int64_t in) {
-        numbers.emplace_back(new Number[out * in]());
+        numbers.emplace_back(new Number[(kind ? (out + 15) / 16 * 16 : out) * in]());
         matrices.push_back(numbers.back().get());
-        scales.push_back(kind == 2 ? made(out) : nullptr);
+        scales.push_back(kind == 3 ? made(out) : nullptr);
     };
     for (int64_t l = 0; l < L; l++) {
         for (int i = 0; i < 4; i++) matrix(D, D);
@@ -95,6 +96,11 @@ void decode(int64_t rows, int64_t kind) {
     float *memory[] = {made(rows * D * D / H), made(rows * D * D / H)};
     std::vector<int64_t> ids(rows, V - 1);
     decode7(s, 2, fixed, vectors.data(), matrices.data(), scales.data(), att, memory, ffn, ids.data(), made(rows * V));
+    if (!kind) return;
+    for (int64_t count : {rows, 5 * rows, 41 * rows}) {
+        const int64_t sizes[] = {count, V, D, kind};
+        panels_times(sizes, 2, &matrices.back(), scales.back(), made(count * D), made(count * V));
+    }
 }
 
 void samples(int64_t V, int64_t top_k, double top_p) {
@@ -114,7 +120,9 @@ void samples(int64_t V, int64_t top_k, double top_p) {
 int main() {
     for (int64_t V : {1, 5, 64, 200}) samples(V, 0, 1.0), samples(V, 3, 0.7), samples(V, 0, 0.9), samples(V, 100, 1.0);
     operators(2, 1, 1, 20), operators(1, 35, 3, 7), operators(1, 33, 1, 33);
-    for (int64_t rows : {1, 7}) decode<float>(rows, 0), decode<uint16_t>(rows, 1), decode<int8_t>(rows, 2);
+    for (int64_t rows : {1, 7}) {
+        decode<float>(rows, 0), decode<float>(rows, 1), decode<uint16_t>(rows, 2), decode<int8_t>(rows, 3);
+    }
     std::puts("all");
 }
 """

@@ -1,0 +1,237 @@
+// Products of matrices (out, in) with rows of x, few or many: to[r][o] = sum over k of matrix[o][k] x[r][k].
+//
+// Each number is one sum, its products added in the order of k (by lanes where the matrix lies by ROWS), so that a row
+// has the same bits whatever rows are beside it, and however many threads there are.
+#pragma once
+
+#include "threads.h"
+#include "vector.h"
+
+#include <algorithm>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+// How a matrix lies: ROWS is fp32, a row after the other. The others lie in panels of 16 rows: 16 numbers for each k,
+// side by side, so that what is read is added as it comes. Rows that fill up the last panel are never stored.
+enum Kind { ROWS, FP32, BF16, INT8 };
+constexpr int PANEL = 16, SPAN = PANEL / WIDTH;
+
+struct Matrix {
+    const void *data;
+    const float *scale;  // of each row, for INT8
+    int64_t out, in;
+    Kind kind;
+};
+
+// rows side by side; those that are multiplied by a matrix in ROWS are filled up with zeros to whole vectors
+struct Room {
+    float *start;
+    int64_t step;
+    float *operator[](int64_t row) const { return start + row * step; }
+};
+
+namespace product {
+
+constexpr int64_t LARGE = 1 << 18;  // numbers of a matrix that are worth another thread
+constexpr int64_t AHEAD = 1024;     // bytes that are asked for before they are needed
+
+// rows of x, and panels, whose sums the registers have room for
+#if defined(__AVX512F__)
+constexpr int TALL = 12, AT_8 = 2, AT_4 = 4, AT_2 = 8, AT_1 = 8;
+#elif defined(__AVX__)
+constexpr int TALL = 6, AT_8 = 1, AT_4 = 1, AT_2 = 2, AT_1 = 4;
+#elif defined(__aarch64__)
+constexpr int TALL = 6, AT_8 = 1, AT_4 = 1, AT_2 = 2, AT_1 = 4;
+#else
+constexpr int TALL = 3, AT_8 = 1, AT_4 = 1, AT_2 = 1, AT_1 = 2;
+#endif
+constexpr int64_t TOGETHER = 8;  // panels that all rows of x meet before the next ones
+
+typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
+typedef int8_t Bytes __attribute__((vector_size(WIDTH), aligned(1), may_alias));
+typedef int16_t Shorts __attribute__((vector_size(2 * WIDTH)));
+
+// numbers of a matrix as vectors of floats
+struct Wide {
+    typedef float Number;
+    static Vec at(const float *p) { return load(p); }
+};
+struct Half {
+    typedef uint16_t Number;
+    static Vec at(const uint16_t *p) {
+        return (Vec)(__builtin_convertvector(*reinterpret_cast<const Halves *>(p), Ints) << 16);
+    }
+};
+struct Byte {
+    typedef int8_t Number;
+    static Vec at(const int8_t *p) {
+#if defined(__AVX512F__)
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
+#elif defined(__AVX2__)
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))));
+#else
+        // by way of 16 bits: in one step compilers take the bytes apart
+        const Shorts wider = __builtin_convertvector(*reinterpret_cast<const Bytes *>(p), Shorts);
+        return __builtin_convertvector(__builtin_convertvector(wider, Ints), Vec);
+#endif
+    }
+};
+
+// what a kernel multiplies: `count` numbers of each of ROWS rows of x with some panels, `apart` numbers from each other
+template <class Number>
+struct Piece {
+    const Number *w;
+    int64_t apart, count;
+    const float *x;
+    int64_t x_step;
+    float *to;
+    int64_t to_step, room;  // outputs that there are from here on
+    const float *scale;     // or null: to be multiplied later, or never
+    bool onward;            // whether `to` has the sums of the numbers before these
+};
+
+template <int PANELS, int ROWS_OF_X, class Form>
+void panels(const Piece<typename Form::Number> &p) {
+    typedef typename Form::Number Number;
+    constexpr int64_t LINE = 64 / (PANEL * sizeof(Number)), FAR = AHEAD / sizeof(Number);
+    constexpr int VECTORS = PANELS * SPAN;
+    Vec found[ROWS_OF_X][VECTORS];
+    for (int r = 0; r < ROWS_OF_X; r++)
+        for (int i = 0; i < VECTORS; i++)
+            found[r][i] = p.onward ? load_some(p.to + r * p.to_step + i * WIDTH, p.room - i * WIDTH) : Vec{};
+    const Number *w = p.w;
+    const float *x = p.x;
+    const auto add = [&](int64_t k) {
+        Vec w_[VECTORS];
+#pragma GCC unroll 32
+        for (int i = 0; i < VECTORS; i++) w_[i] = Form::at(w + i / SPAN * p.apart + k * PANEL + i % SPAN * WIDTH);
+#pragma GCC unroll 32
+        for (int r = 0; r < ROWS_OF_X; r++) {
+            const Vec x_ = all(x[r * p.x_step + k]);
+#pragma GCC unroll 32
+            for (int i = 0; i < VECTORS; i++) found[r][i] += w_[i] * x_;
+        }
+    };
+    int64_t k = 0;
+    for (; k + LINE <= p.count; k += LINE) {
+        if (ROWS_OF_X < TALL)
+            for (int i = 0; i < PANELS; i++) __builtin_prefetch(w + i * p.apart + k * PANEL + FAR);
+#pragma GCC unroll 4
+        for (int l = 0; l < LINE; l++) add(k + l);
+    }
+    for (; k < p.count; k++) add(k);
+    for (int r = 0; r < ROWS_OF_X; r++) {
+        for (int i = 0; i < VECTORS; i++) {
+            const int64_t left = p.room - i * WIDTH;
+            if (left <= 0) break;
+            const Vec y = p.scale ? found[r][i] * load_some(p.scale + i * WIDTH, left) : found[r][i];
+            store_some(p.to + r * p.to_step + i * WIDTH, y, left);
+        }
+    }
+}
+
+template <int PANELS, int ROWS_OF_X, class Form>
+void across(Piece<typename Form::Number> p, int64_t count) {
+    const auto next = [&p](int64_t n) {
+        p.w += n * p.apart, p.to += n * PANEL, p.room -= n * PANEL;
+        if (p.scale) p.scale += n * PANEL;
+    };
+    for (; count >= PANELS; count -= PANELS, next(PANELS)) panels<PANELS, ROWS_OF_X, Form>(p);
+    for (; count; count--, next(1)) panels<1, ROWS_OF_X, Form>(p);
+}
+
+// `count` panels times `rows` rows of x
+template <class Form>
+void down(Piece<typename Form::Number> p, int64_t count, int64_t rows) {
+    const auto next = [&](int64_t n) { p.x += n * p.x_step, p.to += n * p.to_step, rows -= n; };
+    for (; rows >= TALL; next(TALL)) across<AT_8, TALL, Form>(p, count);
+    if (TALL > 8)
+        for (; rows >= 8; next(8)) across<AT_8, 8, Form>(p, count);
+    if (TALL > 4)
+        for (; rows >= 4; next(4)) across<AT_4, 4, Form>(p, count);
+    for (; rows >= 2; next(2)) across<AT_2, 2, Form>(p, count);
+    for (; rows; next(1)) across<AT_1, 1, Form>(p, count);
+}
+
+// the outputs from `begin` to `end`, both at a panel's border but for the last
+template <class Form>
+void part(const Matrix &m, int64_t begin, int64_t end, int64_t rows, const Room &x, const Room &to) {
+    const int64_t apart = m.in * PANEL;
+    for (int64_t o = begin; o < end; o += TOGETHER * PANEL) {
+        const auto *w = static_cast<const typename Form::Number *>(m.data) + o / PANEL * apart;
+        const float *scale = m.scale ? m.scale + o : nullptr;
+        const int64_t count = std::min(TOGETHER, (end - o + PANEL - 1) / PANEL);
+        down<Form>({w, apart, m.in, x.start, x.step, to.start + o, to.step, end - o, scale, false}, count, rows);
+    }
+}
+
+// OUTS rows of a matrix in ROWS times COUNT rows of x; the rows behind them are asked for meanwhile
+template <int OUTS, int COUNT>
+void block(const Matrix &m, int64_t first, const float *x, int64_t x_step, float *to, int64_t to_step) {
+    constexpr int64_t LINE = 64 / sizeof(float);
+    const int64_t in = m.in;
+    const float *w = static_cast<const float *>(m.data) + first * in;
+    Vec found[WIDTH];
+    for (int i = 0; i < WIDTH; i++) found[i] = Vec{};
+    int64_t k = 0;
+    const auto add = [&](const float *at) {
+        Vec x_[COUNT];
+        for (int r = 0; r < COUNT; r++) x_[r] = load(x + r * x_step + k);
+#pragma GCC unroll 16
+        for (int i = 0; i < OUTS; i++) {
+            const Vec w_ = load(at + i * in);
+            for (int r = 0; r < COUNT; r++) found[i * COUNT + r] += w_ * x_[r];
+        }
+    };
+    while (k + LINE <= in) {
+        for (int i = 0; i < OUTS; i++) __builtin_prefetch(w + k + (OUTS + i) * in);
+        for (int part = 0; part < LINE / WIDTH; part++, k += WIDTH) add(w + k);
+    }
+    for (; k + WIDTH <= in; k += WIDTH) add(w + k);
+    if (k < in) {
+        for (int i = 0; i < OUTS; i++) {
+            const Vec w_ = load_tail(w + i * in + k, in - k);
+            for (int r = 0; r < COUNT; r++) found[i * COUNT + r] += w_ * load(x + r * x_step + k);
+        }
+    }
+    const Vec added = sums(found);
+    if (COUNT == 1) return store_some(to + first, added, OUTS);
+    for (int i = 0; i < OUTS; i++)
+        for (int r = 0; r < COUNT; r++) to[r * to_step + first + i] = added[i * COUNT + r];
+}
+
+// from `begin` to `end`, OUTS at a time
+template <int OUTS, int COUNT>
+void blocks(const Matrix &m, int64_t begin, int64_t end, int64_t row, const Room &x, const Room &to) {
+    int64_t o = begin;
+    for (; o + OUTS <= end; o += OUTS) block<OUTS, COUNT>(m, o, x[row], x.step, to[row], to.step);
+    for (; o < end; o++) block<1, COUNT>(m, o, x[row], x.step, to[row], to.step);
+}
+
+inline void by_rows(const Matrix &m, int64_t begin, int64_t end, int64_t count, const Room &x, const Room &to) {
+    for (int64_t o = begin; o < end; o += WIDTH) {
+        const int64_t stop = std::min(end, o + WIDTH);
+        int64_t r = 0;
+        for (; r + 4 <= count; r += 4) blocks<WIDTH / 4, 4>(m, o, stop, r, x, to);
+        for (; r + 2 <= count; r += 2) blocks<WIDTH / 2, 2>(m, o, stop, r, x, to);
+        for (; r < count; r++) blocks<WIDTH, 1>(m, o, stop, r, x, to);
+    }
+}
+
+}  // namespace product
+
+// the matrix times `rows` rows of x, on at most `threads` threads
+inline void times(const Matrix &m, int64_t rows, int threads, const Room &x, const Room &to) {
+    const int64_t pieces = std::max<int64_t>(1, std::min<int64_t>(threads, m.out * m.in / product::LARGE));
+    const int64_t size = (m.out / pieces + PANEL) / PANEL * PANEL;
+    share((m.out + size - 1) / size, threads, [&](int64_t n) {
+        const int64_t begin = n * size, end = std::min(m.out, begin + size);
+        switch (m.kind) {
+            case ROWS: return product::by_rows(m, begin, end, rows, x, to);
+            case FP32: return product::part<product::Wide>(m, begin, end, rows, x, to);
+            case BF16: return product::part<product::Half>(m, begin, end, rows, x, to);
+            case INT8: return product::part<product::Byte>(m, begin, end, rows, x, to);
+        }
+    });
+}

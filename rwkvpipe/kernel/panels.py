@@ -1,0 +1,78 @@
+"""Matrices that nobody trains, as native code reads them fastest, in fp32 or fewer bits; and products with them.
+
+A matrix (out, in) lies in panels of 16 rows: (panels, in, 16), the last one filled up with zeros. A product of many
+rows has the bits of a product of each alone, whatever the matrix is kept in (`cuda/matvec.h`).
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rwkvpipe.kernel import build
+from rwkvpipe.kernel.rounding import from_int8, to_int8
+
+KINDS = ("fp32", "bf16", "int8")
+WIDE = 16  # rows of a panel
+PART = 1 << 24  # numbers that are in fp32 at a time where they are kept in fewer bits and there is no native code
+
+
+class Panels(NamedTuple):
+    """A matrix (out, in): data (panels, in, 16), for int8 the scale of each row (out,), and how many rows there are."""
+
+    data: Tensor
+    scale: Tensor | None
+    out: int
+
+    @property
+    def kind(self) -> str:
+        """What its numbers are kept in."""
+        return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}[self.data.dtype]
+
+
+def lies(kind: str | None) -> int:
+    """How native code calls the way a matrix lies; None is a row after the other, as PyTorch has it."""
+    return 0 if kind is None else 1 + KINDS.index(kind)
+
+
+def pack(matrix: Tensor, kind: str) -> Panels:
+    """A matrix in panels, rounded; for int8 each row's largest number becomes 127."""
+    (out, width), scale = matrix.shape, None
+    if kind == "bf16":
+        matrix = matrix.bfloat16()
+    if kind == "int8":
+        matrix, scale = to_int8(matrix)
+    data = matrix.new_empty(-(-out // WIDE), width, WIDE)
+    whole = out - out % WIDE
+    data[: whole // WIDE] = matrix[:whole].view(-1, WIDE, width).mT
+    if whole < out:
+        data[-1] = F.pad(matrix[whole:], (0, 0, 0, WIDE - (out - whole))).mT
+    return Panels(data, scale, out)
+
+
+def unpack(panels: Panels) -> Tensor:
+    """The rounded matrix (out, in), in fp32."""
+    data, scale, out = panels
+    rows = data.mT.reshape(-1, data.shape[1])[:out]
+    return rows.float() if scale is None else from_int8(rows, scale)
+
+
+def times(x: Tensor, panels: Panels) -> Tensor:
+    """(..., in) to (..., out), in fp32."""
+    if build.native(x, panels.data.new_empty(0, dtype=torch.float32)) is None:
+        return torch.cat([F.linear(x, unpack(part)) for part in _parts(panels)], -1)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    found = x.new_empty(*x.shape[:-1], panels.out)
+    sizes = (len(rows), panels.out, rows.shape[1], lies(panels.kind))
+    build.call("panels_times", sizes, build.words([panels.data]), panels.scale, rows, found)
+    return found
+
+
+def _parts(panels: Panels) -> Iterator[Panels]:
+    """The matrix a part at a time."""
+    step = max(1, PART // (WIDE * panels.data.shape[1]))
+    for first, data in enumerate(panels.data.split(step)):
+        begin, end = first * step * WIDE, min(panels.out, (first + 1) * step * WIDE)
+        yield Panels(data, None if panels.scale is None else panels.scale[begin:end], end - begin)

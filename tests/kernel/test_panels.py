@@ -1,0 +1,63 @@
+"""Products with matrices in panels against fp64, natively and in PyTorch."""
+
+import pytest
+import torch
+
+from rwkvpipe.kernel import build, panels
+from rwkvpipe.kernel.panels import KINDS, pack, times, unpack
+
+needs_native = pytest.mark.skipif(build.extension() is None, reason=f"no native kernels here: {build.why_not()}")
+SHAPES = [(1, 1), (15, 7), (16, 16), (33, 50), (130, 401), (257, 800)]
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_was_packed_comes_back_rounded(shape, kind):
+    matrix = drawn(*shape)
+    kept = pack(matrix, kind)
+    assert kept.kind == kind and kept.data.shape == (-(-shape[0] // 16), shape[1], 16)
+    error = {"fp32": 0.0, "bf16": 2**-8, "int8": 0.51 / 127}[kind]
+    assert bool(((unpack(kept) - matrix).abs() <= error * matrix.abs().amax(1, keepdim=True)).all())
+    assert int(kept.data[-1, :, (shape[0] - 1) % 16 + 1 :].count_nonzero()) == 0
+
+
+@pytest.mark.parametrize("native", [pytest.param(True, marks=needs_native), False])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_are_those_of_fp64(shape, kind, native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(build, "native", lambda *_: None)
+        monkeypatch.setattr(panels, "PART", 16 * shape[1] + 1)
+    kept = pack(drawn(*shape), kind)
+    for rows in ((3,), (2, 1), (5, 9), (0, 4)):
+        x = drawn(*rows, shape[1], seed=1)
+        wanted = x.double() @ unpack(kept).double().mT
+        assert times(x, kept).shape == wanted.shape
+        most = x.double().abs() @ unpack(kept).double().abs().mT
+        assert bool(((times(x, kept) - wanted).abs() <= 2e-6 * most).all())
+
+
+@needs_native
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_has_the_same_bits_in_any_product(kind):
+    kept, x, threads = pack(drawn(53, 800), kind), drawn(61, 800, seed=1), torch.get_num_threads()
+    alone = torch.cat([times(row[None], kept) for row in x])
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            for rows in (2, 5, 11, 16, 40, 61):
+                assert torch.equal(times(x[:rows], kept), alone[:rows])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_in_pytorch_a_large_matrix_is_in_fp32_a_part_at_a_time(monkeypatch):
+    kept, seen = pack(drawn(50, 8), "int8"), []
+    monkeypatch.setattr(build, "native", lambda *_: None)
+    monkeypatch.setattr(panels, "PART", 200)
+    monkeypatch.setattr(panels, "unpack", lambda part: seen.append(part.out * 8) or unpack(part))
+    assert times(drawn(2, 3, 8), kept).shape == (2, 3, 50) and max(seen) <= 200 and sum(seen) == 400
