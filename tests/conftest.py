@@ -116,9 +116,12 @@ def _metrics(kind: str, steps: int, every: int) -> list[dict]:
         if kind == "pretrain" and step % (10 * every) == 0:
             row["valid_loss"] = row["loss"] + 0.03
         if kind == "grpo":
-            row |= {"loss": lots.gauss(0, 0.01), "reward": 0.7 + 0.24 * (1 - math.exp(-4 * part)) + lots.gauss(0, 0.02)}
-            row |= {"reward_std": 0.3 * math.exp(-2 * part), "kl": 0.02 * part, "clip_ratio": 0.02 * lots.random()}
-            row |= {"completion_length": 5 + lots.random(), "truncated": 0.02 * lots.random()}
+            row |= {
+                "loss": lots.gauss(0, 0.01),
+                "mean_reward": 0.7 + 0.24 * (1 - math.exp(-4 * part)) + lots.gauss(0, 0.02),
+            }
+            row |= {"reward_std": 0.3 * math.exp(-2 * part), "kl_div": 0.02 * part, "clip_ratio": 0.02 * lots.random()}
+            row |= {"completions/mean_length": 5 + lots.random(), "completions/clipped_ratio": 0.02 * lots.random()}
         rows.append(row)
     return rows
 

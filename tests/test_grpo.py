@@ -17,6 +17,7 @@ from rwkvpipe.show.metrics import read_metrics
 from rwkvpipe.tokenizer.load import load_tokenizer
 from rwkvpipe.train import rollout
 from rwkvpipe.train.record import MEASURED
+from rwkvpipe.train.reference import Reference
 from rwkvpipe.train.stage import open_stage, stage_parser
 from rwkvpipe.weights import store
 
@@ -93,6 +94,7 @@ CASES = {
     "reference": {"rollout": {"beta": 0.1, "iterations": 3}},
     "adapter": {"lora": LORA, "rollout": {"beta": 0.1, "iterations": 2}},
     "slices": {"rollout": {"slices": 2}},
+    "following": {"rollout": {"beta": 0.1, "sync": 3, "mixup": 0.5, "iterations": 2}},
 }
 
 
@@ -140,23 +142,28 @@ def test_the_micro_batch_decides_no_result(home):
 def test_metrics_name_what_happened(home):
     settings(home, rollout={"beta": 0.1})
     _, rows, kept = run(home, "a")
-    wanted = {"step", "tokens", "loss", "lr", "grad_norm", "reward", "reward_std", "kl", "clip_ratio"}
-    assert rows[0].keys() >= wanted | {"completion_length", "truncated", "sampler_gap"}
-    assert rows[0]["kl"] == 0
-    assert rows[-1]["kl"] > 0
+    wanted = {"step", "tokens", "loss", "lr", "grad_norm", "mean_reward", "reward_std", "mean_advantage", "kl_div"}
+    wanted |= {"entropy", "clip_ratio", "frac_reward_zero_std", "sampler_gap", "completions/clipped_ratio"}
+    wanted |= {f"clip_ratio/{side}_mean" for side in ("region", "low", "high")}
+    wanted |= {f"completions/{kind}_length" for kind in ("mean", "min", "max")}
+    wanted |= {f"{name}/{kind}" for name in ("reward", "rewards/answer") for kind in ("mean", "std", "min", "max")}
+    assert rows[0].keys() >= wanted
+    assert rows[0]["kl_div"] == 0
+    assert rows[-1]["kl_div"] > 0
     assert max(row["sampler_gap"] for row in rows) < 1e-4
     assert {row["step"] for row in kept} == {1, 2, 3, 4}
     assert kept[0].keys() == {
         "step", "question", "sample", "prompt", "text", "ids", "finish", "reward", "rewards", "advantage", "logprob",
-        "reference_logprob",
+        "reference_logprob", "length", "seed",
     }  # fmt: skip
+    assert all(row["length"] == len(row["ids"]) for row in kept) and len({row["seed"] for row in kept}) == 4
     assert all(0 < row["entropy"] < 5.55 and row["sampler_gap"] <= row["sampler_gap_largest"] < 1e-3 for row in rows)
 
 
 def test_what_was_not_computed_is_in_no_file(home):
     settings(home, train={"steps": 1})
     _, rows, kept = run(home, "a")
-    assert {"reward", "clip_ratio", "clip_low", "clip_high"} <= rows[0].keys() and "kl" not in rows[0]
+    assert {"mean_reward", "clip_ratio"} <= rows[0].keys() and "kl_div" not in rows[0]
     assert "logprob" in kept[0] and "reference_logprob" not in kept[0]
     assert "Divergence" not in curves(read_metrics(home / "a/metrics.jsonl"), policy=True)
 
@@ -164,7 +171,7 @@ def test_what_was_not_computed_is_in_no_file(home):
 def test_what_is_rewarded_becomes_more_frequent(home):
     settings(home, train={"steps": 24, "lr": 0.01, "batch": 4}, rollout={"sampling": SamplingConfig(max_tokens=1)})
     _, rows, _ = run(home, "a")
-    assert sum(row["reward"] for row in rows[-3:]) > sum(row["reward"] for row in rows[:3]) + 0.3
+    assert sum(row["mean_reward"] for row in rows[-3:]) > sum(row["mean_reward"] for row in rows[:3]) + 0.3
 
 
 def test_every_question_is_asked_once_before_any_is_asked_again():
@@ -196,15 +203,42 @@ def test_settings_that_exclude_each_other_are_refused(home):
         ({"train": {"ctx_len": 4}}, "train.ctx_len"),
         ({"rollout": {"sampling": SamplingConfig(temperature=0.0, max_tokens=4)}}, "temperature"),
         ({"lora": LoraConfig(rank=2, dropout=0.1)}, "lora.dropout"),
+        ({"lora": LoraConfig(rank=2), "rollout": {"beta": 0.1, "sync": 2}}, "rollout.sync"),
     ):
         settings(home, **changes)
         with pytest.raises(ConfigError, match=key):
             run(home, "a")
 
 
+def test_a_reference_moves_towards_the_policy_every_so_many_steps(home):
+    settings(home, rollout={"beta": 0.1, "sync": 2, "mixup": 1.0})
+    found = [row["kl_div"] for row in run(home, "a")[1]]
+    assert found[0] == found[2] == 0 < min(found[1], found[3])  # moved all the way, it is the policy itself
+    settings(home, rollout={"beta": 0.1, "sync": 1, "mixup": 0.25})
+    stage = open_stage(parsed(home), kind="grpo")
+    reference = Reference(stage)
+    with torch.no_grad():
+        for value in stage.model.parameters():
+            value += 1
+    before = [value.clone() for value in reference.copy.parameters()]
+    reference.follow(0)
+    assert all(map(torch.equal, before, reference.copy.parameters()))
+    reference.follow(1)
+    reference.follow(1)
+    for old, new in zip(before, reference.copy.parameters(), strict=True):
+        torch.testing.assert_close(new, old + 0.25)
+
+
 def test_completions_cut_off_are_masked_when_asked(home):
     settings(home, rollout={"mask_truncated": True})
-    run(home, "a")
+    stage = open_stage(parsed(home), kind="grpo")
+    tokenizer = load_tokenizer("bytes")
+    questions = rollout.read_questions(home / "q.jsonl", lambda row: row["question"], tokenizer, 60)
+    found = [Completion(0, n, [7, 8, 9], "x", [0.0] * 3, end) for n, end in enumerate(("length", "stop"))]
+    made = rollout.Sampler(stage, questions, tokenizer, 8).arrange(questions, found, torch.ones(2))
+    assert made.mask.tolist() == [[0, 0, 0], [1, 1, 1]]  # the loss divides by what the mask holds
+    _, rows, _ = run(home, "a")
+    assert 0 < rows[0]["completions/clipped_ratio"] <= 1
 
 
 def test_empty_completions_are_legal(home, monkeypatch):
@@ -245,6 +279,13 @@ def few(completions):
 def words(completions):
     return ["good" for _ in completions]
 
+def silent(completions):
+    return [None] * len(completions)
+
+async def later(completions):
+    import asyncio
+    return await asyncio.gather(*(asyncio.sleep(0, float(len(text))) for text in completions))
+
 def breaks(completions):
     return completions[0] + 1
 """
@@ -261,9 +302,22 @@ def test_rewards_are_weighed_and_come_from_files_too(home, monkeypatch):
         for name in ("answer", "judges.py:short", "judges.py:sometimes"):
             assert {f"rewards/{name}/mean", f"rewards/{name}/std"} <= rows[0].keys()
         assert rows[0]["rewards/judges.py:short/mean"] < 0
-        assert rows[0]["reward_min"] <= rows[0]["reward"] <= rows[0]["reward_max"]
-        assert rows[0]["completion_shortest"] <= rows[0]["completion_length"] <= rows[0]["completion_longest"]
+        for name in ("reward/{}", "completions/{}_length"):
+            low, mean, high = (rows[0][name.format(kind)] for kind in ("min", "mean", "max"))
+            assert low <= mean <= high
     assert not torch.equal(*seen)
+
+
+def test_a_reward_that_applies_to_nothing_is_in_no_number_and_an_async_one_is_waited_for(home, monkeypatch):
+    monkeypatch.chdir(home)
+    (home / "judges.py").write_text(JUDGES)
+    settings(home, train={"steps": 1}, rollout={"reward": {"judges.py:silent": 1.0, "judges.py:later": 1.0}})
+    _, (row,), kept = run(home, "a")
+    assert not any("silent" in name for name in row) and kept[0]["rewards"]["judges.py:silent"] is None
+    assert row["rewards/judges.py:later/max"] == row["reward/max"] > 0
+    settings(home, train={"steps": 1}, rollout={"reward": "judges.py:silent"})
+    _, (row,), _ = run(home, "b")
+    assert "mean_reward" not in row and row["loss"] == row["grad_norm"] == row["mean_advantage"] == 0
 
 
 @pytest.mark.parametrize(
@@ -385,7 +439,7 @@ def test_edited_completions_are_what_is_graded_and_learned(home, monkeypatch):
     (home / "hooks.py").write_text(HOOKS)
     settings(home, train={"steps": 1}, rollout={"postprocess": "hooks.py:said"})
     _, rows, kept = run(home, "a")
-    assert rows[0]["reward"] == 1 and rows[0]["completion_length"] == 1 and rows[0]["sampler_gap"] == 0
+    assert rows[0]["mean_reward"] == 1 and rows[0]["completions/mean_length"] == 1 and rows[0]["sampler_gap"] == 0
     assert kept[0]["text"] == "B" and kept[0]["ids"] == [66]
 
 

@@ -36,16 +36,20 @@ def test_a_stage_gets_four_figures_and_its_numbers(tmp_path):
 
 
 def test_policy_training_also_gets_rewards(tmp_path):
-    rows = [line(n, loss=0.0, grad_norm=0.0, reward=0.5, reward_std=0.1, kl=0.0, truncated=0.0) for n in range(1, 90)]
+    more = {"mean_reward": 0.5, "reward_std": 0.1, "kl_div": 0.0, "completions/clipped_ratio": 0.0}
+    rows = [line(n, loss=0.0, grad_norm=0.0, **more) for n in range(1, 90)]
     main([written(tmp_path / "metrics.jsonl", rows), "--out", str(tmp_path / "plots")])
     assert {file.name for file in (tmp_path / "plots").iterdir()} == BASIC | {"reward.png"}
 
 
 def test_a_figure_of_rewards_has_a_panel_for_what_was_measured_alone():
-    rows = [line(n, reward=0.5, clip_ratio=0.1, completion_length=4.0, truncated=0.0) for n in range(1, 4)]
+    more = {"clip_ratio": 0.1, "completions/mean_length": 4.0, "completions/clipped_ratio": 0.0}
+    rows = [line(n, mean_reward=0.5, **more) for n in range(1, 4)]
     without = [axes.get_title(loc="left") for axes in curves(Metrics(rows))["reward"].axes]
     assert without == ["Reward", "Clipped ratios", "Length of completions", "Completions cut short"]
-    found = [axes.get_title(loc="left") for axes in curves(Metrics([row | {"kl": 0.1} for row in rows]))["reward"].axes]
+    found = [
+        axes.get_title(loc="left") for axes in curves(Metrics([row | {"kl_div": 0.1} for row in rows]))["reward"].axes
+    ]
     assert found == ["Reward", "Divergence from the start", "Clipped ratios", "Length of completions"]
 
 

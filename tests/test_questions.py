@@ -59,6 +59,17 @@ def test_a_corpus_of_questions_is_written_the_same_way(tmp_path):
     assert run(tmp_path, path, format="question") == [{"question": "?", "answer": "x"}]
 
 
+def test_a_prompt_to_be_judged_by_a_function_needs_no_answer_and_keeps_its_columns(tmp_path):
+    asked = [{"role": "user", "content": "Hi"}]
+    path = rows(tmp_path / "a.jsonl", {"prompt": "Hi", "level": 3}, {"prompt": asked, "level": 4, "answer": None})
+    wanted = [{"level": level, "question": "Hi", "answer": None} for level in (3, 4)]
+    assert run(tmp_path, path, format="question") == wanted
+    with pytest.raises(DataError, match="a.jsonl:1: no `answer`"):
+        run(tmp_path, path, task="answer")
+    with pytest.raises(DataError, match="a.jsonl:1: no `gold`"):
+        run(tmp_path, path, format="question", columns={"question": "prompt", "answer": "gold"})
+
+
 def test_a_shorter_file_than_the_limit_is_spoken_of(tmp_path, caplog):
     caplog.set_level("INFO")
     run(tmp_path, rows(tmp_path / "a.jsonl", {"question": "?", "answer": "x"}), task="answer", limit=5)

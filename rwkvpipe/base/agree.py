@@ -151,6 +151,11 @@ def _rollout(stage: StageConfig) -> None:
             f"{key}: the likeliest token alone makes all completions of a group equal, so nothing"
             " is learned; raise temperature (and top_k)"
         )
+    if stage.rollout.sync is not None and stage.apart:
+        raise ConfigError(
+            f"stages.{stage.name}.rollout.sync: the start of an adapter is the model without it, which cannot move;"
+            " leave it out, or train the model whole"
+        )
     if sampling.max_tokens >= stage.train.ctx_len:
         raise ConfigError(
             f"{key}.max_tokens: {sampling.max_tokens} leaves no room for the prompt in"

@@ -159,6 +159,17 @@ class RolloutConfig(Strict):
     """Its estimator."""
     scale: Literal["group", "batch", "none"] = "group"
     """What rewards are divided by."""
+    advantage_clip: Positive | None = None
+    """Largest size of an advantage; left out, there is none."""
+    low_reward: Real | None = None
+    """Of a group whose best reward is below it, advantages are multiplied by `low_reward_scale`."""
+    low_reward_scale: Share | None = None
+    """That factor; left out, 0.01."""
+    sync: Count | None = None
+    """Steps after which the model that divergence is measured from moves towards the trained one, again and again;
+    left out, it stays the start. Not for adapters, whose start is the model without them."""
+    mixup: Share | None = None
+    """sync: how far it moves, 1 being all the way; left out, 0.6."""
     iterations: Count = 1
     """How often the same completions are learned from."""
     slices: Count = 1
@@ -182,6 +193,12 @@ class RolloutConfig(Strict):
             raise ValueError("part counts completions in a row, which slices mix; give one of them")
         if self.kl != "k3" and not self.beta:
             raise ValueError(f"kl {self.kl} estimates a divergence that beta 0 leaves out; give beta")
+        if self.sync is not None and not self.beta:
+            raise ValueError("sync moves what a divergence is measured from, which beta 0 leaves out; give beta")
+        if self.mixup is not None and self.sync is None:
+            raise ValueError("mixup says how far sync moves the reference: give sync, too")
+        if self.low_reward_scale is not None and self.low_reward is None:
+            raise ValueError("low_reward_scale says what groups below low_reward count: give low_reward, too")
         if not self.rewards or not any(self.rewards.values()):
             raise ValueError("reward: names none, or only such of weight 0")
         return self

@@ -246,7 +246,7 @@ class Reader:
 
     def _document(self, record: dict, where: object) -> Document:
         if self.format == "question":
-            return question(record, self.columns.names, where)
+            return question(record, self.columns.names, where, open_=isinstance(self.spec, CorpusConfig))
         if self.format == "pairs":
             return Document(pair=pair(record, self.columns.names, where), origin=where)
         if self.format == "seq2seq":

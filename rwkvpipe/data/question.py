@@ -94,10 +94,11 @@ def _plain(value: object) -> bool:
     return value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value))
 
 
-def question(row: dict, columns: Mapping[str, str], where: object) -> Document:
+def question(row: dict, columns: Mapping[str, str], where: object, *, open_: bool = False) -> Document:
     """A row with a question and its answer (with options: which of them) as a document.
 
-    `columns` is our name to the file's. Raises DataError naming `where` and the column.
+    `columns` is our name to the file's. An `open_` question may have no answer: what judges it may need none.
+    Raises DataError naming `where` and the column.
     """
     column = {name: columns.get(name, name) for name in NAMES}
     more = {name: value for name, value in row.items() if name not in (*NAMES, *column.values()) and _plain(value)}
@@ -109,6 +110,8 @@ def question(row: dict, columns: Mapping[str, str], where: object) -> Document:
         raise DataError(f"{where}: no `{column['options']}`, which columns.options names")
     given, label = row.get(column["answer"]), row.get(column["label"])
     if options is None:
+        if given is None and open_ and "answer" not in columns:
+            return Document(question=asked, more=more, origin=where)
         if given is None:
             words(row, column["answer"], where)  # says what is wrong
         return Document(question=asked, answer=_answer(given, column["answer"], where), more=more, origin=where)

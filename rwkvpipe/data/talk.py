@@ -49,6 +49,8 @@ def _learned(turn: dict, role: str, place: object) -> bool:
         raise DataError(f"{place}: train is {train!r}; true and false are known")
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
         raise DataError(f"{place}: weight is {weight!r}; 0 and 1 are known")
+    if train is not None and weight is not None and train != bool(weight):
+        raise DataError(f"{place}: train is {train} and weight {weight}; remove one")
     return role != "gpt_ignore" and train is not False and weight != 0
 
 
@@ -153,33 +155,62 @@ def _instruction(row: dict, where: object) -> tuple[dict, ...]:
     task = words(row, "instruction", where)
     if row.get("input"):
         task += "\n" + words(row, "input", where)
-    return _asked(task, words(row, "output" if "output" in row else "response", where))
+    said = [name for name in ("output", "response") if row.get(name) is not None]
+    if len({str(row[name]) for name in said}) > 1:
+        raise DataError(f"{where}: `output` and `response` say different things; remove one")
+    return _asked(task, words(row, (said or ["response"])[0], where))
 
 
 def _asked(asked: str, said: str) -> tuple[dict, ...]:
     return {"role": "user", "content": asked}, {"role": "assistant", "content": said}
 
 
+def _forms(row: dict, where: object, shift: str) -> dict[str, Callable[[], tuple[dict, ...]]]:
+    """What a row may be read as, by the keys that it has, whole forms only; if it has none, what it has a part of."""
+    # a table has all columns in every row, some of them null
+    has = {name for name, value in row.items() if value is not None}
+    whole = {
+        "messages": lambda: turns(row["messages"], "messages", where),
+        "conversations": lambda: turns(row["conversations"], "conversations", where),
+        "input_ids, labels": lambda: _tokens(row, where, shift),
+        "prompt, completion": lambda: _completion(row, where),
+        "instruction, output": lambda: _instruction(row, where),
+        "instruction, response": lambda: _instruction(row, where),
+        "query, response": lambda: _asked(words(row, "query", where), words(row, "response", where)),
+    }
+    found = {name: make for name, make in whole.items() if set(name.split(", ")) <= has}
+    if {"instruction, output", "instruction, response"} <= set(found):
+        found.pop("instruction, response")
+    if "input_ids" in has:
+        found = found or {"input_ids": whole["input_ids, labels"]}
+    return found or ({"instruction": whole["instruction, output"]} if "instruction" in has else {})
+
+
+def _one(row: dict, where: object, shift: str) -> tuple[dict, ...] | None:
+    """The talk that a row is, None if its keys tell of none. Raises DataError where they tell of different ones."""
+    forms = _forms(row, where, shift)
+    if not forms:
+        return None
+    first, *others = (make() for make in forms.values())
+    if any(other != first for other in others):
+        raise DataError(
+            f"{where}: {' and '.join(f'`{name}`' for name in forms)} make different talks; remove one, or say under"
+            " `columns` what is meant"
+        )
+    return first
+
+
 def recognised(row: dict, columns: Mapping[str, str], where: object, shift: str = "auto") -> Sequence[dict]:
     """The turns of a row, by the keys that it has; what `columns` names goes before what is recognised."""
     column = columns.get("messages", "messages")
     asked = "question" in columns or "answer" in columns
-    if column in row and row[column] is not None and not asked:
+    if columns and column in row and row[column] is not None and not asked:
         return turns(row[column], column, where)
     if not columns:
-        # a table has all columns in every row, some of them null
-        has = {name for name, value in row.items() if value is not None}
-        if "conversations" in has:
-            return turns(row["conversations"], "conversations", where)
-        if "input_ids" in has:
-            return _tokens(row, where, shift)
-        if {"prompt", "completion"} <= has:
-            return _completion(row, where)
-        if "instruction" in has:
-            return _instruction(row, where)
-        if {"query", "response"} <= has:
-            return _asked(words(row, "query", where), words(row, "response", where))
-        if "text" in has and not {"question", "answer"} & has:
+        found = _one(row, where, shift)
+        if found is not None:
+            return found
+        if row.get("text") is not None and all(row.get(name) is None for name in ("question", "answer")):
             return ({"role": "raw", "content": words(row, "text", where)},)
     if not asked and columns.get("question", "question") not in row:
         raise DataError(

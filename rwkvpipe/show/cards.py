@@ -101,8 +101,8 @@ def _training(evidence: Evidence, subject: Subject, settings: Settings) -> dict[
 def _outcome(metrics: Metrics, subject: Subject) -> Html:
     """The last numbers of a training, as tiles."""
     tiles = {"Steps": count(metrics.last("step")), "Tokens": rough(metrics.last("tokens"))}
-    if subject.kind == "grpo" and metrics.last("reward") is not None:
-        tiles["Last reward"] = number(metrics.last("reward"))
+    if subject.kind == "grpo" and metrics.last("mean_reward") is not None:
+        tiles["Last reward"] = number(metrics.last("mean_reward"))
     else:
         tiles["Last loss"] = number(metrics.last("loss"))
     if metrics.last("valid_loss") is not None:

@@ -48,14 +48,17 @@ COMMON = (
 TRAINING = (Chart("Loss", "nats a token", LOSS, log=True, wide=True), *COMMON)
 POLICY = (
     Chart(
-        "Reward", "mean, ± standard deviation in a group", (Series("reward", "green", spread="reward_std"),), wide=True
+        "Reward",
+        "mean, ± standard deviation in a group",
+        (Series("mean_reward", "green", spread="reward_std"),),
+        wide=True,
     ),
     Chart("Policy loss", "nats a token", (Series("loss", "blue"),)),
-    Chart("Divergence from the start", "nats a token", (Series("kl", "plum"),)),
-    Chart("Length of completions", "tokens", (Series("completion_length", "blue"),)),
+    Chart("Divergence from the start", "nats a token", (Series("kl_div", "plum"),)),
+    Chart("Length of completions", "tokens", (Series("completions/mean_length", "blue"),)),
     *COMMON,
     Chart("Clipped ratios", "share", (Series("clip_ratio", "orange"),)),
-    Chart("Completions cut short", "share", (Series("truncated", "orange"),)),
+    Chart("Completions cut short", "share", (Series("completions/clipped_ratio", "orange"),)),
 )
 
 

@@ -121,7 +121,7 @@ def loss_figure(metrics: Metrics) -> Figure:
     axes = figure.subplots()
     steps, values = metrics.column("loss")
     valid_steps, valid = metrics.column("valid_loss")
-    policy = "reward" in metrics
+    policy = "mean_reward" in metrics
     _logarithmic(axes, values, valid)
     _line(axes, steps, values, BLUE, "policy" if policy else "training")
     if len(valid):
@@ -167,16 +167,16 @@ def throughput_figure(metrics: Metrics) -> Figure:
 def reward_figure(metrics: Metrics) -> Figure:
     """Reward with its spread inside groups, and below it what else was measured of the completions."""
     panels = [
-        ("kl", "Divergence from the start", "nats a token", PLUM),
+        ("kl_div", "Divergence from the start", "nats a token", PLUM),
         ("clip_ratio", "Clipped ratios", "share of tokens", ORANGE),
-        ("completion_length", "Length of completions", "tokens", BLUE),
-        ("truncated", "Completions cut short", "share", ORANGE),
+        ("completions/mean_length", "Length of completions", "tokens", BLUE),
+        ("completions/clipped_ratio", "Completions cut short", "share", ORANGE),
     ]
     shown = [panel for panel in panels if len(metrics.column(panel[0])[0])][:3]
     figure = _figure(2 * HEIGHT + 0.16 if shown else HEIGHT)
     grid = figure.subplots(1 + len(shown), 1, sharex=True, squeeze=False, height_ratios=[1.7] + [1.0] * len(shown))
     head, *rest = grid[:, 0]
-    steps, values = metrics.column("reward")
+    steps, values = metrics.column("mean_reward")
     spread_steps, spread = metrics.column("reward_std")
     if len(spread) == len(values):
         middle, around = (smooth(values), smooth(spread)) if len(values) > POINTS else (values, spread)
@@ -201,7 +201,7 @@ def curves(metrics: Metrics) -> dict[str, Figure]:
         "grad_norm": norm_figure,
         "throughput": throughput_figure,
     }
-    if "reward" in metrics:
+    if "mean_reward" in metrics:
         makers["reward"] = reward_figure
     with styled():
         return {name: maker(metrics) for name, maker in makers.items()}

@@ -183,7 +183,7 @@ def _gradient(
 def _say(progress: Progress, row: dict, config: TrainConfig, spent: float, first: int) -> None:
     """One line for people: where training stands and how long it will take."""
     left = spent / max(progress.step - first, 1) * (config.steps - progress.step)
-    extra = "".join(f"  {name} {row[name]:.4f}" for name in ("valid_loss", "reward") if name in row)
+    extra = "".join(f"  {name} {row[name]:.4f}" for name in ("valid_loss", "mean_reward") if name in row)
     log.info(
         "step %d/%d  loss %.4f%s  lr %.2e  %s tokens/s  %d:%02d left",
         progress.step, config.steps, row["loss"], extra, row["lr"],

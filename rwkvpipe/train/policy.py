@@ -15,6 +15,8 @@ from rwkvpipe.train.dist import ALONE, Rank
 from rwkvpipe.train.loss import device_of
 from rwkvpipe.train.precision import arithmetic
 
+CLIPPED = ("clip_ratio/low_mean", "clip_ratio/high_mean")  # tokens whose ratio was clipped, as they are reported
+
 
 def _deviation(values: Tensor, known: Tensor, dim: int) -> Tensor:
     """Sample deviation over the known values; 0 where fewer than two are known."""
@@ -24,12 +26,26 @@ def _deviation(values: Tensor, known: Tensor, dim: int) -> Tensor:
     return (square / (count - 1).clamp(min=1)).sqrt()
 
 
-def advantages(rewards: Tensor | Sequence[float], group: int, scale: str = "group") -> Tensor:
+@dataclass(frozen=True)
+class Bounds:
+    """What is done to advantages when they are made, in any scale: first the clip, then what weak groups count."""
+
+    clip: float | None = None
+    """Their largest size."""
+    low: float | None = None
+    """A group whose best reward is below it counts `share`."""
+    share: float = 1.0
+
+
+def advantages(
+    rewards: Tensor | Sequence[float], group: int, scale: str = "group", *, bounds: Bounds | None = None
+) -> Tensor:
     """How much better each completion is than its group: (N,) fp64 from rewards (N,), groups of `group` in a row.
 
     r minus the group's mean, divided by (deviation + 1e-4) of the group, of the batch, or by nothing (`none`).
     A group whose rewards are all equal gets exactly 0. NaN rewards get 0 and count in no mean and no deviation.
     """
+    bounds = bounds or Bounds()
     rewards = torch.as_tensor(rewards, dtype=torch.float64).detach()
     if group < 1 or len(rewards) % group:
         raise ConfigError(f"rollout.samples: {len(rewards)} rewards do not make groups of {group}")
@@ -46,6 +62,10 @@ def advantages(rewards: Tensor | Sequence[float], group: int, scale: str = "grou
         centred = centred / (_deviation(values, known, 1) + 1e-4)
     elif scale == "batch":
         centred = centred / (_deviation(values.flatten(), known.flatten(), 0) + 1e-4)
+    if bounds.clip is not None:
+        centred = centred.clamp(-bounds.clip, bounds.clip)
+    if bounds.low is not None:
+        centred = torch.where(highest < bounds.low, bounds.share * centred, centred)
     return centred.flatten()
 
 
@@ -165,13 +185,13 @@ def policy_loss(new: Tensor, rollout: Rollout, config: RolloutConfig, *, share: 
         bounded = ratio if config.delta is None else ratio.clamp(max=config.delta)
         cost = -torch.minimum(bounded * gain, ratio.clamp(low, high) * gain)
         below, above = (ratio < low) & (gain < 0), (ratio > high) & (gain > 0)
-    measures = {"clip_low": (below * mask).sum(), "clip_high": (above * mask).sum()}
+    measures = dict(zip(CLIPPED, ((below * mask).sum(), (above * mask).sum()), strict=True))
     measures["tokens"] = mask.sum()
     if rollout.reference is not None:
         apart = torch.where(mask != 0, rollout.reference.to(new.dtype) - new, 0.0)
         divergence = _divergence(config.kl, apart)
         cost = cost + config.beta * divergence
-        measures["kl"] = (divergence * mask).sum()
+        measures["kl_div"] = (divergence * mask).sum()
     cost = cost * mask
     if config.loss == "grpo":
         total = (cost.sum(1) / lengths.clamp(min=1)).sum() / max(share.rows, 1)

@@ -88,6 +88,8 @@ class Progress:
     worse: int = 0
     """Measurements since then."""
     sums: dict[str, float] = field(default_factory=dict)
+    times: dict[str, int] = field(default_factory=dict)
+    """How many steps told each of them: not every step has every number."""
     since: dict[str, float] = field(default_factory=_none)
 
     def wrong(self, loss: float, norm: float, watch: WatchConfig) -> str:
@@ -109,19 +111,20 @@ class Progress:
             self.norm = norm if self.norm is None else self.norm + MEMORY * (norm - self.norm)
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
+            self.times[name] = self.times.get(name, 0) + 1
         more = counted | {"steps": int(bool(values)), "skipped": int(not values), "seconds": seconds}
         self.since = {name: self.since[name] + more[name] for name in self.since}
 
     def row(self, rate: float) -> dict:
         """A line of metrics: means since the last one, which are then forgotten."""
         since = self.since
-        means = {name: value / since["steps"] for name, value in self.sums.items()}
+        means = {name: value / self.times[name] for name, value in self.sums.items()}
         speed = since["tokens"] / max(since["seconds"], 1e-9)
         head = {"step": self.step, "tokens": self.tokens, "loss": means.pop("loss"), "lr": rate}
         head |= {"grad_norm": means.pop("grad_norm"), "tokens_per_second": round(speed, 1)}
         head |= {"seconds": round(self.seconds, 3), "target_fraction": since["targets"] / max(since["tokens"], 1)}
         head |= {"memory_mb": round(memory(), 1)} | ({"skipped": since["skipped"]} if since["skipped"] else {})
-        self.sums, self.since, self.lined = {}, _none(), self.step
+        self.sums, self.times, self.since, self.lined = {}, {}, _none(), self.step
         return head | means
 
     def judge(self, loss: float) -> bool:

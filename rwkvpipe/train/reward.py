@@ -1,11 +1,14 @@
 """What completions are worth: grades of tasks, and functions in a Python file of the user's, weighted and added.
 
 A function is called as TRL calls one, by names: `prompts` and `completions` (texts), `completion_ids`, and a list for
-each column of the questions; it returns a number for each completion, or None where it has nothing to say.
+each column of the questions; it returns a number for each completion, or None where it has nothing to say. It may be
+`async`, and ask for many grades at once.
 """
 
+import asyncio
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +20,10 @@ from rwkvpipe.train.own import columns, function, taken, theirs
 
 Grade = Callable[[dict, str], float | None]
 KEY = "rollout.reward"
+
+
+async def _awaited(given: Awaitable) -> object:
+    return await given
 
 
 def _checked(name: str, given: object, count: int) -> list[float]:
@@ -36,6 +43,16 @@ def _checked(name: str, given: object, count: int) -> list[float]:
         if math.isinf(found[-1]):
             raise DataError(f"rollout.reward: {name} returns {value} at {number}; an advantage of it is no number")
     return found
+
+
+def spreads(name: str, grades: Tensor) -> dict[str, float]:
+    """Mean, deviation, least and largest of the grades (N,) that are not NaN; nothing where all are."""
+    known = grades[~grades.isnan()].double()
+    if not len(known):
+        return {}
+    found = {"mean": known.mean(), "std": known.std(correction=int(len(known) > 1))}
+    found |= {"min": known.min(), "max": known.max()}
+    return {f"{name}/{kind}": float(value) for kind, value in found.items()}
 
 
 class Rewards:
@@ -58,6 +75,7 @@ class Rewards:
             every |= {"completion_ids": [list(c.ids) for c in found]}
             with theirs(KEY, name):
                 given = self.own[name](**taken(self.own[name], every))
+                given = asyncio.run(_awaited(given)) if inspect.isawaitable(given) else given
             grades_of.append(_checked(name, given, len(found)))
         return [list(row) for row in zip(*grades_of, strict=True)]
 
@@ -67,10 +85,6 @@ class Rewards:
         return (grades * weights).nansum(1).masked_fill(grades.isnan().all(1), torch.nan)
 
     def facts(self, grades: Tensor) -> dict[str, float]:
-        """Mean and deviation of each reward over the completions it applies to; 0 for one that applies to none."""
-        found = {}
-        for name, column in zip(self.weights, grades.T, strict=True):
-            known = column[~column.isnan()]
-            found[f"rewards/{name}/mean"] = float(known.mean()) if len(known) else 0.0
-            found[f"rewards/{name}/std"] = float(known.std()) if len(known) > 1 else 0.0
-        return found
+        """What there is to say of each reward over the completions it applies to; nothing of one that has none."""
+        found = zip(self.weights, grades.T, strict=True)
+        return {key: value for name, some in found for key, value in spreads(f"rewards/{name}", some).items()}

@@ -1,6 +1,5 @@
 """What GRPO learns from: completions sampled with the current policy, graded, with their log-probabilities."""
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rwkvpipe.base.config import TrainConfig
+from rwkvpipe.base.config import RolloutConfig, TrainConfig
 from rwkvpipe.base.errors import ConfigError, DataError
 from rwkvpipe.base.files import read_jsonl
 from rwkvpipe.infer.engine import Completion, Engine
@@ -18,9 +17,10 @@ from rwkvpipe.tasks.registry import reward
 from rwkvpipe.tokenizer.load import Tokenizer
 from rwkvpipe.train.hooks import Shaping
 from rwkvpipe.train.loop import step_seed
-from rwkvpipe.train.policy import Rollout, advantages, completion_logprobs
+from rwkvpipe.train.policy import CLIPPED, Bounds, Rollout, advantages, completion_logprobs
 from rwkvpipe.train.record import Log
-from rwkvpipe.train.reward import Rewards
+from rwkvpipe.train.reference import Reference
+from rwkvpipe.train.reward import Rewards, spreads
 from rwkvpipe.train.stage import Stage
 from rwkvpipe.weights import lora
 
@@ -91,13 +91,12 @@ class Sampler:
         self.current: Rollout | None = None
         self.facts: dict[str, float] = {}
         self.parts: list[dict] = []
-        # beside an adapter the start is the model less that; else a copy is needed
-        frozen = self.config.beta > 0 and not stage.settings.apart
-        self.start = copy.deepcopy(stage.model).eval().requires_grad_(False) if frozen else None
+        self.reference = Reference(stage)
 
     def batches(self, first_step: int, carried: dict[str, Tensor]) -> Iterator[Rollout]:
         """Rollouts from step `first_step` on; `carried` is what `carry` gave at the resume point."""
         self.log.cut(first_step)
+        carried = self.reference.restore(carried)
         if carried:
             facts = {name: value for name, value in carried.items() if name.startswith("fact/")}
             self.facts = {name.removeprefix("fact/"): float(value) for name, value in facts.items()}
@@ -105,6 +104,7 @@ class Sampler:
             self.current = Rollout(**{name: value for name, value in carried.items()})
         step = first_step
         while True:
+            self.reference.follow(step)
             if step % self.span == 0 or self.current is None:
                 self.current = self.sample(step)
             yield self.slice(step)
@@ -125,20 +125,22 @@ class Sampler:
 
     def carry(self) -> dict[str, Tensor]:
         """What is needed to go on in the middle of the steps on one rollout."""
+        kept = self.reference.carry()
         if self.span == 1 or self.current is None:
-            return {}
+            return kept
         facts = {f"fact/{name}": torch.tensor(value, dtype=torch.float64) for name, value in self.facts.items()}
-        return {name: value for name, value in vars(self.current).items() if value is not None} | facts
+        return {name: value for name, value in vars(self.current).items() if value is not None} | facts | kept
 
     def measures(self) -> dict[str, float]:
         """Numbers of the step just made."""
-        names = ["tokens", "clip_low", "clip_high", *(["kl"] if self.config.beta > 0 else [])]
+        names = ["tokens", *CLIPPED, *(["kl_div"] if self.config.beta > 0 else [])]
         sums = self.stage.rank.total(*(sum(part[name] for part in self.parts) for name in names))
         self.parts.clear()
         found = dict(zip(names, sums, strict=True))
         tokens = max(found.pop("tokens"), 1)
-        found["clip_ratio"] = found["clip_low"] + found["clip_high"]
-        return self.facts | {name: value / tokens for name, value in found.items()}
+        shares = {name: value / tokens for name, value in found.items()}
+        shares["clip_ratio"] = shares["clip_ratio/region_mean"] = sum(shares[name] for name in CLIPPED)
+        return self.facts | shares
 
     def sample(self, step: int) -> Rollout:
         """Ask, answer, grade: the rollout that starts at `step`."""
@@ -161,16 +163,16 @@ class Sampler:
         # one process grades for all: a function of the user's may draw lots
         grades = torch.tensor(rank.gather(self.rewards(*texts, found) if not rank.index else None)[0])
         rewards = self.rewards.total(grades.double())
-        gains = advantages(rewards, samples, self.config.scale)
+        gains = advantages(rewards, samples, self.config.scale, bounds=bounds(self.config))
         rollout = self.with_logprobs(self.arrange(asked, found, gains, counts))
         self.facts |= self.describe(found, rewards, rollout, foreign) | self.rewards.facts(grades)
-        self.tell(step, asked, found, (rollout, rewards, grades))
+        self.tell(step, asked, found, (rollout, rewards, grades, seed))
         model.train()
         return rollout
 
     def tell(self, step: int, asked: list[Question], found: list[Completion], what: tuple) -> None:
         """Write the first completions of a rollout down."""
-        (rollout, rewards, grades), names = what, list(self.rewards.weights)
+        (rollout, rewards, grades, seed), names = what, list(self.rewards.weights)
 
         def known(value: float) -> float | None:
             return None if math.isnan(value) else value
@@ -178,7 +180,8 @@ class Sampler:
         for row, completion in enumerate(found[: self.config.kept]):
             told = {"step": step + 1, "question": completion.prompt, "sample": completion.sample}
             told |= {"prompt": asked[completion.prompt].prompt, "text": completion.text, "ids": completion.ids}
-            told |= {"finish": completion.finish, "reward": known(float(rewards[row]))}
+            told |= {"length": len(completion.ids), "finish": completion.finish, "seed": seed}
+            told |= {"reward": known(float(rewards[row]))}
             told |= {"rewards": dict(zip(names, map(known, grades[row].tolist()), strict=True))}
             told |= {"advantage": float(rollout.advantages[row]), "logprob": float(rollout.old[row].sum())}
             if rollout.reference is not None:
@@ -213,8 +216,8 @@ class Sampler:
         entropy, tokens = self.stage.rank.total(sum(told))[0], int((rollout.mask != 0).sum())
         self.facts = {"entropy": entropy / max(tokens, 1)}
         if self.config.beta > 0:
-            with lora.disabled(model) if self.start is None else nullcontext():
-                fields["reference"] = self.logprobs(self.start or model, rollout)
+            with self.reference.model() as first:
+                fields["reference"] = self.logprobs(first, rollout)
         return Rollout(**fields)
 
     def logprobs(self, model: torch.nn.Module, rollout: Rollout, told: list[float] | None = None) -> Tensor:
@@ -251,21 +254,33 @@ class Sampler:
         apart = (sampled - rollout.old).abs() * drawn_here
         gap = apart.sum() / drawn_here.sum().clamp(min=1)
         lengths = [len(completion.ids) for completion in found]
-        ended = [completion.finish == "length" for completion in found]
+        ended = [len(completion.ids) for completion in found if completion.finish != "length"]
+        graded = spreads("reward", rewards)
         return {
-            "reward": float(rewards.nansum() / known.sum().clamp(min=1)),
-            "reward_std": float(spread.mean()),
-            "reward_min": float(rewards.nan_to_num(math.inf).min().nan_to_num(posinf=0.0)),
-            "reward_max": float(rewards.nan_to_num(-math.inf).max().nan_to_num(neginf=0.0)),
-            "advantage": float(rollout.advantages.mean()),
-            "equal_groups": float((spread == 0).double().mean()),
-            "completion_length": sum(lengths) / len(found),
-            "completion_shortest": min(lengths),
-            "completion_longest": max(lengths),
-            "truncated": sum(ended) / len(found),
+            **({"mean_reward": graded["reward/mean"], "reward_std": float(spread.mean())} if graded else {}),
+            **graded,
+            "mean_advantage": float(rollout.advantages.mean()),
+            "frac_reward_zero_std": float((spread == 0).double().mean()),
+            **spans("completions/{}_length", lengths),
+            **spans("completions/{}_terminated_length", ended),
+            "completions/clipped_ratio": 1 - len(ended) / len(found),
             "sampler_gap": float(gap),
             "sampler_gap_largest": float(apart.max()),
         }
+
+
+def bounds(config: RolloutConfig) -> Bounds:
+    """What the settings ask to be done to advantages."""
+    share = 0.01 if config.low_reward_scale is None else config.low_reward_scale
+    return Bounds(config.advantage_clip, config.low_reward, share)
+
+
+def spans(name: str, numbers: list[int]) -> dict[str, float]:
+    """Mean, least and largest of some numbers, each under its name; nothing of none."""
+    if not numbers:
+        return {}
+    found = {"mean": sum(numbers) / len(numbers), "min": min(numbers), "max": max(numbers)}
+    return {name.format(kind): value for kind, value in found.items()}
 
 
 def check_fits(stage: Stage) -> int:
@@ -287,6 +302,8 @@ def check_fits(stage: Stage) -> int:
         )
     if settings.train.chunk is not None:
         raise ConfigError("train.chunk: belongs to pretrain and sft; a rollout is scored whole")
+    if rollout.sync is not None and settings.apart:
+        raise ConfigError("rollout.sync: the start of an adapter is the model without it, which cannot move; leave out")
     if settings.lora is not None and settings.lora.dropout:
         raise ConfigError("lora.dropout: a policy is compared with itself, which needs dropout 0 in grpo")
     return longest

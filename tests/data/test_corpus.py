@@ -69,7 +69,7 @@ def test_a_text_file_is_one_document_as_it_stands(tmp_path):
         ("a.jsonl", "\n", {}, "a.jsonl: no documents in it"),
         ("a.txt", b"one\ntwo\xff\n", {}, "a.txt:2: not UTF-8 at byte 7"),
         ("a.jsonl", '{"messages": []}', {"format": "chat"}, "a.jsonl:1: `messages` must be a list"),
-        ("a.jsonl", '{"question": "?"}', {"format": "question"}, "a.jsonl:1: no `answer`"),
+        ("a.jsonl", '{"answer": "?"}', {"format": "question"}, "a.jsonl:1: no `question`"),
         ("a.txt", "x", {"format": "chat"}, "rows of JSON are needed"),
     ],
 )

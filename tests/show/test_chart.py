@@ -33,7 +33,7 @@ def test_every_point_lies_inside_the_picture(values, log):
 
 
 def test_a_column_that_is_not_there_is_not_drawn():
-    assert draw(metrics([1.0, 2.0]), Chart("KL", "nats", (Series("kl", "plum"),))) == ""
+    assert draw(metrics([1.0, 2.0]), Chart("KL", "nats", (Series("kl_div", "plum"),))) == ""
     assert "held out" not in draw(metrics([1.0, 2.0]), CHART)
     assert "held out" in draw(metrics([1.0, 2.0], valid_loss=lambda step: 1.5), CHART)
 
@@ -44,7 +44,7 @@ def test_the_last_numbers_stand_beside_the_title():
 
 
 def test_policy_training_shows_rewards_and_pretraining_does_not():
-    rows = metrics([0.1] * 60, reward=lambda step: step / 60, reward_std=lambda step: 0.1)
+    rows = metrics([0.1] * 60, mean_reward=lambda step: step / 60, reward_std=lambda step: 0.1)
     assert "<b>Reward</b>" in curves(rows, policy=True) and 'class="band' in curves(rows, policy=True)
     assert "Reward" not in curves(metrics([0.1]), policy=False)
     for title in ("Loss", "Learning rate", "Gradient norm", "Throughput"):

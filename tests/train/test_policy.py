@@ -8,7 +8,16 @@ import torch
 
 from rwkvpipe.base.config import RolloutConfig, SamplingConfig
 from rwkvpipe.base.errors import ConfigError
-from rwkvpipe.train.policy import Rollout, Share, advantages, by_parts, policy_loss, token_entropy, token_logprobs
+from rwkvpipe.train.policy import (
+    Bounds,
+    Rollout,
+    Share,
+    advantages,
+    by_parts,
+    policy_loss,
+    token_entropy,
+    token_logprobs,
+)
 from rwkvpipe.train.reward import Rewards
 
 
@@ -30,6 +39,18 @@ def test_advantages_are_those_of_trl(goldens, scale):
         np.testing.assert_allclose(rewards, data[f"{case}/rewards"], atol=1e-12)
         found = advantages(rewards, int(data[f"{case}/num_generations"]), scale)
         np.testing.assert_allclose(found, data[f"{case}/trl_{scale}"], atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_advantages_are_clipped_and_those_of_weak_groups_made_small_in_every_scale(goldens, scale):
+    data, case = load(goldens / "tune/advantages.npz"), "clip_suppress"
+    clip, low, share = (float(data[f"{case}/cfg_{name}"]) for name in ("clip", "thresh", "scale"))
+    size, plain = int(data[f"{case}/num_generations"]), data[f"{case}/trl_{scale}"].reshape(-1)
+    best = data[f"{case}/rewards"].reshape(-1, size).max(1).repeat(size)
+    wanted = plain.clip(-clip, clip) * np.where(best < low, share, 1.0)
+    found = advantages(tensor(data[f"{case}/rewards"]), size, scale, bounds=Bounds(clip, low, share))
+    np.testing.assert_allclose(found, wanted, atol=1e-9)
+    assert (best < low).any() and not (best < low).all() and (abs(plain) > clip).any()
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
@@ -160,8 +181,8 @@ def test_clipping_is_counted_on_the_side_it_binds():
     )  # fmt: skip
     high, low = torch.tensor([[1.0], [1.0]]), torch.tensor([[-1.0], [-1.0]])
     share = Share(2, 2, 1)
-    assert policy_loss(high, rollout, RolloutConfig(), share=share)[1]["clip_high"] == 1
-    assert policy_loss(low, rollout, RolloutConfig(), share=share)[1]["clip_low"] == 1
+    assert policy_loss(high, rollout, RolloutConfig(), share=share)[1]["clip_ratio/high_mean"] == 1
+    assert policy_loss(low, rollout, RolloutConfig(), share=share)[1]["clip_ratio/low_mean"] == 1
 
 
 def test_cispo_weighs_the_gradient_by_the_clipped_ratio_and_silences_no_token():
@@ -176,7 +197,7 @@ def test_cispo_weighs_the_gradient_by_the_clipped_ratio_and_silences_no_token():
         weight = ratio.clamp(low, high) * mask * gain[:, None]
         torch.testing.assert_close(new.grad, -weight / 5)
         torch.testing.assert_close(loss.detach(), -(weight * new.detach()).sum() / 5)
-        assert measures["clip_low"] + measures["clip_high"] == (4 if "epsilon" in changes else 3)
+        assert measures["clip_ratio/low_mean"] + measures["clip_ratio/high_mean"] == (4 if "epsilon" in changes else 3)
 
 
 def test_a_bound_that_cispo_would_not_read_is_refused():
