@@ -16,7 +16,7 @@ from rwkvpipe.kernel import gpu
 REPORT = Path(__file__).resolve().parents[1] / "docs/gpu.json"
 # a kernel's line, and what follows it; names are as C++ has them in files: Forward, I5ShapeILi64EE or ILi4EE
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\w+)'(.*?)(?=Compiling entry function|\Z)", re.S)
-NAMED = re.compile(r"\d([A-Z][A-Za-z]*)(?:I(?:5ShapeI)?Li(\d+)|E)")
+NAMED = re.compile(r"\d([A-Z][A-Za-z]*?)(?:I(?:5ShapeI)?Li(\d+)|EE)")
 FIGURES = {
     "registers": re.compile(r"Used (\d+) registers"),
     "spilled": re.compile(r"(\d+) bytes spill stores"),

@@ -1,5 +1,5 @@
-// What surrounds the recurrence on a GPU, in one pass each, with its gradient; rwkvpipe/kernel/blend.py has the
-// formulas in PyTorch. All tensors of a call are of one kind, fp32 or bf16; sums are fp32.
+// What surrounds the recurrences channel by channel on a GPU, in one pass each, with its gradient;
+// rwkvpipe/kernel/blend.py and gate.py have the formulas in PyTorch. Tensors are in fp32 or bf16, sums in fp32.
 
 #include "grid.cuh"
 
@@ -15,7 +15,7 @@ struct Mixing {
     static constexpr int THREADS = WIDTH, FLOATS = 0;
     using Threads = Block<Nothing, WIDTH>;
     int64_t B, T, D, count;
-    bool half;
+    bool half, half_out;  // of x, last and m; of what comes out, and of its gradient
     const void *x, *last, *m[MOST];
 
     EITHER int64_t runs() const { return (B * T + RUN - 1) / RUN; }
@@ -50,7 +50,7 @@ struct MixForward : Mixing {
                 const float now = get(x, at, half);
 #pragma unroll
                 for (int i = 0; i < MOST; i++)
-                    if (i < count) put(out[i], at, half, now + (was - now) * share[i]);
+                    if (i < count) put(out[i], at, half_out, now + (was - now) * share[i]);
                 was = now;
             }
         });
@@ -69,7 +69,7 @@ struct MixBackward : Mixing {
 #pragma unroll
             for (int i = 0; i < MOST; i++) {
                 share[i] = i < count ? get(m[i], channel, half) : 0.0f;
-                if (i < count && end < B * T && end % T) next += get(dy[i], end * D + channel, half) * share[i];
+                if (i < count && end < B * T && end % T) next += get(dy[i], end * D + channel, half_out) * share[i];
             }
             for (int64_t token = end - 1; token >= begin; token--) {
                 const float was = before(token, channel);
@@ -78,7 +78,7 @@ struct MixBackward : Mixing {
 #pragma unroll
                 for (int i = 0; i < MOST; i++) {
                     if (i >= count) continue;
-                    const float g = get(dy[i], at, half);
+                    const float g = get(dy[i], at, half_out);
                     whole += g, shifted += g * share[i], dm[i] += g * (was - now);
                 }
                 put(dx, at, half, whole - shifted + next);
@@ -119,15 +119,77 @@ struct Square {
     }
 };
 
+// v, moved towards `first` by the share sigmoid(z + v0), or its gradient
+struct Leaning {
+    static constexpr int THREADS = WIDTH, FLOATS = 0;
+    using Threads = Block<Nothing, WIDTH>;
+    enum { V, FIRST, Z, V0 };
+    int64_t tokens, D, halves;
+    const void *v, *first, *z, *v0;
+
+    EITHER int64_t tiles() const { return (D + WIDTH - 1) / WIDTH; }
+    EITHER int64_t blocks() const { return (tokens + RUN - 1) / RUN * tiles(); }
+    ON_GPU bool half(int tensor) const { return halves >> tensor & 1; }
+
+    // f(place in the tensors, value, how far it is to go, share) for the tokens of a block, a channel a thread
+    template <class F>
+    ON_GPU void over(int64_t block, int64_t channel, F f) const {
+        const int64_t begin = block / tiles() * RUN, end = begin + RUN < tokens ? begin + RUN : tokens;
+        const float by = get(v0, channel, half(V0));
+#pragma unroll 4
+        for (int64_t at = begin * D + channel; at < end * D; at += D) {
+            const float value = get(v, at, half(V));
+            f(at, value, get(first, at, half(FIRST)) - value, 1.0f / (1.0f + expf(-(get(z, at, half(Z)) + by))));
+        }
+    }
+};
+
+struct LeanForward : Leaning {
+    void *out;
+
+    ON_GPU void work(int64_t block, Threads &threads, float *) const {
+        threads.each([&](int thread, Nothing &) {
+            const int64_t channel = block % tiles() * WIDTH + thread;
+            if (channel >= D) return;
+            over(block, channel, [&](int64_t at, float value, float far, float part) {
+                put(out, at, half(V), value + far * part);
+            });
+        });
+    }
+};
+
+struct LeanBackward : Leaning {
+    const void *dout;
+    void *dv, *dfirst, *dz;
+    float *sums;  // (runs, D)
+
+    ON_GPU void work(int64_t block, Threads &threads, float *) const {
+        threads.each([&](int thread, Nothing &) {
+            const int64_t channel = block % tiles() * WIDTH + thread;
+            if (channel >= D) return;
+            float sum = 0.0f;
+            over(block, channel, [&](int64_t at, float, float far, float part) {
+                const float d = get(dout, at, half(V)), slope = d * far * part * (1.0f - part);
+                put(dv, at, half(V), d - d * part);
+                put(dfirst, at, half(FIRST), d * part);
+                put(dz, at, half(Z), slope);
+                sum += slope;
+            });
+            sums[block / tiles() * D + channel] = sum;
+        });
+    }
+};
+
 Mixing mixing(const int64_t *z, const void *x, const void *last, const void *const *m) {
-    Mixing found = {z[0], z[1], z[2], z[3], z[4] != 0, x, last, {}};
+    Mixing found = {z[0], z[1], z[2], z[3], z[4] != 0, z[5] != 0, x, last, {}};
     for (int64_t i = 0; i < z[3]; i++) found.m[i] = m[i];
     return found;
 }
 
 }  // namespace
 
-// sizes: B T D, how many mixes, and whether all is bf16. Given back are 0, the GPU's error, or -1 for too many mixes.
+// sizes: B T D, how many mixes, whether what comes in is bf16, and what comes out. Given back are 0, the GPU's error, or
+// -1 for too many mixes.
 extern "C" {
 
 // floats of the sums that the backward wants, and tokens that each is of
@@ -147,6 +209,22 @@ int mix_backward(const int64_t *z, int64_t stream, const void *x, const void *la
     MixBackward kernel = {mixing(z, x, last, m), {}, dx, dlast, sums};
     for (int64_t i = 0; i < z[3]; i++) kernel.dy[i] = dy[i];
     return launch(kernel, kernel.runs() * kernel.tiles(), stream);
+}
+
+// sizes: tokens D, and a bit for each of v first z v0 that is bf16; gradients are like what they are of, out like v
+int lean_forward(const int64_t *s, int64_t stream, const void *v, const void *first, const void *z, const void *v0,
+                 void *out) {
+    const LeanForward kernel = {{s[0], s[1], s[2], v, first, z, v0}, out};
+    return launch(kernel, kernel.blocks(), stream);
+}
+
+// floats of the sums for v0, which whoever calls adds up
+int64_t lean_sums(const int64_t *s) { return (s[0] + RUN - 1) / RUN * s[1]; }
+
+int lean_backward(const int64_t *s, int64_t stream, const void *v, const void *first, const void *z, const void *v0,
+                  const void *dout, void *dv, void *dfirst, void *dz, float *sums) {
+    const LeanBackward kernel = {{s[0], s[1], s[2], v, first, z, v0}, dout, dv, dfirst, dz, sums};
+    return launch(kernel, kernel.blocks(), stream);
 }
 
 // sizes: how many numbers, and whether they are bf16. dy may be null: then it is the value, else the gradient

@@ -1,7 +1,9 @@
 """What surrounds the recurrence of RWKV-7, element by element: natively in one pass each, or in PyTorch.
 
 Each function gives the same either way. The native forms (`cuda/blend_cpu.cpp`) keep only their inputs for the backward
-and compute the rest again; they take fp32 on the CPU. Tensors are (B, T, D), rows that all tokens share (1, 1, D).
+and compute the rest again; they take fp32 on the CPU. NVIDIA's cards have forms of their own, for bf16 too, which is
+what the products of a card in mixed precision give (kernel/passes.py). Tensors are (B, T, D), rows that all tokens
+share (1, 1, D).
 """
 
 from collections.abc import Sequence
@@ -22,8 +24,8 @@ def mix(x: Tensor, last: Tensor, shares: Sequence[Tensor], alone: Places | None 
 
     To tokens at the places `alone` it is 0: there documents begin.
     """
-    if passes.fit(x, *shares):
-        found = passes.mix(x, last.to(x.dtype), shares)
+    if passes.alike(x, *shares):
+        found = list(passes.Mix.apply(passes.to_products(x), x, last.to(x.dtype), *shares))
     elif x.shape[1] and build.native(x, last, *shares):
         found = list(_Mix.apply(x, last, *shares))
     else:
@@ -44,18 +46,22 @@ def prepare(k: Tensor, w: Tensor, a: Tensor, rows: Sequence[Tensor], heads: int)
     rows: w0, a0, k_k, k_a. The soft clamp: w <= -0.5, so that no decay is below 0.545.
     """
     k, w, a = widened(rows[0], k, w, a)
-    if k.numel() and build.native(k, w, a, *rows):
-        return tuple(y.unflatten(-1, (heads, -1)) for y in _Prepare.apply(heads, k, w, a, *rows))
-    w0, a0, k_k, k_a = rows
+    on_card = passes.fit(k, w, a, *rows, width=k.shape[-1] // heads)
+    if on_card or (k.numel() and build.native(k, w, a, *rows)):
+        found = (passes.Prepare if on_card else _Prepare).apply(heads, k, w, a, *rows)
+        return tuple(y.unflatten(-1, (heads, -1)) for y in found)
+    kind, (w0, a0, k_k, k_a) = k.dtype, rows
     w, rate = F.logsigmoid(w0 + w) - 0.5, torch.sigmoid(a0 + a)
     kk = F.normalize((k * k_k).unflatten(-1, (heads, -1)), dim=-1)
     k, w, rate = ((x.unflatten(-1, (heads, -1))) for x in (k * (1 + (rate - 1) * k_a), w, rate))
-    return w, k, -kk, kk * rate
+    return w, *(x.to(kind) for x in (k, -kk, kk * rate))
 
 
 def lean(v: Tensor, first: Tensor, part: Tensor, v0: Tensor) -> Tensor:
     """v, moved towards `first` by the share sigmoid(v0 + part)."""
     v, first, part = widened(v0, v, first, part)
+    if passes.fit(v, first, part, v0):
+        return passes.Lean.apply(v, first, part, v0)
     if v.numel() and build.native(v, first, part, v0):
         return _Lean.apply(v, first, part, v0)
     return torch.lerp(v, first, torch.sigmoid(v0 + part).to(v.dtype))
@@ -67,12 +73,14 @@ def finish(y: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor, rows: Seque
     y, r, k, v (B, T, H, N), gate (B, T, D); rows: r_k (H, N), and the norm's weight and bias (D).
     """
     y, r, k, v, gate = widened(rows[0], y, r, k, v, gate)
+    if passes.fit(y, r, k, v, gate, *rows, width=y.shape[-1]):
+        return passes.Finish.apply(eps, y, r, k, v, gate, *rows)
     if y.numel() and build.native(y, r, k, v, gate, *rows):
         return _Finish.apply(eps, y, r, k, v, gate, *rows)
     r_k, weight, bias = rows
     bonus = (r * k * r_k).sum(-1, keepdim=True) * v
     normed = F.layer_norm(y.to(weight.dtype), y.shape[-1:], eps=eps)
-    return (torch.addcmul(bias, normed.flatten(-2), weight) + bonus.flatten(-2)) * gate
+    return ((torch.addcmul(bias, normed.flatten(-2), weight) + bonus.flatten(-2)) * gate).to(gate.dtype)
 
 
 def squared_relu(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rwkvpipe.kernel import build
+from rwkvpipe.kernel import build, passes
 from rwkvpipe.kernel.blend import Places, apart, sums_of, unmixed, widened, without_gaps
 
 
@@ -35,10 +35,12 @@ def drift(
 def gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Each head of y (B, T, H, N) normalised, scaled by weight and bias (D), times z sigmoid(z): (B, T, D)."""
     y, z = widened(weight, y, z)
+    if passes.fit(y, z, weight, bias, width=y.shape[-1]):
+        return passes.Finish.apply(eps, y, None, None, None, z, None, weight, bias)
     if y.numel() and build.native(y, z, weight, bias):
         return _Gate.apply(eps, y, z, weight, bias)
     normed = F.layer_norm(y.to(weight.dtype), y.shape[-1:], eps=eps)
-    return torch.addcmul(bias, normed.flatten(-2), weight) * F.silu(z)
+    return (torch.addcmul(bias, normed.flatten(-2), weight) * F.silu(z)).to(z.dtype)
 
 
 def sift(z: Tensor, v: Tensor) -> Tensor:

@@ -68,7 +68,8 @@ def loaded(path: Path) -> ctypes.CDLL:
     for operator in ("wkv7", "wkv7_chunks", "wkv6"):
         for floats in ("kept", "room"):
             getattr(library, f"{operator}_{floats}").restype = ctypes.c_int64
-    library.mix_sums.restype = ctypes.c_int64
+    for sums in ("mix_sums", "lean_sums", "heads_sums"):
+        getattr(library, sums).restype = ctypes.c_int64
     return library
 
 
@@ -100,18 +101,33 @@ def computes(operator: str, *inputs: Tensor) -> bool:
         library, said = None, "they take fp32 and bf16"
     elif library is not None and width > WIDEST:
         library, said = None, f"they take heads of up to {WIDEST} channels"
-    line = f"kernel: {operator} by our kernels on {where} ({said})"
     if library is None:
-        line = f"kernel: {operator} in PyTorch, by chunks, on {where} (our kernels: {said})"
+        _say(f"kernel: {operator} in PyTorch, by chunks, on {where} (our kernels: {said})")
+    else:
+        announce(operator, device)
+    return library is not None
+
+
+def announce(operator: str, device: torch.device) -> None:
+    """Say once that our kernels compute something on a device."""
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    _say(f"kernel: {operator} by our kernels on {where} ({at_hand(device)[1]})")
+
+
+def _say(line: str) -> None:
     if line not in _said:
         _said.add(line)
         log.info("%s", line)
-    return library is not None
+
+
+def halves(*tensors: Tensor | None) -> int:
+    """A bit for each that is in bf16."""
+    return sum((x is not None and x.dtype == torch.bfloat16) << n for n, x in enumerate(tensors))
 
 
 def _sizes(inputs: Sequence[Tensor], *more: int) -> list[int]:
     """B T H N of the first, a bit for each that is in bf16, and what else a kernel asks for."""
-    return [*inputs[0].shape, sum((x.dtype == torch.bfloat16) << n for n, x in enumerate(inputs)), *more]
+    return [*inputs[0].shape, halves(*inputs), *more]
 
 
 def _array(sizes: Sequence[int]) -> ctypes.Array:
@@ -123,10 +139,12 @@ def floats(function: str, sizes: Sequence[int], like: Tensor) -> Tensor:
     return torch.empty(getattr(at_hand(like.device)[0], function)(_array(sizes)), device=like.device)
 
 
-Given = Tensor | Sequence[Tensor] | None
+Given = Tensor | Sequence[Tensor] | float | None
 
 
-def _word(x: Given) -> ctypes.c_void_p | ctypes.Array | None:
+def _word(x: Given) -> ctypes.c_void_p | ctypes.Array | ctypes.c_float | None:
+    if isinstance(x, float):
+        return ctypes.c_float(x)
     if isinstance(x, Sequence):
         assert all(each.is_contiguous() for each in x)
         return (ctypes.c_void_p * len(x))(*(each.data_ptr() for each in x))
@@ -149,7 +167,7 @@ def tried(library: ctypes.CDLL, device: torch.device) -> int:
 
 
 def call(function: str, sizes: Sequence[int], *given: Given) -> None:
-    """Start a kernel on tensors without gaps, or lists of them. Raises RuntimeError where the card refuses it."""
+    """Start a kernel on tensors without gaps, lists of them, numbers. Raises RuntimeError where the card refuses."""
     if status := _started(at_hand(given[0].device)[0], function, sizes, *given):
         raise RuntimeError(f"{function}: CUDA error {status}")
 

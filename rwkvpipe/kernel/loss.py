@@ -1,7 +1,7 @@
 """The matrix to logits and the loss of these in one, a few positions at a time: all logits are never held at once.
 
 The gradient of a position's logits is known as soon as they are, so it takes their place, natively
-(`cuda/loss_cpu.cpp`) or in PyTorch, and is multiplied out in the forward.
+(`cuda/loss_cpu.cpp`; on a card `cuda/loss.cu`, in bf16 too) or in PyTorch, and is multiplied out in the forward.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rwkvpipe.kernel import build
+from rwkvpipe.kernel import build, gpu, passes
 
 NUMBERS = 1 << 20  # logits held at once
+ON_CARD = 1 << 27  # the same on a card
 FEWEST, MOST = 64, 8192  # positions held at once
 
 
@@ -55,7 +56,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _parts(x: Tensor, weight: Tensor) -> Iterator[slice]:
-    size = min(max(FEWEST, NUMBERS // len(weight)), MOST)
+    size = min(max(FEWEST, (ON_CARD if x.is_cuda else NUMBERS) // len(weight)), MOST)
     for first in range(0, len(x), size):
         yield slice(first, first + size)
 
@@ -83,7 +84,8 @@ def _narrow(x: Tensor, weight: Tensor, wanted: Wanted, needed: Sequence[bool]) -
     rows, matrix = x.to(wanted.dtype), weight.to(wanted.dtype)
     plain = replace(wanted, scale=1.0, pull=wanted.pull / wanted.scale)
     for part in _parts(x, weight):
-        logits = (rows[part] @ matrix.mT).to(x.dtype)
+        logits = rows[part] @ matrix.mT
+        logits = logits if passes.fit(logits) else logits.to(x.dtype)
         total += _gradients(logits, plain, part).double().sum()
         steps = logits.to(wanted.dtype)
         if dx is not None:
@@ -96,6 +98,11 @@ def _narrow(x: Tensor, weight: Tensor, wanted: Wanted, needed: Sequence[bool]) -
 def _gradients(logits: Tensor, wanted: Wanted, part: slice) -> Tensor:
     """-log p of each position (n,); the logits (n, V) become their gradient."""
     chosen, real = wanted.chosen[part].contiguous(), wanted.real[part].long().contiguous()
+    if passes.fit(logits):
+        losses = torch.empty(len(logits), device=logits.device)
+        sizes = (*logits.shape, gpu.halves(logits))
+        gpu.call("loss_rows", sizes, logits, chosen, real, wanted.scale, wanted.pull, losses)
+        return losses
     if build.native(logits):
         losses = torch.empty(len(logits))
         build.call("loss_rows", logits.shape, logits, chosen, real, wanted.scale, wanted.pull, losses)

@@ -153,31 +153,6 @@ def test_the_order_in_which_threads_run_between_barriers_changes_nothing(on_host
         assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
 
 
-@pytest.fixture
-def guards(monkeypatch):
-    """Memory that the operators ask for lies between numbers that are none; to be called when they are done."""
-    guard, kept = 64, []
-
-    def room(like, *given, **kwargs):
-        shape = given[0] if given else like.shape
-        kind = kwargs.get("dtype", getattr(like, "dtype", torch.float32))
-        whole = torch.full((guard + math.prod(shape) + guard,), torch.nan, dtype=kind)
-        kept.append(whole)
-        return whole[guard:-guard].view(shape)
-
-    def empty(*shape, device=None):
-        return room(None, shape[0] if isinstance(shape[0], tuple) else shape)
-
-    def check(least):
-        assert len(kept) >= least
-        for whole in kept:
-            assert whole[:guard].isnan().all() and whole[-guard:].isnan().all()
-
-    monkeypatch.setattr(torch, "empty_like", room)
-    monkeypatch.setattr(torch, "empty", empty)
-    return check
-
-
 @pytest.mark.parametrize("which", OPERATORS)
 def test_all_results_and_nothing_beside_them_is_written(on_host, guards, which):
     found = results(OPERATORS[which][0], made(which, 2, 67, 2, 7))

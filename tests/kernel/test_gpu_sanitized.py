@@ -30,6 +30,18 @@ int mix_forward(const int64_t *, int64_t, const void *, const void *, const void
 int mix_backward(const int64_t *, int64_t, const void *, const void *, const void *const *, const void *const *, void *,
                  void *, float *);
 int square(const int64_t *, int64_t, const void *, const void *, void *);
+int64_t lean_sums(const int64_t *), heads_sums(const int64_t *);
+#define FOUR const void *, const void *, const void *, const void *
+int lean_forward(const int64_t *, int64_t, FOUR, void *);
+int lean_backward(const int64_t *, int64_t, FOUR, const void *, void *, void *, void *, float *);
+int prepare_forward(const int64_t *, int64_t, FOUR, const void *, const void *, const void *, void *, void *, void *,
+                    void *, float *);
+int prepare_backward(const int64_t *, int64_t, FOUR, const void *, const void *, const void *, const float *, FOUR,
+                     void *, void *, void *, float *);
+int finish_forward(const int64_t *, int64_t, FOUR, FOUR, float, void *, float *);
+int finish_backward(const int64_t *, int64_t, FOUR, FOUR, float, const float *, const void *, void *, void *, void *,
+                    void *, void *, float *);
+int loss_rows(const int64_t *, int64_t, void *, const int64_t *, const int64_t *, float, float, float *);
 int wkv6_forward(const int64_t *, int64_t, SIX, const float *, void *, float *, float *);
 int wkv6_backward(const int64_t *, int64_t, SIX, const float *, const void *, const float *, void *, void *, void *,
                   void *, float *, float *, float *);
@@ -72,7 +84,7 @@ void operators(int64_t B, int64_t T, int64_t H, int64_t N) {
 }
 
 void passes(int64_t B, int64_t T, int64_t D) {
-    const int64_t s[] = {B, T, D, 2, 0}, numbers[] = {B * T * D, 0};
+    const int64_t s[] = {B, T, D, 2, 0, 0}, numbers[] = {B * T * D, 0};
     auto x = [&] { return made(B * T * D); };
     const void *m[] = {made(D), made(D)}, *dy[] = {x(), x()};
     void *out[] = {x(), x()};
@@ -83,7 +95,33 @@ void passes(int64_t B, int64_t T, int64_t D) {
     wrong |= square(numbers, 0, in, dy[0], x());
 }
 
+void by_head(int64_t tokens, int64_t H, int64_t N) {
+    const int64_t s[] = {tokens, H, N, 0, 4}, channels[] = {tokens, H * N, 0};
+    auto x = [&] { return made(tokens * H * N); };
+    auto row = [&] { return made(H * N); };
+    const void *a = x(), *b = x(), *c = x(), *d = x(), *e = x();
+    const void *one = row(), *two = row(), *three = row(), *four = row();
+    wrong |= lean_forward(channels, 0, a, b, c, one, x());
+    wrong |= lean_backward(channels, 0, a, b, c, one, d, x(), x(), x(), made(lean_sums(channels)));
+    float *norms = made(tokens * H), *found = made(tokens * H * 3);
+    wrong |= prepare_forward(s, 0, a, b, c, one, two, three, four, x(), x(), x(), x(), norms);
+    wrong |= prepare_backward(s, 0, a, b, c, one, two, three, four, norms, a, b, d, e, x(), x(), x(),
+                              made(heads_sums(s)));
+    wrong |= finish_forward(s, 0, a, nullptr, nullptr, nullptr, e, nullptr, two, three, 0.1f, x(), nullptr);
+    wrong |= finish_forward(s, 0, a, b, c, d, e, one, two, three, 0.1f, x(), found);
+    wrong |= finish_backward(s, 0, a, b, c, d, e, one, two, three, 0.1f, found, b, x(), x(), x(), x(), x(),
+                             made(heads_sums(s)));
+}
+
+void losses(int64_t rows, int64_t V) {
+    const int64_t s[] = {rows, V, 0};
+    std::vector<int64_t> chosen(rows, V - 1), real(rows, 1);
+    wrong |= loss_rows(s, 0, made(rows * V), chosen.data(), real.data(), 0.5f, 0.1f, made(rows));
+}
+
 int main() {
+    by_head(1, 1, 1), by_head(35, 5, 20), by_head(9, 3, 128), by_head(33, 9, 64);
+    losses(1, 1), losses(3, 513), losses(2, 9000);
     passes(1, 1, 1), passes(2, 35, 20), passes(3, 32, 300);
     operators(1, 1, 1, 5), operators(1, 67, 2, 20), operators(1, 9, 1, 100), operators(1, 67, 1, 64);
     std::puts(wrong ? "wrong" : "all");
