@@ -3,14 +3,11 @@
 // A row has the same bits whatever rows are beside it, and however many threads there are, as matvec.h has it.
 
 #include "matvec.h"
-
-#include <cmath>
+#include "token.h"
 
 namespace {
 
-constexpr float NORM_EPS = 1e-5f, LEAST = 1e-12f, HALF_ROOT = 0.60653066f;  // e^{-1/2}
-
-int64_t whole(int64_t n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
+constexpr float LEAST = 1e-12f, HALF_ROOT = 0.60653066f;  // e^{-1/2}
 
 struct Decode {
     int64_t rows, L, D, H, F, V, ranks[4];
@@ -37,34 +34,6 @@ struct Decode {
         return {matrices[n], scales[n], out, in, kind};
     }
     const float *vector(int64_t layer, int which) const { return vectors[layer * VECTORS + which]; }
-
-    void norm(const float *x, const float *weight, const float *bias, float *to) const {
-        Vec total = {}, squares = {};
-        for (int64_t j = 0; j < D; j += WIDTH) total += load_some(x + j, D - j);
-        const float mean = sum(total) / D;
-        for (int64_t j = 0; j < D; j += WIDTH) {
-            const Vec y = only(load_some(x + j, D - j) - mean, D - j);
-            squares += y * y;
-        }
-        const float scale = 1.0f / std::sqrt(sum(squares) / D + NORM_EPS);
-        for (int64_t j = 0; j < D; j += WIDTH) {
-            const Vec y = (load_some(x + j, D - j) - mean) * scale;
-            store_some(to + j, y * load_some(weight + j, D - j) + load_some(bias + j, D - j), D - j);
-        }
-    }
-
-    void mix(const float *x, const float *last, const float *share, float *to) const {
-        for (int64_t j = 0; j < D; j += WIDTH) {
-            const int64_t left = D - j;
-            const Vec now = load_some(x + j, left);
-            store_some(to + j, now + (load_some(last + j, left) - now) * load_some(share + j, left), left);
-        }
-    }
-
-    template <class Change>
-    static void change(float *x, int64_t n, const Change &how) {
-        for (int64_t j = 0; j < n; j += WIDTH) store_some(x + j, how(load_some(x + j, n - j)), n - j);
-    }
 
     // the memory of one head takes a token in; y, normalised, with its bonus and gate, takes the place of r
     void recall(int64_t layer, int64_t head, float *S, float *r, float *k, const float *v, const float *zw,
@@ -128,11 +97,11 @@ struct Decode {
                   const Room &to) const {
         const int64_t rank = ranks[(which - W1) / 2];
         for (int64_t i = 0; i < count; i++)
-            mix(at.normed[i], att_x[layer] + (begin + i) * D, vector(layer, share), at.mixed[i]);
+            mix(at.normed[i], att_x[layer] + (begin + i) * D, vector(layer, share), at.mixed[i], D);
         times(matrix(layer, which), count, threads, at.mixed, at.low);
         for (int64_t i = 0; i < count; i++) {
-            if (which == W1) change(at.low[i], rank, [](Vec x) { return sigmoid(x + x) * 2.0f - 1.0f; });  // tanh
-            if (which == G1) change(at.low[i], rank, [](Vec x) { return sigmoid(x); });
+            if (which == W1) change(at.low[i], rank, tangent);
+            if (which == G1) change(at.low[i], rank, sigmoid);
         }
         times(matrix(layer, which + 1), count, threads, at.low, to);
     }
@@ -141,10 +110,10 @@ struct Decode {
         const Room *to[] = {&at.r, &at.k, &at.v};
         const int shares[] = {X_R, X_K, X_V};
         for (int64_t i = 0; i < count; i++)
-            norm(at.x[i], vector(layer, LN1), vector(layer, LN1_BIAS), at.normed[i]);
+            norm(at.x[i], vector(layer, LN1), vector(layer, LN1_BIAS), at.normed[i], D);
         for (int n = 0; n < 3; n++) {
             for (int64_t i = 0; i < count; i++)
-                mix(at.normed[i], att_x[layer] + (begin + i) * D, vector(layer, shares[n]), at.mixed[i]);
+                mix(at.normed[i], att_x[layer] + (begin + i) * D, vector(layer, shares[n]), at.mixed[i], D);
             times(matrix(layer, RECEPTANCE + n), count, threads, at.mixed, *to[n]);
         }
         low_rank(layer, W1, X_W, begin, count, threads, at, at.w);
@@ -184,30 +153,24 @@ struct Decode {
                           room(10), {start + 11 * count * step, long_step}, start + count * total};
         for (int64_t i = 0; i < count; i++) {
             const float *from = fixed[EMB] + ids[begin + i] * D;
-            fixed[LN0] ? norm(from, fixed[LN0], fixed[LN0_BIAS], at.x[i]) : copy(at.x[i], from, D);
+            fixed[LN0] ? norm(from, fixed[LN0], fixed[LN0_BIAS], at.x[i], D) : copy(at.x[i], from, D);
         }
         for (int64_t layer = 0; layer < L; layer++) {
             time_mix(layer, begin, count, threads, at);
             for (int64_t i = 0; i < count; i++) {
-                add(at.x[i], at.mixed[i]);
-                norm(at.x[i], vector(layer, LN2), vector(layer, LN2_BIAS), at.normed[i]);
-                mix(at.normed[i], ffn_x[layer] + (begin + i) * D, vector(layer, FFN_X_K), at.mixed[i]);
+                add(at.x[i], at.mixed[i], D);
+                norm(at.x[i], vector(layer, LN2), vector(layer, LN2_BIAS), at.normed[i], D);
+                mix(at.normed[i], ffn_x[layer] + (begin + i) * D, vector(layer, FFN_X_K), at.mixed[i], D);
                 copy(ffn_x[layer] + (begin + i) * D, at.normed[i], D);
             }
             times(matrix(layer, FFN_KEY), count, threads, at.mixed, at.wide);
-            for (int64_t i = 0; i < count; i++)
-                change(at.wide[i], F, [](Vec x) { const Vec up = x < 0.0f ? Vec{} : x; return up * up; });
+            for (int64_t i = 0; i < count; i++) change(at.wide[i], F, squared);
             times(matrix(layer, FFN_VALUE), count, threads, at.wide, at.mixed);
-            for (int64_t i = 0; i < count; i++) add(at.x[i], at.mixed[i]);
+            for (int64_t i = 0; i < count; i++) add(at.x[i], at.mixed[i], D);
         }
-        for (int64_t i = 0; i < count; i++) norm(at.x[i], fixed[LN_OUT], fixed[LN_OUT_BIAS], at.normed[i]);
+        for (int64_t i = 0; i < count; i++) norm(at.x[i], fixed[LN_OUT], fixed[LN_OUT_BIAS], at.normed[i], D);
         const Matrix head = {matrices[L * MATRICES], scales[L * MATRICES], V, D, kind};
         times(head, count, threads, at.normed, {logits + begin * V, V});
-    }
-
-    void add(float *to, const float *x) const {
-        for (int64_t j = 0; j < D; j += WIDTH)
-            store_some(to + j, load_some(to + j, D - j) + load_some(x + j, D - j), D - j);
     }
 };
 
@@ -222,13 +185,7 @@ void decode7(const int64_t *s, int threads, const float *const *fixed, const flo
              float *const *ffn_x, const int64_t *ids, float *logits) {
     const Decode it = {s[0], s[1], s[2], s[3], s[4], s[5], {s[6], s[7], s[8], s[9]}, static_cast<Kind>(s[10]),
                        fixed, vectors, matrices, scales, att_x, memory, ffn_x, ids, logits};
-    if (it.rows == 1 || threads == 1) return it.rows_of(0, it.rows, threads);
-    // rows go to threads in pieces, as each piece reads all matrices
-    const int64_t pieces = std::min<int64_t>(threads, (it.rows + 3) / 4), size = (it.rows + pieces - 1) / pieces;
-    if (pieces == 1) return it.rows_of(0, it.rows, threads);
-    share((it.rows + size - 1) / size, threads, [&](int64_t n) {
-        it.rows_of(n * size, std::min(size, it.rows - n * size), 1);
-    });
+    in_pieces(it.rows, threads, [&](int64_t begin, int64_t count, int on) { it.rows_of(begin, count, on); });
 }
 
 }  // extern "C"

@@ -221,17 +221,5 @@ inline void by_rows(const Matrix &m, int64_t begin, int64_t end, int64_t count, 
 
 }  // namespace product
 
-// the matrix times `rows` rows of x, on at most `threads` threads
-inline void times(const Matrix &m, int64_t rows, int threads, const Room &x, const Room &to) {
-    const int64_t pieces = std::max<int64_t>(1, std::min<int64_t>(threads, m.out * m.in / product::LARGE));
-    const int64_t size = (m.out / pieces + PANEL) / PANEL * PANEL;
-    share((m.out + size - 1) / size, threads, [&](int64_t n) {
-        const int64_t begin = n * size, end = std::min(m.out, begin + size);
-        switch (m.kind) {
-            case ROWS: return product::by_rows(m, begin, end, rows, x, to);
-            case FP32: return product::part<product::Wide>(m, begin, end, rows, x, to);
-            case BF16: return product::part<product::Half>(m, begin, end, rows, x, to);
-            case INT8: return product::part<product::Byte>(m, begin, end, rows, x, to);
-        }
-    });
-}
+// the matrix times `rows` rows of x, on at most `threads` threads; in product_cpu.cpp, once for all
+void times(const Matrix &m, int64_t rows, int threads, const Room &x, const Room &to);

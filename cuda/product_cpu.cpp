@@ -33,6 +33,20 @@ void many(const Matrix &m, int64_t rows, const Room &x, const Room &to) {
 
 }  // namespace
 
+void times(const Matrix &m, int64_t rows, int threads, const Room &x, const Room &to) {
+    const int64_t pieces = std::max<int64_t>(1, std::min<int64_t>(threads, m.out * m.in / LARGE));
+    const int64_t size = (m.out / pieces + PANEL) / PANEL * PANEL;
+    share((m.out + size - 1) / size, threads, [&](int64_t n) {
+        const int64_t begin = n * size, end = std::min(m.out, begin + size);
+        switch (m.kind) {
+            case ROWS: return by_rows(m, begin, end, rows, x, to);
+            case FP32: return part<Wide>(m, begin, end, rows, x, to);
+            case BF16: return part<Half>(m, begin, end, rows, x, to);
+            case INT8: return part<Byte>(m, begin, end, rows, x, to);
+        }
+    });
+}
+
 extern "C" {
 
 // sizes: rows out in, and how the matrix lies; data: where it does; x (rows, in), to (rows, out)

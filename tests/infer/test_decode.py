@@ -1,5 +1,6 @@
 """The native step of a whole model against its forward."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -8,11 +9,17 @@ from rwkvpipe.infer.decode import Decoder, decoder
 from rwkvpipe.kernel import build
 from rwkvpipe.kernel.panels import KINDS, pack, unpack
 from rwkvpipe.model.family import build as model_of
+from rwkvpipe.model.family import detect
 from rwkvpipe.model.layers import State
 from rwkvpipe.weights.lora import inject
 
 pytestmark = pytest.mark.skipif(build.extension() is None, reason=f"no native kernels here: {build.why_not()}")
 ODD = {"d_decay": 33, "d_aaa": 5, "d_mv": 17, "d_gate": 40, "dim_ffn": 70}
+OLD = {
+    "rwkv5": {"family": "rwkv5", "dim_ffn": 70},
+    "rwkv6": {"family": "rwkv6", "d_mix": 5, "d_decay": 33, "dim_ffn": 21},
+}
+WIDE = {"n_embd": 128, "head_size": 64, "vocab_size": 300}
 
 
 def made(seed=0, **sizes):
@@ -52,7 +59,11 @@ def drawn(rows, tokens, seed=1, vocabulary=53):
     return torch.randint(vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("sizes", [{}, ODD, {"n_embd": 128, "head_size": 64, "vocab_size": 300, **ODD}, {"ln0": False}])
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, ODD, {**WIDE, **ODD}, {"ln0": False}, *OLD.values(), *({**WIDE, "family": name} for name in OLD)],
+    ids=["rwkv7", "odd", "wide", "no ln0", *OLD, *(f"wide {name}" for name in OLD)],
+)
 @pytest.mark.parametrize("rows", [1, 2, 7, 15])
 @pytest.mark.parametrize("kind", [None, "fp32"])
 def test_logits_and_states_are_those_of_the_models_forward(sizes, rows, kind):
@@ -65,9 +76,10 @@ def test_logits_and_states_are_those_of_the_models_forward(sizes, rows, kind):
             assert float((one - other).abs().max()) < 2e-5 * max(1.0, float(other.abs().max()))
 
 
+@pytest.mark.parametrize("sizes", [ODD, *OLD.values()], ids=["rwkv7", *OLD])
 @pytest.mark.parametrize("kind", [None, *KINDS])
-def test_a_row_has_the_same_bits_whatever_rows_and_threads_there_are(kind):
-    model, ids, threads = made(**ODD), drawn(27, 3), torch.get_num_threads()
+def test_a_row_has_the_same_bits_whatever_rows_and_threads_there_are(kind, sizes):
+    model, ids, threads = made(**sizes), drawn(27, 3), torch.get_num_threads()
     alone = torch.cat([native(model, ids[n : n + 1], kind)[0] for n in range(27)])
     try:
         for count in (1, 2, 3, 8):
@@ -90,14 +102,15 @@ def test_a_large_matrix_has_the_same_bits_however_many_threads_share_it(kind):
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+@pytest.mark.parametrize("sizes", [ODD, *OLD.values()], ids=["rwkv7", *OLD])
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
-def test_fewer_bits_are_those_of_the_rounded_matrices(kind):
-    model, ids = made(**ODD), drawn(5, 6)
+def test_fewer_bits_are_those_of_the_rounded_matrices(kind, sizes):
+    model, ids = made(**sizes), drawn(5, 6)
     found = native(model, ids, kind)[0]
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             end = name.rpartition(".")[2]
-            low = end in ("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2")
+            low = end in ("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2", "time_decay_w1", "time_decay_w2")
             if low or (tensor.dim() == 2 and end == "weight" and name != "emb.weight"):
                 rounded = unpack(pack(tensor.mT if low else tensor, kind))
                 tensor.copy_(rounded.mT if low else rounded)
@@ -105,8 +118,9 @@ def test_fewer_bits_are_those_of_the_rounded_matrices(kind):
     assert float((found - wanted).abs().max()) < 2e-5 * max(1.0, float(wanted.abs().max()))
 
 
-def test_adapters_are_in_it():
-    model, ids = made(), drawn(2, 5)
+@pytest.mark.parametrize("sizes", [{}, *OLD.values()], ids=["rwkv7", *OLD])
+def test_adapters_are_in_it(sizes):
+    model, ids = made(**sizes), drawn(2, 5)
     inject(model, LoraConfig(rank=4))
     with torch.no_grad():
         for name, tensor in model.named_parameters():
@@ -120,9 +134,37 @@ def test_adapters_are_in_it():
 def test_what_it_cannot_compute_is_left_to_the_model():
     assert decoder(made().train()) is None
     assert decoder(made().double()) is None
-    older = RwkvConfig(family="rwkv6", n_layer=2, n_embd=32, head_size=16, vocab_size=9)
-    assert decoder(model_of(older).eval()) is None
-    assert decoder(made()) is not None
+    assert all(decoder(made(**sizes)) is not None for sizes in ({}, *OLD.values()))
+
+
+def test_a_tuned_initial_state_is_begun_with():
+    model, ids = made(**OLD["rwkv6"], time_state=True), drawn(2, 4)
+    (found, _), (wanted, _) = native(model, ids), reference(model, ids)
+    assert float((found - wanted).abs().max()) < 2e-5 * max(1.0, float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("version", ["x052", "x060", "x070"])
+def test_logits_and_states_are_the_reference_numbers(goldens, version):
+    golden = np.load(goldens / "rwkv" / f"model_{version}_b.npz")
+    tensors = {name[2:]: torch.tensor(golden[name]) for name in golden.files if name.startswith("w/")}
+    model, ids = model_of(detect(tensors)).eval(), torch.tensor(golden["train_x"])
+    model.load_state_dict({name: tensors[name].reshape(x.shape).float() for name, x in model.state_dict().items()})
+
+    def memory(name):
+        values = torch.tensor(golden[name]).double()
+        return values.mT if name.endswith("wkv") and version != "x070" else values
+
+    state, layers = model.start(len(ids)), range(model.config.n_layer)
+    for layer in layers:
+        for part in ("att_x", "wkv", "ffn_x"):
+            getattr(state, part)[layer] = memory(f"state0/{layer}/{part}").float().contiguous()
+    step = Decoder(model)
+    found = torch.stack([step.step(ids[:, t], state) for t in range(ids.shape[1])], 1)
+    assert float((found - torch.tensor(golden["logits"])).abs().max()) < 5e-5
+    for layer in layers:
+        for part in ("att_x", "wkv", "ffn_x"):
+            wanted = memory(f"stateT/{layer}/{part}")
+            assert float((getattr(state, part)[layer] - wanted).abs().max()) < 1e-5 * max(1, float(wanted.abs().max()))
 
 
 def test_an_id_that_the_model_lacks_is_refused():

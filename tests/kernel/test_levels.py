@@ -64,8 +64,9 @@ def test_a_step_of_training_is_that_of_pytorch_in_fp64(level, family):
 @needs_native
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("rows", [1, 7])
-def test_a_token_of_every_row_is_that_of_the_models_forward(level, kind, rows):
-    model = made("rwkv7").eval()
+@pytest.mark.parametrize("family", ["rwkv5", "rwkv6", "rwkv7"])
+def test_a_token_of_every_row_is_that_of_the_models_forward(level, kind, rows, family):
+    model = made(family).eval()
     if kind != "fp32":
         keep(model, kind)
     with torch.inference_mode():

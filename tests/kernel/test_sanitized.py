@@ -30,6 +30,8 @@ void wkv6_backward(const int64_t *, int, const float *, const float *, const flo
 void panels_times(const int64_t *, int, const void *const *, const float *, float *, float *);
 void decode7(const int64_t *, int, const float *const *, const float *const *, const void *const *,
              const float *const *, float *const *, float *const *, float *const *, const int64_t *, float *);
+void decode6(const int64_t *, int, const float *const *, const float *const *, const void *const *,
+             const float *const *, float *const *, float *const *, float *const *, const int64_t *, float *);
 void loss_rows(const int64_t *, int, float *, const int64_t *, const int64_t *, float, float, float *);
 void sample_rows(const int64_t *, int, const float *, const float *, const float *, const uint8_t *, const int64_t *,
                  const float *, const double *, const double *, int64_t *, float *, int64_t *);
@@ -74,6 +76,31 @@ void operators(int64_t B, int64_t T, int64_t H, int64_t N) {
 }
 
 template <class Number>
+void older(int64_t rows, int64_t kind, int64_t mixed, int64_t low) {
+    const int64_t L = 2, D = 20, H = 2, F = 23, V = 19, s[] = {rows, L, D, H, F, V, mixed, low, kind};
+    const float *fixed[] = {made(V * D), nullptr, nullptr, made(D), made(D)};
+    std::vector<const float *> vectors, scales;
+    for (int64_t i = 0; i < 16 * L; i++) vectors.push_back(made(D));
+    std::vector<std::unique_ptr<Number[]>> numbers;
+    std::vector<const void *> matrices;
+    auto matrix = [&](int64_t out, int64_t in) {
+        numbers.emplace_back(new Number[(kind ? (out + 15) / 16 * 16 : out) * in]());
+        matrices.push_back(numbers.back().get());
+        scales.push_back(kind == 3 ? made(out) : nullptr);
+    };
+    for (int64_t l = 0; l < L; l++) {
+        for (int i = 0; i < 5; i++) matrix(D, D);
+        matrix(F, D), matrix(D, F), matrix(D, D), matrix(low, D), matrix(D, low);
+        for (int i = 0; i < 6; i++) matrices.push_back(made(5 * mixed * D)), scales.push_back(nullptr);
+    }
+    matrix(V, D);
+    float *att[] = {made(rows * D), made(rows * D)}, *ffn[] = {made(rows * D), made(rows * D)};
+    float *memory[] = {made(rows * D * D / H), made(rows * D * D / H)};
+    std::vector<int64_t> ids(rows, V - 1);
+    decode6(s, 2, fixed, vectors.data(), matrices.data(), scales.data(), att, memory, ffn, ids.data(), made(rows * V));
+}
+
+template <class Number>
 void decode(int64_t rows, int64_t kind) {
     const int64_t L = 2, D = 20, H = 2, F = 23, V = 19, s[] = {rows, L, D, H, F, V, 5, 17, 3, 9, kind};
     const float *fixed[] = {made(V * D), made(D), made(D), made(D), made(D)};
@@ -96,6 +123,7 @@ void decode(int64_t rows, int64_t kind) {
     float *memory[] = {made(rows * D * D / H), made(rows * D * D / H)};
     std::vector<int64_t> ids(rows, V - 1);
     decode7(s, 2, fixed, vectors.data(), matrices.data(), scales.data(), att, memory, ffn, ids.data(), made(rows * V));
+    older<Number>(rows, kind, 0, 0), older<Number>(rows, kind, 3, 17);
     if (!kind) return;
     for (int64_t count : {rows, 5 * rows, 41 * rows}) {
         const int64_t sizes[] = {count, V, D, kind};

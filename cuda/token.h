@@ -1,0 +1,61 @@
+// What the layers of one token are made of, element by element, in all families.
+#pragma once
+
+#include "threads.h"
+#include "vector.h"
+
+#include <algorithm>
+#include <cmath>
+
+inline int64_t whole(int64_t n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
+
+// x normalised, times weight, plus bias
+inline void norm(const float *x, const float *weight, const float *bias, float *to, int64_t n, float eps = 1e-5f) {
+    Vec total = {}, squares = {};
+    for (int64_t j = 0; j < n; j += WIDTH) total += load_some(x + j, n - j);
+    const float mean = sum(total) / n;
+    for (int64_t j = 0; j < n; j += WIDTH) {
+        const Vec y = only(load_some(x + j, n - j) - mean, n - j);
+        squares += y * y;
+    }
+    const float scale = 1.0f / std::sqrt(sum(squares) / n + eps);
+    for (int64_t j = 0; j < n; j += WIDTH) {
+        const Vec y = (load_some(x + j, n - j) - mean) * scale;
+        store_some(to + j, y * load_some(weight + j, n - j) + load_some(bias + j, n - j), n - j);
+    }
+}
+
+// x + (last - x) (share + more)
+inline void mix(const float *x, const float *last, const float *share, float *to, int64_t n, const float *more = nullptr) {
+    for (int64_t j = 0; j < n; j += WIDTH) {
+        const int64_t left = n - j;
+        const Vec now = load_some(x + j, left), each = load_some(share + j, left);
+        const Vec by = more ? each + load_some(more + j, left) : each;
+        store_some(to + j, now + (load_some(last + j, left) - now) * by, left);
+    }
+}
+
+template <class Change>
+inline void change(float *x, int64_t n, const Change &how) {
+    for (int64_t j = 0; j < n; j += WIDTH) store_some(x + j, how(load_some(x + j, n - j)), n - j);
+}
+
+inline void add(float *to, const float *x, int64_t n) {
+    for (int64_t j = 0; j < n; j += WIDTH) store_some(to + j, load_some(to + j, n - j) + load_some(x + j, n - j), n - j);
+}
+
+inline Vec tangent(Vec x) { return sigmoid(x + x) * 2.0f - 1.0f; }
+
+inline Vec squared(Vec x) {
+    const Vec up = x < 0.0f ? Vec{} : x;
+    return up * up;
+}
+
+// Calls work(begin, count, threads) for rows that share all of a model's matrices, which each piece reads
+template <class Work>
+inline void in_pieces(int64_t rows, int threads, const Work &work) {
+    const int64_t pieces = std::min<int64_t>(threads, (rows + 3) / 4);
+    if (pieces <= 1) return work(0, rows, threads);
+    const int64_t size = (rows + pieces - 1) / pieces;
+    share((rows + size - 1) / size, threads, [&](int64_t n) { work(n * size, std::min(size, rows - n * size), 1); });
+}
