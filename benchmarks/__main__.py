@@ -3,7 +3,7 @@
 python -m benchmarks train
 python -m benchmarks families
 python -m benchmarks op [--operator wkv6]
-python -m benchmarks decode [--size large]
+python -m benchmarks decode [--size large] [--family rwkv6]
 python -m benchmarks infer
 python -m benchmarks same
 python -m benchmarks tokenize [FILE ...]
@@ -18,6 +18,7 @@ python -m benchmarks page
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ from benchmarks import (
     tokenize,
     train,
 )
+from rwkvpipe.model.family import FAMILIES
 
 
 def main() -> None:
@@ -66,6 +68,7 @@ def main() -> None:
     parser.add_argument("--case", action="append", choices=memory.CASES, help="memory: only these")
     parser.add_argument("--operator", choices=op.OPERATORS, default="wkv7", help="op: which")
     parser.add_argument("--size", choices=["small", "large"], default="small", help="train, decode: of the model")
+    parser.add_argument("--family", choices=FAMILIES, default="rwkv7", help="decode: of the model")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each program")
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="folder for the numbers")
     given = parser.parse_args()
@@ -115,7 +118,7 @@ def main() -> None:
         print(op.table(found))
     elif given.what == "decode":
         python = given.peer_python or peers.set_up("rwkv")
-        found = decode.measure(python, given.out, given.rounds, decode.CASES[given.size])
+        found = decode.measure(python, given.out, given.rounds, replace(decode.CASES[given.size], family=given.family))
         print(decode.table(found))
     else:
         python = given.peer_python or peers.set_up("rwkv-trainer")

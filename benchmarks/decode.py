@@ -28,6 +28,7 @@ class Case:
     n_embd: int = 256
     vocab_size: int = 1001
     tokens: int = 50
+    family: str = "rwkv7"
 
 
 CASES = {"small": Case(), "large": Case(12, 768, 65536, 8)}
@@ -36,21 +37,23 @@ CASES = {"small": Case(), "large": Case(12, 768, 65536, 8)}
 def prepare(case: Case, folder: Path) -> None:
     """The same random weights for both programs, in their formats."""
     folder.mkdir(parents=True, exist_ok=True)
-    ranks = {"d_decay": 64, "d_aaa": 64, "d_mv": 32, "d_gate": 128}
-    model = build(RwkvConfig(n_layer=case.n_layer, n_embd=case.n_embd, vocab_size=case.vocab_size, **ranks))
+    ranks = {"d_decay": 64, "d_aaa": 64, "d_mv": 32, "d_gate": 128} if case.family == "rwkv7" else {}
+    sizes = {"n_layer": case.n_layer, "n_embd": case.n_embd, "vocab_size": case.vocab_size}
+    model = build(RwkvConfig(family=case.family, **sizes, **ranks))
     draw, tensors = torch.Generator().manual_seed(0), {}
     for name, tensor in model.state_dict().items():
         scale = tensor.shape[-1] ** -0.5 if tensor.squeeze().dim() > 1 else 0.1
         tensors[name] = torch.randn(tensor.shape, generator=draw) * scale + float("ln" in name and "weight" in name)
     save_file(tensors, folder / "model.safetensors")
-    for name in ("v0", "v1", "v2"):  # never used, but the peer wants them
+    for name in ("v0", "v1", "v2") if case.family == "rwkv7" else ():  # never used, but the peer wants them
         tensors[f"blocks.0.att.{name}"] = tensors[f"blocks.1.att.{name}"].clone()
     torch.save(tensors, folder / "model.pth")
+    (folder / "family").write_text(case.family)
 
 
 def measure(peer: Path, folder: Path, rounds: int, case: Case) -> dict:
     """Logits of both, then CPU seconds in turns. Raises SystemExit when the logits differ."""
-    folder = folder / f"decode-{case.n_layer}x{case.n_embd}"
+    folder = folder / f"decode-{case.family}-{case.n_layer}x{case.n_embd}"
     prepare(case, folder)
     ours = Worker(sys.executable, "ours_decode.py", folder)
     theirs = Worker(peer, "rwkv_decode.py", folder)
@@ -84,8 +87,11 @@ def measure(peer: Path, folder: Path, rounds: int, case: Case) -> dict:
 def table(found: dict) -> str:
     """The numbers for people."""
     case = found["case"]
+    head = f"{case['n_layer']} layers of {case['n_embd']}, {case['vocab_size']:,} ids"
+    if (family := case.get("family", "rwkv7")) != "rwkv7":
+        head = f"RWKV-{family[-1]}, {head}"
     lines = [
-        f"| {case['n_layer']} layers of {case['n_embd']}, {case['vocab_size']:,} ids | CPU ms | times as fast |",
+        f"| {head} | CPU ms | times as fast |",
         "| --- | --- | --- |",
     ]
     for name, seconds in found["cpu_seconds"].items():

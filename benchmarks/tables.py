@@ -21,6 +21,8 @@ def runs() -> dict[str, dict]:
     for line in (DOCS / "kernels.jsonl").read_text(encoding="utf-8").splitlines():
         run = json.loads(line)
         case = run.get("operator") or f"{run['case']['n_layer']}x{run['case']['n_embd']}"
+        if (family := run.get("case", {}).get("family", "rwkv7")) != "rwkv7":
+            case = f"{family} {case}"
         found[f"{run['what']} {case}"] = run
     return found
 

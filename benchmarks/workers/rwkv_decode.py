@@ -6,7 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.update(RWKV_V7_ON="1", RWKV_JIT_ON="1", RWKV_CUDA_ON="0")
+os.environ.update(RWKV_JIT_ON="1", RWKV_CUDA_ON="0")
+os.environ["RWKV_V7_ON"] = str(int((Path(sys.argv[1]) / "family").read_text() == "rwkv7"))
 import torch
 from rwkv.model import RWKV
 
