@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from rwkvpipe.base.errors import ConfigError
 from rwkvpipe.infer.decode import decoder
 from rwkvpipe.infer.draw import Asked, choose
+from rwkvpipe.infer.graph import graphs
 from rwkvpipe.infer.prefix import States
 from rwkvpipe.infer.row import Job, Row
 from rwkvpipe.infer.words import Words
@@ -23,7 +24,7 @@ class Slots:
         self.device = next(model.parameters()).device
         self.rows: list[Row | None] = []
         self.state: State | None = None
-        self.decoder = decoder(model)
+        self.decoder = decoder(model) or graphs(model)
         self.table: dict[str, Tensor] = {}  # (rows, V): how often an id came, and whether; where penalties ask
         self.forbidden = None if words.owned.all() else torch.from_numpy(np.flatnonzero(~words.owned)).to(self.device)
         self.steps = 0

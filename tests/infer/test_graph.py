@@ -1,0 +1,161 @@
+"""Steps that are recorded for a card: without one, the record is done again by the processor."""
+
+import pytest
+import torch
+
+from rwkvpipe.base.config import RwkvConfig, SamplingConfig
+from rwkvpipe.infer import graph, slots
+from rwkvpipe.infer.engine import Engine
+from rwkvpipe.infer.graph import Graphs, enough, graphs
+from rwkvpipe.model.family import build
+from rwkvpipe.model.layers import State
+from rwkvpipe.tokenizer.byte import ByteTokenizer
+
+PROMPTS = ["User: 1+1\n\nA:", "a", "The quick brown fox jumps", "x" * 40, "ab", "hello there", "2*3="]
+
+
+def model(family="rwkv7", **more):
+    found = build(RwkvConfig(family=family, n_layer=2, n_embd=32, head_size=16, vocab_size=257, **more))
+    found.initialise(0)
+    with torch.no_grad():
+        for n, value in enumerate(found.parameters()):
+            value.add_(0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(n)))
+    return found.eval()
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Sizes for which a step was recorded: what was is done a few times, and again whenever it is asked for."""
+    sizes = []
+
+    def recorded(work, device, pool):
+        for _ in range(graph.WARM + 1):
+            work()
+        sizes.append(work)
+        return work
+
+    monkeypatch.setattr(graph, "recorded", recorded)
+    return sizes
+
+
+@pytest.fixture
+def recording(made, monkeypatch):
+    """Slots take recorded steps on this processor, too."""
+    monkeypatch.setattr(slots, "decoder", lambda model: None)
+    monkeypatch.setattr(slots, "graphs", Graphs)
+    return made
+
+
+def plainly(network, ids):
+    """Logits after each token of rows (B, T), and the last state."""
+    state, found = network.start(len(ids)), []
+    for t in range(ids.shape[1]):
+        logits, state = network(ids[:, t : t + 1], state)
+        found.append(logits[:, -1])
+    return torch.stack(found, 1), state
+
+
+@pytest.mark.parametrize("rows, room", [(1, 1), (2, 2), (3, 3), (4, 4), (5, 6), (7, 8), (9, 12), (320, 384), (0, 1)])
+def test_steps_are_recorded_for_few_numbers_of_rows(rows, room):
+    assert enough(rows) == room
+
+
+@pytest.mark.parametrize("family", ["rwkv7", "rwkv6", "rwkv5"])
+@torch.inference_mode()
+def test_recorded_steps_give_the_model_s_logits_and_states(made, family):
+    network, ids = model(family), torch.arange(5 * 9).view(5, 9) % 257
+    wanted, after = plainly(network, ids)
+    steps, state, found = Graphs(network), network.start(5), []
+    for t in range(9):
+        found.append(steps.step(ids[:, t], state).clone())
+    torch.testing.assert_close(torch.stack(found, 1), wanted, atol=1e-5, rtol=1e-5)
+    for one, other in zip((*state.att_x, *state.wkv, *state.ffn_x), (*after.att_x, *after.wkv, *after.ffn_x),
+                          strict=True):  # fmt: skip
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    assert len(made) == 1 and steps.ids.shape == (6, 1)
+
+
+@torch.inference_mode()
+def test_rows_may_come_and_go_between_steps_and_what_was_copied_stays(made):
+    network = model()
+    ids = torch.arange(7 * 6).view(7, 6) % 257
+    wanted, _ = plainly(network, ids)
+    steps, state = Graphs(network), network.start(3)
+    for t in range(2):
+        found = steps.step(ids[:3, t], state)
+    kept = state.take([2])
+    more = plainly(network, ids[3:7, :2])[1]
+    state = State(*(list(map(torch.cat, zip(one, other, strict=True))) for one, other in (
+        (state.att_x, more.att_x), (state.wkv, more.wkv), (state.ffn_x, more.ffn_x))))  # fmt: skip
+    found = steps.step(ids[:, 2], state)
+    torch.testing.assert_close(found, wanted[:, 2], atol=1e-5, rtol=1e-5)
+    state.put([1], kept)  # in place, where the next step reads
+    again = torch.cat((ids[:1, 3], ids[2:3, 2], ids[2:, 3]))
+    found = steps.step(again, state)
+    torch.testing.assert_close(found[1], wanted[2, 2], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[2:], wanted[2:, 3], atol=1e-5, rtol=1e-5)
+    state = state.take([0, 3])
+    found = steps.step(ids[[0, 3], 4], state)
+    torch.testing.assert_close(found, wanted[[0, 3], 4], atol=1e-5, rtol=1e-5)
+    assert sorted(steps.steps) == [2, 8]  # what was recorded for less room is gone
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_the_engine_writes_the_same_with_recorded_steps(made, monkeypatch, rows):
+    network = model()
+    settings = SamplingConfig(temperature=0.8, max_tokens=8, seed=3, stop=("e",), repetition_penalty=1.2)
+
+    def written():
+        engine = Engine(network, ByteTokenizer(1), rows)
+        return {(c.prompt, c.sample): (c.ids, c.finish) for c in engine.generate(PROMPTS, settings)}
+
+    wanted = written()
+    monkeypatch.setattr(slots, "decoder", lambda model: None)
+    monkeypatch.setattr(slots, "graphs", Graphs)
+    assert written() == wanted and made
+
+
+def test_a_step_that_cannot_be_recorded_is_computed_and_a_line_says_so(recording, monkeypatch, caplog):
+    def refused(*given):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(graph, "recorded", refused)
+    engine = Engine(model(), ByteTokenizer(1), 2)
+    with caplog.at_level("WARNING", logger="rwkvpipe"):
+        (found,) = engine.generate(["ab"], SamplingConfig(temperature=0.0, max_tokens=4, stop=()))
+    assert len(found.ids) == 4
+    assert caplog.text.count("is not recorded: operation not permitted when stream is capturing and more") == 1
+
+
+def test_off_a_card_nothing_is_recorded():
+    assert graphs(model()) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("family", ["rwkv7", "rwkv6", "rwkv5"])
+@torch.inference_mode()
+def test_a_card_s_graphs_give_what_its_kernels_give_one_by_one(family, caplog):
+    network = model(family).cuda()
+    for rows in (1, 5, 3):
+        ids = (torch.arange(rows * 9).view(rows, 9) % 257).cuda()
+        state, found = network.start(rows, ids.device), []
+        plain, wanted = network.start(rows, ids.device), []
+        steps = graphs(network)
+        for t in range(9):
+            found.append(steps.step(ids[:, t], state).clone())
+            logits, plain = network(ids[:, t : t + 1], plain)
+            wanted.append(logits[:, -1])
+        torch.testing.assert_close(torch.stack(found), torch.stack(wanted), atol=1e-4, rtol=1e-4)
+    assert "is not recorded" not in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_a_card_s_engine_writes_what_the_processor_writes():
+    settings = SamplingConfig(temperature=0.0, max_tokens=14, stop=())
+
+    def written(network):
+        return {c.prompt: c.ids for c in Engine(network, ByteTokenizer(1), 3).generate(PROMPTS, settings)}
+
+    assert written(model().cuda()) == written(model())
