@@ -1,7 +1,11 @@
 """Measure rwkvpipe beside a peer on the same weights and data, or its families beside each other, in turns.
 
-python -m benchmarks train
-python -m benchmarks families
+python -m benchmarks train [--size large]
+python -m benchmarks families [--size large]
+python -m benchmarks busy
+python -m benchmarks precision
+python -m benchmarks demo
+python -m benchmarks perplexity MODEL TEXT
 python -m benchmarks op [--operator wkv6]
 python -m benchmarks decode [--size large] [--family rwkv6]
 python -m benchmarks infer
@@ -18,6 +22,9 @@ python -m benchmarks page
 import argparse
 import json
 import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +32,9 @@ import torch
 
 from benchmarks import (
     bpe,
+    busy,
     decode,
+    demo,
     families,
     gpu,
     infer,
@@ -34,6 +43,8 @@ from benchmarks import (
     pack,
     page,
     peers,
+    perplexity,
+    precision,
     registers,
     same,
     tables,
@@ -43,31 +54,75 @@ from benchmarks import (
 from rwkvpipe.model.family import FAMILIES
 
 
+def _python(given: Namespace, peer: str) -> Path:
+    return given.peer_python or peers.set_up(peer)
+
+
+def _gpu(given: Namespace) -> dict:
+    if not torch.cuda.is_available():
+        print("there is no NVIDIA GPU here, so there is nothing to measure", file=sys.stderr)
+        sys.exit(2)
+    return gpu.measure(torch.cuda.get_device_name())
+
+
+def _perplexity(given: Namespace) -> dict:
+    if len(given.files) != 2:
+        raise SystemExit("perplexity: name the weights of a model of bytes, and a text")
+    return perplexity.measure(*given.files)
+
+
+def _gpu(given: Namespace) -> dict:
+    if not torch.cuda.is_available():
+        print("there is no NVIDIA GPU here, so there is nothing to measure", file=sys.stderr)
+        sys.exit(2)
+    return gpu.measure(torch.cuda.get_device_name())
+
+
+def _perplexity(given: Namespace) -> dict:
+    if len(given.files) != 2:
+        raise SystemExit("perplexity: name the weights of a model of bytes, and a text")
+    return perplexity.measure(*given.files)
+
+
+def _decode(given: Namespace) -> dict:
+    case = replace(decode.CASES[given.size], family=given.family)
+    return decode.measure(_python(given, "rwkv"), given.out, given.rounds, case)
+
+
+def _room(given: Namespace) -> Path:
+    return Path(tempfile.mkdtemp(dir=given.out))
+
+
+MEASURES: dict[str, Callable[[Namespace], dict]] = {
+    "train": lambda g: train.measure(_python(g, "rwkv-trainer"), g.out, g.rounds, train.CASES[g.size]),
+    "families": lambda g: families.measure(g.rounds, train.CASES[g.size]),
+    "busy": lambda g: busy.measure(_python(g, "rwkv-trainer"), g.out, g.rounds, train.CASES[g.size]),
+    "precision": lambda g: precision.measure(_room(g)),
+    "demo": lambda g: demo.measure(_room(g), g.rounds),
+    "perplexity": _perplexity,
+    "op": lambda g: op.measure(g.operator, g.rounds),
+    "decode": _decode,
+    "infer": lambda g: infer.measure(_python(g, "rwkv"), g.out, g.rounds),
+    "same": lambda g: same.measure(),
+    "tokenize": lambda g: tokenize.measure(_python(g, "pyrwkv-tokenizer"), g.out, g.rounds, g.files),
+    "pack": lambda g: pack.measure(_python(g, "rwkv"), g.out, g.rounds, g.files),
+    "bpe": lambda g: bpe.measure(dict.fromkeys(bpe.PEERS, _python(g, "data")), g.out, g.rounds, g.files),
+    "memory": lambda g: memory.measure(g.out, g.gigabytes, g.files, g.case or list(memory.CASES)),
+    "gpu": _gpu,
+}
+
+
 def main() -> None:
     """Print a table and keep the numbers in a file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    what = [
-        "train",
-        "op",
-        "decode",
-        "infer",
-        "same",
-        "families",
-        "tokenize",
-        "pack",
-        "bpe",
-        "memory",
-        "gpu",
-        "registers",
-        "page",
-    ]
-    parser.add_argument("what", choices=what, help="a step of training; the operator; text to ids, and to files")
+    parser.add_argument("what", choices=[*MEASURES, "registers", "page"], help="what is measured")
     parser.add_argument("files", nargs="*", type=Path, help="the text; left out, Python's library and papers")
     parser.add_argument("--peer-python", type=Path, help="a Python that has the peer; left out, one is set up")
     parser.add_argument("--gigabytes", type=float, default=2, help="memory: of input")
     parser.add_argument("--case", action="append", choices=memory.CASES, help="memory: only these")
     parser.add_argument("--operator", choices=op.OPERATORS, default="wkv7", help="op: which")
-    parser.add_argument("--size", choices=["small", "large"], default="small", help="train, decode: of the model")
+    what = "train, families, busy, decode: of the model"
+    parser.add_argument("--size", choices=["small", "large"], default="small", help=what)
     parser.add_argument("--family", choices=FAMILIES, default="rwkv7", help="decode: of the model")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each program")
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="folder for the numbers")
@@ -75,57 +130,16 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     if given.what == "page":
         page.write(given.out)
-        return
-    if given.what == "registers":
+    elif given.what == "registers":
         found = registers.measure()
         registers.write(found)
         tables.write()
         print(registers.table(found))
-        return
-    if given.what == "tokenize":
-        python = given.peer_python or peers.set_up("pyrwkv-tokenizer")
-        found = tokenize.measure(python, given.out, given.rounds, given.files)
-        print(tokenize.table(found))
-    elif given.what == "gpu":
-        if not torch.cuda.is_available():
-            print("there is no NVIDIA GPU here, so there is nothing to measure", file=sys.stderr)
-            sys.exit(2)
-        found = gpu.measure(torch.cuda.get_device_name())
-        print(gpu.table(found))
-    elif given.what == "pack":
-        python = given.peer_python or peers.set_up("rwkv")
-        found = pack.measure(python, given.out, given.rounds, given.files)
-        print(pack.table(found))
-    elif given.what == "bpe":
-        python = given.peer_python or peers.set_up("data")
-        found = bpe.measure(dict.fromkeys(bpe.PEERS, python), given.out, given.rounds, given.files)
-        print(bpe.table(found))
-    elif given.what == "memory":
-        found = memory.measure(given.out, given.gigabytes, given.files, given.case or list(memory.CASES))
-        print(memory.table(found))
-    elif given.what == "infer":
-        python = given.peer_python or peers.set_up("rwkv")
-        found = infer.measure(python, given.out, given.rounds)
-        print(infer.table(found))
-    elif given.what == "same":
-        found = same.measure()
-        print(same.table(found))
-    elif given.what == "families":
-        found = families.measure(given.rounds)
-        print(families.table(found))
-    elif given.what == "op":
-        found = op.measure(given.operator, given.rounds)
-        print(op.table(found))
-    elif given.what == "decode":
-        python = given.peer_python or peers.set_up("rwkv")
-        found = decode.measure(python, given.out, given.rounds, replace(decode.CASES[given.size], family=given.family))
-        print(decode.table(found))
     else:
-        python = given.peer_python or peers.set_up("rwkv-trainer")
-        found = train.measure(python, given.out, given.rounds, train.CASES[given.size])
-        print(train.table(found))
-    with open(given.out / f"{given.what}.jsonl", "a") as file:  # a line for each run
-        file.write(json.dumps(found) + "\n")
+        found = MEASURES[given.what](given)
+        print(getattr(sys.modules["benchmarks"], given.what).table(found))
+        with open(given.out / f"{given.what}.jsonl", "a") as file:  # a line for each run
+            file.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

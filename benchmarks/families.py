@@ -1,11 +1,13 @@
 """One step of training (forward, backward, clip, AdamW) on one thread: CPU time of each family at equal sizes."""
 
 import time
+from dataclasses import asdict
 from statistics import median
 
 import torch
 
-from benchmarks.train import Case
+from benchmarks.page import rows
+from benchmarks.train import Case, conditions
 from rwkvpipe.base.config import RwkvConfig, TrainConfig
 from rwkvpipe.base.sizes import FAMILIES
 from rwkvpipe.data.batches import Batch
@@ -36,25 +38,29 @@ def trainee(family: str, case: Case):
     return model, step
 
 
-def measure(rounds: int) -> dict:
+def measure(rounds: int, case: Case) -> dict:
     """CPU seconds of steps of every family, one after the other in each turn; the first turn warms up."""
     torch.set_num_threads(1)
-    case = Case()
     trainees = {family: trainee(family, case) for family in FAMILIES}
     turns = [{family: step() for family, (_, step) in trainees.items()} for _ in range(rounds + 1)][1:]
-    return {
+    found = {
         family: {
             "parameters": sum(value.numel() for value in model.parameters()),
             "cpu_seconds": [turn[family] for turn in turns],
         }
         for family, (model, _) in trainees.items()
     }
+    return {"what": "families", "case": asdict(case), "families": found, **conditions()}
 
 
 def table(found: dict) -> str:
     """The numbers for people."""
-    lines = [f"{'':8} {'parameters':>12} {'CPU s':>8} {'least':>8}"]
-    for family, row in found.items():
+    case, like = found["case"], found["families"]["rwkv7"]["cpu_seconds"]
+    body = []
+    for family, row in found["families"].items():
         seconds = row["cpu_seconds"]
-        lines.append(f"{family:8} {row['parameters']:12,} {median(seconds):8.3f} {min(seconds):8.3f}")
-    return "\n".join(lines)
+        times = [one / other for one, other in zip(seconds, like, strict=True)]
+        said = f"{median(times):.2f} ({min(times):.2f} to {max(times):.2f})" if family != "rwkv7" else "1"
+        body.append([family, f"{row['parameters']:,}", f"{median(seconds):.3f}", said])
+    model = f"{case['n_layer']} layers of {case['n_embd']}, {case['batch']} rows of {case['ctx_len']}"
+    return rows([model, "parameters", "CPU s", "times rwkv7's"], body).rstrip("\n")

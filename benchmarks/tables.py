@@ -1,4 +1,4 @@
-"""The tables of docs/kernels.md, inference.md, gpu.md, out of what lies beside them: `python -m benchmarks.tables`.
+"""The tables of several pages in docs/, out of what lies beside them: `python -m benchmarks.tables`.
 
 A run of `python -m benchmarks` appends a line to a file of its own; those to be shown are copied to the latter. Of
 runs of the same thing the last one counts.
@@ -6,19 +6,29 @@ runs of the same thing the last one counts.
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import decode, gpu, infer, op, registers, same, train
+from benchmarks import busy, decode, demo, families, gpu, infer, op, perplexity, precision, registers, same, train
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-TABLES = {"op": op.table, "train": train.table, "decode": decode.table}
+TABLES = {
+    "op": op.table,
+    "train": train.table,
+    "families": families.table,
+    "decode": decode.table,
+    "busy": busy.table,
+    "demo": demo.table,
+    "perplexity": perplexity.table,
+}
+PRECISION = {"precision": precision.table}
 INFERENCE = {"infer": infer.table, "same": same.table}
 
 
-def runs() -> dict[str, dict]:
-    """The last run of each thing, by its name."""
+def runs(name: str = "kernels") -> dict[str, dict]:
+    """The last run of each thing, by its name, of those beside a page."""
     found = {}
-    for line in (DOCS / "kernels.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (DOCS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
         run = json.loads(line)
         case = run.get("operator") or f"{run['case']['n_layer']}x{run['case']['n_embd']}"
         if (family := run.get("case", {}).get("family", "rwkv7")) != "rwkv7":
@@ -27,16 +37,21 @@ def runs() -> dict[str, dict]:
     return found
 
 
-def filled(page: str) -> str:
+def filled(page: str, name: str = "kernels", made: dict[str, Callable[[dict], str]] = TABLES) -> str:
     """A page with the table of each run between its marks."""
-    for name, run in runs().items():
+    for what, run in runs(name).items():
         about = f"{run['machine']}, load {run['load']:.0f}, {run['kernel']}, torch {run['torch']}"
-        text = f"<!-- {name} -->\n{TABLES[run['what']](run)}\n\n{about}\n<!-- end -->"
-        place = re.compile(rf"<!-- {re.escape(name)} -->\n.*?<!-- end -->", re.S)
+        text = f"<!-- {what} -->\n{made[run['what']](run)}\n\n{about}\n<!-- end -->"
+        place = re.compile(rf"<!-- {re.escape(what)} -->\n.*?<!-- end -->", re.S)
         page, count = place.subn(lambda _, new=text: new, page)
         if count != 1:
-            raise SystemExit(f"docs/kernels.md has no place for: {name}")
+            raise SystemExit(f"docs/{name}.md has no place for: {what}")
     return page
+
+
+def rounded(page: str) -> str:
+    """A page with what bf16 was last measured to do to a training between its marks."""
+    return filled(page, "memory", PRECISION)
 
 
 def inferred(page: str) -> str:
@@ -61,8 +76,9 @@ def reported(page: str) -> str:
 
 def write() -> None:
     """Put the tables into the pages."""
-    for name, fill in (("kernels.md", filled), ("inference.md", inferred), ("gpu.md", reported)):
-        path = DOCS / name
+    pages = {"kernels": filled, "memory": rounded, "inference": inferred, "gpu": reported}
+    for name, fill in pages.items():
+        path = DOCS / f"{name}.md"
         path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 

@@ -22,7 +22,6 @@ from rwkvpipe.kernel import build as kernels
 from rwkvpipe.model.family import build
 
 WORKERS = Path(__file__).parent / "workers"
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
 
 
 @dataclass(frozen=True)
@@ -62,9 +61,10 @@ def conditions() -> dict:
 class Worker:
     """A program that answers one line of JSON for each line it is told."""
 
-    def __init__(self, python: Path | str, script: str, *words: Path | str):
+    def __init__(self, python: Path | str, script: str, *words: Path | str, threads: int = 1, **more: str):
         words = [str(python), str(WORKERS / script), *map(str, words)]
-        environment = {**ONE_THREAD, "PYTHONPATH": str(Path.cwd())}
+        environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path.cwd())} | more
+        environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
         self.process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )

@@ -1,6 +1,7 @@
 """Steps of rwkvpipe, on demand."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from rwkvpipe.weights.store import load_model
 
 folder = Path(sys.argv[1])
 case = json.loads((folder / "case.json").read_text())
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 model = load_model(folder / "model.safetensors").train()
 ids = load_file(folder / "ids.safetensors")["ids"]
 config = TrainConfig(steps=1000, lr=case["lr"], ctx_len=case["ctx_len"], batch=case["batch"])
@@ -37,8 +38,8 @@ for order in sys.stdin:
         with torch.no_grad():
             answer = {"loss": float(sum(losses(model, batch)))}
     else:
-        begin = time.process_time()
+        begin, since = time.process_time(), time.monotonic()
         gradients()
         optimizer.step()
-        answer = {"cpu_seconds": time.process_time() - begin}
+        answer = {"cpu_seconds": time.process_time() - begin, "seconds": time.monotonic() - since}
     print(json.dumps(answer), flush=True)

@@ -33,6 +33,14 @@ def turned_off() -> bool:
     return os.environ.get("RWKVPIPE_KERNELS") == "torch"
 
 
+def why_threads(count: int) -> str:
+    """Why so many threads compute."""
+    if os.environ.get("OMP_NUM_THREADS") == str(count):
+        return "as OMP_NUM_THREADS says"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return "one a core" if count == cores else f"as torch was told, of {cores} cores"
+
+
 def folder() -> Path:
     """Where what was compiled is kept."""
     asked = os.environ.get("RWKVPIPE_KERNELS")

@@ -2,7 +2,7 @@
 
 What element-wise passes make of what is kept (mixes, keys, gates, squares) is computed again in the backward: they cost
 little time, and would be most of the memory that a step of training holds. Functions give None where the parts cannot
-be computed so (no native code, adapters, mixed precision); kernel/blend.py has the passes one by one.
+be computed so (no native code, adapters); kernel/blend.py has the passes one by one.
 """
 
 import threading
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rwkvpipe.kernel import build
+from rwkvpipe.kernel import build, product
 from rwkvpipe.kernel.blend import apart, sums_of, without_gaps
+from rwkvpipe.kernel.product import exactly
 
 ROOM = 1 << 24  # numbers of what no result is that a thread keeps room for, from call to call
 _rooms = threading.local()
@@ -21,7 +22,7 @@ _rooms = threading.local()
 
 def fits(layers: Sequence[nn.Module], *inputs: Tensor) -> bool:
     """Whether plain layers and tensors can be computed as here."""
-    if torch.is_autocast_enabled("cpu") or not inputs[0].numel() or build.native(*inputs) is None:
+    if not inputs[0].numel() or build.native(*inputs) is None:
         return False
     return all(type(layer) is nn.Linear and build.native(layer.weight) for layer in layers)
 
@@ -32,7 +33,7 @@ def project(x: Tensor, last: Tensor, shares: Sequence[Tensor], matrices: Sequenc
     x (B, T, D), last (B, D), shares (1, 1, D); each product is (B, T, out).
     """
     which = tuple(number for number, _ in matrices)
-    return list(_Project.apply(which, x, last, *shares, *(matrix for _, matrix in matrices)))
+    return list(_Project.apply(product.asked(), which, x, last, *shares, *(matrix for _, matrix in matrices)))
 
 
 def recall(
@@ -52,7 +53,7 @@ def recall(
 
 def square_mix(x: Tensor, last: Tensor, share: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """value max(key mix, 0)^2 of the mix of x (B, T, D) with the token before; key (F, D), value (D, F)."""
-    return _SquareMix.apply(x, last, share, key, value)
+    return _SquareMix.apply(product.asked(), x, last, share, key, value)
 
 
 def _room(*shapes: torch.Size) -> list[Tensor]:
@@ -84,58 +85,65 @@ def _unmixed(x: Tensor, last: Tensor, shares: Sequence[Tensor], grads: Sequence[
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, which, x, last, *others):
+    @exactly
+    def forward(ctx, how, which, x, last, *others):
         count = len(others) - len(which)
         matrices = others[count:]
         x, last, *shares = without_gaps((x, last, *others[:count]))
         ctx.save_for_backward(x, last, *shares, *matrices)
-        ctx.which = which
-        mixes = _mixes(x, last, shares)
-        return tuple(mixes[number] @ matrix for number, matrix in zip(which, matrices, strict=True))
+        ctx.how, ctx.which = how, which
+        mixes = [how.take(mix) for mix in _mixes(x, last, shares)]
+        return tuple(how.mm(mixes[number], how.take(matrix)) for number, matrix in zip(which, matrices, strict=True))
 
     @staticmethod
     @once_differentiable
+    @exactly
     def backward(ctx, *grads):
         x, last, *others = ctx.saved_tensors
-        count = len(others) - len(ctx.which)
+        how, count = ctx.how, len(others) - len(ctx.which)
         shares, matrices = others[:count], others[count:]
         mixes, found = _mixes(x, last, shares), []
-        grads = [grad.flatten(0, 1) for grad in grads]
+        taken = [how.take(mix).flatten(0, 1) for mix in mixes]
+        grads = [how.take(grad.flatten(0, 1)) for grad in grads]
         for number, grad in zip(ctx.which, grads, strict=True):
-            wanted, mix = ctx.needs_input_grad[3 + count + len(found)], mixes[number].flatten(0, 1)
-            found.append((grad.mT @ mix).mT if wanted else None)
+            wanted = ctx.needs_input_grad[4 + count + len(found)]
+            found.append(how.mm(grad.mT, taken[number]).mT if wanted else None)
         begun: set[int] = set()
         for number, grad, matrix in zip(ctx.which, grads, matrices, strict=True):  # a mix makes room for its gradient
-            into = mixes[number].flatten(0, 1)
-            torch.addmm(into, grad, matrix.mT, beta=float(number in begun), out=into)
+            how.put(mixes[number].flatten(0, 1), grad, how.take(matrix).mT, add=number in begun)
             begun.add(number)
         for number in set(range(count)) - begun:  # a mix that nothing reads
             mixes[number].zero_()
-        return None, *_unmixed(x, last, shares, mixes), *found
+        return None, None, *_unmixed(x, last, shares, mixes), *found
 
 
 class _SquareMix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *inputs):
+    @exactly
+    def forward(ctx, how, *inputs):
         x, last, share, key, value = without_gaps(inputs)
-        z = _mixes(x, last, [share])[0] @ key.mT
+        z = how.mm(how.take(_mixes(x, last, [share])[0]), how.take(key).mT)
+        ctx.how = how
         ctx.save_for_backward(x, last, share, key, value, z)
-        return _squares(z, *_room(z.shape)) @ value.mT
+        return how.mm(how.take(_squares(z, *_room(z.shape))), how.take(value).mT)
 
     @staticmethod
     @once_differentiable
+    @exactly
     def backward(ctx, grad):
         x, last, share, key, value, z = ctx.saved_tensors
+        how, wanted = ctx.how, ctx.needs_input_grad[4:]
         squares, mix = _room(z.shape, x.shape)
-        grad = grad.flatten(0, 1)
-        dvalue = grad.mT @ _squares(z, squares).flatten(0, 1) if ctx.needs_input_grad[4] else None
-        dz = squares  # its place, now that it has been used
-        torch.mm(grad, value, out=dz.flatten(0, 1))
+        grad = how.take(grad.flatten(0, 1))
+        dvalue = how.mm(grad.mT, how.take(_squares(z, squares).flatten(0, 1))) if wanted[1] else None
+        dz = squares.flatten(0, 1)  # its place, now that it has been used
+        how.put(dz, grad, how.take(value))
         build.call("square_backward", (z.numel(),), z, dz, dz)
         build.call("mix_forward", (*x.shape, 1), x, last, [share], [mix])
-        dkey = dz.flatten(0, 1).mT @ mix.flatten(0, 1) if ctx.needs_input_grad[3] else None
-        torch.mm(dz.flatten(0, 1), key, out=mix.flatten(0, 1))
-        return *_unmixed(x, last, [share], [mix]), dkey, dvalue
+        dz, flat = how.take(dz), mix.flatten(0, 1)
+        dkey = how.mm(dz.mT, how.take(flat)) if wanted[0] else None
+        how.put(flat, dz, how.take(key))
+        return None, *_unmixed(x, last, [share], [mix]), dkey, dvalue
 
 
 def _squares(z: Tensor, out: Tensor) -> Tensor:

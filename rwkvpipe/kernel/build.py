@@ -123,8 +123,9 @@ def _word(function: str, x: torch.Tensor | Sequence[torch.Tensor] | ctypes.Array
 def announce(operator: str, device: str, *, natively: bool = False) -> None:
     """Say once which kernel computes `operator` on `device`, and why."""
     if natively:
-        threads = torch.get_num_threads()
-        line = f"kernel: {operator} native on {device}, {level()}, {threads} threads ({_loaded()[1]})"
+        count = torch.get_num_threads()
+        threads = f"{count} thread{'s' * (count > 1)}, {compiler.why_threads(count)}"
+        line = f"kernel: {operator} native on {device}, {level()}, {threads} ({_loaded()[1]})"
     else:
         reason = "they compute in fp32 on the CPU" if extension() else why_not()
         line = f"kernel: {operator} in PyTorch, by chunks, on {device} (native kernels: {reason})"

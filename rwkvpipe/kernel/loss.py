@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkvpipe.kernel import build, gpu, passes
+from rwkvpipe.kernel.product import Products
 
 NUMBERS = 1 << 20  # logits held at once
 ON_CARD = 1 << 27  # the same on a card
@@ -81,17 +82,18 @@ def _narrow(x: Tensor, weight: Tensor, wanted: Wanted, needed: Sequence[bool]) -
     dx = torch.empty_like(x) if needed[0] else None
     dw = torch.zeros_like(weight) if needed[1] else None
     total = torch.zeros((), dtype=torch.float64, device=x.device)
-    rows, matrix = x.to(wanted.dtype), weight.to(wanted.dtype)
+    how = Products.of(wanted.dtype, x.device)
+    rows, matrix = how.take(x), how.take(weight)
     plain = replace(wanted, scale=1.0, pull=wanted.pull / wanted.scale)
     for part in _parts(x, weight):
         logits = rows[part] @ matrix.mT
         logits = logits if passes.fit(logits) else logits.to(x.dtype)
         total += _gradients(logits, plain, part).double().sum()
-        steps = logits.to(wanted.dtype)
+        steps = how.take(logits)
         if dx is not None:
-            dx[part] = (steps @ matrix).to(x.dtype).mul_(wanted.scale)
+            dx[part] = how.mm(steps, matrix).to(x.dtype).mul_(wanted.scale)
         if dw is not None:
-            dw += (steps.mT @ rows[part]).to(x.dtype).mul_(wanted.scale)
+            dw += how.mm(steps.mT, rows[part]).to(x.dtype).mul_(wanted.scale)
     return total, dx, dw
 
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.base.errors import ConfigError
+from rwkvpipe.kernel.product import through
 from rwkvpipe.model.layers import Borders, State
 
 # singular values of the matrices to start with (RWKV-LM); those not named start at zero
@@ -118,7 +119,7 @@ class LanguageModel(nn.Module):
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits of a stream (..., n_embd), fp32 (fp64 for fp64 models)."""
-        found = self.head(self.ln_out(features))
+        found = through(self.head, self.ln_out(features))
         return found if found.dtype == torch.float64 else found.float()
 
     @torch.no_grad()

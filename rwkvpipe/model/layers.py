@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.kernel.blend import mix, squared_relu
 from rwkvpipe.kernel.gate import sift
+from rwkvpipe.kernel.product import through
 from rwkvpipe.kernel.wkv6 import wkv6
 
 HEAD_EPS = 64e-5  # group norm's, whatever the head size
@@ -147,4 +148,5 @@ class GatedChannelMix(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, D) and the input before it; returns what is added to the stream, and the last input."""
         xk, xr = mix(x, last, self.shares(), borders and borders.first)
-        return sift(self.receptance(xr), self.value(squared_relu(self.key(xk)))), ending(x, last, lengths)
+        value = through(self.value, squared_relu(through(self.key, xk)))
+        return sift(through(self.receptance, xr), value), ending(x, last, lengths)

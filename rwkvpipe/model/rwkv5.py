@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.kernel.blend import mix
 from rwkvpipe.kernel.gate import gate
+from rwkvpipe.kernel.product import through
 from rwkvpipe.kernel.wkv5 import wkv5
 from rwkvpipe.kernel.wkv6 import wkv6
 from rwkvpipe.model.language import LanguageModel, outline
@@ -56,7 +57,8 @@ class TimeMix(nn.Module):
         shares = [1 - getattr(self, f"time_mix_{name}") for name in "kvrg"]
         xk, xv, xr, xg = mix(x, last, shares, borders and borders.first)
         last = ending(x, last, lengths)
-        r, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in (self.receptance(xr), self.key(xk), self.value(xv)))
+        r, k, v = through(self.receptance, xr), through(self.key, xk), through(self.value, xv)
+        r, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in (r, k, v))
         if borders is not None:  # and then decays differ by token
             y, memory = by_document((r, self.time_decay.expand(k.shape), k, v, self.time_faaaa), memory, borders)
         elif lengths is None:
@@ -65,8 +67,8 @@ class TimeMix(nn.Module):
             padding = beyond(lengths, k)
             w = self.time_decay.expand(k.shape).masked_fill(padding, -torch.inf)
             y, memory = wkv6(r, w, k.masked_fill(padding, 0), v, self.time_faaaa, memory)
-        y = gate(y, self.gate(xg), self.ln_x.weight, self.ln_x.bias, HEAD_EPS)
-        return self.output(y), first, last, memory
+        y = gate(y, through(self.gate, xg), self.ln_x.weight, self.ln_x.bias, HEAD_EPS)
+        return through(self.output, y), first, last, memory
 
     def initialise(self, layer: int, n_layer: int, stream: torch.Generator) -> None:
         """RWKV-LM's values: all but the norm and the matrices."""

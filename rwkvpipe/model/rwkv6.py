@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.kernel.blend import mix
 from rwkvpipe.kernel.gate import drift, gate
+from rwkvpipe.kernel.product import linear, through
 from rwkvpipe.kernel.wkv6 import wkv6
 from rwkvpipe.model.language import LanguageModel, outline
 from rwkvpipe.model.layers import (
@@ -70,21 +71,20 @@ class TimeMix(nn.Module):
         """
         places = borders and borders.first
         (xx,) = mix(x, last, [self.time_maa_x], places)
-        low = torch.tanh(xx @ self.time_maa_w1).unflatten(-1, (len(SLOTS), -1))
-        shifts = [low[..., n, :] @ self.time_maa_w2[n] for n in range(len(SLOTS))]
+        low = torch.tanh(linear(xx, self.time_maa_w1)).unflatten(-1, (len(SLOTS), -1))
+        shifts = [linear(low[..., n, :], self.time_maa_w2[n]) for n in range(len(SLOTS))]
         xw, xk, xv, xr, xg = drift(x, last, shifts, [getattr(self, f"time_maa_{name}") for name in SLOTS], places)
         last = ending(x, last, lengths)
-        w = self.time_decay + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
-        r, w, k, v = (
-            y.unflatten(-1, (-1, self.head_size)) for y in (self.receptance(xr), w, self.key(xk), self.value(xv))
-        )
+        w = self.time_decay + linear(torch.tanh(linear(xw, self.time_decay_w1)), self.time_decay_w2)
+        r, k, v = through(self.receptance, xr), through(self.key, xk), through(self.value, xv)
+        r, w, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in (r, w, k, v))
         if lengths is not None:  # what leaves the memory as it is
             padding = beyond(lengths, w)
             w, k = w.masked_fill(padding, -torch.inf), k.masked_fill(padding, 0)
         inputs = (r, w, k, v, self.time_faaaa)
         y, memory = wkv6(*inputs, memory) if borders is None else by_document(inputs, memory, borders)
-        y = gate(y, self.gate(xg), self.ln_x.weight, self.ln_x.bias, HEAD_EPS)
-        return self.output(y), first, last, memory
+        y = gate(y, through(self.gate, xg), self.ln_x.weight, self.ln_x.bias, HEAD_EPS)
+        return through(self.output, y), first, last, memory
 
     def initialise(self, layer: int, n_layer: int, stream: torch.Generator) -> None:
         """RWKV-LM's values: all but the norm and the matrices."""

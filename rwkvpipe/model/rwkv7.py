@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.kernel.blend import finish, lean, mix, prepare, squared_relu
 from rwkvpipe.kernel.block7 import fits, project, recall, square_mix
+from rwkvpipe.kernel.product import linear, through
 from rwkvpipe.kernel.wkv7 import wkv7
 from rwkvpipe.model.language import LanguageModel, orthogonal, outline
 from rwkvpipe.model.layers import FORGET, HEAD_EPS, Borders, HeadNorm, beyond, channels, ending
@@ -80,13 +81,13 @@ class TimeMix(nn.Module):
             return self._whole(x, first, last, memory)
         xr, xw, xk, xv, xa, xg = mix(x, last, shares, borders and borders.first)
         last = ending(x, last, lengths)
-        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        decay, rate = torch.tanh(xw @ self.w1) @ self.w2, (xa @ self.a1) @ self.a2
-        gate = torch.sigmoid(xg @ self.g1) @ self.g2
+        r, k, v = through(self.receptance, xr), through(self.key, xk), through(self.value, xv)
+        decay, rate = linear(torch.tanh(linear(xw, self.w1)), self.w2), linear(linear(xa, self.a1), self.a2)
+        gate = linear(torch.sigmoid(linear(xg, self.g1)), self.g2)
         if first is None:
             first = v
         else:
-            v = lean(v, first, (xv @ self.v1) @ self.v2, self.v0)
+            v = lean(v, first, linear(linear(xv, self.v1), self.v2), self.v0)
         heads = self.r_k.shape[0]
         w, k, a, b = prepare(k, decay, rate, (self.w0, self.a0, self.k_k, self.k_a), heads)
         r, v = r.unflatten(-1, (heads, -1)), v.unflatten(-1, (heads, -1))
@@ -97,7 +98,7 @@ class TimeMix(nn.Module):
             w, b = w.masked_fill(borders.begins, FORGET), b.masked_fill(borders.begins, 0)
         y, memory = wkv7(r, w, k, v, a, b, memory)
         y = finish(y, r, k, v, gate, (self.r_k, self.ln_x.weight, self.ln_x.bias), HEAD_EPS)
-        return self.output(y), first, last, memory
+        return through(self.output, y), first, last, memory
 
     def _whole(
         self, x: Tensor, first: Tensor | None, last: Tensor, memory: Tensor
@@ -110,11 +111,12 @@ class TimeMix(nn.Module):
         r, k, v, decay, rate, gate, *part = project(
             x, last, shares, matrices if first is None else [*matrices, (3, self.v1)]
         )
-        decay, rate, gate = torch.tanh(decay) @ self.w2, rate @ self.a2, torch.sigmoid(gate) @ self.g2
-        lean_to = () if first is None else (first, part[0] @ self.v2, self.v0)
+        decay, rate = linear(torch.tanh(decay), self.w2), linear(rate, self.a2)
+        gate = linear(torch.sigmoid(gate), self.g2)
+        lean_to = () if first is None else (first, linear(part[0], self.v2), self.v0)
         rows, norm = (self.w0, self.a0, self.k_k, self.k_a), (self.r_k, self.ln_x.weight, self.ln_x.bias)
         y, memory = recall((r, k, v, decay, rate, gate), rows, norm, memory, eps=HEAD_EPS, lean=lean_to)
-        return self.output(y), v if first is None else first, ending(x, last), memory
+        return through(self.output, y), v if first is None else first, ending(x, last), memory
 
     def initialise(self, layer: int, n_layer: int, stream: torch.Generator) -> None:
         """RWKV-LM's values: all but the norm and the matrices."""
@@ -159,7 +161,7 @@ class ChannelMix(nn.Module):
         if borders is None and fits((self.key, self.value), x, last, self.x_k):
             return square_mix(x, last, self.x_k, self.key.weight, self.value.weight), ending(x, last, lengths)
         (xk,) = mix(x, last, (self.x_k,), borders and borders.first)
-        return self.value(squared_relu(self.key(xk))), ending(x, last, lengths)
+        return through(self.value, squared_relu(through(self.key, xk))), ending(x, last, lengths)
 
     def initialise(self, layer: int, n_layer: int, stream: torch.Generator) -> None:
         """RWKV-LM's values: all but the matrices."""

@@ -158,10 +158,8 @@ def test_a_step_keeps_a_third_less_than_its_parts_would():
 
 
 @needs_native
-def test_layers_with_adapters_and_rounded_products_go_through_the_parts():
+def test_layers_with_adapters_and_other_numbers_than_fp32_go_through_the_parts():
     x = torch.randn(1, 2, 4)
     plain = nn.Linear(4, 4)
     assert block7.fits([plain], x)
     assert not block7.fits([nn.Sequential(plain)], x) and not block7.fits([plain.double()], x)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not block7.fits([nn.Linear(4, 4)], x)

@@ -1,5 +1,6 @@
 """The native kernels are compiled once, by one process, for one compiler; without them PyTorch computes."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -114,5 +115,11 @@ def test_another_compiler_source_or_level_is_another_file(library, fresh, monkey
 
 def test_the_line_of_the_native_kernels_names_vectors_threads_and_compiler(library, monkeypatch, caplog):
     build._loaded.cache_clear()
+    cores = len(os.sched_getaffinity(0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores + 3)
+    monkeypatch.setenv("OMP_NUM_THREADS", str(cores + 3))
     computes(True, caplog)
-    assert build.level() in caplog.text and "threads (" in caplog.text
+    assert f"{build.level()}, {cores + 3} threads, as OMP_NUM_THREADS says (" in caplog.text
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert compiler.why_threads(cores) == "one a core"
+    assert compiler.why_threads(cores + 3) == f"as torch was told, of {cores} cores"

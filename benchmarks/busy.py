@@ -1,0 +1,73 @@
+"""A step of training while the machine has other work: wall time on one thread and on two, with 0, 1 and 2 others busy.
+
+Threads that wait for each other by turning in circles can lose a hundredfold there. Ours sleep; beside them stand the
+same model by torch alone (RWKVPIPE_KERNELS=torch) and rwkv-trainer.
+"""
+
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+
+from benchmarks.page import rows
+from benchmarks.train import Case, Worker, conditions, prepare
+from rwkvpipe.launch import SPIN
+
+OTHERS = (0, 1, 2)
+THREADS = (1, 2)
+
+
+@contextmanager
+def beside(count: int):
+    """So many processes that compute all the time."""
+    some = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for each in some:
+            each.kill()
+            each.wait()
+
+
+def measure(peer: Path, folder: Path, rounds: int, case: Case) -> dict:
+    """Seconds of a step of each program, with each number of threads, in turns, by how many others are busy."""
+    prepare(case, folder / "train")
+    started = {"GOMP_SPINCOUNT": SPIN}  # as jobs are
+    programs = {
+        "rwkvpipe": (sys.executable, "ours.py", started),
+        "rwkvpipe by torch": (sys.executable, "ours.py", started | {"RWKVPIPE_KERNELS": "torch"}),
+        "rwkv-trainer": (peer, "rwkv_trainer_step.py", {}),
+    }
+    workers = {
+        f"{name}, {count}": Worker(python, script, folder / "train", threads=count, **environment)
+        for name, (python, script, environment) in programs.items()
+        for count in THREADS
+    }
+    losses = {name: worker.ask("loss")["loss"] for name, worker in workers.items()}
+    if max(losses.values()) - min(losses.values()) > 1e-4:
+        raise SystemExit(f"the losses differ, so there is nothing to compare: {losses}")
+    for worker in workers.values():
+        worker.ask("step")  # warms up
+    found = {}
+    for others in OTHERS:
+        with beside(others):
+            turns = [{name: worker.ask("step")["seconds"] for name, worker in workers.items()} for _ in range(rounds)]
+        found[str(others)] = {name: [turn[name] for turn in turns] for name in workers}
+    for worker in workers.values():
+        worker.close()
+    return {"what": "busy", "case": asdict(case), "seconds": found, **conditions()}
+
+
+def table(found: dict) -> str:
+    """The numbers for people: seconds of a step, the median and the longest, and what the second thread is worth."""
+    case, body = found["case"], []
+    for others, seconds in found["seconds"].items():
+        for name in dict.fromkeys(each.rpartition(", ")[0] for each in seconds):
+            one, two = (seconds[f"{name}, {count}"] for count in THREADS)
+            ratio = median(a / b for a, b in zip(one, two, strict=True))
+            said = [f"{median(some):.2f} (to {max(some):.2f})" for some in (one, two)]
+            body.append([others, name, *said, f"{ratio:.2f}"])
+    model = f"{case['n_layer']} layers of {case['n_embd']}, {case['batch']} rows of {case['ctx_len']}"
+    return rows(["others busy", model, "s on one thread", "s on two", "times as fast on two"], body).rstrip("\n")
