@@ -192,9 +192,14 @@ class Plan(Tree):
         weights = f"{home}/adapter.safetensors" if stage.apart else self.model(name)
         reads = (settings, self.start(name), *self.data(name), *(self.vocabulary(name) if stage.kind in SPOKEN else ()))
         reads += tuple(self.judges(name))
-        yield Step(stage.kind, name, reads, (weights, metrics), f"{log}/{stage.kind}.jsonl")
+        kept = (f"{home}/best_adapter.safetensors" if stage.apart else f"{home}/best.safetensors",)
+        made = (weights, metrics, *(kept if stage.train.watch.best else ()))
+        yield Step(stage.kind, name, reads, made, f"{log}/{stage.kind}.jsonl")
         if stage.apart:
             yield Step("merge", name, (self.start(name), weights), (self.model(name),), f"{log}/merge.jsonl")
+        best = f"{home}/best.safetensors"
+        if stage.apart and any(self.start(other) == best for other in self.stages):
+            yield Step("merge", f"{name}.best", (self.start(name), *kept), (best,), f"{log}/merge-best.jsonl")
         yield Step("plot", name, (metrics,), tuple(self.plots(name)), f"{log}/plot.jsonl")
 
     def _measuring_steps(self, subject: str) -> Iterator[Step]:

@@ -79,6 +79,11 @@ def plan() -> Plan:
         ("stages.chat.start", "reason", "stages.chat.start: a circle: chat <- reason <- chat"),
         ("stages.chat.start", "chat", "a circle: chat <- chat"),
         ("stages.chat.start", "more", "stages.chat.start: more stands further down"),
+        ("stages.chat.start", "bass.best", "stages.chat.start: there is no stage or entry of weights bass; did you"),
+        ("stages.chat.start", "more.best", "stages.chat.start: more stands further down"),
+        ("stages.chat.start", "base.best", "base keeps no best weights; set train.watch.best"),
+        ("stages.chat.start", "given.best", "given is an entry of weights, which has no other than its own"),
+        ("stages.more.name", "base.best", "base.best: means the best weights of stage base; choose another name"),
         ("stages.chat.name", "base", "two stages are called base"),
         ("stages.chat.name", "given", "an entry of weights is called given"),
         ("stages.base.data", "sum", "stages.base.data: there is no corpus sum; did you mean sums?"),
@@ -169,6 +174,31 @@ def test_stages_start_from_weights_of_stages_entries_or_nothing(plan):
     assert plan.start("chat") == "results/demo/base/model.safetensors"
     assert plan.start("more") == "results/shared/weights/far/model.safetensors"
     assert plan.vocabulary("reason") == plan.tokenizer_files("letters")
+
+
+def kept() -> dict:
+    """The config, where base and chat keep their best weights, and stages start from them."""
+    watched = {"steps": 9, "valid_every": 3, "watch": {"best": True}}
+    config = changed("corpora.sums.valid", 0.1)
+    config["corpora"]["talks"]["valid"] = 0.1
+    base, chat, reason, _ = config["stages"]
+    base["train"] = chat["train"] = watched
+    chat["start"], reason["start"] = "base.best", "chat.best"
+    return config
+
+
+def test_a_stage_starts_from_the_best_weights_of_another():
+    plan = Plan(parse(kept(), "c"))
+    assert plan.start("chat") == "results/demo/base/best.safetensors"
+    assert plan.vocabulary("reason") == plan.tokenizer_files("letters")
+    steps = {step.id: step for step in plan.steps}
+    assert steps["pretrain base"].writes[2:] == ("results/demo/base/best.safetensors",)
+    best = steps["merge chat.best"]
+    assert best.reads == (plan.start("chat"), "results/demo/chat/best_adapter.safetensors")
+    assert best.writes == (plan.start("reason"),) == ("results/demo/chat/best.safetensors",)
+    assert "results/demo/base/model.safetensors" in plan.targets()  # its last weights are an end of their own
+    assert [plan.trainer(name) for name in plan.stages] == ["pretrain_best", "sft_lora_best", "grpo_lora", "pretrain"]
+    assert plan.story()["subjects"][1]["start"] == "base.best"
 
 
 def test_what_comes_from_outside_is_downloaded_and_local_files_are_not(plan):

@@ -69,7 +69,8 @@ def test_it_learns_and_writes_what_the_rules_promise(home):
     assert [row["step"] for row in rows if "valid_loss" in row] == [20, 40]
     assert rows[-1]["valid_loss"] < rows[0]["loss"]
     assert rows[-1]["tokens"] == 40 * 4 * 16
-    assert sorted(path.name for path in (home / "a").iterdir()) == ["config.json", "metrics.jsonl", "model.safetensors"]
+    found = [str(path.relative_to(home / "a")) for path in sorted((home / "a").rglob("*.*"))]
+    assert found == ["checkpoints/ended.json", "config.json", "metrics.jsonl", "model.safetensors"]
 
 
 def test_in_chunks_the_full_gradient_trains_as_whole_rows_do_and_the_truncated_one_does_not(home):
@@ -254,16 +255,34 @@ def test_the_best_weights_lie_beside_the_last_ones(home, monkeypatch, apart):
     assert any(not torch.equal(found[name], last[name]) for name in found)
 
 
-def test_raising_the_tokens_of_a_finished_stage_goes_on_from_its_end(home, caplog):
-    settings(home, steps=None, tokens=9 * 4 * 16, schedule="constant", valid_every=2)
+@pytest.mark.parametrize("length", ["tokens", "epochs"])
+def test_raising_the_length_of_a_finished_stage_goes_on_from_its_end(home, caplog, length):
+    rows = rows_of(Binidx(home / "corpus/train", 24), TrainConfig(steps=1, ctx_len=16), masked=False)
+    short, long = {
+        "tokens": (5 * 4 * 16, 9 * 4 * 16),
+        "epochs": (int(20e6 / rows) / 1e6, int(36e6 / rows) / 1e6),
+    }[length]
+    asked = {"steps": None, "schedule": "constant", "valid_every": 2}
+    settings(home, **asked, **{length: long})
     whole = run(home, "whole")
-    settings(home, steps=5, schedule="constant", valid_every=2)
+    settings(home, **asked, **{length: short})
     run(home, "cut")
-    settings(home, steps=None, tokens=9 * 4 * 16, schedule="constant", valid_every=2)
+    settings(home, **asked, **{length: long})
     with caplog.at_level("INFO", logger="rwkvpipe"):
         found = run(home, "cut")
     assert "going on after step 5 of 9" in caplog.text and whole[1] == found[1]
     assert all(torch.equal(value, found[0][name]) for name, value in whole[0].items())
+
+
+def test_a_finished_stage_of_cosine_says_why_more_steps_begin_anew(home, caplog):
+    settings(home, steps=4, schedule="cosine")
+    run(home, "a")
+    settings(home, steps=6, schedule="cosine")
+    with caplog.at_level("INFO", logger="rwkvpipe"):
+        run(home, "a")
+    said = [line for line in caplog.text.splitlines() if "starts again" in line]
+    assert len(said) == 1 and "trained for 4 steps, and 6 have other rates" in said[0] and "cosine" in said[0]
+    assert "going on" not in caplog.text
 
 
 def test_a_bad_step_is_told_with_the_documents_it_read(home):

@@ -29,6 +29,7 @@ PLAY = '''
 """Writes what a verb would write, at once or when its name is no more among the held ones."""
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -60,6 +61,9 @@ def play(argv):
     beside = BESIDE.get(verb, [])
     if verb in ("pretrain", "sft", "grpo"):
         beside = ["metrics.jsonl"] + (["config.json"] if out.name == "model.safetensors" else [])
+        settings = next(Path(word) for word in words if word.endswith("settings.json")).read_text()
+        if re.search(r'best\\W+true', settings):
+            beside.append({"model": "best", "adapter": "best_adapter"}[out.stem] + ".safetensors")
     for path in [out, *(out.parent / name.format(stem=out.stem) for name in beside)]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(words) + "\\n")
@@ -262,6 +266,37 @@ def test_the_learning_rate_of_the_first_stage_makes_all_stages_stale(done):
     # its initial weights are made again too, since they are made from the stage's settings
     done.edit("config.yaml", "lr: 1e-3", "lr: 2e-3")
     assert done.plan() == sorted([*AFTER_BASE, "settings base", "init base"])
+
+
+def best_weights(work: Work) -> None:
+    """Let base and chat keep their best weights, and the stages after them start from these."""
+    work.edit("config.yaml", "tokenizer: letters}", "tokenizer: letters, valid: 0.1}")
+    work.edit("config.yaml", "format: chat}", "format: chat, valid: 0.1}")
+    for rate in ("1e-3", "1e-4"):
+        more = "valid_every: 5, watch: {best: true}"
+        work.edit("config.yaml", f"steps: 10, lr: {rate}}}", f"steps: 10, lr: {rate}, {more}}}")
+    work.edit("config.yaml", "start: base", "start: base.best")
+    work.edit("config.yaml", "start: chat", "start: chat.best")
+
+
+def test_a_stage_that_starts_from_the_best_weights_of_another_has_them_made(done):
+    best_weights(done)
+    assert {"pretrain_best base", "sft_lora_best chat", "merge_best chat", "grpo_lora reason"} <= {*done.plan()}
+
+
+@pytest.mark.large
+def test_the_best_weights_of_a_stage_are_followed_as_its_last_ones_are(done):
+    best_weights(done)
+    done.run()
+    assert done.plan() == []
+    calls = [line for line in done.calls() if line.endswith("/best.safetensors")]
+    assert calls == ["merge results/demo/chat/best.safetensors"]
+    (done.path / "results/demo/base/best.safetensors").unlink()
+    assert {"pretrain_best base", "sft_lora_best chat", "merge_best chat"} <= {*done.plan()}
+    done.run()
+    done.edit("config.yaml", "start: chat.best", "start: chat")
+    after = ["bench reason free", "grpo_lora reason", "merge reason", "plot_grpo reason", "report", "score reason free"]
+    assert done.plan() == ["merge chat", *after]
 
 
 def test_swapped_values_are_seen(done):

@@ -19,6 +19,7 @@ FORMATS = {"pretrain": ("text", "array", "binidx"), "sft": ("chat", "binidx"), "
 FORMATS["grpo"] = ("question",)
 SECRETS = re.compile("token|secret|passw|key|sig|auth|credential", re.I)  # in names of an address's query
 TAKEN = ("plots", "log", "report.html")  # what else stands in results/<run>/
+BEST = ".best"  # ends the name of a stage whose best weights are meant
 
 
 def known(key: str, name: str, what: str, names: Iterable[str]) -> None:
@@ -40,6 +41,10 @@ def _names(config: PipelineConfig) -> None:
         if stage.name in config.weights:
             raise ConfigError(f"stages.{stage.name}.name: an entry of weights is called {stage.name} too; rename one")
         seen.add(stage.name)
+    for name in (*seen, *config.weights):
+        if name.endswith(BEST) and name.removesuffix(BEST) in seen:
+            other = name.removesuffix(BEST)
+            raise ConfigError(f"{name}: means the best weights of stage {other}; choose another name")
     for key, names in (("stages", seen), ("weights", config.weights)):
         for name in names:
             if name in TAKEN:
@@ -49,20 +54,40 @@ def _names(config: PipelineConfig) -> None:
         raise ConfigError("stages: nothing to do: no stage, no weights with bench, samples or export, no tokenizer")
 
 
+def origin(config: PipelineConfig, stage: StageConfig) -> tuple[str | None, bool]:
+    """The stage or entry of weights that a stage starts from, if from one, and whether its best weights are meant."""
+    if stage.start is None or not stage.start.endswith(BEST) or stage.start in config.weights:
+        return stage.start, False
+    if any(other.name == stage.start for other in config.stages):
+        return stage.start, False
+    return stage.start.removesuffix(BEST), True
+
+
+def _keeps(config: PipelineConfig, key: str, name: str) -> None:
+    """Raise ConfigError unless a subject keeps its best weights, too."""
+    if name in config.weights:
+        raise ConfigError(f"{key}: {name} is an entry of weights, which has no other than its own; start from {name}")
+    if not any(stage.name == name and stage.train.watch.best for stage in config.stages):
+        how = "set train.watch.best and train.valid_every there"
+        raise ConfigError(f"{key}: {name} keeps no best weights; {how}, or start from {name}, its last")
+
+
 def _starts(config: PipelineConfig) -> None:
     """Each stage starts from weights or from a stage above it."""
-    starts = {stage.name: stage.start for stage in config.stages}
+    starts = {stage.name: origin(config, stage)[0] for stage in config.stages}
     done = set(config.weights)
     for stage in config.stages:
-        key = f"stages.{stage.name}.start"
-        if stage.start is not None and stage.start not in done:
-            known(key, stage.start, "stage or entry of weights", [*starts, *config.weights])
+        key, (start, best) = f"stages.{stage.name}.start", origin(config, stage)
+        if start is not None and start not in done:
+            known(key, start, "stage or entry of weights", [*starts, *config.weights])
             chain = [stage.name]
             while (name := starts.get(chain[-1])) is not None and name not in chain:
                 chain.append(name)
             if name is not None:
                 raise ConfigError(f"{key}: a circle: {' <- '.join([*chain, name])}; one of them needs another start")
-            raise ConfigError(f"{key}: {stage.start} stands further down; move it above {stage.name}")
+            raise ConfigError(f"{key}: {start} stands further down; move it above {stage.name}")
+        if best:
+            _keeps(config, key, start)
         done.add(stage.name)
 
 
@@ -71,8 +96,9 @@ def vocabulary(config: PipelineConfig, subject: str) -> str:
     if subject in config.weights:
         return config.weights[subject].tokenizer
     stage = next(stage for stage in config.stages if stage.name == subject)
-    if stage.start is not None:
-        return vocabulary(config, stage.start)
+    start, _ = origin(config, stage)
+    if start is not None:
+        return vocabulary(config, start)
     return config.corpora[next(iter(stage.shares))].tokenizer or ""
 
 
@@ -137,7 +163,8 @@ def _states(config: PipelineConfig, stage: StageConfig) -> None:
     """States are tuned where the family, as far as the config tells it, has them."""
     first: StageConfig | None = stage
     while first is not None and first.model is None:
-        first = next((other for other in config.stages if other.name == first.start), None)
+        start = origin(config, first)[0]
+        first = next((other for other in config.stages if other.name == start), None)
     if stage.state and first is not None and "time_state" not in FAMILIES[first.model.family]:
         raise ConfigError(f"stages.{stage.name}.state: {first.model.family} has no initial states; tune it with lora")
 

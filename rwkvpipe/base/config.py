@@ -149,7 +149,8 @@ class StageConfig(Strict):
     """The corpus it learns from; or several with their weights, {stories: 3, code: 1}: of each so large a part of the
     rows comes (pretrain and sft)."""
     start: Name | None = None
-    """The stage or the entry of `weights` it starts from."""
+    """The stage or the entry of `weights` it starts from; `base.best` means the best weights that stage base keeps
+    (train.watch.best), not its last."""
     model: RwkvConfig | None = None
     """Or the sizes of a new model."""
     lora: LoraConfig | None = None

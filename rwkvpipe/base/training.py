@@ -25,15 +25,19 @@ class TrainConfig(Strict):
     """Highest learning rate."""
     lr_final: NotNegative | None = None
     """Rate at the end; left out, a tenth of lr."""
-    schedule: Literal["cosine", "linear", "constant", "wsd", "rwkv"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "wsd", "rwkv", "rwkv_exp"] = "cosine"
     """How the rate falls: wsd stays at lr, then falls linearly over the last `decay` of the steps; rwkv is
-    RWKV-LM's cosine, counted from step 0 and warming up from a hundredth of lr."""
+    RWKV-LM's cosine, counted from 0 in steps, or in tokens where `tokens` says how long, and warming up from a
+    hundredth of lr; rwkv_exp what it does without a number of tokens: each step by the same factor."""
     warmup: Whole = 10
     """Steps over which the rate rises to lr."""
     decay: Share = 0.2
     """Share of the steps in which wsd falls."""
     weight_decay: NotNegative = 0.001
     """Decoupled decay of the `.weight` matrices."""
+    weight_decay_final: Positive | None = None
+    """rwkv, rwkv_exp: the decay at the end, to which it moves by the same factor each step, as in RWKV-LM; left out,
+    it stays."""
     betas: tuple[Share, Share] = (0.9, 0.99)
     """Adam's moments."""
     eps: Positive = 1e-18
@@ -73,6 +77,8 @@ class TrainConfig(Strict):
             raise ValueError("tokens counts those of a stream: rows of documents differ in length; give epochs")
         if (self.watch.best or self.watch.patience) and not self.valid_every:
             raise ValueError("watch.best and watch.patience look at the held-out loss: give valid_every, too")
+        if self.weight_decay_final is not None and not (self.schedule.startswith("rwkv") and self.weight_decay):
+            raise ValueError("weight_decay_final belongs to schedules rwkv and rwkv_exp, with a weight_decay above 0")
         if self.bptt is not None and self.chunk is None:
             raise ValueError("bptt says how gradients cross chunks: give chunk, too")
         if self.rows in ("documents", "packed") and self.order == "magic":

@@ -9,7 +9,7 @@ from glob import has_magic
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from rwkvpipe.base.agree import agree, vocabulary
+from rwkvpipe.base.agree import agree, origin, vocabulary
 from rwkvpipe.base.config import ADAPTERS, ExportConfig, PipelineConfig, SamplesConfig, StageConfig
 from rwkvpipe.base.sources import files_of, pair_files, pairs_of
 
@@ -79,16 +79,17 @@ class Tree:
         self.home = f"{results}/{config.run}"
         self.stages: dict[str, StageConfig] = {stage.name: stage for stage in config.stages}
 
-    def only(self, *kinds: str, lora: bool | None = None, fresh: bool | None = None) -> str:
+    def only(self, *kinds: str, lora: bool | None = None, best: bool | None = None, fresh: bool | None = None) -> str:
         """Pattern of the stages of these kinds (of none named: all), from nothing or not.
 
-        `lora`: whether what they learn lies beside the weights.
+        `lora`: whether what they learn lies beside the weights; `best`: whether they keep their best weights, too.
         """
         return any_of(
             name
             for name, stage in self.stages.items()
             if (not kinds or stage.kind in kinds)
             and lora in (None, stage.apart)
+            and best in (None, stage.train.watch.best)
             and fresh in (None, stage.model is not None)
         )
 
@@ -287,6 +288,11 @@ class Tree:
         """What tells of each corpus that a stage learns from, by name."""
         return {name: self.packed(name)[0] for name in self.stages[stage].shares}
 
+    def trainer(self, name: str) -> str:
+        """The rule that trains a stage."""
+        stage = self.stages[name]
+        return stage.kind + "_lora" * stage.apart + "_best" * stage.train.watch.best
+
     def model(self, subject: str) -> str:
         """A subject's weights, adapters merged."""
         folder = f"{self.shared}/weights/{subject}" if subject in self.config.weights else self.of(subject)
@@ -294,8 +300,10 @@ class Tree:
 
     def start(self, stage: str) -> str:
         """The weights that a stage starts from."""
-        name = self.stages[stage].start
-        return self.model(name) if name else f"{self.of(stage)}/init.safetensors"
+        name, best = origin(self.config, self.stages[stage])
+        if name is None:
+            return f"{self.of(stage)}/init.safetensors"
+        return f"{self.of(name)}/best.safetensors" if best else self.model(name)
 
     def of(self, subject: str) -> str:
         """The folder of a subject's results in this run."""

@@ -39,12 +39,16 @@ class Block(nn.Module):
     ) -> tuple[Tensor, ...]:
         """x (B, T, D), layer 0's values, and this layer's parts of the state (att_x, wkv, ffn_x).
 
+        A wkv of None is the state that the weights say every text starts from.
         Returns the stream, layer 0's values, and the parts of the state after the last token.
         """
         if hasattr(self, "ln0"):
             x = self.ln0(x)
         given = (lengths,) if borders is None else (lengths, borders)
-        y, first, last, memory = self.att(self.ln1(x), first, state[0], state[1], *given)
+        memory = state[1]
+        if memory is None:  # read here, where all of the block's weights are at hand
+            memory = self.att.time_state.repeat(len(x), 1, 1, 1)
+        y, first, last, memory = self.att(self.ln1(x), first, state[0], memory, *given)
         x = x + y
         y, before = self.ffn(self.ln2(x), state[2], *given)
         return x + y, first, last, memory, before
@@ -104,7 +108,8 @@ class LanguageModel(nn.Module):
             raise ConfigError(f"train.rows: packed: models of {self.config.family} do not begin documents anew")
         borders = None if starts is None else Borders(starts)
         if state is None:
-            state = self.start(len(ids), ids.device)
+            state = State.zeros(self.config, len(ids), ids.device, self.ln_out.weight.dtype)
+            state.wkv = [None] * len(self.blocks) if self.config.time_state else state.wkv
         x, first = self.emb(ids), None
         after = State([], [], [])
         for block, *parts in zip(self.blocks, state.att_x, state.wkv, state.ffn_x, strict=True):

@@ -39,11 +39,18 @@ class Rank:
 
         In lockstep it may be asked to compute none, where others still have some.
         """
+        return (own for own, _ in self.shares(rows, micro_batch))
+
+    def shares(self, rows: int, micro_batch: int) -> Iterator[tuple[slice, slice]]:
+        """The same, each with the rows that decide how it is computed: in lockstep those of all processes at once."""
         size = min(micro_batch, -(-rows // self.count))
         for round in range(0, rows, self.count * size):
             first = min(round + self.index * size, rows)
-            if first < rows or self.lockstep:
-                yield slice(first, min(first + size, rows))
+            own = slice(first, min(first + size, rows))
+            if self.lockstep:
+                yield own, slice(round, min(round + self.count * size, rows))
+            elif first < rows:
+                yield own, own
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over all processes, in place. Raises Parted when one of them is gone."""

@@ -37,11 +37,6 @@ class _Rows:
         mask, starts = (None if each is None else each[:, part] for each in (self.mask, self.starts))
         return _Rows(self.ids[:, part], self.targets[:, part], mask, starts, self.first + CHUNKS * number)
 
-    def counts(self, l2_wrap: float) -> bool:
-        """Whether anything in it enters the loss."""
-        real = self.targets >= 0
-        return bool((real if self.mask is None or l2_wrap else real & (self.mask != 0)).any())
-
 
 def _flat(state: State) -> list[Tensor]:
     return [*state.att_x, *state.wkv, *state.ffn_x]
@@ -54,49 +49,49 @@ def _leaves(state: State) -> State:
     return state
 
 
-def _read(model: nn.Module, part: _Rows, state: State | None, step: Share) -> tuple[Tensor | None, State]:
-    """The share of a chunk in the loss, None where nothing in it counts, and the state after it."""
+def _read(model: nn.Module, part: _Rows, state: State | None, step: Share, counts: bool) -> tuple[Tensor | None, State]:
+    """The share of a chunk in the loss, None unless it counts, and the state after it."""
     config, device = step.config, device_of(model)
     with arithmetic(config.precision, device), row_dropout(model, part.first):
         starts = None if part.starts is None else part.starts.to(device)
         features, state = model.features(part.ids.to(device), state, starts=starts)
-        if not part.counts(config.l2_wrap):
+        if not counts:
             return None, state
         mask = None if part.mask is None else part.mask.to(device)
         return language_loss(model, features, part.targets.to(device), mask, step), state
 
 
-def _truncated(model: nn.Module, rows: _Rows, chunks: int, step: Share) -> Iterator[Tensor]:
+def _truncated(model: nn.Module, rows: _Rows, counts: list[bool], step: Share) -> Iterator[Tensor]:
     """Losses whose gradient ends where their chunk begins."""
     state = None
-    for number in range(chunks):
+    for number, counting in enumerate(counts):
         part = rows.chunk(number, step.config.chunk)
-        with torch.set_grad_enabled(part.counts(step.config.l2_wrap)):
-            loss, state = _read(model, part, state, step)
+        with torch.set_grad_enabled(counting):
+            loss, state = _read(model, part, state, step, counting)
         state = state.detach()
         if loss is not None:
             with row_dropout(model, part.first):  # blocks that are computed again drop the same
                 yield loss
 
 
-def _whole(model: nn.Module, rows: _Rows, chunks: int, step: Share) -> Iterator[Tensor]:
+def _whole(model: nn.Module, rows: _Rows, counts: list[bool], step: Share) -> Iterator[Tensor]:
     """Losses whose gradients add up to that of the whole rows, from the last chunk to the first.
 
     Chunks are read once to know the state before each, and once more to have their gradient; what later chunks ask of
     a state comes in as a product that is 0 in the loss.
     """
-    size = step.config.chunk
+    size, chunks = step.config.chunk, len(counts)
     before: list[State | None] = [None]
     with torch.no_grad():
         for number in range(chunks - 1):
-            state = _read(model, rows.chunk(number, size), before[-1], step)[1]
+            state = _read(model, rows.chunk(number, size), before[-1], step, False)[1]
             before.append(state.repeat(1))  # copies: a last input is a view that would keep all the chunk's
     wanted: list[Tensor | None] = []
     for number in reversed(range(chunks)):
         start = before.pop()
         start = start if start is None else _leaves(start)  # the first of all is the model's to make, and to learn
         part = rows.chunk(number, size)
-        loss, after = _read(model, part, start, step)
+        loss, after = _read(model, part, start, step, counts[number])
         total = after.wkv[0].new_zeros(()) if loss is None else loss
         for value, grad in zip(_flat(after), wanted, strict=False):
             if grad is not None and value.requires_grad:
@@ -112,7 +107,8 @@ def chunked_lm_losses(micro_batch: int, config: TrainConfig, rank: Rank = ALONE)
     """Next-token loss in chunks of `config.chunk` tokens, `micro_batch` rows at a time.
 
     `bptt: full` gives the gradient of `lm_losses` on whole rows; `truncated` lets no gradient across a chunk's begin.
-    Each scalar needs its backward before the next is asked for. Chunks behind the last target are not read.
+    Each scalar needs its backward before the next is asked for. Chunks behind the last target are not read. In lockstep
+    all processes read as many, and have a gradient where one of them has, whatever counts in their own rows.
     """
 
     def losses(model: nn.Module, batch: Batch) -> Iterator[Tensor]:
@@ -120,13 +116,17 @@ def chunked_lm_losses(micro_batch: int, config: TrainConfig, rank: Rank = ALONE)
         chosen = real if batch.mask is None else (batch.mask != 0) & real
         step = Share(config, int(chosen.sum()), int(real.sum()))
         gradient = _whole if config.bptt == "full" else _truncated
-        for part in rank.mine(len(batch.ids), micro_batch):
-            used = (real if config.l2_wrap else chosen)[part].any(0).nonzero()
-            if not len(used):
+        for part, common in rank.shares(len(batch.ids), micro_batch):
+            used = (real if config.l2_wrap else chosen)[common].any(0)
+            if not used.any():
                 continue
-            width = int(used.max()) + 1
+            width = int(used.nonzero().max()) + 1
+            counts = [bool(some.any()) for some in used[:width].split(config.chunk)]
+            idle = part.start == part.stop
+            part = slice(0, 1) if idle else part
             mask, starts = (None if each is None else each[part, :width] for each in (batch.mask, batch.starts))
-            rows = _Rows(batch.ids[part, :width], batch.targets[part, :width], mask, starts, part.start)
-            yield from gradient(model, rows, -(-width // config.chunk), step)
+            targets = batch.targets[part, :width]
+            targets = torch.full_like(targets, -1) if idle else targets
+            yield from gradient(model, _Rows(batch.ids[part, :width], targets, mask, starts, part.start), counts, step)
 
     return losses

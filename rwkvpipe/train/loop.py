@@ -5,7 +5,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +18,10 @@ from rwkvpipe.base.config import TrainConfig
 from rwkvpipe.base.errors import DataError, PipeError, Stopped
 from rwkvpipe.train import checkpoint
 from rwkvpipe.train.dist import ALONE, Rank
-from rwkvpipe.train.optim import AdamW, adamw, lr_at, same_until, set_rate
+from rwkvpipe.train.optim import AdamW, adamw, decay_at, lr_at, same_until, set_rate
 from rwkvpipe.train.precision import Scaler
 from rwkvpipe.train.record import Log, Progress
-from rwkvpipe.train.sharding import part_of, parted, watched, whole
+from rwkvpipe.train.sharding import part_of, parted, pieces, watched, whole
 from rwkvpipe.train.tracker import Trackers
 from rwkvpipe.weights.store import write_tensors
 
@@ -119,19 +119,17 @@ def _pack(model: nn.Module, optimizer: AdamW, carried: dict[str, Tensor]) -> dic
     return tensors
 
 
-def _unpack(model: nn.Module, optimizer: AdamW, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Put weights and moments back; returns what the batches carried."""
+def _unpack(model: nn.Module, optimizer: AdamW, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put weights and moments back, one tensor after the other; returns what the batches carried."""
     with torch.no_grad():
         for name, value in model.named_buffers():
             value.copy_(tensors[f"kept/{name}"])
         for name, value in model.named_parameters():
             if value.requires_grad:
                 value.copy_(part_of(tensors[f"weight/{name}"], value))
-                head = f"adam/{name}/"
-                found = {k.removeprefix(head): part_of(v, value) for k, v in tensors.items() if k.startswith(head)}
-                if found:
-                    optimizer.state[value] = found
-    return {name.removeprefix("carry/"): value for name, value in tensors.items() if name.startswith("carry/")}
+                kinds = [kind for kind in optimizer.state[value] if f"adam/{name}/{kind}" in tensors]
+                optimizer.state[value] |= {kind: part_of(tensors[f"adam/{name}/{kind}"], value) for kind in kinds}
+    return {name.removeprefix("carry/"): tensors[name] for name in tensors if name.startswith("carry/")}
 
 
 @dataclass
@@ -202,7 +200,7 @@ class _Training:
         self.log = Log(run.folder / "log.jsonl", run.rank)
         self.stops = _Stops()
         self.saved = 0
-        self.stem = checkpoint.Stem(run.stem, same_until(config) if run.stem else 0)
+        self.stem = checkpoint.Stem(run.stem, same_until(config) if run.stem else 0, config.steps, config.schedule)
 
     @property
     def over(self) -> bool:
@@ -218,6 +216,8 @@ class _Training:
         found = checkpoint.latest(self.run.folder, self.run.mark, self.stem)
         if not rank.index:
             rank.wait()
+        if found is None and not rank.index:
+            checkpoint.tell_ended(self.run.folder, self.stem)
         step = 0 if found is None else found.step
         if rank.total(step) != [step * rank.count]:
             raise PipeError(f"{self.run.folder}: the processes do not see the same resume points; share the folder")
@@ -238,13 +238,14 @@ class _Training:
         if self.saved == self.progress.step:
             return
         parted(self.model)
-        tensors = whole(_pack(self.model, self.optimizer, self.hooks.carry()), self.run.rank)
+        if not self.run.rank.index:
+            self.log.settle()
+        parts = self.parts()
         if self.run.rank.index:
             self.saved = self.progress.step
             return
-        self.log.settle()
         notes = vars(self.progress) | {"scaler": vars(self.scaler)}
-        checkpoint.save(self.run.folder, self.progress.step, tensors, self.run.mark, notes=notes, stem=self.stem)
+        checkpoint.save(self.run.folder, self.progress.step, parts, self.run.mark, notes=notes, stem=self.stem)
         try:
             self.log.settle()
         except DataError:  # the folder vanished, and was made anew for a point that would outlive its lines
@@ -253,11 +254,23 @@ class _Training:
         checkpoint.prune(self.run.folder, stem=self.stem)
         self.saved = self.progress.step
 
+    def parts(self) -> list[dict[str, str]]:
+        """Write what a resume point holds: the first process all, of a cut model each its part; returns the files."""
+        rank, where = self.run.rank, (self.run.folder, self.progress.step)
+        if rank.index and not rank.lockstep:
+            return []
+        tensors = _pack(self.model, self.optimizer, self.hooks.carry())
+        if not rank.lockstep:
+            return [checkpoint.write_part(*where, tensors)]
+        own, cut = pieces(tensors, rank)
+        end = f".part-{rank.index + 1}-of-{rank.count}"
+        return rank.gather(checkpoint.write_part(*where, own, cut=cut, end=end))
+
     def advance(self, stream: Iterator, losses: Callable) -> None:
         """Make one step; the time that its batch takes (for grpo, to sample it) is part of it."""
         begin, step, watch = time.monotonic(), self.progress.step, self.config.watch
         batch = next(stream)
-        set_rate(self.optimizer, lr_at(self.config, step))
+        set_rate(self.optimizer, lr_at(self.config, step), decay_at(self.config, step))
         try:
             loss, norm = self.gradient(batch, losses)
         except PipeError as error:
@@ -291,14 +304,16 @@ class _Training:
             self.hooks.measures()  # those of a step that does not count
 
     def keep(self) -> None:
-        """Write the weights of the lowest held-out loss; of those before them one set stays, for a run that goes on."""
+        """Write the weights of the lowest held-out loss; of those before them stay what resume points name."""
         parted(self.model)
         trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
         tensors = whole(trained, self.run.rank)
         if self.run.rank.index:
             return
-        write_tensors(best_file(self.run.folder, self.progress.best_step), tensors)
-        for old in sorted(self.run.folder.glob("best-*.safetensors"))[:-2]:
+        folder = self.run.folder
+        write_tensors(best_file(folder, self.progress.best_step), tensors)
+        named = {best_file(folder, step) for step in checkpoint.noted(folder, "best_step")}
+        for old in set(folder.glob("best-*.safetensors")) - named - {best_file(folder, self.progress.best_step)}:
             old.unlink(missing_ok=True)
 
     def line(self) -> dict | None:

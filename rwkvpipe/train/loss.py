@@ -106,13 +106,16 @@ def language_loss(model: nn.Module, features: Tensor, targets: Tensor, mask: Ten
 
 
 def _mine(batches: Iterator[Batch], rank: Rank) -> Iterator[Batch]:
-    """Every count-th batch; in lockstep one without targets, where others still have one."""
+    """Every count-th batch; in lockstep as wide as the others', without targets where others still have one."""
     if not rank.lockstep:
         yield from islice(batches, rank.index, None, rank.count)
         return
     while some := list(islice(batches, rank.count)):
         idle = replace(some[0], targets=torch.full_like(some[0].targets, -1))
-        yield some[rank.index] if rank.index < len(some) else idle
+        own, width = some[rank.index] if rank.index < len(some) else idle, max(each.ids.shape[1] for each in some)
+        more = (0, width - own.ids.shape[1])
+        mask = None if own.mask is None else F.pad(own.mask, more)
+        yield replace(own, ids=F.pad(own.ids, more), targets=F.pad(own.targets, more, value=-1), mask=mask)
 
 
 @torch.no_grad()

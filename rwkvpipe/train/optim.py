@@ -87,17 +87,40 @@ def whole_length(config: TrainConfig, rows: int, repeats: int = 1) -> TrainConfi
     return config.model_copy(update={"steps": steps})
 
 
+def _last(config: TrainConfig) -> float:
+    return config.lr / 10 if config.lr_final is None else config.lr_final
+
+
+def _rwkv_lm(config: TrainConfig) -> RwkvLmSchedule:
+    """RWKV-LM's schedule of a stage: a cosine of its tokens (if not given, of its steps), or exponential."""
+    # a run shorter than its warmup would end untrained there; here it only warms up
+    steps = config.steps if config.steps > config.warmup else 2 * config.warmup + config.steps
+    tokens, exit_tokens = 1, steps
+    if config.schedule == "rwkv_exp":
+        exit_tokens = 0
+    elif config.tokens is not None and steps == config.steps:
+        tokens, exit_tokens = config.batch * config.ctx_len, config.tokens
+    decays = config.weight_decay, config.weight_decay_final or 0.0
+    return RwkvLmSchedule(config.lr, _last(config), config.warmup, tokens, exit_tokens, 0, steps, 1, 0, *decays)
+
+
+def decay_at(config: TrainConfig, step: int) -> float:
+    """Weight decay of the step after `step` finished ones."""
+    if config.weight_decay_final is None:
+        return config.weight_decay
+    found = rwkv_lm_lr(_rwkv_lm(config), step)
+    return config.weight_decay_final if found is None else found[1]
+
+
 def lr_at(config: TrainConfig, step: int) -> float:
     """Learning rate of the step after `step` finished ones; the first is above 0.
 
     With n = step + 1: lr n / warmup while n <= warmup, then from lr to lr_final over the steps that are left.
-    Schedule `rwkv` is RWKV-LM's instead: counted from 0, warming up from a hundredth.
+    Schedules `rwkv` and `rwkv_exp` are RWKV-LM's instead: counted from 0, warming up from a hundredth.
     """
-    last = config.lr / 10 if config.lr_final is None else config.lr_final
-    if config.schedule == "rwkv":
-        # a run shorter than its warmup would end untrained there; here it only warms up
-        end = config.steps if config.steps > config.warmup else 2 * config.warmup + config.steps
-        found = rwkv_lm_lr(RwkvLmSchedule(config.lr, last, config.warmup, 1, end), step)
+    last = _last(config)
+    if config.schedule.startswith("rwkv") and config.steps > 1:
+        found = rwkv_lm_lr(_rwkv_lm(config), step)
         return last if found is None else found[0]
     number = step + 1
     if number <= config.warmup:
@@ -182,7 +205,9 @@ def adamw(model: nn.Module, config: TrainConfig) -> AdamW:
     return AdamW(parameter_groups(model, config), tuple(config.betas), config.eps)
 
 
-def set_rate(optimizer: AdamW, rate: float) -> None:
-    """Give every group its share of the step's learning rate."""
+def set_rate(optimizer: AdamW, rate: float, decay: float | None = None) -> None:
+    """Give every group its share of the step's learning rate, and those that decay the step's decay, if given."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
+        if decay is not None and group["weight_decay"]:
+            group["weight_decay"] = decay

@@ -11,19 +11,10 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from rwkvpipe.base.config import Settings
-from rwkvpipe.base.errors import ConfigError, Parted
+from rwkvpipe.base.errors import Parted
 from rwkvpipe.train.dist import Rank
 
 LOST = ("Connection closed", "Connection reset", "closed by peer", "gloo", "NCCL")  # what a process that is gone is
-
-
-def check_shard(settings: Settings, time_state: bool) -> None:
-    """Raise ConfigError for a stage whose model cannot be cut."""
-    if settings.train.chunk is not None:
-        raise ConfigError("memory.shard: rows read in chunks (train.chunk) need whole models; leave one of them out")
-    if settings.state or time_state:
-        raise ConfigError("memory.shard: initial states are read before any block; models that have them stay whole")
 
 
 def shard(model: nn.Module, rank: Rank, kind: str) -> Rank:
@@ -59,6 +50,21 @@ def whole(tensors: Mapping[str, Tensor], rank: Rank) -> dict[str, Tensor]:
         if not rank.index:
             found[name] = value
     return found
+
+
+def pieces(tensors: Mapping[str, Tensor], rank: Rank) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """What one process has to write for all to be written: its rows of tensors that are cut, and how many rows these
+    have in all; the first one the others, too."""
+    own, cut = {}, {}
+    for name, value in tensors.items():
+        if hasattr(value, "full_tensor"):
+            size = -(-len(value) // rank.count)  # as torch cuts them: each as many, the last ones fewer
+            local, cut[name] = value.to_local(), len(value)
+            assert len(local) == min(size, max(0, len(value) - rank.index * size)), name
+            own[name] = local
+        elif not rank.index:
+            own[name] = value
+    return own, cut
 
 
 def part_of(value: Tensor, like: Tensor) -> Tensor:

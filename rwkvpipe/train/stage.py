@@ -14,7 +14,7 @@ from rwkvpipe.train import checkpoint, dist
 from rwkvpipe.train.loop import Run, best_file, held
 from rwkvpipe.train.precision import check_precision
 from rwkvpipe.train.record import Log
-from rwkvpipe.train.sharding import check_shard, parted, shard, whole
+from rwkvpipe.train.sharding import parted, shard, whole
 from rwkvpipe.train.tracker import Trackers, add_trackers
 from rwkvpipe.weights import lora, store
 from rwkvpipe.weights.states import tune_states
@@ -90,7 +90,6 @@ def open_stage(given: argparse.Namespace, *, kind: str) -> Stage:
     if asked.state:
         tune_states(network)
     if given.shard is not None:
-        check_shard(asked, network.config.time_state)
         stage = replace(stage, rank=shard(network, rank, given.shard))
     trained = sum(value.numel() for value in network.parameters() if value.requires_grad)
     whole = sum(value.numel() for value in network.parameters())
@@ -141,7 +140,7 @@ def finish(stage: Stage, metrics: Log) -> None:
     else:
         with held(stopping=True):  # stopped here, a finished run would look like one that is to be made again
             if metrics.stem is None or not checkpoint.leave(stage.folder, metrics.stem):
-                checkpoint.clear(stage.folder)
+                checkpoint.clear(stage.folder, metrics.stem)
 
 
 def write_product(stage: Stage, path: Path, tensors: dict[str, Tensor]) -> None:

@@ -1,15 +1,80 @@
 """Resume points are found again, verified, and never taken from another run."""
 
+import json
 import logging
 
 import pytest
 import torch
 
-from rwkvpipe.train.checkpoint import clear, fingerprint, latest, prune, save
+from rwkvpipe.base.files import write_json
+from rwkvpipe.train import checkpoint
+from rwkvpipe.train.checkpoint import clear, fingerprint, latest, prune, write_part
 
 
 def point(step):
     return {"a": torch.full((3,), float(step)), "count": torch.tensor(step)}
+
+
+def save(folder, step, tensors, mark, notes=None):
+    checkpoint.save(folder, step, [write_part(folder, step, tensors)], mark, notes=notes)
+
+
+def save_cut(folder, step, count=2):
+    """A point of several processes, each of which has some rows of `rows` and the first one `count`, too."""
+    rows, parts = torch.arange(10.0).view(5, 2) + step, []
+    for index, own in enumerate(rows.split(-(-5 // count))):
+        tensors = {"rows": own} | ({"count": torch.tensor(step)} if index == 0 else {})
+        end = f".part-{index + 1}-of-{count}"
+        parts.append(write_part(folder, step, tensors, cut={"rows": 5}, end=end))
+    checkpoint.save(folder, step, parts, "m", notes={"step": step})
+    return rows
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_parts_are_put_together_again(tmp_path, count):
+    rows = save_cut(tmp_path, 5, count)
+    found = latest(tmp_path, "m")
+    assert torch.equal(found.tensors["rows"], rows) and found.tensors["count"].item() == 5
+    assert found.tensors.like["rows"].shape == (5, 2)
+
+
+@pytest.mark.parametrize("damage", ["flip", "gone", "empty"])
+def test_a_point_with_one_damaged_part_is_none_and_all_of_it_goes(tmp_path, caplog, damage):
+    save_cut(tmp_path, 5)
+    save_cut(tmp_path, 10)
+    data = tmp_path / "step-000000010.part-2-of-2.safetensors"
+    raw = bytearray(data.read_bytes())
+    raw[-1] ^= 1
+    if damage == "gone":
+        data.unlink()
+    else:
+        data.write_bytes(raw if damage == "flip" else b"")
+    with caplog.at_level(logging.INFO, logger="rwkvpipe"):
+        assert latest(tmp_path, "m").step == 5
+    assert "step-000000010.part-2-of-2.safetensors" in caplog.text and "going back to the one before" in caplog.text
+    assert not list(tmp_path.glob("step-000000010*"))
+
+
+def test_parts_without_their_card_and_those_that_are_old_go(tmp_path):
+    for step in (1, 2, 3):
+        save_cut(tmp_path, step)
+    write_part(tmp_path, 4, point(4), cut={}, end=".part-1-of-2")
+    prune(tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [
+        f"step-00000000{n}.{kind}"
+        for n in (2, 3)
+        for kind in ("json", "part-1-of-2.safetensors", "part-2-of-2.safetensors")
+    ]
+
+
+def test_a_point_of_an_older_form_is_read(tmp_path):
+    save(tmp_path, 5, point(5), "m")
+    card = json.loads((tmp_path / "step-000000005.json").read_text())
+    del card["check"]
+    card["sha256"] = card.pop("parts")[0]["sha256"]
+    write_json(tmp_path / "step-000000005.json", card | {"check": fingerprint(card)})
+    assert latest(tmp_path, "m").tensors["count"].item() == 5
 
 
 def test_the_newest_comes_back_with_its_notes(tmp_path):

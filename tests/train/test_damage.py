@@ -58,7 +58,8 @@ def adapter_file(folder: Path) -> Path:
 
 
 def point(folder: Path, suffix: str) -> Path:
-    checkpoint.save(folder, 3, {"a": torch.zeros(4)}, "m", notes={"step": 3})
+    part = checkpoint.write_part(folder, 3, {"a": torch.zeros(4)})
+    checkpoint.save(folder, 3, [part], "m", notes={"step": 3})
     return folder / f"step-000000003.{suffix}"
 
 

@@ -67,11 +67,12 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-def words(home, kind, name, **train) -> list[str]:
+def words(home, kind, name, state=False, **train) -> list[str]:
     asked = STAGES[kind] | {"train": STAGES[kind]["train"] | train, "seed": 5}
+    asked |= {"state": True, "lora": None} if state else {}
     path = home / f"{kind}-{name}.json"
     write_json(path, Settings.model_validate(asked).model_dump(mode="json"))
-    out = home / name / ("adapter.safetensors" if "lora" in asked else "model.safetensors")
+    out = home / name / ("adapter.safetensors" if state or "lora" in asked else "model.safetensors")
     data = home / FILES.get(kind, "corpus")
     words = [path, "--model", home / "start.safetensors", "--data", data, "--micro-batch", 2, "--out", out]
     return [str(word) for word in [*words, *(("--tokenizer", "bytes") if kind in FILES else ())]]
@@ -132,8 +133,12 @@ def test_adapters_and_preferences_too(home, kind):
 
 
 @pytest.mark.parametrize(("kind", "cut", "train"), [
-    ("pretrain", "weights", {"chunk": None, "valid_every": 2}),
-    pytest.param("sft", "weights", {"valid_every": 2}, marks=pytest.mark.large),
+    ("pretrain", "weights", {"valid_every": 1, "watch": {"best": True}}),
+    pytest.param("pretrain", "weights", {"chunk": None, "valid_every": 2}, marks=pytest.mark.large),
+    pytest.param("sft", "weights", {"valid_every": 1, "watch": {"best": True}}, marks=pytest.mark.large),
+    pytest.param("sft", "gradients", {"chunk": 3, "bptt": "full", "valid_every": 2}, marks=pytest.mark.large),
+    pytest.param("sft", "weights", {"chunk": 3, "rows": "packed"}, marks=pytest.mark.large),
+    pytest.param("pretrain", "gradients", {"bptt": "full"}, marks=pytest.mark.large),
     pytest.param("pretrain", "gradients", {"chunk": None}, marks=pytest.mark.large),
 ])  # fmt: skip
 def test_a_model_cut_among_processes_ends_where_a_whole_one_ends(home, kind, cut, train):
@@ -143,6 +148,22 @@ def test_a_model_cut_among_processes_ends_where_a_whole_one_ends(home, kind, cut
     said = process.communicate(timeout=300)[1]
     assert process.returncode == 0, said
     same(shared, result(alone))
+    if "watch" in train:
+        best = "best_adapter.safetensors" if kind == "sft" else "best.safetensors"
+        found, wanted = (store.read_tensors(home / name / best)[0] for name in ("shared", "alone"))
+        assert found.keys() == wanted.keys() and max((found[n] - wanted[n]).abs().max() for n in found) <= 1e-6
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("kind", ["pretrain", "sft"])
+def test_initial_states_are_tuned_beside_a_model_that_is_cut(home, kind):
+    alone, shared = words(home, kind, "alone", state=True, chunk=5), words(home, kind, "shared", state=True, chunk=5)
+    VERBS[kind].main(alone)
+    process = start(2, kind, [*shared, "--shard", "weights"])
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, said
+    same(shared, result(alone))
+    assert all(name.endswith("time_state") and value.any() for name, value in result(shared)[0].items())
 
 
 @pytest.mark.large
@@ -175,15 +196,6 @@ def test_a_cut_model_stops_in_one_line_when_a_process_is_gone(home):
     said = without_the_second(process)
     assert process.returncode == 137 and "Traceback" not in said, said
     assert said.splitlines()[-1].startswith("error: process 2 of 2 was killed (SIGKILL), so all were stopped")
-
-
-@pytest.mark.parametrize(("changes", "line"), [({}, "read in chunks"), ({"state": True}, "initial states")])
-def test_what_cannot_be_cut_is_refused_before_the_first_step(home, changes, line):
-    given = words(home, "pretrain", "alone", **({"chunk": None} if changes else {}))
-    settings = json.loads(Path(given[0]).read_text())
-    write_json(given[0], settings | changes)
-    with pytest.raises(ConfigError, match=line):
-        pretrain.main([*given, "--shard", "weights"])
 
 
 def test_a_stop_ends_all_after_the_same_step_and_what_follows_has_the_same_bits(home):

@@ -164,10 +164,10 @@ def test_what_backward_keeps_does_not_grow_with_the_row(bptt):
 def test_states_before_chunks_keep_nothing_else_in_memory(monkeypatch):
     model, batch, real, seen = small("rwkv7"), ragged(), infctx._read, []
 
-    def read(model, part, state, step):
+    def read(model, part, state, step, counts):
         if state is not None and torch.is_grad_enabled():
             seen.extend(value.untyped_storage().nbytes() - value.nbytes for value in infctx._flat(state))
-        return real(model, part, state, step)
+        return real(model, part, state, step, counts)
 
     monkeypatch.setattr(infctx, "_read", read)
     gradients(model, chunked_lm_losses(3, config(chunk=4, bptt="full")), batch)

@@ -10,7 +10,16 @@ import torch
 from torch import nn
 
 from rwkvpipe.base.config import TrainConfig
-from rwkvpipe.train.optim import RwkvLmSchedule, adamw, lr_at, parameter_groups, rwkv_lm_lr, set_rate
+from rwkvpipe.train.optim import (
+    RwkvLmSchedule,
+    adamw,
+    decay_at,
+    lr_at,
+    parameter_groups,
+    rwkv_lm_lr,
+    set_rate,
+    whole_length,
+)
 
 
 def test_the_rate_of_rwkv_lm_is_met_to_twelve_digits(goldens):
@@ -40,6 +49,45 @@ def test_the_rate_of_rwkv_lm_is_met_to_twelve_digits(goldens):
                 assert found[1] == pytest.approx(row[3], rel=1e-12, abs=0)
 
 
+def test_a_stage_takes_the_rates_and_decays_of_rwkv_lm_by_its_tokens_or_its_epochs(goldens):
+    cases = json.loads((goldens / "rwkv/lr_schedule.json").read_text())["schedules"]
+    met = set()
+    for case in cases:
+        given = {"lr_init": 6e-4, "lr_final": 6e-5, "warmup_steps": 10, "weight_decay": 0.001} | case["config"]
+        exit_tokens = given.get("my_exit_tokens", 0)
+        if exit_tokens < 0 or "epoch_begin" in given:
+            continue
+        far = {"tokens": exit_tokens} if exit_tokens else {"steps": given["epoch_count"] * given["epoch_steps"]}
+        names = {"lr": "lr_init", "lr_final": "lr_final", "warmup": "warmup_steps", "weight_decay": "weight_decay"}
+        far |= {name: given[other] for name, other in names.items()}
+        far |= {"weight_decay_final": given.get("weight_decay_final"), "ctx_len": 512, "batch": 16}
+        config = whole_length(TrainConfig(**far, schedule="rwkv" if exit_tokens else "rwkv_exp"), 0)
+        for step, *wanted in case["rows"]:
+            if "EXIT" in wanted:
+                assert step >= config.steps
+            else:
+                assert lr_at(config, step) == pytest.approx(wanted[0], rel=1e-12, abs=0)
+                assert decay_at(config, step) == pytest.approx(wanted[2], rel=1e-12, abs=0)
+        met.add(case["name"])
+    assert len(met) == 5
+
+
+def test_a_decay_that_moves_reaches_the_groups_that_decay_alone():
+    model = Names({"blocks.0.att.key.weight": (4, 4), "blocks.0.att.w0": (4,)})
+    config = TrainConfig(steps=9, warmup=1, weight_decay=0.1, weight_decay_final=0.01, schedule="rwkv")
+    optimizer = adamw(model, config)
+    set_rate(optimizer, 1.0, decay_at(config, 8))
+    found = {name: group["weight_decay"] for group in optimizer.param_groups for name in group["names"]}
+    assert found == {"blocks.0.att.key.weight": decay_at(config, 8), "blocks.0.att.w0": 0.0}
+    assert 0.01 <= decay_at(config, 8) < decay_at(config, 4) < 0.1
+
+
+@pytest.mark.parametrize("more", [{"schedule": "cosine"}, {"schedule": "rwkv", "weight_decay": 0}])
+def test_a_decay_that_would_not_move_is_refused(more):
+    with pytest.raises(ValueError, match="weight_decay_final belongs to schedules rwkv and rwkv_exp"):
+        TrainConfig(steps=9, weight_decay_final=0.01, **more)
+
+
 def test_the_cosine_of_fine_tuning_is_met(goldens):
     for case in json.loads((goldens / "tune/lr_schedule.json").read_text()):
         config = TrainConfig(
@@ -59,7 +107,7 @@ def test_the_rwkv_schedule_is_the_one_of_its_exit_tokens(goldens):
     np.testing.assert_allclose([lr_at(config, n) for n in range(8)], data["lr"], rtol=1e-12)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd", "rwkv"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd", "rwkv", "rwkv_exp"])
 @pytest.mark.parametrize("warmup", [0, 1, 5, 40])
 @pytest.mark.parametrize("steps", [1, 2, 30])
 def test_every_schedule_starts_above_zero_and_never_leaves_its_bounds(schedule, warmup, steps):

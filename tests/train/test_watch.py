@@ -133,17 +133,48 @@ def test_a_longer_run_goes_on_where_a_finished_one_ended(tmp_path, short, long, 
 def test_the_falling_phase_of_wsd_may_be_entered_twice_from_one_stable_phase(tmp_path):
     for steps in (16, 20):
         whole = run(tmp_path / f"{steps}", **(PHASES["wsd"] | {"steps": steps}))[0]
-        again, _, first = run(tmp_path / "one", **(PHASES["wsd"] | {"steps": steps}))
+        again, log, first = run(tmp_path / "one", **(PHASES["wsd"] | {"steps": steps}))
         assert torch.equal(whole, again) and first == {16: 0, 20: 12}[steps]
-        assert checkpoint.leave(tmp_path / "one", checkpoint.Stem("stem", 0))
+        assert checkpoint.leave(tmp_path / "one", log.stem)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "rwkv"])
-def test_where_rates_depend_on_the_length_a_longer_run_begins_anew_and_says_so(tmp_path, caplog, schedule):
-    run(tmp_path, schedule=schedule)
+@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "rwkv", "rwkv_exp"])
+def test_where_rates_depend_on_the_length_a_longer_run_begins_anew_and_says_so(tmp_path, caplog, schedule, ended):
+    log = run(tmp_path / "a", schedule=schedule)[1]
+    if ended:
+        assert not checkpoint.leave(tmp_path / "a", log.stem)
+        checkpoint.clear(tmp_path / "a", log.stem)
     with caplog.at_level(logging.INFO, logger="rwkvpipe"):
-        assert run(tmp_path, schedule=schedule, steps=14)[2] == 0
-    assert "for another length, on which its rates depend; removed, training starts again" in caplog.text
+        assert run(tmp_path / "a", schedule=schedule, steps=14)[2] == 0
+    line = "trained for 12 steps, and 14 have other rates, all of which depend on the length with schedule"
+    assert caplog.text.count(f"{line} {schedule}") == 1 and "training starts again" in caplog.text
+
+
+def test_a_finished_run_that_is_made_again_as_it_was_says_nothing_of_its_length(tmp_path, caplog):
+    for _ in range(2):
+        log = run(tmp_path / "a")[1]
+        checkpoint.clear(tmp_path / "a", log.stem)
+    with caplog.at_level(logging.INFO, logger="rwkvpipe"):
+        run(tmp_path / "a", stem="other", steps=14)
+    assert "other rates" not in caplog.text
+
+
+def test_a_shorter_run_says_up_to_which_step_its_rates_are_the_same(tmp_path, caplog):
+    finished(tmp_path, **PHASES["constant"])
+    with caplog.at_level(logging.INFO, logger="rwkvpipe"):
+        assert run(tmp_path, **(PHASES["constant"] | {"steps": 8}))[2] == 0
+    assert "trained for 12 steps, and 8 have other rates, which are those of 12 up to step 8 alone" in caplog.text
+
+
+def test_the_best_weights_that_a_resume_point_names_outlive_better_ones(tmp_path):
+    losses = iter([5.0, 4.0, 3.0, 2.0, 1.0, 6.0])
+    asked = {"schedule": "wsd", "decay": 0.5, "valid_every": 2, "watch": {"best": True}}
+    first = finished(tmp_path, valid=lambda model: next(losses), **asked)  # its rate falls after step 6
+    assert first[1].best_step == 10
+    losses = iter([7.0] * 9)
+    second = run(tmp_path, valid=lambda model: next(losses), **(asked | {"steps": 16}))
+    assert second[2] == 6 and second[1].best_step == 6 and best_file(tmp_path, 6).is_file()
 
 
 def test_other_settings_begin_anew_whatever_the_schedule(tmp_path):

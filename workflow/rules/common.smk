@@ -66,7 +66,8 @@ if workflow.exec_mode == ExecMode.DEFAULT:
     launch.pass_on_stops()
 GPU = 1 if devices else 0
 THREADS = {"bench": 1, "generate": 1}
-THREADS |= dict.fromkeys([f"{kind}{end}" for kind in ("pretrain", "sft", "dpo", "grpo") for end in ("", "_lora")], 2)
+ENDS = ("", "_lora", "_best", "_lora_best")
+THREADS |= dict.fromkeys([f"{kind}{end}" for kind in ("pretrain", "sft", "dpo", "grpo") for end in ENDS], 2)
 ENVIRONMENT = "../../envs/cuda.yaml" if devices else "../../envs/cpu.yaml"
 
 
@@ -166,8 +167,8 @@ def computing(rule):
 
 
 def training(rule):
-    plain, lora = computing(rule), computing(f"{rule}_lora")
-    return lambda wildcards, threads: (lora if plan.stages[wildcards.stage].apart else plain)(wildcards, threads)
+    threads_of = {name: computing(name) for name in (f"{rule}{end}" for end in ENDS)}
+    return lambda wildcards, threads: threads_of[plan.trainer(wildcards.stage)](wildcards, threads)
 
 
 def adapter_given(wildcards):

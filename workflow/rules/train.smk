@@ -50,7 +50,7 @@ rule pretrain:
     benchmark:
         "<results>/{run}/{stage}/log/pretrain.jsonl"
     wildcard_constraints:
-        stage=plan.only("pretrain", lora=False),
+        stage=plan.only("pretrain", lora=False, best=False),
     conda:
         ENVIRONMENT
     threads: THREADS["pretrain"]
@@ -73,7 +73,26 @@ use rule pretrain as pretrain_lora with:
         weights="<results>/{run}/{stage}/adapter.safetensors",
         metrics="<results>/{run}/{stage}/metrics.jsonl",
     wildcard_constraints:
-        stage=plan.only("pretrain", lora=True),
+        stage=plan.only("pretrain", lora=True, best=False),
+
+
+use rule pretrain as pretrain_best with:
+    output:
+        weights="<results>/{run}/{stage}/model.safetensors",
+        best="<results>/{run}/{stage}/best.safetensors",
+        config="<results>/{run}/{stage}/config.json",
+        metrics="<results>/{run}/{stage}/metrics.jsonl",
+    wildcard_constraints:
+        stage=plan.only("pretrain", lora=False, best=True),
+
+
+use rule pretrain as pretrain_lora_best with:
+    output:
+        weights="<results>/{run}/{stage}/adapter.safetensors",
+        best="<results>/{run}/{stage}/best_adapter.safetensors",
+        metrics="<results>/{run}/{stage}/metrics.jsonl",
+    wildcard_constraints:
+        stage=plan.only("pretrain", lora=True, best=True),
 
 
 rule sft:
@@ -90,7 +109,7 @@ rule sft:
     benchmark:
         "<results>/{run}/{stage}/log/sft.jsonl"
     wildcard_constraints:
-        stage=plan.only("sft", lora=False),
+        stage=plan.only("sft", lora=False, best=False),
     conda:
         ENVIRONMENT
     threads: THREADS["sft"]
@@ -113,7 +132,26 @@ use rule sft as sft_lora with:
         weights="<results>/{run}/{stage}/adapter.safetensors",
         metrics="<results>/{run}/{stage}/metrics.jsonl",
     wildcard_constraints:
-        stage=plan.only("sft", lora=True),
+        stage=plan.only("sft", lora=True, best=False),
+
+
+use rule sft as sft_best with:
+    output:
+        weights="<results>/{run}/{stage}/model.safetensors",
+        best="<results>/{run}/{stage}/best.safetensors",
+        config="<results>/{run}/{stage}/config.json",
+        metrics="<results>/{run}/{stage}/metrics.jsonl",
+    wildcard_constraints:
+        stage=plan.only("sft", lora=False, best=True),
+
+
+use rule sft as sft_lora_best with:
+    output:
+        weights="<results>/{run}/{stage}/adapter.safetensors",
+        best="<results>/{run}/{stage}/best_adapter.safetensors",
+        metrics="<results>/{run}/{stage}/metrics.jsonl",
+    wildcard_constraints:
+        stage=plan.only("sft", lora=True, best=True),
 
 
 rule dpo:
@@ -220,3 +258,18 @@ rule merge:
     shell:
         "exec python -m rwkvpipe.merge --code {params.code:q} --model {input.model:q} --adapter {input.adapter:q}"
         " --out {output.model:q} > {log:q} 2>&1"
+
+
+# whoever starts from the best weights of such a stage
+use rule merge as merge_best with:
+    input:
+        model=lambda wildcards: plan.start(wildcards.stage),
+        adapter="<results>/{run}/{stage}/best_adapter.safetensors",
+    output:
+        model="<results>/{run}/{stage}/best.safetensors",
+    log:
+        "<results>/{run}/{stage}/log/merge-best.log",
+    benchmark:
+        "<results>/{run}/{stage}/log/merge-best.jsonl"
+    wildcard_constraints:
+        stage=plan.only(lora=True, best=True),
