@@ -85,10 +85,10 @@ def equalities() -> list[dict]:
     return found
 
 
-def one(length: int, chunk: int | None, bptt: str) -> dict:
+def one(length: int, chunk: int | None, bptt: str, family: str = "rwkv7") -> dict:
     """Megabytes that a step on one row of so many tokens holds, in this process."""
     torch.set_num_threads(2)
-    model = build(RwkvConfig(family="rwkv7", **SIZES))
+    model = build(RwkvConfig(family=family, **SIZES))
     model.initialise(0)
     config = TrainConfig(steps=1, ctx_len=length, chunk=chunk, bptt=bptt if chunk else None)
     losses = (lm_losses if chunk is None else chunked_lm_losses)(1, config)
@@ -102,15 +102,19 @@ def one(length: int, chunk: int | None, bptt: str) -> dict:
     step(64)
     before = _memory("VmRSS")
     step(length)
-    return {"length": length, "chunk": chunk, "bptt": bptt, "megabytes": _memory("VmHWM") - before}
+    made = {"family": family, "length": length, "chunk": chunk, "bptt": bptt}
+    return made | {"megabytes": _memory("VmHWM") - before}
 
 
 def lengths() -> list[dict]:
     """Rows of several lengths, in chunks and whole."""
-    found = []
-    for chunk, bptt, some in ((CHUNK, "truncated", LENGTHS), (CHUNK, "full", LENGTHS), (None, "", LENGTHS[:1])):
+    found, ends = [], (LENGTHS[0], LENGTHS[-1])
+    ways = [("rwkv7", CHUNK, "truncated", LENGTHS), ("rwkv7", CHUNK, "full", LENGTHS), ("rwkv7", None, "", ends[:1])]
+    ways += [(family, CHUNK, "truncated", ends) for family in FAMILIES if family != "rwkv7"]
+    for family, chunk, bptt, some in ways:
         for length in some:
-            call = f"from benchmarks import equal; print(equal.json.dumps(equal.one({length}, {chunk}, {bptt!r})))"
+            asked = f"{length}, {chunk}, {bptt!r}, {family!r}"
+            call = f"from benchmarks import equal; print(equal.json.dumps(equal.one({asked})))"
             said = subprocess.run([sys.executable, "-c", call], check=True, capture_output=True, text=True).stdout
             found.append(json.loads(said.splitlines()[-1]))
             print(found[-1])
@@ -122,10 +126,13 @@ def filled(page: str, found: dict) -> str:
     body = [[e["ways"], e["family"], f"{e['loss']:.1e}", f"{e['gradient']:.1e}"] for e in found["equal"]]
     equal = rows(["made in two ways", "family", "loss", "gradient"], body)
     body = [
-        [f"{e['length']:,}", f"chunks of {e['chunk']}, {e['bptt']}" if e["chunk"] else "whole", f"{e['megabytes']:.0f}"]
+        [
+            e.get("family", "rwkv7"), f"{e['length']:,}",
+            f"chunks of {e['chunk']}, {e['bptt']}" if e["chunk"] else "whole", f"{e['megabytes']:.0f}",
+        ]
         for e in found["long"]
-    ]
-    for mark, table in (("equal", equal), ("long", rows(["tokens", "read", "MB"], body))):
+    ]  # fmt: skip
+    for mark, table in (("equal", equal), ("long", rows(["family", "tokens", "read", "MB"], body))):
         head, _, rest = page.partition(f"<!-- {mark} -->\n")
         page = f"{head}<!-- {mark} -->\n\n{table}\n<!-- end -->\n{rest.partition('<!-- end -->' + chr(10))[2]}"
     return page

@@ -171,6 +171,37 @@ STAGES["dpo"] = {
     "train": TRAIN | {"steps": 8, "ctx_len": 40, "batch": 3, "log_every": 1},
     "state": True,
 }
+ADAPTERS = {
+    "whole": {},
+    "lora": {"lora": LORA},
+    "pissa": {"lora": LORA | {"kind": "pissa"}},
+    "dora": {"lora": LORA | {"kind": "dora"}},
+    "disha": {"lora": LORA | {"kind": "disha"}},
+    "int8": {"lora": LORA | {"quantise": "int8"}},
+    "nf4": {"lora": LORA | {"quantise": "nf4"}},
+    "state": {"state": True},
+}
+SHORT = {"pretrain": 6, "sft": 5, "dpo": 4, "grpo": 3}
+LEARNING = {
+    "plain": {},
+    "best": {"valid_every": 2, "watch": {"best": True}},
+    "chunks": {"chunk": 5, "bptt": "full"},
+    "packed": {"rows": "packed"},
+}
+# every kind of stage with every kind of adapter, and every way to read rows; only `make large` kills them
+EVERY = {
+    f"{kind} {name}": {key: value for key, value in STAGES[kind].items() if key not in ("lora", "state")}
+    | {"train": STAGES[kind]["train"] | {"steps": steps, "log_every": 1, "valid_every": 0}}
+    | adapter
+    for kind, steps in SHORT.items()
+    for name, adapter in ADAPTERS.items()
+}
+EVERY |= {
+    f"{kind} {name}": EVERY[f"{kind} lora"] | {"train": EVERY[f"{kind} lora"]["train"] | train}
+    for kind in ("pretrain", "sft")
+    for name, train in LEARNING.items()
+    if train
+}
 TALK = {"synthetic": "counting.chats", "count": 300, "tokenizer": "t", "format": "chat", "valid": 0.1}
 
 
@@ -209,7 +240,7 @@ def ground(tmp_path_factory) -> Path:
     write_jsonl(home / "q.jsonl", rows)
     pairs = [{"prompt": f"{n}+{n}=", "chosen": str(2 * n), "rejected": str(3 * n + 1)} for n in range(9)]
     write_jsonl(home / "pairs.jsonl", pairs)
-    for name, settings in STAGES.items():
+    for name, settings in (STAGES | EVERY).items():
         write_json(home / f"{name}.json", settings | {"seed": 5})
     return home
 
@@ -217,11 +248,11 @@ def ground(tmp_path_factory) -> Path:
 def words(ground: Path, case: str, out: Path) -> tuple[str, list]:
     """Verb and command line of a case whose results lie in `out`."""
     model = ["--model", ground / "start.safetensors"]
-    if case in STAGES:
-        apart = "lora" in STAGES[case] or "state" in STAGES[case]
+    if asked := (STAGES | EVERY).get(case):
+        apart = "lora" in asked or "state" in asked
         result = out / ("adapter.safetensors" if apart else "model.safetensors")
         end = ["--micro-batch", 3, "--save-every", 3, "--out", result]
-        kind = STAGES[case]["kind"]
+        kind = asked["kind"]
         data = {"pretrain": ground / "texts", "sft": ground / "talks", "grpo": ground / "q.jsonl"}
         data = (data | {"dpo": ground / "pairs.jsonl"})[kind]
         vocabulary = ["--tokenizer", ground / "t"] if kind in ("grpo", "dpo") else []
@@ -320,6 +351,19 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(cases, tmp_path, nam
             case.run(out, events=[case.moment()])
         case.same(out, kill)
     assert hit >= EVENTS - 1
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("name", EVERY)
+def test_every_kind_of_stage_and_adapter_killed_ends_in_the_same_bytes(cases, tmp_path, capsys, name):
+    case = cases(name)
+    for part in range(2):
+        moment = case.moment(part, 2)
+        killed = case.run(tmp_path / f"{part}", events=[moment])
+        assert killed["status"] == -signal.SIGKILL, killed["said"]
+        case.same(tmp_path / f"{part}", moment)
+        with capsys.disabled():
+            sys.stdout.write(f"| {name} | {moment} of {case.moments} | {len(case.wanted)} files, the same bytes |\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -109,9 +110,14 @@ def until(process, reached) -> None:
 
 def without_the_second(process) -> str:
     """What is said when the second process that trains is killed."""
+    return without_one(process, 1)
+
+
+def without_one(process, index) -> str:
+    """What is said when one of the processes that train is killed."""
     below = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     environments = {int(pid): Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in below}
-    os.kill(next(pid for pid, values in environments.items() if b"RANK=1" in values), signal.SIGKILL)
+    os.kill(next(pid for pid, values in environments.items() if b"RANK=%d" % index in values), signal.SIGKILL)
     return process.communicate(timeout=300)[1]
 
 
@@ -186,6 +192,40 @@ def test_a_cut_model_is_stopped_and_goes_on_on_another_number_of_processes(home)
     for given in (shared, other):
         rows, wanted = result(given)[1], result(alone)[1]
         assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in wanted], abs=1e-3)
+
+
+MANY = {"pretrain": ["pretrain"], "sft": ["sft"], "dpo": ["dpo"], "grpo": ["grpo"]}
+MANY |= {"pretrain, cut": ["pretrain", "--shard", "weights"], "sft, cut": ["sft", "--shard", "gradients"]}
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("name", MANY)
+def test_of_two_processes_either_may_be_killed_at_any_moment(home, capsys, name):
+    (kind, *more), lots = MANY[name], random.Random(name)
+    end = ["--save-every", "2", *more]
+    train = {"steps": 12 if kind == "grpo" else 60, "chunk": None, "log_every": 1, "valid_every": 0}
+    whole = words(home, kind, "whole", **train) + end
+    process = start(2, kind, whole)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, said
+    tensors, rows = result(whole)
+    for victim in (0, 1):
+        given, line = words(home, kind, f"cut{victim}", **train) + end, lots.randrange(2, train["steps"] - 4)
+        process, log = start(2, kind, given), home / f"cut{victim}/checkpoints/log.jsonl"
+        until(process, lambda log=log, line=line: log.exists() and log.read_bytes().count(b"\n") >= line)
+        said = without_one(process, victim)
+        assert process.returncode == 137 and "Traceback" not in said, said
+        assert said.splitlines()[-1].startswith(f"error: process {victim + 1} of 2 was killed (SIGKILL), so all were")
+        process = start(2, kind, given)
+        said = process.communicate(timeout=300)[1]
+        assert process.returncode == 0 and "going on after step" in said, said
+        found, again = result(given)
+        assert found.keys() == tensors.keys() and all(torch.equal(found[n], tensors[n]) for n in found)
+        assert [{k: v for k, v in row.items() if k not in MEASURED} for row in again] == [
+            {k: v for k, v in row.items() if k not in MEASURED} for row in rows
+        ]
+        with capsys.disabled():
+            sys.stdout.write(f"| {name} | process {victim + 1} of 2 after line {line} | the same bits |\n")
 
 
 @pytest.mark.large
