@@ -18,6 +18,7 @@ from rwkvpipe.train.loss import Losses, Share, device_of, language_loss
 from rwkvpipe.train.precision import arithmetic
 from rwkvpipe.weights.lora import row_dropout
 
+KEPT = 64  # states of a row that are kept at a time, and as many more as there are chunks between two of them
 CHUNKS = 2**32  # more than a row has: chunks of a row draw their dropout apart from each other
 
 
@@ -74,20 +75,36 @@ def _truncated(model: nn.Module, rows: _Rows, counts: list[bool], step: Share) -
                 yield loss
 
 
+def _states(
+    model: nn.Module, rows: _Rows, numbers: range, state: State | None, step: Share, every: int = 1
+) -> list[State | None]:
+    """The state before some chunks, and that after every first, second, ... of them."""
+    found = [state]
+    with torch.no_grad():
+        for number in numbers:
+            # copies: a last input is a view that would keep all the chunk's
+            state = _read(model, rows.chunk(number, step.config.chunk), state, step, False)[1].repeat(1)
+            if (number + 1 - numbers.start) % every == 0:
+                found.append(state)
+    return found
+
+
 def _whole(model: nn.Module, rows: _Rows, counts: list[bool], step: Share) -> Iterator[Tensor]:
     """Losses whose gradients add up to that of the whole rows, from the last chunk to the first.
 
     Chunks are read once to know the state before each, and once more to have their gradient; what later chunks ask of
-    a state comes in as a product that is 0 in the loss.
+    a state comes in as a product that is 0 in the loss. Of more chunks than KEPT only every second state, or third, is
+    kept, and those between are found once more.
     """
     size, chunks = step.config.chunk, len(counts)
-    before: list[State | None] = [None]
-    with torch.no_grad():
-        for number in range(chunks - 1):
-            state = _read(model, rows.chunk(number, size), before[-1], step, False)[1]
-            before.append(state.repeat(1))  # copies: a last input is a view that would keep all the chunk's
+    stretch = -(-chunks // KEPT)
+    borders = _states(model, rows, range((chunks - 1) // stretch * stretch), None, step, stretch)
+    before: list[State | None] = []
     wanted: list[Tensor | None] = []
     for number in reversed(range(chunks)):
+        if not before:
+            first = number // stretch * stretch
+            before = _states(model, rows, range(first, number), borders.pop(), step)
         start = before.pop()
         start = start if start is None else _leaves(start)  # the first of all is the model's to make, and to learn
         part = rows.chunk(number, size)

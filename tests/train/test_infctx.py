@@ -161,6 +161,23 @@ def test_what_backward_keeps_does_not_grow_with_the_row(bptt):
     assert most[1] <= 1.01 * most[0]
 
 
+@pytest.mark.parametrize("kept", [1, 2, 3, 7])
+def test_states_that_are_found_once_more_give_the_same_gradient_to_the_last_bit(monkeypatch, kept):
+    model, batch, most = small("rwkv7"), ragged(), []
+    asked, real = config(chunk=4, bptt="full"), infctx._states
+    loss, wanted = gradients(model, chunked_lm_losses(3, asked), batch)
+
+    def states(*given):
+        most.append(real(*given))
+        return most[-1]
+
+    monkeypatch.setattr(infctx, "_states", states)
+    monkeypatch.setattr(infctx, "KEPT", kept)
+    again, found = gradients(model, chunked_lm_losses(3, asked), batch)
+    assert loss == again and all(torch.equal(found[name], value) for name, value in wanted.items())
+    assert len(most) == {1: 2, 2: 3, 3: 4, 7: 7}[kept]  # once for the borders, once a stretch; 6 chunks
+
+
 def test_states_before_chunks_keep_nothing_else_in_memory(monkeypatch):
     model, batch, real, seen = small("rwkv7"), ragged(), infctx._read, []
 
