@@ -11,84 +11,24 @@
 #pragma GCC optimize("fp-contract=off")
 #endif
 
+#include "chance.h"
 #include "threads.h"
-#include "vector.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
-constexpr int UNIT = 40;
-constexpr double LOG2E = 1.4426950408889634, LEAST = -UNIT - 2;  // what is lighter than 2^-42 of the likeliest is 0
-constexpr double POWERS[] = {0.00015461444551858103, 0.0013400428177950461, 0.009618056679025936, 0.05550327226668492,
-                             0.24022650922284594, 0.6931472067028341, 1.0};  // of 2^f, |f| <= 1/2, the highest first: 3e-9 of the value
-constexpr int64_t PART = 64;      // ids whose largest value is kept
-constexpr int64_t EXACT = 1024;   // numbers that are added up in fp32
-constexpr int BUCKETS = 1 << 11;  // of one level of a selection
-constexpr int LANES = WIDTH / 2;
+constexpr int64_t PART = 64;         // ids whose largest value is kept
+constexpr int64_t EXACT = 1024;      // numbers that are added up in fp32
+constexpr int64_t SURE = 1LL << 36;  // a sum of weights that is right to a millionth
+constexpr double FAR = 11;           // powers of 2 by which a weight may be above the likeliest one's
+constexpr int BUCKETS = 1 << 11;     // of one level of a selection
 constexpr float NOTHING = -std::numeric_limits<float>::infinity(), LOWEST = -std::numeric_limits<float>::max();
-
-typedef double Doubles __attribute__((vector_size(8 * LANES)));
-typedef int64_t Longs __attribute__((vector_size(8 * LANES)));
-typedef float Halves __attribute__((vector_size(4 * LANES)));
-typedef float LooseHalves __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int64_t LooseLongs __attribute__((vector_size(8 * LANES), aligned(8), may_alias));
-
-// what a value weighs: 2^((z - top) scale + UNIT), rounded to whole
-struct Weight {
-    double top, scale;
-
-    Longs of(Doubles x) const {
-        x = x < LEAST ? Doubles{} + LEAST : x;
-        const double magic = 6755399441055744.0, ground = 4503599627370496.0;  // 1.5 2^52, and 2^52: adding them rounds
-        const Doubles shifted = x + magic, f = x - (shifted - magic);
-        Doubles p = Doubles{} + POWERS[0];
-        for (size_t i = 1; i < sizeof(POWERS) / sizeof(double); i++) p = p * f + POWERS[i];
-        const Longs power = ((Longs)shifted << 52) + (int64_t(1023 + UNIT) << 52);
-        return (Longs)(p * (Doubles)power + ground) - (int64_t(1023 + 52) << 52);
-    }
-    Longs operator()(const float *z) const {
-        const Halves some = *reinterpret_cast<const LooseHalves *>(z);
-        return of((__builtin_convertvector(some, Doubles) - top) * scale);
-    }
-    // of n values, filled up to whole vectors
-    void all(const float *z, int64_t n, int64_t *to) const {
-        for (int64_t i = 0; i < n; i += LANES) *reinterpret_cast<LooseLongs *>(to + i) = (*this)(z + i);
-    }
-    bool none(float z) const { return (z - top) * scale < LEAST; }
-};
-
-inline int64_t added(Longs x) {
-    int64_t total = 0;
-    for (int i = 0; i < LANES; i++) total += x[i];
-    return total;
-}
-
-// log2 of a whole number above 0
-double log2_of(int64_t number) {
-    int power;
-    const double part = std::frexp(static_cast<double>(number), &power), s = (part - 1.0) / (part + 1.0), q = s * s;
-    double p = 0;
-    for (int k = 17; k >= 0; k--) p = p * q + 1.0 / (2 * k + 1);
-    return power + 2.0 * s * p * LOG2E;
-}
-
-// bits in the order of the values, -0 as 0; and back
-uint32_t key_of(float x) {
-    uint32_t bits;
-    x += 0.0f;
-    std::memcpy(&bits, &x, sizeof bits);
-    return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
-}
-float value_of(uint32_t key) {
-    key ^= key >> 31 ? 0x80000000u : 0xffffffffu;
-    float x;
-    std::memcpy(&x, &key, sizeof x);
-    return x;
-}
 
 struct Cut {
     float value;
@@ -139,20 +79,41 @@ struct Sampler {
         for (int64_t i = 0; i < barred; i++) z[at[spared + i]] = NOTHING;
     }
 
-    // the largest value of all parts
+    // the largest value of all parts, no number where there is one that is none
     static float peaks(const Room &at) {
         float top = NOTHING;
+        Ints odd = {};
         for (int64_t i = 0; i < at.wide; i += PART) {
             Vec most = load(at.z + i);
-            for (int64_t j = WIDTH; j < PART; j += WIDTH) {
+            for (int64_t j = 0; j < PART; j += WIDTH) {
                 const Vec x = load(at.z + i + j);
                 most = x > most ? x : most;
+                odd |= x != x;
             }
             float peak = most[0];
             for (int j = 1; j < WIDTH; j++) peak = std::max(peak, most[j]);
             at.peaks[i / PART] = peak, top = std::max(top, peak);
         }
+        for (int j = 0; j < WIDTH; j++)
+            if (odd[j]) return std::numeric_limits<float>::quiet_NaN();
         return top;
+    }
+
+    // how much more the plain logits weigh; whether few differ, and none of these by much
+    static bool differ(const Room &at, const float *plain, int64_t V, const Weight &weight, int64_t &more) {
+        int64_t few = 512;
+        more = 0;
+        for (int64_t i = 0; i < V; i += PART) {
+            const int64_t end = std::min(V, i + PART);
+            if (!std::memcmp(at.z + i, plain + i, sizeof(float) * (end - i))) continue;
+            for (int64_t j = i; j < end; j++) {
+                if (at.z[j] == plain[j]) continue;
+                const double x = (plain[j] - weight.top) * weight.scale;
+                if (!(x <= FAR) || --few < 0) return false;
+                more += weight.of(Doubles{} + x)[0] - weight.of(Doubles{} + (at.z[j] - weight.top) * weight.scale)[0];
+            }
+        }
+        return true;
     }
 
     static int64_t first_of(const Room &at, float value) {
@@ -174,9 +135,21 @@ struct Sampler {
     // ids of this value or a larger one, rising, with their values
     static void collect(Room &at, float least) {
         at.n = 0;
+#if defined(__AVX512F__)
+        const __m512i rising = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#endif
         for (int64_t i = 0; i < at.wide; i += PART) {
             if (!(at.peaks[i / PART] >= least)) continue;
+#if defined(__AVX512F__)
+            for (int64_t j = i; j < i + PART; j += WIDTH) {
+                const __mmask16 kept = _mm512_cmp_ps_mask(load(at.z + j), all(least), _CMP_GE_OQ);
+                const __m512i ids = _mm512_add_epi32(rising, _mm512_set1_epi32(static_cast<int>(j)));
+                _mm512_storeu_si512(at.ids + at.n, _mm512_maskz_compress_epi32(kept, ids));
+                at.n += __builtin_popcount(kept);
+            }
+#else
             for (int64_t j = i; j < i + PART; j++) at.ids[at.n] = static_cast<int32_t>(j), at.n += at.z[j] >= least;
+#endif
         }
         for (int64_t i = 0; i < at.n; i++) at.values[i] = at.z[at.ids[i]];
         fill(at);
@@ -243,8 +216,8 @@ struct Sampler {
         weight.all(at.values, at.n, at.weights);
     }
 
-    // temperature, top-k, top-p: what stays is collected, with its weights
-    void hf(Room &at, const Weight &weight, bool by_rank) const {
+    // temperature, top-k, top-p: what stays is collected, with its weights; what all weighs, where that was added up
+    int64_t hf(Room &at, const Weight &weight, bool by_rank) const {
         int64_t whole = 0;
         if (by_rank) {
             const float least = ranked(at).value;
@@ -252,7 +225,7 @@ struct Sampler {
             weight.all(at.values, at.n, at.weights);
             for (int64_t i = 0; i < at.n; i++) whole += at.weights[i];
         }
-        if (top_p >= 1.0) return;
+        if (top_p >= 1.0) return 0;
         if (!by_rank) whole = total(at, weight);
         const int64_t goal = goal_of(whole);
         if (!by_rank) near(at, weight, whole, goal);
@@ -264,6 +237,7 @@ struct Sampler {
             left -= at.weights[i];
             return stays;
         });
+        return by_rank ? 0 : whole;
     }
 
     // top-k by rank, top-p of the whole, temperature
@@ -312,18 +286,20 @@ struct Sampler {
         return std::min(static_cast<int64_t>(number * static_cast<double>(whole)), whole - 1);
     }
 
-    int64_t lot(Room &at, float top, double number, int64_t *told) const {
-        const Weight weight = {top, LOG2E * inverse};
+    // the id that is met, and what all weighs, where that was added up
+    int64_t lot(Room &at, const Weight &weight, double number, int64_t *told, int64_t &all_) const {
         const bool by_rank = top_k > 0 && top_k < V;
         if (told) std::fill(told, told + V, 0);
         if (by_rank || top_p < 1.0) {
-            rwkv ? demo(at, weight, by_rank) : hf(at, weight, by_rank);
+            if (rwkv) demo(at, weight, by_rank);
+            all_ = rwkv ? 0 : hf(at, weight, by_rank);
             int64_t whole = 0;
             for (int64_t i = 0; i < at.n; i++) whole += at.weights[i];
             for (int64_t i = 0; told && i < at.n; i++) told[at.ids[i]] = at.weights[i];
             return at.ids[met(at.weights, at.n, goal_at(number, whole))];
         }
-        int64_t goal = goal_at(number, total(at, weight)), part = 0;
+        all_ = total(at, weight);
+        int64_t goal = goal_at(number, all_), part = 0;
         for (int64_t i = 0; told && i < at.wide; i += PART) {
             weight.all(at.z + i, PART, at.weights);
             std::copy(at.weights, at.weights + std::min(PART, V - i), told + i);
@@ -362,11 +338,21 @@ struct Sampler {
         std::fill(at.z + V, at.z + at.wide, NOTHING);
         penalise(at.z, logits, counts, seen);
         const float top = peaks(at), by = greedy ? 1.0f : static_cast<float>(inverse);
-        float first;
-        const double whole = normaliser(plain, first, by);
+        const Weight weight = {top, LOG2E * inverse};
         *logprob = std::numeric_limits<float>::quiet_NaN();
-        if (!std::isfinite(whole) || !std::isfinite(top)) return 0;  // no numbers: whoever counts will see
-        const int64_t id = greedy ? first_of(at, top) : lot(at, top, number, told);
+        if (!std::isfinite(top)) return 0;  // no numbers: whoever counts will see
+        int64_t more = 0, all_ = 0;
+        float first = top;
+        double whole = 0;
+        const bool near = !greedy && differ(at, plain, V, weight, more);
+        if (!near && !std::isfinite(whole = normaliser(plain, first, by))) return 0;
+        const int64_t id = greedy ? first_of(at, top) : lot(at, weight, number, told, all_);
+        if (near && all_ && all_ + more > SURE) {  // then what all weighs is known already
+            whole = std::log(static_cast<double>(all_ + more)) - UNIT / LOG2E;
+            *logprob = static_cast<float>((static_cast<double>(plain[id]) - top) * inverse - whole);
+            return id;
+        }
+        if (near) whole = normaliser(plain, first, by);
         *logprob = static_cast<float>((static_cast<double>(plain[id]) - first) * by - whole);
         return id;
     }

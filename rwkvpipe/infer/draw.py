@@ -4,12 +4,13 @@
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from rwkvpipe.base.config import SamplingConfig
-from rwkvpipe.infer.sampling import columns, inverse, sample
+from rwkvpipe.infer.sampling import inverse, sample
 from rwkvpipe.kernel import build
 
 
@@ -52,16 +53,35 @@ def weights(asked: Asked, config: SamplingConfig) -> Tensor:
     return told
 
 
+@lru_cache(maxsize=64)
+def _lists(bias: tuple[tuple[int, float], ...], spare: tuple[int, ...], ban: tuple[int, ...], size: int):
+    """Ids that are biased, spared and banned, one after the other, how many each, and the biases."""
+    known = [[n for n in ids if 0 <= n < size] for ids in (dict(bias), spare, ban)]
+    values = [value for n, value in bias if 0 <= n < size]
+    return torch.tensor(sum(known, []), dtype=torch.long), tuple(map(len, known)), torch.tensor(values)
+
+
+@lru_cache(maxsize=64)
+def _numbers(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
 def _native(asked: Asked, config: SamplingConfig, told: Tensor | None = None) -> tuple[Tensor, Tensor]:
     logits, greedy = asked.logits.contiguous(), config.temperature == 0
-    bias, spare, ban = (columns(list(ids), logits) for ids in (config.bias, config.spare, config.ban))
-    barred = ban if asked.barred is None else torch.cat((asked.barred, ban))
-    values = torch.tensor([config.bias[n] for n in bias.tolist()], dtype=torch.float32)
-    numbers = (config.top_p, config.repetition_penalty, config.presence, config.frequency)
-    numbers = torch.tensor([1.0 if greedy else inverse(config), *numbers], dtype=torch.float64)
-    forms = (config.top_k, int(config.order == "rwkv"), int(greedy))
-    sizes = (*logits.shape, *forms, len(bias), len(spare), len(barred))
-    given = (logits, asked.plain.contiguous(), asked.counts, asked.seen, torch.cat((bias, spare, barred)), values)
+    listed, (biased, spared, barred), bias = _lists(
+        tuple(config.bias.items()), config.spare, config.ban, logits.shape[-1]
+    )
+    if asked.barred is not None:
+        listed, barred = torch.cat((listed, asked.barred)), barred + len(asked.barred)
+    numbers = _numbers(
+        1.0 if greedy else inverse(config),
+        config.top_p,
+        config.repetition_penalty,
+        config.presence,
+        config.frequency,
+    )
+    sizes = (*logits.shape, config.top_k, int(config.order == "rwkv"), int(greedy), biased, spared, barred)
+    given = (logits, asked.plain.contiguous(), asked.counts, asked.seen, listed, bias, numbers)
     ids, found = torch.empty(len(logits), dtype=torch.long), torch.empty(len(logits))
-    build.call("sample_rows", sizes, *given, numbers, asked.draws, ids, found, told)
+    build.call("sample_rows", sizes, *given, asked.draws, ids, found, told)
     return ids, found

@@ -30,7 +30,7 @@ POWERS = (
 )
 
 
-def columns(ids: Sequence[int], logits: Tensor) -> Tensor:
+def _columns(ids: Sequence[int], logits: Tensor) -> Tensor:
     """Those ids that the model has, as an index of columns."""
     known = [i for i in ids if 0 <= i < logits.shape[-1]]
     return torch.tensor(known, dtype=torch.long, device=logits.device)
@@ -60,14 +60,14 @@ def penalise(logits: Tensor, counts: Tensor | None, config: SamplingConfig, *, s
         if config.presence or config.frequency:
             values = values - (times > 0).to(logits) * config.presence - times * config.frequency
         if config.spare:
-            values = torch.where(torch.isin(spots[1], columns(config.spare, logits)), plain, values)
+            values = torch.where(torch.isin(spots[1], _columns(config.spare, logits)), plain, values)
         logits = logits.index_put(spots, values)
     if config.bias:
-        spots = columns(list(config.bias), logits)
+        spots = _columns(list(config.bias), logits)
         values = torch.tensor([config.bias[i] for i in spots.tolist()], dtype=logits.dtype, device=logits.device)
         logits = logits.index_add(1, spots, values.expand(len(logits), -1))
     if config.ban:
-        logits = logits.index_fill(1, columns(config.ban, logits), -torch.inf)
+        logits = logits.index_fill(1, _columns(config.ban, logits), -torch.inf)
     return logits
 
 
