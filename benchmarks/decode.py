@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from benchmarks.train import Worker, conditions
 from rwkvpipe.base.config import RwkvConfig
+from rwkvpipe.kernel.panels import KINDS
 from rwkvpipe.model.family import build
 
 WORST = 2e-5  # largest difference of logits, as a share of the largest logit
@@ -69,9 +70,11 @@ def measure(peer: Path, folder: Path, rounds: int, case: Case) -> dict:
             told = ours.ask(f"step {case.tokens} {kind} {rows}")
             seconds.setdefault(f"{kind} x {rows}", []).append(told["cpu_seconds"] / case.tokens / rows)
         seconds.setdefault("rwkv reading", []).append(theirs.ask("read")["cpu_seconds"])
-        seconds.setdefault("reading", []).append(ours.ask("read")["cpu_seconds"])
+        for kind in KINDS:
+            seconds.setdefault(f"{kind} reading", []).append(ours.ask(f"read {kind}")["cpu_seconds"])
     ours.close(), theirs.close()
-    pairs = {name: "rwkv reading" if name == "reading" else "rwkv" for name in seconds if not name.startswith("rwkv")}
+    mine = [name for name in seconds if not name.startswith("rwkv")]
+    pairs = {name: "rwkv reading" if name.endswith("reading") else "rwkv" for name in mine}
     ratios = {a: [t / o for t, o in zip(seconds[b], seconds[a], strict=True)] for a, b in pairs.items()}
     return {
         "what": "decode",
@@ -98,6 +101,7 @@ def table(found: dict) -> str:
         ratios = found["ratios"].get(name)
         said = f"{median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})" if ratios else "1"
         what = "256 tokens read" if "reading" in name else "a token"
-        who = "rwkv 0.8.32" if name.startswith("rwkv") else f"ours, {name}" if name != "reading" else "ours"
+        name = name.removesuffix(" reading")
+        who = "rwkv 0.8.32" if name == "rwkv" else f"ours, {name}" if name != "reading" else "ours"
         lines.append(f"| {who}: {what} | {1e3 * median(seconds):.2f} | {said} |")
     return "\n".join(lines)

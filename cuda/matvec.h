@@ -138,7 +138,7 @@ void across(Piece<typename Form::Number> p, int64_t count) {
         if (p.scale) p.scale += n * PANEL;
     };
     for (; count >= PANELS; count -= PANELS, next(PANELS)) panels<PANELS, ROWS_OF_X, Form>(p);
-    for (; count; count--, next(1)) panels<1, ROWS_OF_X, Form>(p);
+    if (PANELS > 1 && count) across<(PANELS + 1) / 2, ROWS_OF_X, Form>(p, count);
 }
 
 // `count` panels times `rows` rows of x

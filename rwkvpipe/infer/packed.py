@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rwkvpipe.base.errors import ConfigError
 from rwkvpipe.kernel import build
-from rwkvpipe.kernel.panels import Panels, pack, times, unpack
+from rwkvpipe.kernel.panels import Panels, Shelf, pack, times, unpack
 
 # matrices of low rank, which stand the other way round, as parameters of a time mix: small, their rounded values stay
 LOW = re.compile(r"blocks\.\d+\.att\.(time_decay_)?[wavg][12]")
@@ -50,13 +50,21 @@ def keep(model: nn.Module, kind: str) -> None:
     if kind_of(model) is not None:
         raise ConfigError(f"weights: this model's are kept in {kind_of(model)} already; load it anew for {kind}")
     model.kind, model.packed = kind, {}
-    for name, layer in list(model.named_modules()):
-        weight = getattr(layer, "weight", None)  # a layer's, with an adapter or without
-        if isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(layer, nn.Embedding):
-            model.packed[name] = pack(matrix(layer).float(), kind)
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, Packed(model.packed[name]))
-    for name, value in model.named_parameters():
-        if LOW.fullmatch(name):
-            model.packed[name] = pack(value.mT, kind)
-            value.copy_(unpack(model.packed[name]).mT)
+    names = [name for name, layer in model.named_modules() if _is_matrix(layer)]
+    low = [(name, value) for name, value in model.named_parameters() if LOW.fullmatch(name)]
+    sizes = [tuple(model.get_submodule(name).weight.shape) for name in names]
+    sizes += [tuple(value.mT.shape) for _, value in low]
+    shelf = Shelf(sizes, kind) if next(model.parameters()).device.type == "cpu" else None
+    for name in names:  # as each takes its place, the matrix that it was goes
+        model.packed[name] = pack(matrix(model.get_submodule(name)).float(), kind, shelf)
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, Packed(model.packed[name]))
+    for name, value in low:
+        model.packed[name] = pack(value.mT, kind, shelf)
+        value.copy_(unpack(model.packed[name]).mT)
+
+
+def _is_matrix(layer: nn.Module) -> bool:
+    """Whether it is a layer of a matrix, with an adapter or without."""
+    weight = getattr(layer, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(layer, nn.Embedding)

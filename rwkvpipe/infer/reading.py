@@ -56,7 +56,8 @@ class Reader:
                 yield
             part = ids[:, start : start + CHUNK]
             here = (lengths - start).clamp(0, part.shape[1])
-            features, state = self.model.features(part, state, here)
+            padding = None if bool((here == part.shape[1]).all()) else here
+            features, state = self.model.features(part, state, padding)
             ends = features.gather(1, (here - 1).clamp(min=0)[:, None, None].expand(-1, 1, features.shape[-1]))[:, 0]
             last = ends if last is None else torch.where(here[:, None] > 0, ends, last)  # (B, D)
         return self.model.logits(last), state
@@ -96,7 +97,8 @@ class Reader:
             for a in range(start, end, CHUNK):
                 b = min(a + CHUNK, end)
                 here = (lengths - 1 - a).clamp(0, b - a)
-                features, state = self.model.features(ids[:, a:b], state, here)
+                padding = None if bool((here == b - a).all()) else here
+                features, state = self.model.features(ids[:, a:b], state, padding)
                 step = max(1, LOGITS // (len(ids) * self.model.config.vocab_size))
                 for c in range(0, b - a, step):
                     cut = slice(c, min(c + step, b - a))
