@@ -59,23 +59,14 @@ def _python(given: Namespace, peer: str) -> Path:
 
 
 def _gpu(given: Namespace) -> dict:
+    clones = {"RWKV-LM": given.rwkv_lm, "Albatross": given.albatross}
+    if given.dry:
+        print(gpu.table(gpu.measure("dry", dry=True, clones=clones)))
+        sys.exit(0)
     if not torch.cuda.is_available():
         print("there is no NVIDIA GPU here, so there is nothing to measure", file=sys.stderr)
         sys.exit(2)
-    return gpu.measure(torch.cuda.get_device_name())
-
-
-def _perplexity(given: Namespace) -> dict:
-    if len(given.files) != 2:
-        raise SystemExit("perplexity: name the weights of a model of bytes, and a text")
-    return perplexity.measure(*given.files)
-
-
-def _gpu(given: Namespace) -> dict:
-    if not torch.cuda.is_available():
-        print("there is no NVIDIA GPU here, so there is nothing to measure", file=sys.stderr)
-        sys.exit(2)
-    return gpu.measure(torch.cuda.get_device_name())
+    return gpu.measure(torch.cuda.get_device_name(), clones=clones)
 
 
 def _perplexity(given: Namespace) -> dict:
@@ -124,6 +115,9 @@ def main() -> None:
     what = "train, families, busy, decode: of the model"
     parser.add_argument("--size", choices=["small", "large"], default="small", help=what)
     parser.add_argument("--family", choices=FAMILIES, default="rwkv7", help="decode: of the model")
+    parser.add_argument("--dry", action="store_true", help="gpu: of tiny things on the processor; nothing is kept")
+    parser.add_argument("--rwkv-lm", type=Path, help="gpu: a clone of RWKV-LM")
+    parser.add_argument("--albatross", type=Path, help="gpu: a clone of Albatross")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each program")
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="folder for the numbers")
     given = parser.parse_args()

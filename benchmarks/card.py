@@ -1,4 +1,4 @@
-"""One figure of a card, in a process of its own: `python -m benchmarks.card op ours 8 4096 64`, and so on.
+"""One figure of a card, in a process of its own: `python -m benchmarks.card cuda op wkv7 8 4096 64`, and so on.
 
 Prints a line of JSON. Whatever else is run beside it shares the card, so `python -m benchmarks gpu` asks one by one.
 """
@@ -8,12 +8,16 @@ import sys
 import time
 from collections.abc import Callable
 from statistics import median
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
+from benchmarks import outside
 from rwkvpipe.base.config import RwkvConfig, TrainConfig
 from rwkvpipe.data.batches import Batch
+from rwkvpipe.infer.graph import graphs
+from rwkvpipe.infer.packed import keep
 from rwkvpipe.kernel.wkv5 import wkv5
 from rwkvpipe.kernel.wkv6 import wkv6
 from rwkvpipe.kernel.wkv7 import wkv7, wkv7_reference
@@ -41,8 +45,13 @@ def seconds(device: torch.device, run: Callable, rounds: int, warm: int = 2) -> 
     return found
 
 
+def soft(w: Tensor) -> Tensor:
+    """RWKV-7's clamp: at most -0.5, so that no decay is below 0.545."""
+    return torch.nn.functional.logsigmoid(w) - 0.5
+
+
 def drawn(operator: str, B: int, T: int, H: int, device: torch.device) -> list[Tensor]:
-    """Inputs as a model makes them, in bf16, for heads of 64."""
+    """Inputs as a model makes them, in bf16, for heads of 64; of `raw` the decay is not clamped yet."""
     stream = torch.Generator(device).manual_seed(0)
 
     def draw() -> Tensor:
@@ -50,9 +59,9 @@ def drawn(operator: str, B: int, T: int, H: int, device: torch.device) -> list[T
 
     r, k, v, w = (draw() for _ in range(4))
     found = [r, w[0, 0] - 2 if operator == "wkv5" else w - 2, k, v, draw()[0, 0]]
-    if operator == "wkv7":
+    if operator in ("wkv7", "raw"):
         kk = torch.nn.functional.normalize(draw(), dim=-1)
-        found = [r, torch.nn.functional.logsigmoid(w) - 0.5, k, v, -kk, kk * torch.sigmoid(draw())]
+        found = [r, soft(w) if operator == "wkv7" else w, k, v, -kk, kk * torch.sigmoid(draw())]
     return [x.bfloat16().requires_grad_() for x in found]
 
 
@@ -76,21 +85,25 @@ def _wind_stepping() -> Callable:
     return lambda *inputs: attn_backstepping_smallhead(*inputs)[0]
 
 
-FORMS: dict[str, Callable[[], Callable]] = {
+FORMS: dict[str, Callable[..., Callable]] = {
     "wkv7": lambda: lambda *inputs: wkv7(*inputs)[0],
     "wkv6": lambda: lambda *inputs: wkv6(*inputs)[0],
     "wkv5": lambda: lambda *inputs: wkv5(*inputs)[0],
     "fla": _fla,
     "wind_chunked": _wind_chunked,
     "wind_stepping": _wind_stepping,
+    "lm": lambda clone: outside.lm_operator("lm", clone),
+    "lm_h100": lambda clone: outside.lm_operator("lm_h100", clone),
 }
+RAW = ("lm", "lm_h100")  # these clamp decays themselves
 
 
-def differs(form: Callable, device: torch.device) -> float:
+def differs(form: Callable, device: torch.device, raw: bool = False) -> float:
     """The largest RMS of errors of y and of gradients beside fp64, of RWKV-7, as a share of the tensor's."""
-    inputs = drawn("wkv7", *CHECKED, device)
+    inputs = drawn("raw" if raw else "wkv7", *CHECKED, device)
     wide = [x.detach().double().requires_grad_() for x in inputs]
-    y, real = form(*inputs), wkv7_reference(*wide)[0]
+    r, w, *rest = wide
+    y, real = form(*inputs), wkv7_reference(r, soft(w) if raw else w, *rest)[0]
     pull = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(device, torch.bfloat16)
     found = [y, *torch.autograd.grad(y, inputs, pull)]
     wanted = [real, *torch.autograd.grad(real, wide, pull.double())]
@@ -99,12 +112,15 @@ def differs(form: Callable, device: torch.device) -> float:
 
 
 def operator(device: torch.device, name: str, *sizes: str) -> dict:
-    """Forward and backward of a form, which of RWKV-7 is compared first. Raises SystemExit for a wrong one."""
-    form, family = FORMS[name](), name if name in ("wkv6", "wkv5") else "wkv7"
-    error = differs(form, device) if family == "wkv7" else 0.0
+    """Forward and backward of a form, which of RWKV-7 is compared first. Raises SystemExit for a wrong one.
+
+    sizes: B, T, H, and the folder of a clone where a form wants one.
+    """
+    form, family = FORMS[name](*sizes[3:]), name if name in ("wkv6", "wkv5") else "wkv7"
+    error = differs(form, device, name in RAW) if family == "wkv7" else 0.0
     if not error < WORST:
         raise SystemExit(f"differs from the reference by {error:.1e}")
-    inputs = drawn(family, *map(int, sizes), device)
+    inputs = drawn("raw" if name in RAW else family, *map(int, sizes[:3]), device)
     pull = torch.ones_like(inputs[3])
 
     def forward() -> None:
@@ -134,31 +150,16 @@ def _model(name: str, device: torch.device) -> torch.nn.Module:
     return model
 
 
-def train(device: torch.device, name: str, length: str) -> dict:
-    """Steps of training in bf16, blocks computed again in the backward, with as many rows as fit."""
-    model = _model(name, device).train()
-    model.recompute = True
-    config = TrainConfig(steps=1000, lr=1e-4, ctx_len=int(length), batch=1, precision="bf16")
-    optimizer = adamw(model, config)
+def _steps(device: torch.device, made: Callable[[int], Callable], length: int, numbers: int) -> dict:
+    """What steps do with as many rows as fit: `made` gives one for so many. Raises SystemExit if none do."""
     for rows in (16, 8, 4, 2, 1):
-        ids = torch.randint(model.config.vocab_size, (rows, int(length) + 1))
-        losses, batch = lm_losses(rows, config), Batch(ids[:, :-1], ids[:, 1:])
-
-        def step(losses=losses, batch=batch) -> None:
-            model.zero_grad(set_to_none=True)
-            for part in losses(model, batch):
-                part.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            optimizer.step()
-
         try:
-            took = median(seconds(device, step, 4))
+            took = median(seconds(device, made(rows), 4))
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             continue
-        rate = rows * int(length) / took
-        numbers = sum(x.numel() for x in model.parameters()) - model.emb.weight.numel()
-        found = {"rows": rows, "tokens_per_second": rate, "loss_tokens": rows * int(length)}
+        rate = rows * length / took
+        found = {"rows": rows, "tokens_per_second": rate}
         if device.type == "cuda":
             card = torch.cuda.get_device_name(device)
             peak = next((peak for known, peak in PEAKS.items() if known in card), None)
@@ -168,26 +169,73 @@ def train(device: torch.device, name: str, length: str) -> dict:
     raise SystemExit("a single row does not fit")
 
 
+def _counted(model: torch.nn.Module) -> int:
+    """Numbers that a token is multiplied with."""
+    return sum(x.numel() for x in model.parameters()) - model.emb.weight.numel()
+
+
+def train(device: torch.device, name: str, length: str, blocks: str) -> dict:
+    """Steps of training in bf16 with as many rows as fit; `blocks` are "kept", or computed "again" in the backward."""
+    model = _model(name, device).train()
+    model.recompute = blocks == "again"
+    config = TrainConfig(steps=1000, lr=1e-4, ctx_len=int(length), batch=1, precision="bf16")
+    optimizer = adamw(model, config)
+
+    def made(rows: int) -> Callable:
+        ids = torch.randint(model.config.vocab_size, (rows, int(length) + 1))
+        losses, batch = lm_losses(rows, config), Batch(ids[:, :-1], ids[:, 1:])
+
+        def step() -> None:
+            model.zero_grad(set_to_none=True)
+            for part in losses(model, batch):
+                part.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            optimizer.step()
+
+        return step
+
+    return _steps(device, made, int(length), _counted(model))
+
+
+def train_lm(device: torch.device, name: str, length: str, clone: str) -> dict:
+    """The same by RWKV-LM's model and kernels, which keep all for the backward."""
+    config = _model(name, torch.device("meta")).config
+    sizes = SimpleNamespace(n_layer=config.n_layer, n_embd=config.n_embd, dim_att=config.n_embd)
+    sizes.vocab_size, sizes.dim_ffn, sizes.head_size = config.vocab_size, config.dim_ffn, config.head_size
+    sizes.ctx_len, sizes.my_testing, sizes.grad_cp = int(length), "x070", 0
+    model = outside.lm_model(sizes, clone)
+    return _steps(device, lambda rows: outside.lm_step(model, rows, int(length)), int(length), _counted(model))
+
+
 @torch.inference_mode()
 def decode(device: torch.device, name: str, rows: str) -> dict:
     """A token of so many rows after another, and what share of the card's bandwidth its weights take."""
     model, ids = _model(name, device).eval(), torch.ones(int(rows), 1, dtype=torch.long, device=device)
-    state = model(ids)[1]
-    took = median(seconds(device, lambda: model(ids, state), 20))
-    weights = sum(x.numel() * x.element_size() for x in model.parameters()) - model.emb.weight.nbytes
+    if device.type == "cuda":
+        keep(model, "bf16")
+    state, steps = model.start(int(rows), device), graphs(model)
+    took = median(seconds(device, lambda: steps.step(ids[:, 0], state) if steps else model(ids, state), 20))
+    weights = sum(x.nbytes for x in (*model.parameters(), *model.buffers())) - model.emb.weight.nbytes
     copied = torch.empty(1 << (28 if device.type == "cuda" else 20), device=device)
     bandwidth = 2 * copied.nbytes / median(seconds(device, copied.clone, 5))
     return {"tokens_per_second": int(rows) / took, "bandwidth_share": weights / took / bandwidth}
+
+
+def albatross(device: torch.device, name: str, rows: str, clone: str) -> dict:
+    """A token of so many rows after another by Albatross."""
+    return outside.albatross(_model(name, torch.device("cpu")), int(rows), clone)
 
 
 @torch.inference_mode()
 def read(device: torch.device, name: str, length: str) -> dict:
     """A prompt of one row."""
     model, ids = _model(name, device).eval(), torch.ones(1, int(length), dtype=torch.long, device=device)
+    if device.type == "cuda":
+        keep(model, "bf16")
     return {"tokens_per_second": int(length) / median(seconds(device, lambda: model.features(ids), 5))}
 
 
-WHAT = {"op": operator, "train": train, "decode": decode, "read": read}
+WHAT = {"op": operator, "train": train, "train_lm": train_lm, "decode": decode, "albatross": albatross, "read": read}
 
 
 def figure(device: str, what: str, *words: str) -> dict:
@@ -196,4 +244,4 @@ def figure(device: str, what: str, *words: str) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(figure("cuda", *sys.argv[1:])))
+    print(json.dumps(figure(*sys.argv[1:])))

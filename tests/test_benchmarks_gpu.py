@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import card, gpu, tables
+from benchmarks import card, gpu, outside, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,13 +22,51 @@ def test_without_a_gpu_there_is_one_line_and_status_2(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("words", ["op wkv7 1 16 1", "op wkv6 1 3 1", "op wkv5 1 3 1", "train 2x64 16", "decode 2x64 3",
-                                   "read 2x64 20"])  # fmt: skip
-def test_each_figure_is_taken_on_any_device(words, monkeypatch):
+def test_each_figure_is_taken_on_any_device_of_something_tiny(monkeypatch, capsys):
     monkeypatch.setattr(card, "CHECKED", (1, 20, 1))
-    found = card.figure("cpu", *words.split())
-    assert all(value > 0 for value in found.values())
-    assert gpu.said(found) != gpu.NOT_YET
+    taken = {}
+
+    def asked(device, words, peer, left):
+        if peer:
+            return {"missing": "not here"}
+        if " ".join(words) not in taken:
+            taken[" ".join(words)] = card.figure(device, *words)
+        return taken[" ".join(words)]
+
+    monkeypatch.setattr(gpu, "asked", asked)
+    cases = gpu.measure("dry", dry=True)["cases"]
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == cases
+    assert len(cases) == len(gpu.CASES) and len(taken) == 8
+    for case, (_, words, peer) in zip(cases, gpu.CASES, strict=True):
+        clone = next((word for word in words.split() if word in gpu.CLONES), None)
+        if clone:
+            assert gpu.said(case) == f"no clone of {clone} was named"
+        elif peer is None:
+            assert all(value > 0 for key, value in case.items() if key not in ("name", "card")), case
+            assert gpu.said(case) not in (gpu.NOT_YET, "")
+
+
+def test_the_folder_of_a_clone_is_put_where_a_figure_asks_for_it(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(gpu, "asked", lambda device, words, peer, left: given.append(words) or {"rows": 1})
+    gpu.measure("dry", dry=True, clones={"RWKV-LM": tmp_path, "Albatross": tmp_path / "a b"})
+    assert ["op", "lm", "1", "16", "1", str(tmp_path)] in given
+    assert ["albatross", "2x64", "3", str(tmp_path / "a b")] in given
+
+
+def test_a_form_that_clamps_decays_itself_is_compared_with_the_clamped_ones(monkeypatch):
+    monkeypatch.setattr(card, "CHECKED", (1, 5, 1))
+    clamped = lambda clone: lambda r, w, *rest: card.wkv7(r, card.soft(w).to(w), *rest)[0]  # noqa: E731
+    monkeypatch.setitem(card.FORMS, "lm", clamped)
+    assert card.figure("cpu", "op", "lm", "1", "8", "1", "folder")["error"] < card.WORST
+
+
+def test_what_albatross_prints_is_read():
+    said = "csv_header,label,B,T,iters,p10_ms,p50_ms,p90_ms,tok_s_p50\n"
+    said += "RESULT B=320\ncsv,fast,320,1,9,1.0,2.0,3.0,160000.5\n"
+    assert outside.told(said) == 160000.5
+    with pytest.raises(SystemExit, match="no numbers"):
+        outside.told("nothing")
 
 
 def test_a_form_that_differs_is_not_timed(monkeypatch):

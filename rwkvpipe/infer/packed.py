@@ -6,6 +6,7 @@ In bf16 and int8 a matrix takes half or a quarter of the memory; no copy of it a
 import re
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkvpipe.base.errors import ConfigError
@@ -28,6 +29,23 @@ class Packed(nn.Module):
         return times(x, self.panels)
 
 
+class Narrow(nn.Module):
+    """A matrix (out, in) in bf16 on a card, whose products take it as it is; what goes in is rounded as well."""
+
+    def __init__(self, data: Tensor):
+        super().__init__()
+        self.register_buffer("data", data)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out), as wide as what goes in."""
+        return F.linear(x.to(self.data.dtype), self.data).to(x.dtype)
+
+
+def on_card(weight: Tensor) -> bool:
+    """Whether products are a card's, which has its own for bf16."""
+    return weight.is_cuda
+
+
 def matrix(layer: nn.Module) -> Tensor:
     """The matrix (out, in) of a layer, its adapter in it."""
     return layer.weight if type(layer) is nn.Linear else layer(torch.eye(layer.weight.shape[1]).to(layer.weight)).mT
@@ -42,8 +60,8 @@ def kind_of(model: nn.Module) -> str | None:
 def keep(model: nn.Module, kind: str) -> None:
     """Keep the matrices of a model in panels from now on, adapters merged in; the embedding stays as it is.
 
-    `model.packed` then holds them by name. In fp32 they stay as they are where nothing native would read them. Raises
-    ConfigError for a model that is in other bits already.
+    `model.packed` then holds them by name, but for those that a card multiplies in bf16. In fp32 they stay as they are
+    where nothing native would read them. Raises ConfigError for a model that is in other bits already.
     """
     if kind_of(model) == kind or (kind == "fp32" and build.native(*model.parameters()) is None):
         return
@@ -56,9 +74,15 @@ def keep(model: nn.Module, kind: str) -> None:
     sizes += [tuple(value.mT.shape) for _, value in low]
     shelf = Shelf(sizes, kind) if next(model.parameters()).device.type == "cpu" else None
     for name in names:  # as each takes its place, the matrix that it was goes
-        model.packed[name] = pack(matrix(model.get_submodule(name)).float(), kind, shelf)
+        layer = model.get_submodule(name)
+        if kind == "bf16" and on_card(layer.weight):
+            packed = Narrow(matrix(layer).bfloat16())
+        else:
+            model.packed[name] = pack(matrix(layer).float(), kind, shelf)
+            packed = Packed(model.packed[name])
         parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, Packed(model.packed[name]))
+        setattr(model.get_submodule(parent), last, packed)
+        del layer
     for name, value in low:
         model.packed[name] = pack(value.mT, kind, shelf)
         value.copy_(unpack(model.packed[name]).mT)

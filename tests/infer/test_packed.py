@@ -112,3 +112,15 @@ def test_matrices_in_other_bits_are_not_rounded_again():
     Engine(model, ByteTokenizer(1), 1)
     with pytest.raises(ConfigError, match="kept in int8 already"):
         Engine(model, ByteTokenizer(1), 1, kind="bf16")
+
+
+def test_a_card_multiplies_matrices_in_bf16_as_they_are(monkeypatch):
+    network, plain = made(), made()
+    monkeypatch.setattr(packed, "on_card", lambda weight: True)
+    keep(network, "bf16")
+    assert isinstance(network.head, packed.Narrow) and network.head.data.dtype == torch.bfloat16
+    ids = torch.arange(12).view(2, 6)
+    with torch.inference_mode():
+        found, wanted = network(ids)[0], plain(ids)[0]
+    assert found.dtype == torch.float32
+    assert 1e-5 < float((found - wanted).norm() / wanted.norm()) < 3e-2

@@ -55,6 +55,14 @@ def test_all_kernels_compile_for_the_oldest_kind_of_card_that_the_compiler_knows
         assert registers.report(file, registers.known()[0])
 
 
+@needs_nvcc
+def test_a_card_that_the_compiler_no_longer_knows_is_told_in_a_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("RWKVPIPE_KERNELS", str(tmp_path))
+    with pytest.raises(OSError, match="Unsupported gpu architecture") as told:
+        gpu.compiled("sm_20")
+    assert "\n" not in compiler.reason(told.value)
+
+
 def test_a_report_is_read_as_the_compiler_writes_it():
     said = "ptxas info    : Compiling entry function '_Z3runIN1_8BackwardI5ShapeILi64EEEEEvT_' for 'sm_80'\n"
     said += "    80 bytes stack frame, 200 bytes spill stores, 140 bytes spill loads\n"
