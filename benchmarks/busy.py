@@ -1,7 +1,7 @@
 """A step of training while the machine has other work: wall time on one thread and on two, with 0, 1 and 2 others busy.
 
 Threads that wait for each other by turning in circles can lose a hundredfold there. Ours sleep; beside them stand the
-same model by torch alone (RWKVPIPE_KERNELS=torch) and rwkv-trainer.
+same model by torch alone (RWKVPIPE_KERNELS=torch) and rwkv-trainer. A program whose step outlasts LIMIT is ended.
 """
 
 import subprocess
@@ -17,6 +17,7 @@ from rwkvpipe.launch import SPIN
 
 OTHERS = (0, 1, 2)
 THREADS = (1, 2)
+LIMIT = 60.0  # seconds
 
 
 @contextmanager
@@ -29,6 +30,14 @@ def beside(count: int):
         for each in some:
             each.kill()
             each.wait()
+
+
+def step(worker: Worker) -> float | None:
+    """Seconds of a step; None where it took longer than LIMIT, now or before."""
+    try:
+        return worker.ask("step", LIMIT)["seconds"]
+    except EOFError:
+        return None
 
 
 def measure(peer: Path, folder: Path, rounds: int, case: Case) -> dict:
@@ -45,19 +54,24 @@ def measure(peer: Path, folder: Path, rounds: int, case: Case) -> dict:
         for name, (python, script, environment) in programs.items()
         for count in THREADS
     }
-    losses = {name: worker.ask("loss")["loss"] for name, worker in workers.items()}
+    alone = {name: worker for name, worker in workers.items() if name.endswith(f", {THREADS[0]}")}
+    losses = {name: worker.ask("loss")["loss"] for name, worker in alone.items()}
     if max(losses.values()) - min(losses.values()) > 1e-4:
         raise SystemExit(f"the losses differ, so there is nothing to compare: {losses}")
     for worker in workers.values():
-        worker.ask("step")  # warms up
+        step(worker)  # warms up
     found = {}
     for others in OTHERS:
         with beside(others):
-            turns = [{name: worker.ask("step")["seconds"] for name, worker in workers.items()} for _ in range(rounds)]
+            turns = [{name: step(worker) for name, worker in workers.items()} for _ in range(rounds)]
         found[str(others)] = {name: [turn[name] for turn in turns] for name in workers}
     for worker in workers.values():
         worker.close()
     return {"what": "busy", "case": asdict(case), "seconds": found, **conditions()}
+
+
+def _said(seconds: list[float | None]) -> str:
+    return f"over {LIMIT:.0f}" if None in seconds else f"{median(seconds):.2f} (to {max(seconds):.2f})"
 
 
 def table(found: dict) -> str:
@@ -66,8 +80,8 @@ def table(found: dict) -> str:
     for others, seconds in found["seconds"].items():
         for name in dict.fromkeys(each.rpartition(", ")[0] for each in seconds):
             one, two = (seconds[f"{name}, {count}"] for count in THREADS)
-            ratio = median(a / b for a, b in zip(one, two, strict=True))
-            said = [f"{median(some):.2f} (to {max(some):.2f})" for some in (one, two)]
-            body.append([others, name, *said, f"{ratio:.2f}"])
+            ended = None in [*one, *two]
+            ratio = "" if ended else f"{median(a / b for a, b in zip(one, two, strict=True)):.2f}"
+            body.append([others, name, _said(one), _said(two), ratio])
     model = f"{case['n_layer']} layers of {case['n_embd']}, {case['batch']} rows of {case['ctx_len']}"
     return rows(["others busy", model, "s on one thread", "s on two", "times as fast on two"], body).rstrip("\n")

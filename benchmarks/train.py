@@ -9,6 +9,8 @@ import os
 import platform
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -69,14 +71,25 @@ class Worker:
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
-    def ask(self, what: str) -> dict:
-        """Tell it `loss` or `step`; lines that are no JSON are the peer's own talk."""
-        self.process.stdin.write(what + "\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise SystemExit(f"the worker of {self.process.args[1]} ended")
+    def ask(self, what: str, limit: float | None = None) -> dict:
+        """Tell it `loss` or `step`; lines that are no JSON are the peer's own talk. After `limit` seconds it is ended.
+
+        Raises EOFError where it has ended.
+        """
+        timer = threading.Timer(threading.TIMEOUT_MAX if limit is None else limit, self.process.kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            self.process.stdin.write(what + "\n")
+            self.process.stdin.flush()
+            for line in self.process.stdout:
+                if line.startswith("{"):
+                    return json.loads(line)
+        except BrokenPipeError:
+            pass
+        finally:
+            timer.cancel()
+        raise EOFError(f"the worker of {self.process.args[1]} ended")
 
     def peak(self) -> float:
         """Megabytes that it held at most."""
@@ -85,7 +98,8 @@ class Worker:
 
     def close(self) -> None:
         """Let it end."""
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
 

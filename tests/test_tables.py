@@ -10,6 +10,11 @@ def test_the_tables_are_made_of_the_runs_beside_them():
     assert tables.runs() and tables.filled(page) == page
 
 
+def test_the_table_of_precision_is_made_of_the_run_beside_it():
+    page = (tables.DOCS / "memory.md").read_text(encoding="utf-8")
+    assert "<!-- precision 2x64 -->" in page and tables.rounded(page) == page
+
+
 def test_the_tables_of_inference_are_made_of_the_runs_beside_them():
     page = (tables.DOCS / "inference.md").read_text(encoding="utf-8")
     assert page.count("<!-- end -->") == len(tables.INFERENCE) and tables.inferred(page) == page
