@@ -1,6 +1,7 @@
 """No setting of a training stage is dead: each, flipped, changes weights, metrics or made files, or is refused."""
 
 import json
+from importlib.util import find_spec
 from typing import get_args, get_origin
 
 import numpy as np
@@ -55,6 +56,7 @@ TRIES: dict[str, list[tuple]] = {
     "train.weight_decay": [(0.5, {}, KINDS)],
     "train.weight_decay_final": [(0.9, {"train.schedule": "rwkv"}, KINDS), (0.9, {}, ())],
     "train.betas": [((0.5, 0.9), {}, KINDS)],
+    "train.optimizer": [("adamw8bit", {"train.eps": 1e-8}, KINDS if find_spec("bitsandbytes") else ())],
     "train.eps": [(0.1, {}, KINDS)],
     "train.clip": [(1e-3, {"train.eps": 0.1}, KINDS)],
     "train.l2_wrap": [(0.5, {}, CORPUS)],
@@ -190,6 +192,12 @@ def test_every_setting_has_a_try():
     assert set(TRIES) - {"data"} == set(known) - NOT_FLIPPED, "a new setting needs a try here; a gone one needs none"
 
 
+def test_what_of_a_stage_is_no_setting_of_its_training_is_known():
+    others = {"name", "start", "data", "bench", "export", "samples.path", "samples.prompts"}
+    others |= {f"samples.sampling.{name}" for name in settings.SamplingConfig.model_fields}
+    assert set(leaves(settings.StageConfig)) - set(leaves(settings.Settings)) == others
+
+
 def test_every_word_that_a_setting_knows_is_tried():
     fields = leaves(settings.Settings)
     for path, annotation in fields.items():
@@ -198,6 +206,7 @@ def test_every_word_that_a_setting_knows_is_tried():
         default = {
             "train.schedule": "cosine",
             "train.order": "shuffled",
+            "train.optimizer": "adamw",
             "train.precision": "fp32",
             "lora.kind": "lora",
         }

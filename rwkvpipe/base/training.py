@@ -38,6 +38,8 @@ class TrainConfig(Strict):
     weight_decay_final: Positive | None = None
     """rwkv, rwkv_exp: the decay at the end, to which it moves by the same factor each step, as in RWKV-LM; left out,
     it stays."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit keeps Adam's moments in 8 bits a number, by the library bitsandbytes, whose own eps is 1e-8."""
     betas: tuple[Share, Share] = (0.9, 0.99)
     """Adam's moments."""
     eps: Positive = 1e-18

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim.adamw import adamw as functional
 
 from rwkvpipe.base.config import TrainConfig
+from rwkvpipe.train.eightbit import EightBit
 
 
 @dataclass(frozen=True)
@@ -200,12 +201,13 @@ class AdamW:
             )  # fmt: skip
 
 
-def adamw(model: nn.Module, config: TrainConfig) -> AdamW:
-    """Adam with decoupled weight decay over the groups of the model."""
-    return AdamW(parameter_groups(model, config), tuple(config.betas), config.eps)
+def adamw(model: nn.Module, config: TrainConfig) -> AdamW | EightBit:
+    """Adam with decoupled weight decay over the groups of the model, its moments in 32 or 8 bits."""
+    kind = EightBit if config.optimizer == "adamw8bit" else AdamW
+    return kind(parameter_groups(model, config), tuple(config.betas), config.eps)
 
 
-def set_rate(optimizer: AdamW, rate: float, decay: float | None = None) -> None:
+def set_rate(optimizer: AdamW | EightBit, rate: float, decay: float | None = None) -> None:
     """Give every group its share of the step's learning rate, and those that decay the step's decay, if given."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]

@@ -11,6 +11,7 @@ from rwkvpipe.base.config import LoraConfig, RolloutConfig, Settings, read_setti
 from rwkvpipe.base.errors import ConfigError, Parser, new_file
 from rwkvpipe.base.files import canonical, digest, write_jsonl
 from rwkvpipe.train import checkpoint, dist
+from rwkvpipe.train.eightbit import check_optimizer
 from rwkvpipe.train.loop import Run, best_file, held
 from rwkvpipe.train.precision import check_precision
 from rwkvpipe.train.record import Log
@@ -79,6 +80,7 @@ def open_stage(given: argparse.Namespace, *, kind: str) -> Stage:
         asked = asked.model_copy(update={"rollout": RolloutConfig()})
     rank = dist.start()
     check_precision(asked.train.precision, rank.device)
+    check_optimizer(asked.train, rank.device, given.shard)
     base = store.mark(model)
     rounds = asked.lora is not None and asked.lora.quantise is not None
     network = store.load_model(model, "cpu" if rounds else rank.device)  # so that the device never holds what is not

@@ -14,7 +14,7 @@ from rwkvpipe.train import checkpoint, precision
 from rwkvpipe.train.infctx import chunked_lm_losses
 from rwkvpipe.train.loop import Run, fit
 from rwkvpipe.train.loss import lm_losses
-from rwkvpipe.train.precision import Scaler, arithmetic
+from rwkvpipe.train.precision import Scaler, arithmetic, check_precision
 from rwkvpipe.weights import store
 from rwkvpipe.weights.lora import inject
 
@@ -133,6 +133,17 @@ def test_what_the_device_cannot_do_is_refused_before_anything_is_read(tmp_path, 
     words = [tmp_path / "settings.json", "--model", "absent", "--data", "absent", "--out", tmp_path / "m.safetensors"]
     with pytest.raises(ConfigError, match=line):
         sft.main([str(word) for word in words])
+
+
+def test_bf16_is_refused_on_a_gpu_that_only_imitates_it(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: asked.append(including_emulation))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(ConfigError, match="^train.precision: Tesla T4 has no bf16; choose fp16 or fp32$"):
+        check_precision("bf16", torch.device("cuda"))
+    assert asked == [False]
+    check_precision("fp16", torch.device("cuda"))
+    check_precision("bf16", CPU)
 
 
 @pytest.mark.parametrize("family", ["rwkv6", "rwkv7"])

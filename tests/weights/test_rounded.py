@@ -1,5 +1,7 @@
 """Matrices in few bits are what their formats say, train adapters as opened ones would, and are merged into nothing."""
 
+import hashlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -48,6 +50,25 @@ def test_nf4_is_the_nearest_of_its_levels_in_blocks_of_64(shape):
         most = block.abs().max()
         nearest = torch.tensor([min(LEVELS, key=lambda level, x=x: abs(level - float(x))) for x in block / most])
         torch.testing.assert_close(found.flatten()[first : first + BLOCK], nearest * most)
+
+
+def wave():
+    n = torch.arange(600, dtype=torch.float64)
+    return ((n * 0.7368).sin() * (n % 64 + 1)).float().view(3, 200)
+
+
+def test_nf4_has_the_bytes_of_bitsandbytes():
+    data = rounded(wave(), "nf4").data[:300].numpy().tobytes()  # as quantize_4bit of version 0.50.2 gives them
+    assert hashlib.sha256(data).hexdigest()[:16] == "8114d13a1b7fd75c"
+
+
+def test_nf4_is_opened_as_bitsandbytes_opens_it():
+    theirs = pytest.importorskip("bitsandbytes.functional", reason="the library is not installed")
+    for matrix in (wave(), drawn(64, 128), drawn(30, 34) * torch.logspace(-3, 2, 30)[:, None]):
+        data, state = theirs.quantize_4bit(matrix, blocksize=BLOCK, quant_type="nf4")
+        own = rounded(matrix, "nf4")
+        assert torch.equal(data.flatten(), own.data[: data.numel()]) and torch.equal(state.absmax, own.scale)
+        assert torch.equal(theirs.dequantize_4bit(data, state), own.open())
 
 
 def test_bf16_keeps_every_bit_of_weights_that_were_released_so():
