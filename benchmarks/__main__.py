@@ -1,6 +1,7 @@
 """Measure rwkvpipe beside a peer on the same weights and data, or its families beside each other, in turns.
 
 python -m benchmarks train [--size large]
+python -m benchmarks tune [--size large]
 python -m benchmarks families [--size large]
 python -m benchmarks busy
 python -m benchmarks precision
@@ -50,6 +51,7 @@ from benchmarks import (
     tables,
     tokenize,
     train,
+    tune,
 )
 from rwkvpipe.model.family import FAMILIES
 
@@ -86,6 +88,7 @@ def _room(given: Namespace) -> Path:
 
 MEASURES: dict[str, Callable[[Namespace], dict]] = {
     "train": lambda g: train.measure(_python(g, "rwkv-trainer"), g.out, g.rounds, train.CASES[g.size]),
+    "tune": lambda g: tune.measure(_python(g, "rwkvtune"), g.out, g.rounds, train.CASES[g.size]),
     "families": lambda g: families.measure(g.rounds, train.CASES[g.size]),
     "busy": lambda g: busy.measure(_python(g, "rwkv-trainer"), g.out, g.rounds, train.CASES[g.size]),
     "precision": lambda g: precision.measure(_room(g)),
@@ -112,7 +115,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=2, help="memory: of input")
     parser.add_argument("--case", action="append", choices=memory.CASES, help="memory: only these")
     parser.add_argument("--operator", choices=op.OPERATORS, default="wkv7", help="op: which")
-    what = "train, families, busy, decode: of the model"
+    what = "train, tune, families, busy, decode: of the model"
     parser.add_argument("--size", choices=["small", "large"], default="small", help=what)
     parser.add_argument("--family", choices=FAMILIES, default="rwkv7", help="decode: of the model")
     parser.add_argument("--dry", action="store_true", help="gpu: of tiny things on the processor; nothing is kept")

@@ -11,9 +11,10 @@ import sysconfig
 from importlib.metadata import version
 from pathlib import Path
 
-# rwkv-trainer: without its own dependencies, which ask for a torch of years ago
+# rwkv-trainer, rwkvtune: without their own dependencies, which ask for a torch of years ago
 PINNED = {
     "rwkv-trainer": ["rwkv-trainer==0.1.27"],
+    "rwkvtune": ["rwkvtune==0.1.0"],
     "rwkv": ["rwkv==0.8.32"],
     "rwkv7-hf": ["rwkv7-hf==0.9.0", "transformers==5.23.0"],
     "peft": ["peft==0.21.2", "rwkv7-hf==0.9.0", "transformers==5.23.0"],
@@ -23,7 +24,10 @@ PINNED = {
     # flash-linear-attention, whose kernels triton's interpreter runs without a GPU
     "fla": ["flash-linear-attention==0.6.0", "triton==3.9.0", "einops==0.8.2", "transformers==5.23.0"],
 }
-BESIDE = {"rwkv-trainer": ["pytorch-lightning==2.5.5", "numpy", "safetensors", "setuptools<82"]}
+BESIDE = {
+    "rwkv-trainer": ["pytorch-lightning==2.5.5", "numpy", "safetensors", "setuptools<82"],
+    "rwkvtune": ["lightning==2.5.5", "transformers==5.23.0", "datasets", "numpy", "safetensors"],
+}
 FOLDER = Path(__file__).resolve().parents[1] / "build/peers"
 CHECKOUT = FOLDER / "RWKV-LM"
 

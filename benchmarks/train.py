@@ -1,7 +1,7 @@
-"""One step of training (forward, backward, clip, AdamW) on one thread: CPU time of ours and of rwkv-trainer.
+"""One step of training (forward, backward, clip, AdamW) on one thread: CPU time of ours and of a peer.
 
-The peer runs its torch fallback, the only form it has on a CPU. Both start from the same weights and read the same
-tokens; their losses are compared before anything is timed.
+Peers run torch operations token by token, the only form they have on a CPU. Both programs start from the same weights
+and read the same tokens; their losses are compared before anything is timed.
 """
 
 import json
@@ -39,6 +39,7 @@ class Case:
     lr: float = 1e-4
 
 
+STEPS = {"rwkv-trainer": "rwkv_trainer_step.py", "rwkvtune": "rwkvtune_step.py"}
 CASES = {"small": Case(), "large": Case(6, 256, vocab_size=1001, ctx_len=512, batch=2)}
 
 
@@ -120,15 +121,18 @@ def prepare(case: Case, folder: Path) -> None:
     (folder / "case.json").write_text(json.dumps(asdict(case) | ranks))
 
 
-def measure(peer: Path, folder: Path, rounds: int, case: Case) -> dict:
-    """Losses of both, then CPU seconds of a step, in turns. Raises SystemExit when the losses differ."""
+def measure(python: Path, folder: Path, rounds: int, case: Case, peer: str = "rwkv-trainer") -> dict:
+    """Losses of both, then CPU seconds of a step, in turns. Raises SystemExit when the losses differ.
+
+    `python` is that of an environment that has the peer.
+    """
     prepare(case, folder / "train")
     workers = {
         "rwkvpipe": Worker(sys.executable, "ours.py", folder / "train"),
-        "rwkv-trainer": Worker(peer, "rwkv_trainer_step.py", folder / "train"),
+        peer: Worker(python, STEPS[peer], folder / "train"),
     }
     losses = {name: worker.ask("loss")["loss"] for name, worker in workers.items()}
-    if abs(losses["rwkvpipe"] - losses["rwkv-trainer"]) > 1e-4:
+    if abs(losses["rwkvpipe"] - losses[peer]) > 1e-4:
         raise SystemExit(f"the losses differ, so there is nothing to compare: {losses}")
     for worker in workers.values():
         worker.ask("step")  # warms up
@@ -139,9 +143,9 @@ def measure(peer: Path, folder: Path, rounds: int, case: Case) -> dict:
     peaks = {name: worker.peak() for name, worker in workers.items()}
     for worker in workers.values():
         worker.close()
-    ratios = [ours / theirs for ours, theirs in zip(seconds["rwkvpipe"], seconds["rwkv-trainer"], strict=True)]
+    ratios = [ours / theirs for ours, theirs in zip(seconds["rwkvpipe"], seconds[peer], strict=True)]
     return {
-        "what": "train",
+        "what": "train" if peer == "rwkv-trainer" else "tune",
         "case": asdict(case),
         "loss": losses,
         "cpu_seconds": seconds,
