@@ -251,6 +251,9 @@ class CheckpointConfig(Strict):
     """Steps between them."""
 
 
+CUT = ("pretrain", "sft")  # kinds whose models may be cut: the others compare a model with itself, or write with it
+
+
 class MemoryConfig(Strict):
     """What spares the memory of training, at the cost of time. It never decides a result."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from rwkvpipe.base.config import LoraConfig, RolloutConfig, Settings, read_settings
+from rwkvpipe.base.config import CUT, LoraConfig, RolloutConfig, Settings, read_settings
 from rwkvpipe.base.errors import ConfigError, Parser, new_file
 from rwkvpipe.base.files import canonical, digest, write_jsonl
 from rwkvpipe.train import checkpoint, dist
@@ -21,8 +21,6 @@ from rwkvpipe.weights import lora, store
 from rwkvpipe.weights.states import tune_states
 
 log = logging.getLogger("rwkvpipe")
-
-CUT = ("pretrain", "sft")  # kinds whose models may be cut: the others compare a model with itself, or write with it
 
 
 @dataclass(frozen=True)
