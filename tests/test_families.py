@@ -18,7 +18,6 @@ from rwkvpipe.base.files import read_jsonl, write_json, write_jsonl
 from rwkvpipe.base.sizes import FAMILIES
 from rwkvpipe.data.binidx import BinidxWriter
 from rwkvpipe.model.family import build
-from rwkvpipe.model.language import LanguageModel
 from rwkvpipe.model.layers import State
 from rwkvpipe.weights import store
 
@@ -155,13 +154,15 @@ def test_every_mode_starts_from_the_states_of_the_weights(home, family, monkeypa
     plain = {name: value for name, value in tensors.items() if not name.endswith("time_state")}
     store.write(home.path("plain.safetensors"), model.config.model_copy(update={"time_state": False}), plain)
 
-    def start(self, rows, device=None):
-        state = State.zeros(self.config, rows, device)
-        state.wkv = [value.expand(rows, *value.shape) for value in states]
+    zeros = State.zeros
+
+    def given_states(config, rows, *more):
+        state = zeros(config, rows, *more)
+        state.wkv = [value.repeat(rows, 1, 1, 1) for value in states]
         return state
 
     found, zero = every_mode(home, "tuned.safetensors", "a"), every_mode(home, "plain.safetensors", "b")
-    monkeypatch.setattr(LanguageModel, "start", start)
+    monkeypatch.setattr(State, "zeros", given_states)
     given = every_mode(home, "plain.safetensors", "c")
     for mode, value in found.items():
         assert value == given[mode], mode
