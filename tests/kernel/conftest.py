@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from rwkvpipe.base import compiler
+from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.kernel import gpu
+from rwkvpipe.kernel.loss import Wanted
+from rwkvpipe.model.family import build
 
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-x", "c++")
 
@@ -52,3 +55,34 @@ def guards(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", room)
     monkeypatch.setattr(torch, "empty", empty)
     return check
+
+
+@pytest.fixture(scope="session")
+def drawn():
+    """Makes what the head's loss is asked of."""
+
+    def drawn(n, D, V, seed):
+        """Positions of which some have no loss and some are padding, and a matrix; two logits of each are the same."""
+        stream = torch.Generator().manual_seed(seed)
+        x, weight = 3 * torch.randn(n, D, generator=stream), torch.randn(V, D, generator=stream)
+        weight[-1] = weight[0]
+        chosen = torch.randint(-2, V, (n,), generator=stream)
+        real = (chosen >= 0) | (torch.rand(n, generator=stream) < 0.5)
+        return x, weight, Wanted(chosen, real, 0.37, 0.02)
+
+    return drawn
+
+
+@pytest.fixture(scope="session")
+def small_model():
+    """Makes a small model of a family in which nothing is zero."""
+
+    def small_model(family):
+        model = build(RwkvConfig(family=family, n_layer=2, n_embd=64, head_size=32, vocab_size=30))
+        model.initialise(0)
+        with torch.no_grad():  # what starts at zero would hide a difference
+            for n, x in enumerate(model.parameters()):
+                x.add_(0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(n)))
+        return model
+
+    return small_model

@@ -8,17 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkvpipe.kernel import build, loss
-from rwkvpipe.kernel.loss import Wanted, head_loss
-
-
-def drawn(n, D, V, seed):
-    """Positions of which some have no loss and some are padding, and a matrix; two logits of each are the same."""
-    stream = torch.Generator().manual_seed(seed)
-    x, weight = 3 * torch.randn(n, D, generator=stream), torch.randn(V, D, generator=stream)
-    weight[-1] = weight[0]
-    chosen = torch.randint(-2, V, (n,), generator=stream)
-    real = (chosen >= 0) | (torch.rand(n, generator=stream) < 0.5)
-    return x, weight, Wanted(chosen, real, 0.37, 0.02)
+from rwkvpipe.kernel.loss import head_loss
 
 
 def plainly(x, weight, wanted):
@@ -44,7 +34,7 @@ def in_pytorch(*inputs):
 @pytest.mark.parametrize("form", [lambda *inputs: results(head_loss, *inputs), in_pytorch])
 @settings(max_examples=20, deadline=None)
 @given(n=st.integers(1, 150), D=st.integers(1, 40), V=st.integers(2, 90), seed=st.integers(0, 99))
-def test_value_and_gradients_are_those_of_all_logits_at_once(form, n, D, V, seed):
+def test_value_and_gradients_are_those_of_all_logits_at_once(drawn, form, n, D, V, seed):
     x, weight, wanted = drawn(n, D, V, seed)
     with mock.patch.multiple(loss, NUMBERS=1, FEWEST=64):
         found = form(x, weight, wanted)
@@ -52,12 +42,12 @@ def test_value_and_gradients_are_those_of_all_logits_at_once(form, n, D, V, seed
         assert float((one.double() - other).abs().max()) <= 3e-6 * max(1.0, float(other.abs().max()))
 
 
-def test_any_number_of_threads_gives_the_same_bits(at_any_thread_count):
+def test_any_number_of_threads_gives_the_same_bits(drawn, at_any_thread_count):
     inputs = drawn(150, 24, 70, 1)
     at_any_thread_count(lambda: [loss._gradients(inputs[0] @ inputs[1].mT, inputs[2], slice(0, 150))])
 
 
-def test_the_gradient_of_a_part_of_a_sum_is_scaled_with_it():
+def test_the_gradient_of_a_part_of_a_sum_is_scaled_with_it(drawn):
     x, weight, wanted = drawn(9, 5, 7, 3)
     one = results(head_loss, x, weight, wanted)
     other = results(lambda *inputs: 3 * head_loss(*inputs), x, weight, wanted)
@@ -65,7 +55,7 @@ def test_the_gradient_of_a_part_of_a_sum_is_scaled_with_it():
         torch.testing.assert_close(3 * a, b)
 
 
-def test_what_is_no_number_is_a_loss_that_is_none():
+def test_what_is_no_number_is_a_loss_that_is_none(drawn):
     x, weight, wanted = drawn(9, 5, 40, 3)
     x[4, 2] = torch.nan
     wanted.chosen[4] = 1

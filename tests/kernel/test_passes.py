@@ -5,11 +5,9 @@ from unittest import mock
 import pytest
 import torch
 
-from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.kernel import blend, build, gate, gpu, loss, passes
 from rwkvpipe.kernel.blend import mix, squared_relu
 from rwkvpipe.kernel.loss import Wanted, head_loss
-from rwkvpipe.model.family import build as build_model
 
 KINDS = {"fp32": (torch.float32, 3e-6), "bf16": (torch.bfloat16, 1.5e-2), "mixed": (torch.bfloat16, 1.5e-2)}
 SIZES = [(1, 1, 1, 5), (2, 37, 3, 20), (1, 70, 2, 64), (2, 9, 5, 100), (1, 33, 20, 16), (3, 8, 1, 128), (1, 5, 30, 2)]
@@ -208,25 +206,15 @@ def test_what_is_of_several_kinds_or_empty_or_too_wide_is_left_to_pytorch(on_hos
     same(learnt(function, inputs), in_torch(function, inputs), 3e-6)
 
 
-def spoken(n, D, V, seed):
-    """Positions of which some have no loss and some are padding, and a matrix; two logits of each are the same."""
-    stream = torch.Generator().manual_seed(seed)
-    x, weight = 3 * torch.randn(n, D, generator=stream), torch.randn(V, D, generator=stream)
-    weight[-1] = weight[0]
-    chosen = torch.randint(-2, V, (n,), generator=stream)
-    real = (chosen >= 0) | (torch.rand(n, generator=stream) < 0.5)
-    return x, weight, Wanted(chosen, real, 0.37, 0.02)
-
-
 @pytest.mark.parametrize("n, D, V", [(1, 3, 2), (70, 5, 31), (9, 7, 513), (3, 4, 9000)])
-def test_the_head_s_loss_and_its_gradients_are_pytorch_s(on_host, n, D, V):
-    x, weight, wanted = spoken(n, D, V, n)
+def test_the_head_s_loss_and_its_gradients_are_pytorch_s(on_host, drawn, n, D, V):
+    x, weight, wanted = drawn(n, D, V, n)
     found = learnt(lambda x, weight: [head_loss(x, weight, wanted)], [x, weight])
     same(found, in_torch(lambda x, weight: [head_loss(x, weight, wanted)], [x, weight]), 4e-6)
 
 
-def test_bf16_logits_become_the_gradient_that_wide_ones_become_rounded_once(on_host):
-    x, weight, wanted = spoken(40, 6, 700, 1)
+def test_bf16_logits_become_the_gradient_that_wide_ones_become_rounded_once(on_host, drawn):
+    x, weight, wanted = drawn(40, 6, 700, 1)
     logits = (x @ weight.mT).bfloat16()
     wide, narrow = logits.float(), logits.clone()
     losses = loss._gradients(wide, wanted, slice(0, 40))
@@ -246,13 +234,9 @@ def test_a_logit_that_is_no_number_makes_the_loss_none_and_minus_infinity_is_a_l
 
 
 @pytest.mark.parametrize("family", ["rwkv7", "rwkv6"])
-def test_a_model_in_bf16_learns_what_it_learns_in_fp32_but_for_rounding(as_on_a_card, monkeypatch, family):
+def test_a_model_in_bf16_learns_what_it_learns_in_fp32_but_for_rounding(as_on_a_card, small_model, monkeypatch, family):
     monkeypatch.setattr("rwkvpipe.model.rwkv7.fits", lambda *inputs: False)  # what only the CPU has
-    model = build_model(RwkvConfig(family=family, n_layer=2, n_embd=64, head_size=32, vocab_size=30))
-    model.initialise(0)
-    with torch.no_grad():  # what starts at zero would hide a difference
-        for n, x in enumerate(model.parameters()):
-            x.add_(0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(n)))
+    model = small_model(family)
     ids = torch.arange(2 * 20).view(2, 20) * 7 % 30
 
     def learnt_in(narrow):
@@ -303,8 +287,8 @@ def test_a_card_does_head_by_head_what_pytorch_does_and_the_same_bits_again(made
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
-def test_a_card_s_loss_is_pytorch_s():
-    x, weight, wanted = spoken(300, 64, 65536, 2)
+def test_a_card_s_loss_is_pytorch_s(drawn):
+    x, weight, wanted = drawn(300, 64, 65536, 2)
     on_card = Wanted(wanted.chosen.cuda(), wanted.real.cuda(), wanted.scale, wanted.pull)
     found = learnt(lambda x, weight: [head_loss(x, weight, on_card)], [x.cuda(), weight.cuda()], "cuda")
     same(found, in_torch(lambda x, weight: [head_loss(x, weight, wanted)], [x, weight]), 2e-5)
