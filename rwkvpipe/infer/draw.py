@@ -23,8 +23,9 @@ def logprob(logits: Tensor, ids: Tensor) -> Tensor:
 class Asked:
     """Rows of logits (R, V) that an id each is to be chosen from, by numbers `draws` (R,) where temperature is not 0.
 
-    Log-probabilities are those under `plain` / temperature, where the ids `barred` (n,) come, too; they are never
-    chosen. `counts` and `seen` (R, V) are as for `penalise`.
+    Log-probabilities are those under `plain` (R, V) / temperature, where the ids `barred` (n,) come, too; they are
+    never chosen. `counts` and `seen` (R, V) are as for `penalise`. Other types than native code reads are made them
+    here. Raises ValueError where a shape is another one: native code would read beyond it.
     """
 
     logits: Tensor
@@ -33,6 +34,22 @@ class Asked:
     draws: Tensor | None = None
     counts: Tensor | None = None
     seen: Tensor | None = None
+
+    def __post_init__(self):
+        whole = tuple(self.logits.shape)
+        for name, dtype, shape in (
+            ("plain", torch.float32, whole),
+            ("barred", torch.int64, None),
+            ("draws", torch.float64, whole[:1]),
+            ("counts", torch.float32, whole),
+            ("seen", torch.bool, whole),
+        ):
+            given = getattr(self, name)
+            if given is None:
+                continue
+            if shape is not None and tuple(given.shape) != shape:
+                raise ValueError(f"{name} is {tuple(given.shape)} beside logits {whole}; {shape} was expected")
+            object.__setattr__(self, name, given.to(dtype))
 
 
 def choose(asked: Asked, config: SamplingConfig) -> tuple[Tensor, Tensor]:
@@ -81,7 +98,8 @@ def _native(asked: Asked, config: SamplingConfig, told: Tensor | None = None) ->
         config.frequency,
     )
     sizes = (*logits.shape, config.top_k, int(config.order == "rwkv"), int(greedy), biased, spared, barred)
-    given = (logits, asked.plain.contiguous(), asked.counts, asked.seen, listed, bias, numbers)
+    counts, seen, draws = (None if x is None else x.contiguous() for x in (asked.counts, asked.seen, asked.draws))
+    given = (logits, asked.plain.contiguous(), counts, seen, listed, bias, numbers)
     ids, found = torch.empty(len(logits), dtype=torch.long), torch.empty(len(logits))
-    build.call("sample_rows", sizes, *given, asked.draws, ids, found, told)
+    build.call("sample_rows", sizes, *given, draws, ids, found, told)
     return ids, found

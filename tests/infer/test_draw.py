@@ -1,6 +1,7 @@
 """The native sampler chooses what the PyTorch one does, exactly; both choose by the chances of the plain formulas."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -195,6 +196,19 @@ def test_barred_ids_never_come_and_count_for_log_probabilities(natively, monkeyp
     ids, logprobs = choose(Asked(limited, logits, barred, torch.tensor([0.0, 0.999])), SamplingConfig(temperature=0.5))
     assert ids.tolist() == [1, 1]
     torch.testing.assert_close(logprobs, (2 * logits).log_softmax(-1)[:, 1])
+
+
+@needs_native
+def test_what_native_code_reads_has_its_type_and_its_shape():
+    """Numbers in fp32 were once read as if they were fp64: half of them from memory that belongs to others."""
+    asked, config = drawn(6, 90, 2.0, 3), SamplingConfig(temperature=0.9, **PENALTIES)
+    single = asked.draws.float()
+    other = Asked(asked.logits, asked.plain.double(), None, single, asked.counts.double(), asked.seen.float())
+    same = Asked(asked.logits, asked.plain, None, single.double(), asked.counts, asked.seen)
+    assert all(torch.equal(one, two) for one, two in zip(choose(other, config), choose(same, config), strict=True))
+    for name, wrong in (("draws", single[:5]), ("counts", asked.counts[:, :80]), ("plain", asked.plain[:1])):
+        with pytest.raises(ValueError, match=name):
+            replace(asked, **{name: wrong})
 
 
 @pytest.mark.parametrize("natively", [pytest.param(True, marks=needs_native), False])
