@@ -2,13 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint large peers
+.PHONY: demo test slow lint large peers
 
 demo: .venv/run
 	$(BIN)/python -m snakemake --cores all
 
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal --durations 15
+
 test: .venv/test
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
+	$(PYTEST) -m "not slow and not large"
+
+slow: .venv/test
+	$(PYTEST) -m "slow and not large"
 
 large: .venv/test
 	$(BIN)/python -m pytest -q -s -m large

@@ -14,7 +14,7 @@ from rwkvpipe.base.agree import parse
 from rwkvpipe.plan import Plan
 
 # set before torch is imported: the models are tiny, and tests start programs that would fight over the cores
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or "1"
 # the same examples everywhere: a run that passes here passes there; HYPOTHESIS_PROFILE=default looks further
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))

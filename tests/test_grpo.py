@@ -111,6 +111,7 @@ class Break:
         return self.function(*args, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("place", ["grade", 1, 3])
 def test_a_run_stopped_in_rollout_or_update_ends_in_the_same_weights(home, monkeypatch, case, place):
@@ -168,6 +169,7 @@ def test_what_was_not_computed_is_in_no_file(home):
     assert "Divergence" not in curves(read_metrics(home / "a/metrics.jsonl"), policy=True)
 
 
+@pytest.mark.slow
 def test_what_is_rewarded_becomes_more_frequent(home):
     settings(home, train={"steps": 24, "lr": 0.01, "batch": 4}, rollout={"sampling": SamplingConfig(max_tokens=1)})
     _, rows, _ = run(home, "a")

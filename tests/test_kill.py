@@ -338,6 +338,7 @@ def error(said: str) -> str:
     return lines[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KILLED)
 def test_killed_at_random_moments_it_ends_in_the_same_bytes(cases, tmp_path, name):
     case, hit = cases(name), 0
@@ -475,6 +476,7 @@ def test_a_resume_point_that_may_not_be_read_is_not_thrown_away(cases, tmp_path)
     assert f"going on after step {int(newest.stem[5:])} of" in case.same(tmp_path, "rights")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_folder_that_vanishes_is_one_line_and_the_rerun_makes_all(cases, tmp_path, name):
     case = cases(name)
@@ -570,6 +572,7 @@ def told(process: int, number: int) -> bool:
     return bool(int(waiting, 16) >> (number - 1) & 1)
 
 
+@pytest.mark.slow
 def test_snakemake_stopped_or_killed_alone_costs_nothing(server, tmp_path):
     flow = Workflow(tmp_path)
     for number in (signal.SIGTERM, signal.SIGINT):

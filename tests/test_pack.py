@@ -374,6 +374,7 @@ def test_adding_files_moves_no_document_across(tmp_path):
         assert there < set(texts(Binidx(tmp_path / f"out/{part}")))
 
 
+@pytest.mark.slow
 def test_a_killed_pack_goes_on_where_it_was(tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     monkeypatch.setattr(table, "UNIT", 5000)

@@ -113,7 +113,7 @@ def test_a_stopped_run_ends_in_the_same_weights(home, monkeypatch, lora, at):
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2, dropout=0.2)])
 def test_the_micro_batch_decides_no_result(home, lora):
-    settings(home, lora, steps=6, eps=1e-6)
+    settings(home, lora, steps=6, eps=1e-4)
     one, other = run(home, "a", micro_batch=1), run(home, "b", micro_batch=3)
     for name, value in one[0].items():
         torch.testing.assert_close(value, other[0][name], atol=1e-4, rtol=1e-3)
@@ -172,6 +172,7 @@ def test_other_weights_start_again(home, monkeypatch):
     assert other[1] != whole[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"chunk": 5}, {"rows": "documents"}, {"order": "magic", "ctx_len": 9}])
 def test_a_mix_of_corpora_stopped_anywhere_ends_in_the_same_weights(home, monkeypatch, more):
     (home / "other").mkdir()

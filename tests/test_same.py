@@ -76,6 +76,7 @@ def wanted(tmp_path_factory) -> dict[str, object]:
     return harvest(folder)
 
 
+@pytest.mark.slow
 def test_two_cores_make_what_one_makes_though_all_is_killed_on_the_way(wanted, tmp_path):
     lots, kills = random.Random(7), 0
     for _ in range(5):
@@ -91,6 +92,7 @@ def test_two_cores_make_what_one_makes_though_all_is_killed_on_the_way(wanted, t
     assert kills >= 2 and harvest(tmp_path) == wanted
 
 
+@pytest.mark.slow
 def test_eight_cores_make_what_one_makes(wanted, tmp_path):
     assert start(tmp_path, 8).wait(600) == 0, (tmp_path / "said").read_text()
     assert harvest(tmp_path) == wanted

@@ -93,6 +93,7 @@ def test_the_held_out_loss_reads_every_target_once(home, ctx_len, rows):
     assert torch.isfinite(torch.tensor(whole))
 
 
+@pytest.mark.slow
 def test_talks_of_several_corpora_are_learned_together(home):
     (home / "other").mkdir()
     write_corpus(home / "other", noise=2)

@@ -426,6 +426,7 @@ def test_one_line_says_the_device(fresh):
     assert "limited to 0" in fresh.run("-n", "--resources", "gpu=0", RWKVPIPE_GPUS="3")
 
 
+@pytest.mark.slow
 def test_another_workflow_can_use_this_one(fresh, tmp_path):
     (tmp_path / "data").mkdir()
     for name in ("stories.txt", "talks.jsonl", "pick.jsonl"):
@@ -485,6 +486,7 @@ def python(work: Work, code: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_one_call_from_python_runs_a_config(fresh, tmp_path):
     work = fresh.copy(tmp_path / "work")
     call = "import rwkvpipe, yaml; print(rwkvpipe.run(yaml.safe_load(open('config.yaml')), cores=2))"
@@ -510,6 +512,7 @@ def test_an_edit_can_be_accepted_without_running(done):
     assert done.plan() == []
 
 
+@pytest.mark.slow
 def test_results_whose_records_are_gone_are_not_taken_for_fresh(done):
     shutil.rmtree(done.path / ".snakemake")
     done.edit("config.yaml", "lr: 1e-4", "lr: 2e-4")
@@ -538,6 +541,7 @@ def other_run(work: Work, old: str = "run: demo", new: str = "run: demo") -> Non
     (work.path / "other.yaml").write_text(CONFIG.replace(old, new).replace("run: demo", "run: other"))
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_make_what_they_share_once(fresh, tmp_path):
     work = fresh.copy(tmp_path / "work")
     other_run(work, "lr: 1e-4", "lr: 5e-4")
@@ -557,6 +561,7 @@ def test_two_runs_at_once_make_what_they_share_once(fresh, tmp_path):
     assert work.plan() == [] and work.plan("--configfile", "other.yaml") == []
 
 
+@pytest.mark.slow
 def test_a_run_in_work_is_not_begun_again_and_no_kill_locks_it(fresh, tmp_path):
     work = fresh.copy(tmp_path / "work")
     work.hold("pretrain")
@@ -573,6 +578,7 @@ def test_a_run_in_work_is_not_begun_again_and_no_kill_locks_it(fresh, tmp_path):
     assert work.plan() == []
 
 
+@pytest.mark.slow
 def test_nothing_is_made_anew_under_a_run_that_reads_it(fresh, tmp_path):
     work = fresh.copy(tmp_path / "work")
     other_run(work, "path: data/stories.txt,", "path: data/stories.txt, valid: 0.5,")
@@ -588,6 +594,7 @@ def test_nothing_is_made_anew_under_a_run_that_reads_it(fresh, tmp_path):
     assert calls.count(packed) == 2 and calls[calls.index("report results/demo/report.html") :].count(packed) == 1
 
 
+@pytest.mark.slow
 def test_an_edit_of_the_config_while_jobs_wait_changes_the_next_run_only(fresh, tmp_path):
     work = fresh.copy(tmp_path / "work")
     work.hold("pretrain")
@@ -601,6 +608,7 @@ def test_an_edit_of_the_config_while_jobs_wait_changes_the_next_run_only(fresh, 
     assert work.plan() == sorted([*AFTER_CHAT, "settings chat"])
 
 
+@pytest.mark.slow
 def test_code_that_changed_while_jobs_waited_is_not_run_under_its_old_name(fresh, tmp_path):
     work = fresh.copy(tmp_path / "work")
     work.hold("pretrain")
@@ -628,6 +636,7 @@ def test_a_job_of_a_cluster_does_what_was_planned(done):
         assert f'\\"lr\\":{rate}' in (done.path / "results/demo/chat/settings.json").read_text()
 
 
+@pytest.mark.slow
 def test_one_failing_branch_does_not_stop_the_others_and_is_named_last(fresh, tmp_path):
     work = fresh.copy(tmp_path / "work")
     work.edit("config.yaml", "1+1=", "Fail")
@@ -638,6 +647,7 @@ def test_one_failing_branch_does_not_stop_the_others_and_is_named_last(fresh, tm
     assert work.plan() == ["generate base", "report"]
 
 
+@pytest.mark.slow
 def test_single_targets_make_what_they_need_and_summaries_tell(fresh, tmp_path):
     work = fresh.copy(tmp_path / "work")
     needed = ["init base", "merge chat", "pack stories", "pack_masked talks", "pretrain base", "settings base"]

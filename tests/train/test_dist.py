@@ -241,6 +241,7 @@ def test_a_cut_model_stops_in_one_line_when_a_process_is_gone(home):
     assert said.splitlines()[-1].startswith("error: process 2 of 2 was killed (SIGKILL), so all were stopped")
 
 
+@pytest.mark.slow
 def test_a_stop_ends_all_after_the_same_step_and_what_follows_has_the_same_bits(home):
     whole, shared = words(home, "sft", "whole", steps=60), words(home, "sft", "shared", steps=60)
     process, log = start(2, "sft", shared), home / "shared/checkpoints/log.jsonl"

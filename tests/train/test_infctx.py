@@ -139,6 +139,7 @@ def test_both_readings_of_a_chunk_drop_the_same_and_chunks_differ():
         torch.testing.assert_close(results[1][1][name], value, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bptt", ["truncated", "full"])
 def test_what_backward_keeps_does_not_grow_with_the_row(bptt):
     model, most = small("rwkv7"), []

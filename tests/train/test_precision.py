@@ -55,6 +55,7 @@ def overflowing(monkeypatch):
     monkeypatch.setattr(Scaler, "of", classmethod(lambda cls, precision: cls(2.0**24 if precision == "fp16" else 1.0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("narrow", ["bf16", "fp16"])
 def test_training_comes_down_as_in_fp32_with_weights_and_moments_in_fp32(tmp_path, narrow):
     ends = {}
