@@ -12,7 +12,7 @@ from rwkvpipe.infer.engine import load_vocabulary
 from rwkvpipe.train.loop import Hooks, fit
 from rwkvpipe.train.optim import whole_length
 from rwkvpipe.train.preference import Preferences, pair_batches, read_pairs, targets, tokens
-from rwkvpipe.train.rollout import drawn
+from rwkvpipe.train.question import drawn
 from rwkvpipe.train.stage import finish, open_stage, run_of, stage_parser
 
 

@@ -14,7 +14,8 @@ from rwkvpipe.tasks.registry import grader
 from rwkvpipe.train.loop import Hooks, fit
 from rwkvpipe.train.optim import whole_length
 from rwkvpipe.train.policy import Rollout, grpo_losses
-from rwkvpipe.train.rollout import Sampler, check_fits, read_questions
+from rwkvpipe.train.question import read_questions
+from rwkvpipe.train.rollout import Sampler, check_fits
 from rwkvpipe.train.stage import finish, open_stage, run_of, stage_parser
 
 

@@ -15,9 +15,11 @@ from rwkvpipe.model.family import build
 from rwkvpipe.show.chart import curves
 from rwkvpipe.show.metrics import read_metrics
 from rwkvpipe.tokenizer.load import load_tokenizer
-from rwkvpipe.train import rollout
+from rwkvpipe.train import question, rollout
+from rwkvpipe.train.question import Room
 from rwkvpipe.train.record import MEASURED
 from rwkvpipe.train.reference import Reference
+from rwkvpipe.train.reward import Rewards
 from rwkvpipe.train.stage import open_stage, stage_parser
 from rwkvpipe.weights import store
 
@@ -36,7 +38,7 @@ class PlainEngine:
             for sample in range(samples):
                 key = f"{sampling.seed} {number} {sample}".encode()
                 stream = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7]))
-                ids, found, logprobs = self.tokenizer.encode(prompt), [], []
+                ids, found, logprobs = list(prompt), [], []
                 for _ in range(sampling.max_tokens):
                     logits, _ = self.model(torch.tensor([ids + found]))
                     chances = (logits[0, -1] / sampling.temperature).softmax(-1)
@@ -66,11 +68,11 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-def settings(home, **changes):
+def settings(home, prompt="{question}=", **changes):
     train = {"steps": 4, "ctx_len": 64, "batch": 2, "lr": 0.003, "warmup": 0, "log_every": 1} | changes.pop("train", {})
     asked = {"samples": 4, "sampling": SamplingConfig(max_tokens=4)} | changes.pop("rollout", {})
     value = Settings(
-        kind="grpo", seed=5, train=TrainConfig(**train), rollout=RolloutConfig(**asked), prompt="{question}=", **changes
+        kind="grpo", seed=5, train=TrainConfig(**train), rollout=RolloutConfig(**asked), prompt=prompt, **changes
     )
     write_json(home / "settings.json", value.model_dump(mode="json"))
 
@@ -95,6 +97,7 @@ CASES = {
     "adapter": {"lora": LORA, "rollout": {"beta": 0.1, "iterations": 2}},
     "slices": {"rollout": {"slices": 2}},
     "following": {"rollout": {"beta": 0.1, "sync": 3, "mixup": 0.5, "iterations": 2}},
+    "taught": {"rollout": {"beta": 0.1, "top_entropy": 0.5, "kl_equal": False, "kl_ratio": True, "slices": 2}},
 }
 
 
@@ -113,24 +116,24 @@ class Break:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("place", ["grade", 1, 3])
-def test_a_run_stopped_in_rollout_or_update_ends_in_the_same_weights(home, monkeypatch, case, place):
+def test_a_run_stopped_in_rollout_or_update_ends_in_the_same_weights(home, monkeypatch, case):
     settings(home, **CASES[case])
     whole = run(home, "whole")
-    with monkeypatch.context() as patch:
-        if place == "grade":  # 8 grades a rollout
-            patch.setattr(rollout, "reward", lambda name: Break(even, 11))
-        else:  # one call a step
-            patch.setattr("rwkvpipe.train.policy.completion_logprobs", Break(rollout.completion_logprobs, place))
-        with pytest.raises(Stopped):
-            run(home, "cut")
-    again = run(home, "cut")
-    assert whole[0].keys() == again[0].keys()
-    for name, value in whole[0].items():
-        assert torch.equal(value, again[0][name]), name
-    assert whole[1:] == again[1:]
-    assert [row["step"] for row in whole[1]] == [1, 2, 3, 4]
-    assert [path.name for path in (home / "cut" / "checkpoints").iterdir()] == ["ended.json"]
+    for place in ("grade", 1, 3):
+        with monkeypatch.context() as patch:
+            if place == "grade":  # 8 grades a rollout
+                patch.setattr(rollout, "reward", lambda name: Break(even, 11))
+            else:  # one call a step
+                patch.setattr("rwkvpipe.train.policy.completion_logprobs", Break(rollout.completion_logprobs, place))
+            with pytest.raises(Stopped):
+                run(home, f"cut{place}")
+        again = run(home, f"cut{place}")
+        assert whole[0].keys() == again[0].keys()
+        for name, value in whole[0].items():
+            assert torch.equal(value, again[0][name]), name
+        assert whole[1:] == again[1:]
+        assert [row["step"] for row in whole[1]] == [1, 2, 3, 4]
+        assert [path.name for path in (home / f"cut{place}" / "checkpoints").iterdir()] == ["ended.json"]
 
 
 def test_the_micro_batch_decides_no_result(home):
@@ -178,18 +181,44 @@ def test_what_is_rewarded_becomes_more_frequent(home):
 
 def test_every_question_is_asked_once_before_any_is_asked_again():
     config = TrainConfig(steps=1, batch=3)
-    asked = [i for step in range(5) for i in rollout.drawn(5, config, step, 1)]
+    asked = [i for step in range(5) for i in question.drawn(5, config, step, 1)]
     assert sorted(asked[:5]) == sorted(asked[5:10]) == sorted(asked[10:]) == list(range(5))
     assert asked[:5] != asked[5:10] or asked[:5] != asked[10:]
     in_order = TrainConfig(steps=1, batch=3, order="sequential")
-    assert rollout.drawn(5, in_order, 1, 1) == [3, 4, 0]
+    assert question.drawn(5, in_order, 1, 1) == [3, 4, 0]
 
 
-def test_a_prompt_that_leaves_no_room_is_named_by_its_line(home):
-    settings(home, train={"ctx_len": 10})
-    write_jsonl(home / "q.jsonl", [{"question": q, "answer": "1"} for q in ("1", "1234567")])
-    with pytest.raises(DataError, match=r"q\.jsonl:2: the prompt has 8 tokens"):
-        run(home, "a")
+def test_a_prompt_that_leaves_no_room_is_cut_in_sampling_and_learning_alike(home, caplog):
+    questions = ["12", "1234567", "98765"]
+    for long, kept, text in (
+        ("end", [q[-5:] for q in questions], "{question}="),
+        ("start", ["12=", "123456", "98765="], "{question}"),
+    ):
+        made = []
+        for asked, prompt in ((questions, "{question}="), (kept, text)):
+            write_jsonl(home / "q.jsonl", [{"question": q, "answer": "1"} for q in asked])
+            settings(home, train={"ctx_len": 10, "steps": 3}, rollout={"long": long, "beta": 0.1}, prompt=prompt)
+            made.append(run(home, f"{long}{len(made)}"))
+        (tensors, rows, told), (wanted, *others) = made
+        assert [rows, told] == others and all(torch.equal(tensors[name], wanted[name]) for name in wanted)
+        assert {line["prompt"] for line in told} <= {"12=", "34567=", "123456", "98765="}
+        assert max(row["sampler_gap_largest"] for row in rows) < 1e-4
+        assert f"more than 6 tokens leave no room: 1 are cut, their {long} is kept" in caplog.text
+
+
+def test_questions_that_are_too_long_are_left_out_or_refused_as_is_asked(home, caplog):
+    write_jsonl(home / "q.jsonl", [{"question": q, "answer": "1"} for q in ("1", "1234567", "2")])
+
+    def read(longest, long):
+        tokenizer = load_tokenizer("bytes")
+        return question.read_questions(home / "q.jsonl", lambda row: row["question"], tokenizer, Room(longest, long))
+
+    assert [each.prompt for each in read(3, "drop")] == ["1", "2"]
+    assert "more than 3 tokens leave no room: 1 are left out" in caplog.text
+    with pytest.raises(DataError, match=r"q\.jsonl:2: the prompt has 7 tokens; 1 to 3"):
+        read(3, "refuse")
+    with pytest.raises(DataError, match=r"no questions in it but 3 that are too long"):
+        read(0, "drop")
 
 
 @pytest.mark.parametrize("rows", [[], [{"text": "x"}], [{"question": 3, "answer": "3"}], [{"question": "3"}]])
@@ -235,7 +264,7 @@ def test_completions_cut_off_are_masked_when_asked(home):
     settings(home, rollout={"mask_truncated": True})
     stage = open_stage(parsed(home), kind="grpo")
     tokenizer = load_tokenizer("bytes")
-    questions = rollout.read_questions(home / "q.jsonl", lambda row: row["question"], tokenizer, 60)
+    questions = question.read_questions(home / "q.jsonl", lambda row: row["question"], tokenizer, Room(60))
     found = [Completion(0, n, [7, 8, 9], "x", [0.0] * 3, end) for n, end in enumerate(("length", "stop"))]
     made = rollout.Sampler(stage, questions, tokenizer, 8).arrange(questions, found, torch.ones(2))
     assert made.mask.tolist() == [[0, 0, 0], [1, 1, 1]]  # the loss divides by what the mask holds
@@ -287,6 +316,15 @@ def silent(completions):
 async def later(completions):
     import asyncio
     return await asyncio.gather(*(asyncio.sleep(0, float(len(text))) for text in completions))
+
+async def together(completions):
+    import asyncio
+    others = len(asyncio.all_tasks()) > 2
+    await asyncio.sleep(0)
+    return [float(others)] * len(completions)
+
+async def likewise(completions):
+    return await together(completions)
 
 def breaks(completions):
     return completions[0] + 1
@@ -361,7 +399,7 @@ def test_slices_are_learned_from_in_turn_and_hold_every_completion_once(home):
     settings(home, train={"steps": 4}, rollout={"slices": 4, "iterations": 1})
     stage = open_stage(parsed(home), kind="grpo")
     tokenizer = load_tokenizer("bytes")
-    questions = rollout.read_questions(home / "q.jsonl", lambda row: row["question"], tokenizer, 60)
+    questions = question.read_questions(home / "q.jsonl", lambda row: row["question"], tokenizer, Room(60))
     stream = rollout.Sampler(stage, questions, tokenizer, 8).batches(0, {})
     parts = [next(stream) for _ in range(5)]
     pairs = [pair for part in parts[:4] for pair in zip(part.ids, part.first, strict=True)]
@@ -424,6 +462,16 @@ def gaps(completions, completion_ids, masks):
 def outside(completions, completion_ids, masks):
     return {"completions": completions, "completion_ids": completion_ids + 999, "masks": masks}
 """
+
+
+def test_rewards_that_are_waited_for_are_waited_for_at_the_same_time(home, monkeypatch):
+    monkeypatch.chdir(home)
+    (home / "judges.py").write_text(JUDGES)
+    asked = RolloutConfig(reward={"judges.py:together": 1.0, "answer": 1.0, "judges.py:likewise": 2.0})
+    found = [Completion(0, n, [7], "x", [0.0], "stop") for n in range(3)]
+    rewards = Rewards(asked, lambda name: even)
+    assert rewards([{"question": "q"}] * 3, ["q"] * 3, found) == [[even({}, "x"), 1.0, 1.0]] * 3
+    assert list(rewards.weights) == ["answer", "judges.py:likewise", "judges.py:together"]
 
 
 def test_hooks_that_change_nothing_change_nothing(home, monkeypatch):

@@ -46,7 +46,7 @@ TRIES: dict[str, list[tuple]] = {
     "train.steps": [(5, {}, KINDS)],
     "train.epochs": [(3, {"train.steps": None}, KINDS)],
     "train.tokens": [(90, {"train.steps": None}, ("pretrain",))],
-    "train.ctx_len": [(5, {}, ("pretrain", "sft", "dpo"))],
+    "train.ctx_len": [(5, {}, KINDS)],
     "train.batch": [(3, {}, KINDS)],
     "train.lr": [(0.02, {}, KINDS)],
     "train.lr_final": [(0.003, {}, KINDS)],
@@ -95,6 +95,15 @@ TRIES: dict[str, list[tuple]] = {
     "dpo.smoothing": [(0.3, {}, ("dpo",)), (0.3, {"dpo.loss": "ipo"}, ())],
     "rollout.samples": [(3, {}, ("grpo",))],
     "rollout.reward": [("judge.py:short", {}, ("grpo",)), ({"judge.py:even": 1, "judge.py:short": 0.5}, {}, ("grpo",))],
+    "rollout.aggregate": [
+        ("normalize_then_sum", {}, ("grpo",)),
+        ("normalize_then_sum", {"rollout.scale": "none"}, ()),
+    ],
+    "rollout.long": [
+        ("start", {"train.ctx_len": 12}, ("grpo",)),
+        ("drop", {"train.ctx_len": 12}, ()),  # nothing would be left
+        ("refuse", {"train.ctx_len": 12}, ()),
+    ],
     "rollout.loss": [
         (loss, {"rollout.sampling.bias": {97: 5.0}}, ("grpo",)) for loss in ("grpo", "bnpo", "dr_grpo", "cispo")
     ],
@@ -105,6 +114,12 @@ TRIES: dict[str, list[tuple]] = {
     "rollout.delta": [(1.01, {}, ("grpo",)), (1.01, {"rollout.loss": "cispo"}, ())],
     "rollout.beta": [(0.5, {}, ("grpo",))],
     "rollout.kl": [(kind, {"rollout.beta": 0.5}, ("grpo",)) for kind in ("k1", "k2")] + [("k1", {}, ())],
+    "rollout.kl_ratio": [(True, {"rollout.beta": 0.5}, ("grpo",)), (True, {}, ())],
+    "rollout.kl_equal": [
+        (False, {"rollout.beta": 0.5, "rollout.reward": "judge.py:some"}, ("grpo",)),
+        (False, {}, ()),
+    ],
+    "rollout.top_entropy": [(0.5, {}, ("grpo",))],
     "rollout.scale": [(scale, {}, ("grpo",)) for scale in ("batch", "none")],
     "rollout.advantage_clip": [(0.3, {}, ("grpo",))],
     "rollout.low_reward": [(99.0, {}, ("grpo",))],
@@ -212,6 +227,7 @@ def test_every_word_that_a_setting_knows_is_tried():
         }
         default |= {"train.watch.bad": "skip"}
         default |= {"dpo.loss": "sigmoid", "rollout.loss": "dapo", "rollout.level": "token", "rollout.kl": "k3"}
+        default |= {"rollout.aggregate": "sum_then_normalize", "rollout.long": "end"}
         default |= {"rollout.scale": "group", "rollout.sampling.order": "hf", "model.family": "rwkv7"}
         if words and path not in ("model.preset", "rollout.reward"):
             assert words <= tried | {default.get(path)}, (path, words - tried)
@@ -242,6 +258,8 @@ class Bench:
         write_jsonl(folder / "pairs.jsonl", pairs)
         (folder / "judge.py").write_text(
             "def even(completions):\n    return [sum(c.encode()) % 7 for c in completions]\n\n\n"
+            "def some(completions, question):\n"
+            "    return [sum(c.encode()) % 7 * (int(q[0]) % 2) for c, q in zip(completions, question)]\n\n\n"
             "def short(completions):\n    return [-float(len(c.encode())) for c in completions]\n\n\n"
             "def halve(completions, completion_ids, masks):\n    masks[:, 2:] = False\n"
             "    return {'completions': completions, 'completion_ids': completion_ids * masks, 'masks': masks}\n\n\n"

@@ -28,6 +28,7 @@ Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
+Part = Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1, lt=2**48, strict=True)]
 Whole = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 

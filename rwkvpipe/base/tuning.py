@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from rwkvpipe.base.strict import Count, NotNegative, Positive, Real, Share, Strict, Whole
+from rwkvpipe.base.strict import Count, NotNegative, Part, Positive, Real, Share, Strict, Whole
 
 # a task, or a function in a Python file
 Judge = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]*|[^:]+\.py:[A-Za-z_][A-Za-z0-9_]*)$")]
@@ -138,8 +138,14 @@ class RolloutConfig(Strict):
     reward: Reward = "answer"
     """The task that grades completions; or `file.py:function`, a function of yours; or several of them with their
     weights, {answer: 1, "rewards.py:short": 0.2}."""
+    aggregate: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    """Several rewards: their weighted sum is compared in its group; or each of them is, divided by its own deviation
+    there, then the weighted sum divided by its deviation in the batch (GDPO)."""
     sampling: SamplingConfig = SamplingConfig()
     """How they are sampled."""
+    long: Literal["end", "start", "drop", "refuse"] = "end"
+    """What is kept of a prompt that leaves no room for sampling.max_tokens within train.ctx_len: its end, or its
+    start; or the question is dropped, or refused."""
     loss: Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo"] = "dapo"
     """Normaliser of the policy loss; cispo: that of dapo, where the clipped ratio weighs the gradient of each token
     and silences none."""
@@ -157,6 +163,13 @@ class RolloutConfig(Strict):
     """Weight of the divergence from the starting model."""
     kl: Literal["k1", "k2", "k3"] = "k3"
     """Its estimator."""
+    kl_ratio: bool = False
+    """Multiply it by the importance ratio, which corrects the bias of its gradient."""
+    kl_equal: bool = True
+    """Whether groups in which no advantage is left, all rewards being equal, are held to the start as well."""
+    top_entropy: Part = 1.0
+    """Share of the tokens, those of the highest entropy when they were drawn, that the reward teaches; the divergence
+    is measured at all."""
     scale: Literal["group", "batch", "none"] = "group"
     """What rewards are divided by."""
     advantage_clip: Positive | None = None
@@ -193,6 +206,10 @@ class RolloutConfig(Strict):
             raise ValueError("part counts completions in a row, which slices mix; give one of them")
         if self.kl != "k3" and not self.beta:
             raise ValueError(f"kl {self.kl} estimates a divergence that beta 0 leaves out; give beta")
+        if not self.beta and (self.kl_ratio or not self.kl_equal):
+            raise ValueError("kl_ratio and kl_equal are about a divergence that beta 0 leaves out; give beta")
+        if self.aggregate == "normalize_then_sum" and self.scale != "group":
+            raise ValueError(f"scale {self.scale} does nothing where each reward is divided by its own deviation")
         if self.sync is not None and not self.beta:
             raise ValueError("sync moves what a divergence is measured from, which beta 0 leaves out; give beta")
         if self.mixup is not None and self.sync is None:

@@ -79,8 +79,10 @@ class Engine:
         """What the ids write."""
         return words(self.tokenizer, self.model.config.vocab_size)
 
-    def begin(self, text: str) -> list[int]:
-        """Ids of a text to go on from; without any, the id that ends documents stands before it."""
+    def begin(self, text: str | Sequence[int]) -> list[int]:
+        """Ids of a text (or they themselves) to go on from; without any, the id that ends documents stands before."""
+        if not isinstance(text, str):
+            return list(text)
         parts = re.split("|".join(f"({re.escape(word)})" for word in self.special), text) if self.special else [text]
         ids = []
         for part in filter(None, parts):
@@ -95,13 +97,13 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Sequence[int]],
         sampling: SamplingConfig,
         samples: int = 1,
         *,
         numbers: Sequence[int] | None = None,
     ) -> Iterator[Completion]:
-        """Complete each prompt `samples` times; completions come as they finish.
+        """Complete each prompt, a text or ids, `samples` times; completions come as they finish.
 
         A completion depends on the weights, its prompt and `sampling`, and on the prompt's number (its place, or
         the one in `numbers`) and the sample's, of which its stream of random numbers is made; on nothing else.

@@ -1,72 +1,21 @@
-"""GRPO without input or output: advantages, log-probabilities, the clipped policy loss.
+"""GRPO without input or output: log-probabilities and the clipped policy loss.
 
 Formulas as in TRL's GRPOTrainer (https://github.com/huggingface/trl), whose defaults these are.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rwkvpipe.base.config import RolloutConfig
-from rwkvpipe.base.errors import ConfigError
 from rwkvpipe.train.dist import ALONE, Rank
 from rwkvpipe.train.loss import device_of
 from rwkvpipe.train.precision import arithmetic
 
 CLIPPED = ("clip_ratio/low_mean", "clip_ratio/high_mean")  # tokens whose ratio was clipped, as they are reported
-
-
-def _deviation(values: Tensor, known: Tensor, dim: int) -> Tensor:
-    """Sample deviation over the known values; 0 where fewer than two are known."""
-    count = known.sum(dim, keepdim=True)
-    mean = values.sum(dim, keepdim=True) / count.clamp(min=1)
-    square = ((values - mean) * known).square().sum(dim, keepdim=True)
-    return (square / (count - 1).clamp(min=1)).sqrt()
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What is done to advantages when they are made, in any scale: first the clip, then what weak groups count."""
-
-    clip: float | None = None
-    """Their largest size."""
-    low: float | None = None
-    """A group whose best reward is below it counts `share`."""
-    share: float = 1.0
-
-
-def advantages(
-    rewards: Tensor | Sequence[float], group: int, scale: str = "group", *, bounds: Bounds | None = None
-) -> Tensor:
-    """How much better each completion is than its group: (N,) fp64 from rewards (N,), groups of `group` in a row.
-
-    r minus the group's mean, divided by (deviation + 1e-4) of the group, of the batch, or by nothing (`none`).
-    A group whose rewards are all equal gets exactly 0. NaN rewards get 0 and count in no mean and no deviation.
-    """
-    bounds = bounds or Bounds()
-    rewards = torch.as_tensor(rewards, dtype=torch.float64).detach()
-    if group < 1 or len(rewards) % group:
-        raise ConfigError(f"rollout.samples: {len(rewards)} rewards do not make groups of {group}")
-    if scale not in ("group", "batch", "none"):
-        raise ConfigError(f"rollout.scale: {scale!r} is none of group, batch, none")
-    rows = rewards.view(-1, group)  # (groups, group)
-    known = ~rows.isnan()
-    values = torch.where(known, rows, 0.0)
-    mean = values.sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp(min=1)
-    highest = rows.masked_fill(~known, -torch.inf).amax(1, keepdim=True)
-    lowest = rows.masked_fill(~known, torch.inf).amin(1, keepdim=True)
-    centred = torch.where(known & (highest > lowest), rows - mean, 0.0)
-    if scale == "group":
-        centred = centred / (_deviation(values, known, 1) + 1e-4)
-    elif scale == "batch":
-        centred = centred / (_deviation(values.flatten(), known.flatten(), 0) + 1e-4)
-    if bounds.clip is not None:
-        centred = centred.clamp(-bounds.clip, bounds.clip)
-    if bounds.low is not None:
-        centred = torch.where(highest < bounds.low, bounds.share * centred, centred)
-    return centred.flatten()
 
 
 def token_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
@@ -83,6 +32,8 @@ class Rollout:
 
     ids (R, T) long; first (R,) position of each row's first completion token; mask (R, C) 1 where a completion
     token counts; advantages (R,); old, reference (R, C) log-probabilities (reference None without divergence).
+    taught (R, C) is 1 at tokens that the reward teaches, held (R,) 1 for rows that are held to the reference; None is
+    all of them.
     """
 
     ids: Tensor
@@ -91,21 +42,17 @@ class Rollout:
     advantages: Tensor
     old: Tensor
     reference: Tensor | None = None
+    taught: Tensor | None = None
+    held: Tensor | None = None
 
     def rows(self, part: slice | Tensor) -> "Rollout":
         """Some of the rows, cut to the longest of them."""
         mask = self.mask[part]
         used = max(int(mask.any(0).nonzero().max()) + 1 if mask.any() else 0, 1)
-        reference = None if self.reference is None else self.reference[part, :used]
         width = int(self.first[part].max()) + used
-        return Rollout(
-            self.ids[part, :width],
-            self.first[part],
-            mask[:, :used],
-            self.advantages[part],
-            self.old[part, :used],
-            reference,
-        )
+        found = {name: value[part] for name, value in vars(self).items() if value is not None}
+        cut = {name: found[name][:, :used] for name in ("mask", "old", "reference", "taught") if name in found}
+        return Rollout(**(found | cut | {"ids": found["ids"][:, :width]}))
 
     def to(self, device: torch.device) -> "Rollout":
         """The same on another device."""
@@ -121,12 +68,12 @@ def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def completion_logprobs(
-    model: nn.Module, rollout: Rollout, temperature: float, precision: str = "fp32", told: list[float] | None = None
+    model: nn.Module, rollout: Rollout, temperature: float, precision: str = "fp32", told: list[Tensor] | None = None
 ) -> Tensor:
     """Log-probabilities (R, C) of the completions' tokens, 0 where the mask is 0; padding enters no state used.
 
     Row by row the result is that of the row alone: positions after a row's last token are never gathered. `told` is
-    given the sum of the entropies where these tokens were drawn.
+    given the entropies (R, C) where these tokens were drawn.
     """
     with arithmetic(precision, rollout.ids.device):
         features, _ = model.features(rollout.ids[:, :-1])  # (R, T - 1, D)
@@ -136,11 +83,23 @@ def completion_logprobs(
         wanted = features.gather(1, places[..., None].expand(-1, -1, features.shape[-1]))  # (R, C, D)
         logits = model.logits(wanted)
     tokens = rollout.ids.gather(1, (places + 1).clamp(max=rollout.ids.shape[1] - 1))
-    if told is not None:
-        rows = zip(logits.detach(), rollout.mask != 0, strict=True)  # row by row: it is as large as the logits
-        told.append(sum(float(token_entropy(row[here], temperature).sum()) for row, here in rows))
+    if told is not None:  # row by row: it is as large as the logits
+        rows = torch.stack([token_entropy(row, temperature) for row in logits.detach()])
+        told.append(torch.where(rollout.mask != 0, rows, 0.0))
     found = token_logprobs(logits, tokens, temperature)
     return torch.where(rollout.mask != 0, found, 0.0)
+
+
+def most_uncertain(entropy: Tensor, mask: Tensor, share: float) -> Tensor:
+    """1 at the tokens (R, C) that count and whose entropy is in the highest `share` of theirs, 0 elsewhere.
+
+    The border is the (1 - share) quantile over all of them, as in TRL (Wang et al. 2025, arXiv 2506.01939).
+    """
+    counted = mask != 0
+    if not counted.any():
+        return torch.zeros_like(mask)
+    border = float(np.quantile(entropy[counted].double().numpy(), 1 - share))
+    return (counted & (entropy >= border)).to(mask)
 
 
 @dataclass(frozen=True)
@@ -161,6 +120,18 @@ def _divergence(kind: str, apart: Tensor) -> Tensor:
     return apart.exp() - apart - 1
 
 
+def _costs(ratio: Tensor, new: Tensor, rollout: Rollout, config: RolloutConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """What each token costs without divergence (R, C), and where its ratio was clipped below and above."""
+    low, high = 1 - config.epsilon, 1 + (config.epsilon if config.epsilon_high is None else config.epsilon_high)
+    gain = rollout.advantages.to(new.dtype).unsqueeze(1)  # (R, 1)
+    if config.loss == "cispo":
+        cost = -ratio.clamp(low, high).detach() * gain * torch.where(rollout.mask != 0, new, 0.0)
+        return cost, ratio < low, ratio > high
+    bounded = ratio if config.delta is None else ratio.clamp(max=config.delta)
+    cost = -torch.minimum(bounded * gain, ratio.clamp(low, high) * gain)
+    return cost, (ratio < low) & (gain < 0), (ratio > high) & (gain > 0)
+
+
 def policy_loss(new: Tensor, rollout: Rollout, config: RolloutConfig, *, share: Share) -> tuple[Tensor, dict]:
     """The clipped policy loss of some rows (a scalar), and sums over their tokens to report.
 
@@ -174,23 +145,18 @@ def policy_loss(new: Tensor, rollout: Rollout, config: RolloutConfig, *, share: 
     # outside the mask values are arbitrary: make them 0 before any exponential sees them
     shift = torch.where(mask != 0, new - rollout.old.to(new.dtype), 0.0)
     if config.level == "sequence":
-        shift = (shift.sum(1) / lengths.clamp(min=1)).unsqueeze(1).expand_as(shift)
+        shift = ((shift * mask).sum(1) / lengths.clamp(min=1)).unsqueeze(1).expand_as(shift)
     ratio = shift.exp()
-    low, high = 1 - config.epsilon, 1 + (config.epsilon if config.epsilon_high is None else config.epsilon_high)
-    gain = rollout.advantages.to(new.dtype).unsqueeze(1)  # (R, 1)
-    if config.loss == "cispo":
-        cost = -ratio.clamp(low, high).detach() * gain * torch.where(mask != 0, new, 0.0)
-        below, above = ratio < low, ratio > high
-    else:
-        bounded = ratio if config.delta is None else ratio.clamp(max=config.delta)
-        cost = -torch.minimum(bounded * gain, ratio.clamp(low, high) * gain)
-        below, above = (ratio < low) & (gain < 0), (ratio > high) & (gain > 0)
+    cost, below, above = _costs(ratio, new, rollout, config)
     measures = dict(zip(CLIPPED, ((below * mask).sum(), (above * mask).sum()), strict=True))
     measures["tokens"] = mask.sum()
+    if rollout.taught is not None:
+        cost = cost * rollout.taught.to(new.dtype)
     if rollout.reference is not None:
         apart = torch.where(mask != 0, rollout.reference.to(new.dtype) - new, 0.0)
-        divergence = _divergence(config.kl, apart)
-        cost = cost + config.beta * divergence
+        divergence = _divergence(config.kl, apart) * (ratio if config.kl_ratio else 1)
+        held = 1 if rollout.held is None else rollout.held.to(new.dtype).unsqueeze(1)  # (R, 1)
+        cost = cost + config.beta * held * divergence
         measures["kl_div"] = (divergence * mask).sum()
     cost = cost * mask
     if config.loss == "grpo":

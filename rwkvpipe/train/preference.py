@@ -18,7 +18,7 @@ from rwkvpipe.tokenizer.load import Tokenizer
 from rwkvpipe.train.loss import device_of
 from rwkvpipe.train.policy import token_logprobs
 from rwkvpipe.train.precision import arithmetic
-from rwkvpipe.train.rollout import drawn
+from rwkvpipe.train.question import drawn
 from rwkvpipe.train.stage import Stage
 from rwkvpipe.weights import lora
 

@@ -2,7 +2,7 @@
 
 A function is called as TRL calls one, by names: `prompts` and `completions` (texts), `completion_ids`, and a list for
 each column of the questions; it returns a number for each completion, or None where it has nothing to say. It may be
-`async`, and ask for many grades at once.
+`async`, and ask for many grades at once; several such functions wait at the same time.
 """
 
 import asyncio
@@ -22,8 +22,14 @@ Grade = Callable[[dict, str], float | None]
 KEY = "rollout.reward"
 
 
-async def _awaited(given: Awaitable) -> object:
-    return await given
+async def _awaited(given: dict[str, Awaitable]) -> dict[str, object]:
+    """What functions return that are waited for, all at the same time."""
+
+    async def one(name: str) -> object:
+        with theirs(KEY, name):
+            return await given[name]
+
+    return dict(zip(given, await asyncio.gather(*map(one, given)), strict=True))
 
 
 def _checked(name: str, given: object, count: int) -> list[float]:
@@ -65,18 +71,18 @@ class Rewards:
 
     def __call__(self, rows: list[dict], prompts: list[str], found: list[Completion]) -> list[list[float]]:
         """Grades (completions, rewards); `rows` and `prompts` are those of the completions, one by one."""
-        grades_of = []
-        for name in self.weights:
-            if name in self.tasks:
-                grades = [self.tasks[name](row, c.text) for row, c in zip(rows, found, strict=True)]
-                grades_of.append([math.nan if grade is None else grade for grade in grades])
-                continue
+        given: dict[str, object] = {}
+        for name, own in self.own.items():
             every = columns(rows) | {"prompts": list(prompts), "completions": [c.text for c in found]}
             every |= {"completion_ids": [list(c.ids) for c in found]}
             with theirs(KEY, name):
-                given = self.own[name](**taken(self.own[name], every))
-                given = asyncio.run(_awaited(given)) if inspect.isawaitable(given) else given
-            grades_of.append(_checked(name, given, len(found)))
+                given[name] = own(**taken(own, every))
+        waiting = {name: value for name, value in given.items() if inspect.isawaitable(value)}
+        given |= asyncio.run(_awaited(waiting)) if waiting else {}
+        for name, grade in self.tasks.items():
+            grades = [grade(row, c.text) for row, c in zip(rows, found, strict=True)]
+            given[name] = [math.nan if each is None else each for each in grades]
+        grades_of = [_checked(name, given[name], len(found)) for name in self.weights]
         return [list(row) for row in zip(*grades_of, strict=True)]
 
     def total(self, grades: Tensor) -> Tensor:

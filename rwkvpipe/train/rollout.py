@@ -1,81 +1,28 @@
 """What GRPO learns from: completions sampled with the current policy, graded, with their log-probabilities."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rwkvpipe.base.config import RolloutConfig, TrainConfig
-from rwkvpipe.base.errors import ConfigError, DataError
-from rwkvpipe.base.files import read_jsonl
+from rwkvpipe.base.config import RolloutConfig
+from rwkvpipe.base.errors import ConfigError
 from rwkvpipe.infer.engine import Completion, Engine
 from rwkvpipe.tasks.registry import reward
 from rwkvpipe.tokenizer.load import Tokenizer
+from rwkvpipe.train.advantage import Bounds, advantages, normalised
 from rwkvpipe.train.hooks import Shaping
 from rwkvpipe.train.loop import step_seed
-from rwkvpipe.train.policy import CLIPPED, Bounds, Rollout, advantages, completion_logprobs
+from rwkvpipe.train.policy import CLIPPED, Rollout, completion_logprobs, most_uncertain
+from rwkvpipe.train.question import Question, Room, drawn
 from rwkvpipe.train.record import Log
 from rwkvpipe.train.reference import Reference
 from rwkvpipe.train.reward import Rewards, spreads
 from rwkvpipe.train.stage import Stage
 from rwkvpipe.weights import lora
-
-Check = Callable[[dict], None]
-"""Raises DataError for a row that cannot be graded."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """A row of the question file, the text that the model reads, and its ids."""
-
-    row: dict
-    prompt: str
-    ids: list[int]
-
-
-def read_questions(
-    path: Path, prompt_of: Callable[[dict], str], tokenizer: Tokenizer, longest: int, checks: Sequence[Check] = ()
-) -> list[Question]:
-    """Questions as prompts of at most `longest` tokens, each judged by `checks`.
-
-    Raises DataError naming the line of one that does not do.
-    """
-    found = []
-    for number, row in enumerate(read_jsonl(path), 1):
-        try:
-            if not isinstance(row.get("question"), str):
-                raise DataError("no text under `question`")
-            for check in checks:
-                check(row)
-            prompt = prompt_of(row)
-            ids = tokenizer.encode(prompt)
-        except DataError as error:
-            raise DataError(f"{path}:{number}: {error}") from None
-        if not 1 <= len(ids) <= longest:
-            raise DataError(
-                f"{path}:{number}: the prompt has {len(ids)} tokens; 1 to {longest} leave room for the completion"
-                " (train.ctx_len less rollout.sampling.max_tokens)"
-            )
-        found.append(Question(row, prompt, ids))
-    if not found:
-        raise DataError(f"{path}: no questions in it")
-    return found
-
-
-def drawn(count: int, config: TrainConfig, step: int, seed: int) -> list[int]:
-    """Which of `count` questions step `step` asks: passes over all of them, each in an order of its own."""
-    chosen = []
-    for place in range(step * config.batch, (step + 1) * config.batch):
-        epoch, index = divmod(place, count)
-        if config.order != "sequential":
-            stream = torch.Generator().manual_seed(step_seed(seed, epoch))
-            index = int(torch.randperm(count, generator=stream)[index])
-        chosen.append(index)
-    return chosen
 
 
 class Sampler:
@@ -154,7 +101,7 @@ class Sampler:
         with lora.folded(model) if settings.lora else nullcontext():
             engine = Engine(model, self.tokenizer, 4 * self.micro_batch)
             own = range(rank.index, len(asked), rank.count)
-            given = list(engine.generate([asked[n].prompt for n in own], sampling, samples, numbers=own))
+            given = list(engine.generate([asked[n].ids for n in own], sampling, samples, numbers=own))
         found = [Completion(**fields) for part in rank.gather(list(map(asdict, given))) for fields in part]
         found.sort(key=lambda completion: (completion.prompt, completion.sample))
         texts = ([asked[c.prompt].row for c in found], [asked[c.prompt].prompt for c in found])
@@ -163,12 +110,18 @@ class Sampler:
         # one process grades for all: a function of the user's may draw lots
         grades = torch.tensor(rank.gather(self.rewards(*texts, found) if not rank.index else None)[0])
         rewards = self.rewards.total(grades.double())
-        gains = advantages(rewards, samples, self.config.scale, bounds=bounds(self.config))
-        rollout = self.with_logprobs(self.arrange(asked, found, gains, counts))
+        rollout = self.with_logprobs(self.arrange(asked, found, self.gains(rewards, grades), counts))
         self.facts |= self.describe(found, rewards, rollout, foreign) | self.rewards.facts(grades)
         self.tell(step, asked, found, (rollout, rewards, grades, seed))
         model.train()
         return rollout
+
+    def gains(self, rewards: Tensor, grades: Tensor) -> Tensor:
+        """Advantages (N,) from the rewards (N,), which are sums of grades (N, F)."""
+        config, apart = self.config, None
+        if config.aggregate == "normalize_then_sum":
+            apart = normalised(grades, self.rewards.weights.values(), config.samples)
+        return advantages(rewards, config.samples, config.scale, bounds=bounds(config), apart=apart)
 
     def tell(self, step: int, asked: list[Question], found: list[Completion], what: tuple) -> None:
         """Write the first completions of a rollout down."""
@@ -179,7 +132,9 @@ class Sampler:
 
         for row, completion in enumerate(found[: self.config.kept]):
             told = {"step": step + 1, "question": completion.prompt, "sample": completion.sample}
-            told |= {"prompt": asked[completion.prompt].prompt, "text": completion.text, "ids": completion.ids}
+            question = asked[completion.prompt]
+            told |= {"prompt": self.tokenizer.decode(question.ids) if question.cut else question.prompt}
+            told |= {"text": completion.text, "ids": completion.ids}
             told |= {"length": len(completion.ids), "finish": completion.finish, "seed": seed}
             told |= {"reward": known(float(rewards[row]))}
             told |= {"rewards": dict(zip(names, map(known, grades[row].tolist()), strict=True))}
@@ -209,32 +164,35 @@ class Sampler:
 
     @torch.no_grad()
     def with_logprobs(self, rollout: Rollout) -> Rollout:
-        """The same with old and, where divergence counts, reference log-probabilities by the trainer's own forward."""
-        model, fields = self.stage.model, dict(vars(rollout))
-        told: list[float] = []
-        fields["old"] = self.logprobs(model, rollout, told)
-        entropy, tokens = self.stage.rank.total(sum(told))[0], int((rollout.mask != 0).sum())
-        self.facts = {"entropy": entropy / max(tokens, 1)}
-        if self.config.beta > 0:
+        """The same with old and, where divergence counts, reference log-probabilities by the trainer's own forward,
+        and with what part of the loss each token and row has."""
+        config, fields = self.config, dict(vars(rollout))
+        fields["old"], entropy = self.logprobs(self.stage.model, rollout, uncertain=True)
+        tokens = int((rollout.mask != 0).sum())
+        self.facts = {"entropy": float(entropy.double().sum()) / max(tokens, 1)}
+        if config.top_entropy < 1:
+            fields["taught"] = most_uncertain(entropy, rollout.mask, config.top_entropy)
+        if config.beta > 0:
             with self.reference.model() as first:
-                fields["reference"] = self.logprobs(first, rollout)
+                fields["reference"], _ = self.logprobs(first, rollout)
+            if not config.kl_equal:
+                groups = rollout.advantages.view(-1, config.samples) != 0
+                fields["held"] = groups.any(1).float().repeat_interleave(config.samples)
         return Rollout(**fields)
 
-    def logprobs(self, model: torch.nn.Module, rollout: Rollout, told: list[float] | None = None) -> Tensor:
-        """Log-probabilities (R, C) on the CPU, `micro_batch` rows at a time; `told` is given sums of entropies."""
-        found = torch.zeros_like(rollout.mask)
-        for part in self.stage.rank.mine(len(found), self.micro_batch):
-            rows = rollout.rows(part)
+    def logprobs(self, model: nn.Module, rollout: Rollout, uncertain: bool = False) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (R, C) on the CPU, `micro_batch` rows at a time; and, if asked, entropies (R, C)."""
+        found, entropy = torch.zeros_like(rollout.mask), torch.zeros_like(rollout.mask)
+        settings, rank = self.stage.settings, self.stage.rank
+        for part in rank.mine(len(found), self.micro_batch):
+            rows, told = rollout.rows(part), [] if uncertain else None
             if rows.mask.any():
-                values = completion_logprobs(
-                    model,
-                    rows.to(self.stage.rank.device),
-                    self.config.sampling.temperature,
-                    self.stage.settings.train.precision,
-                    told,
-                )
+                given = rows.to(rank.device), self.config.sampling.temperature, settings.train.precision
+                values = completion_logprobs(model, *given, told)
                 found[part, : values.shape[1]] = values.cpu()
-        return self.stage.rank.sum(found)
+                if uncertain:
+                    entropy[part, : values.shape[1]] = told[0].cpu()
+        return rank.sum(found), rank.sum(entropy) if uncertain else entropy
 
     def describe(
         self, found: list[Completion], rewards: Tensor, rollout: Rollout, foreign: set[int]
@@ -283,8 +241,8 @@ def spans(name: str, numbers: list[int]) -> dict[str, float]:
     return {name.format(kind): value for kind, value in found.items()}
 
 
-def check_fits(stage: Stage) -> int:
-    """Longest prompt that leaves room for a completion. Raises ConfigError for settings that exclude each other."""
+def check_fits(stage: Stage) -> Room:
+    """What room there is for prompts beside completions. Raises ConfigError for settings that exclude each other."""
     settings, rollout = stage.settings, stage.settings.rollout
     longest = settings.train.ctx_len - rollout.sampling.max_tokens
     if longest < 1:
@@ -306,4 +264,4 @@ def check_fits(stage: Stage) -> int:
         raise ConfigError("rollout.sync: the start of an adapter is the model without it, which cannot move; leave out")
     if settings.lora is not None and settings.lora.dropout:
         raise ConfigError("lora.dropout: a policy is compared with itself, which needs dropout 0 in grpo")
-    return longest
+    return Room(longest, rollout.long)

@@ -168,6 +168,12 @@ def test_exactly_max_tokens_are_written(network):
     assert {(len(one.ids), one.finish) for one in found.values()} == {(1, "length")}
 
 
+def test_a_prompt_may_be_given_as_ids(network):
+    sampling = SamplingConfig(max_tokens=3)
+    ids = [ByteTokenizer(1).encode(text) for text in PROMPTS[:3]]
+    assert completions(network, sampling, 4, ids) == completions(network, sampling, 4, PROMPTS[:3])
+
+
 def test_ids_that_stand_for_nothing_never_come():
     network, tokenizer = model(300), TrieTokenizer({5: b"a", 9: b"b"})
     (one,) = Engine(network, tokenizer, 1).generate(["ab"], SamplingConfig(temperature=5.0, max_tokens=60, stop=()))

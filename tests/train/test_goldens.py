@@ -10,9 +10,10 @@ from rwkvpipe.base.config import LoraConfig, RolloutConfig, RwkvConfig, Sampling
 from rwkvpipe.base.errors import Stopped
 from rwkvpipe.data.batches import Batch
 from rwkvpipe.model.family import build, detect
+from rwkvpipe.train.advantage import advantages
 from rwkvpipe.train.loop import Run, fit
 from rwkvpipe.train.loss import lm_losses
-from rwkvpipe.train.policy import Rollout, advantages, completion_logprobs, grpo_losses
+from rwkvpipe.train.policy import Rollout, completion_logprobs, grpo_losses
 from rwkvpipe.train.record import Log
 from rwkvpipe.weights.lora import disabled, inject, load_adapter
 

@@ -1,6 +1,7 @@
 """Advantages, log-probabilities and the policy loss agree with independent numbers, and hold at their edges."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,12 +9,12 @@ import torch
 
 from rwkvpipe.base.config import RolloutConfig, SamplingConfig
 from rwkvpipe.base.errors import ConfigError
+from rwkvpipe.train.advantage import Bounds, advantages, normalised
 from rwkvpipe.train.policy import (
-    Bounds,
     Rollout,
     Share,
-    advantages,
     by_parts,
+    most_uncertain,
     policy_loss,
     token_entropy,
     token_logprobs,
@@ -74,6 +75,51 @@ def test_a_row_without_reward_is_left_out_of_its_group():
     alone = advantages([1.0, 0.0], 2)
     assert found.tolist() == [*alone.tolist(), 0, 0, 0, 0]
     assert advantages([nan, nan], 2, "batch").tolist() == [0, 0]
+
+
+def apart(grades, weights, group):
+    """GDPO by loops: each reward in its group, their weighted sum, then the batch."""
+    sums = np.full(len(grades), np.nan)
+    for first in range(0, len(grades), group):
+        rows = grades[first : first + group]
+        for row, some in enumerate(rows):
+            parts = []
+            for k, grade in enumerate(some):
+                known = rows[~np.isnan(rows[:, k]), k]
+                if not np.isnan(grade):
+                    spread = known.std(ddof=1) if len(known) > 1 else 0.0
+                    parts.append(weights[k] * (grade - known.mean()) / (spread + 1e-4))
+            if parts:
+                sums[first + row] = sum(parts)
+    return np.nan_to_num((sums - np.nanmean(sums)) / (np.nanstd(sums, ddof=1) + 1e-4))
+
+
+def test_rewards_are_normalised_one_by_one_as_gdpo_has_it(goldens):
+    data, lots = load(goldens / "tune/advantages.npz"), np.random.default_rng(2)
+    names = ("rewards_per_func", "reward_weights", "num_generations")
+    cases = [[data[f"{case}/{name}"] for name in names] for case in sorted({k.split("/")[0] for k in data.files})]
+    drawn = lots.normal(size=(15, 3)) * [1, 100, 0.01]
+    drawn[lots.random(drawn.shape) < 0.4] = np.nan
+    drawn[7], drawn[5:10, 2] = np.nan, [np.nan, 1, np.nan, np.nan, np.nan]
+    for grades, weights, size in [*cases, (drawn, np.array([1.0, 0.5, 2.0]), 5)]:
+        grades, size = grades.astype(float), int(size)
+        rewards = torch.zeros(len(grades)).masked_fill(tensor(np.isnan(grades).all(1)), torch.nan)
+        found = advantages(rewards, size, apart=normalised(tensor(grades), weights, size))
+        wanted = apart(grades, weights, size) if size > 1 else np.zeros(len(grades))
+        np.testing.assert_allclose(found, wanted, atol=1e-9)
+        assert found.abs().max() > 0 or np.nanmax(abs(grades - grades[0])) == 0 or size == 1
+
+
+def test_normalising_first_neither_moves_equal_groups_nor_lets_large_numbers_drown_small_ones():
+    low, high = torch.tensor([0.3, 0.3, 0.3, 0.3]), torch.tensor([0.0, 1.0, 0.0, 1.0])
+    grades = torch.stack([torch.cat([low, high]), torch.cat([low, torch.tensor([1000.0, 0.0, 0.0, 1000.0])])], 1)
+    rewards = grades.sum(1)
+    found = advantages(rewards, 4, apart=normalised(grades, [1.0, 1.0], 4))
+    assert found[:4].abs().max() == 0
+    torch.testing.assert_close(found[4], found[5], atol=1e-3, rtol=0)  # the best of one reward, each
+    assert advantages(rewards, 4)[5] < 0
+    weak = advantages(rewards, 4, bounds=Bounds(0.5, 2000.0, 0.1), apart=normalised(grades, [1.0, 1.0], 4))
+    torch.testing.assert_close(weak, 0.1 * found.clamp(-0.5, 0.5))
 
 
 def test_rewards_that_do_not_fill_groups_are_refused():
@@ -203,3 +249,65 @@ def test_cispo_weighs_the_gradient_by_the_clipped_ratio_and_silences_no_token():
 def test_a_bound_that_cispo_would_not_read_is_refused():
     with pytest.raises(ValueError, match="delta does nothing"):
         RolloutConfig(loss="cispo", delta=2.0)
+
+
+def slowly(new, rollout, config, tokens):
+    """The loss of `dapo` token by token, in scalars."""
+    total = new.new_zeros(())
+    for i, row in enumerate(rollout.mask):
+        apart = [new[i, t] - rollout.old[i, t] for t in range(len(row))]
+        mean = sum(m * d for m, d in zip(row, apart, strict=True)) / max(float(row.sum()), 1)
+        for t, m in enumerate(row):
+            ratio = (apart[t] if config.level == "token" else mean).exp()
+            clipped = ratio.clamp(1 - config.epsilon, 1 + config.epsilon)
+            gain, d = rollout.advantages[i], rollout.reference[i, t] - new[i, t]
+            kl = {"k1": -d, "k2": d * d / 2, "k3": d.exp() - d - 1}[config.kl] * (ratio if config.kl_ratio else 1)
+            taught = 1 if rollout.taught is None else rollout.taught[i, t]
+            held = 1 if rollout.held is None else rollout.held[i]
+            total = total + m * (-torch.min(ratio * gain, clipped * gain) * taught + config.beta * kl * held)
+    return total / tokens
+
+
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_weighted_tokens_taught_tokens_held_rows_and_the_corrected_divergence_are_their_formulas(kl, level):
+    stream = torch.Generator().manual_seed(3)
+    old, reference, new = (0.5 * torch.randn(3, 4, generator=stream, dtype=torch.float64) - 2 for _ in range(3))
+    mask = torch.tensor([[1, 0.5, 2, 0], [0.25, 1, 0, 0], [1, 1, 1, 1]], dtype=torch.float64)
+    gain = torch.tensor([1.0, -0.7, 0.0], dtype=torch.float64)
+    plain = Rollout(torch.zeros(3, 6, dtype=torch.long), torch.ones(3, dtype=torch.long), mask, gain, old, reference)
+    taught, held = torch.tensor([[1, 0, 1, 0], [0, 1, 0, 0], [1, 1, 0, 1]]), torch.tensor([1, 1, 0])
+    for rollout in (plain, replace(plain, taught=taught, held=held)):
+        for corrected in (False, True):
+            config = RolloutConfig(beta=0.3, kl=kl, level=level, kl_ratio=corrected)
+            ours, theirs = new.clone().requires_grad_(), new.clone().requires_grad_()
+            tokens = float(mask.sum())
+            loss, _ = policy_loss(ours, rollout, config, share=Share(3, tokens, 4))
+            wanted = slowly(theirs, rollout, config, tokens)
+            loss.backward()
+            wanted.backward()
+            torch.testing.assert_close(loss, wanted, atol=1e-12, rtol=0)
+            torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.99])
+def test_the_most_uncertain_tokens_are_those_above_the_quantile_of_all_that_count(share):
+    stream = torch.Generator().manual_seed(1)
+    entropy = torch.rand(7, 9, generator=stream)
+    entropy[2] = entropy[3]  # ties
+    mask = (torch.rand(7, 9, generator=stream) < 0.6).float() * 0.5
+    mask[5] = 0
+    found = most_uncertain(entropy, mask, share)
+    border = torch.quantile(entropy[mask != 0].double(), 1 - share)
+    assert torch.equal(found != 0, (mask != 0) & (entropy >= border))
+    assert 0 < found.sum() <= share * (mask != 0).sum() + 2
+    assert not most_uncertain(entropy, torch.zeros_like(mask), share).any()
+
+
+def test_rows_keep_what_belongs_to_them():
+    mask = torch.tensor([[1.0, 1, 0], [1, 0, 0], [0, 0, 0]])
+    ids, first = torch.arange(15).view(3, 5), torch.tensor([2, 1, 1])
+    rollout = Rollout(ids, first, mask, torch.ones(3), 2 * mask, None, 3 * mask, torch.tensor([1.0, 0, 1]))
+    part = rollout.rows(slice(1, 3))
+    assert part.taught.tolist() == [[3], [0]] and part.held.tolist() == [0, 1] and part.reference is None
+    assert part.ids.tolist() == [[5, 6], [10, 11]] and part.old.tolist() == [[2], [0]]
