@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow lint large peers
+.PHONY: demo test slow lint large peers sanitize
 
 demo: .venv/run
 	$(BIN)/python -m snakemake --cores all
@@ -20,6 +20,9 @@ large: .venv/test
 
 peers: .venv/test
 	$(BIN)/python -m benchmarks.peers rwkv rwkv7-hf
+
+sanitize: .venv/test
+	$(BIN)/python -m benchmarks sanitize
 
 lint: .venv/test
 	$(BIN)/python -m ruff check .

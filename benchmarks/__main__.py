@@ -17,6 +17,7 @@ python -m benchmarks bpe [FILE ...]
 python -m benchmarks memory [--gigabytes 2] [FILE ...]
 python -m benchmarks gpu
 python -m benchmarks registers
+python -m benchmarks sanitize
 python -m benchmarks page
 """
 
@@ -48,6 +49,7 @@ from benchmarks import (
     precision,
     registers,
     same,
+    sanitize,
     tables,
     tokenize,
     train,
@@ -109,7 +111,7 @@ MEASURES: dict[str, Callable[[Namespace], dict]] = {
 def main() -> None:
     """Print a table and keep the numbers in a file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=[*MEASURES, "registers", "page"], help="what is measured")
+    parser.add_argument("what", choices=[*MEASURES, "registers", "sanitize", "page"], help="what is measured")
     parser.add_argument("files", nargs="*", type=Path, help="the text; left out, Python's library and papers")
     parser.add_argument("--peer-python", type=Path, help="a Python that has the peer; left out, one is set up")
     parser.add_argument("--gigabytes", type=float, default=2, help="memory: of input")
@@ -127,6 +129,8 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     if given.what == "page":
         page.write(given.out)
+    elif given.what == "sanitize":
+        sys.exit(sanitize.run())
     elif given.what == "registers":
         found = registers.measure()
         registers.write(found)

@@ -69,10 +69,11 @@ template <class Kernel>
 int launch(const Kernel &kernel, int64_t blocks, int64_t stream) {
     if (blocks == 0) return 0;
 #ifdef __CUDACC__
-    const int bytes = Kernel::FLOATS * 4;
+    constexpr int bytes = Kernel::FLOATS * 4;
+    if (blocks > 0x7fffffff) return static_cast<int>(cudaErrorInvalidConfiguration);
     if (bytes > 48 * 1024) {
         const cudaError_t told = cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-        if (told != cudaSuccess) return static_cast<int>(told);
+        if (told != cudaSuccess) return static_cast<int>(cudaGetLastError());  // or the next kernel would tell of it
     }
     run<Kernel><<<static_cast<unsigned>(blocks), Kernel::THREADS, bytes, reinterpret_cast<cudaStream_t>(stream)>>>(kernel);
     return static_cast<int>(cudaGetLastError());
@@ -132,8 +133,11 @@ struct Sizes {
     ON_GPU int64_t at(int64_t head, int64_t t) const { return ((head / H * T + t) * H + head % H) * N; }
 };
 
+// x, but at most `most`; what is no number stays none
+ON_GPU float at_most(float x, float most) { return x > most ? most : x; }
+
 // exp(w), but at most what leaves nothing of a state either way: its products with a decay of 0 are then 0, not NaN
-ON_GPU float rate_of(float w) { return fminf(expf(w), 1e4f); }
+ON_GPU float rate_of(float w) { return at_most(expf(w), 1e4f); }
 
 constexpr int KEEP = 64;  // tokens for which the forward keeps one state
 constexpr int SOME = 8;   // tokens that lie in shared memory together; of as many the backward writes down a state

@@ -50,13 +50,15 @@ ON_GPU void clear(Sum &sum) {
     cells(sum, [](int, int, float &x) { x = 0.0f; });
 }
 
-// To the nearest number of eleven bits, half away from zero: tensor cores ignore the bits behind, and so cut.
+// To the nearest number of eleven bits, half away from zero: tensor cores ignore the bits behind, and so cut. What is no
+// number stays none: a card's has all bits set, and would become one.
 ON_GPU float tf32(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
     bits += 0x1000u;
-    memcpy(&x, &bits, 4);
-    return x;
+    float found;
+    memcpy(&found, &bits, 4);
+    return x == x ? found : x;
 }
 
 ON_GPU void multiply(Sum &sum, const Left &a, const Right &b) {
@@ -89,6 +91,13 @@ ON_GPU void multiply(Sum &sum, const Left &a, const Right &b) {
           "r"(__float_as_uint(f[3])), "r"(__float_as_uint(s[0])), "r"(__float_as_uint(s[1])));
 #else
     __trap();
+#endif
+}
+
+// All lanes have read what one of them is to overwrite.
+ON_GPU void lanes_meet() {
+#ifdef __CUDACC__
+    __syncwarp();
 #endif
 }
 

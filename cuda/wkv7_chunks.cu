@@ -83,9 +83,7 @@ struct ChunksForward : Chunks<WARPS> {
             for (int n = 0; n < 2; n++) {
                 Sum Y;
                 clear(Y);
-#pragma unroll
-                for (int i = 0; i < N / 8; i++)
-                    multiply(Y, left(own.S[i]), right_turned(shared + RT + n * 8 * LONG + i * 8, LONG));
+                Base::add_state(Y, own.S, shared + RT + n * 8 * LONG);
                 Base::add_rows(Y, shared + VT, warp, shared + RK + n * 8 * SHORT, SHORT, true);
                 Base::add_sums(Y, U, shared + RB + n * 8 * SHORT, SHORT, true);
                 cells(Y, [&](int row, int column, float &x) {
@@ -204,12 +202,8 @@ struct ChunksBackward : Chunks<WARPS> {
         Sum U[2];
         if (now) {
             Base::times(own.G, shared + Base::LAST);
-#pragma unroll
-            for (int i = 0; i < N / 8; i++) {
-                const int to = warp * 16 * LONG + i * 8;
-                cells(own.S[i], [&](int row, int column, float &x) { shared[SM + to + row * LONG + column] = tf32(x); });
-                cells(own.G[i], [&](int row, int column, float &x) { shared[GM + to + row * LONG + column] = tf32(x); });
-            }
+            Base::lay(own.S, shared + SM, warp);
+            Base::lay(own.G, shared + GM, warp);
         }
         Base::find_u(U, own.S, shared, warp);
         Base::update(own.S, U, shared, warp);
@@ -271,9 +265,7 @@ struct ChunksBackward : Chunks<WARPS> {
 #pragma unroll
         for (int n = 0; n < 2; n++) {
             clear(D[n]);
-#pragma unroll
-            for (int i = 0; i < N / 8; i++)
-                multiply(D[n], left(G[i]), right_turned(shared + tokens + n * 8 * LONG + i * 8, LONG));
+            Base::add_state(D[n], G, shared + tokens + n * 8 * LONG);
             Base::add_rows(D[n], shared + YT, warp, shared + matrix + n * 8, SHORT, false);
         }
     }
@@ -363,7 +355,7 @@ int wkv7_chunks_forward(const int64_t *z, int64_t stream, const void *r, const v
     if (z[3] != N) return -1;
     return divided(z[5], [&](auto forward, auto) {
         using Kernel = decltype(forward);
-        return launch(Kernel{{{z[0], z[1], z[2], z[3], z[4]}, r, w, k, v, a, b}, start, y, end, kept},
+        return launch(Kernel{{{{z[0], z[1], z[2], z[3], z[4]}}, r, w, k, v, a, b}, start, y, end, kept},
                       z[0] * z[2] * z[5], stream);
     });
 }
@@ -375,7 +367,7 @@ int wkv7_chunks_backward(const int64_t *z, int64_t stream, const void *r, const 
     if (z[3] != N) return -1;
     return divided(z[5], [&](auto, auto backward) {
         using Kernel = decltype(backward);
-        return launch(Kernel{{{z[0], z[1], z[2], z[3], z[4]}, r, w, k, v, a, b}, kept, dy, dend, dr, dw, dk, dv, da, db,
+        return launch(Kernel{{{{z[0], z[1], z[2], z[3], z[4]}}, r, w, k, v, a, b}, kept, dy, dend, dr, dw, dk, dv, da, db,
                              dstart, room},
                       z[0] * z[2] * z[5], stream);
     });

@@ -2,13 +2,11 @@
 
 #pragma once
 
-#include "mma.cuh"
+#include "chunks.cuh"
 
 namespace {
 
 enum { R, W, K, V, A, B_ };       // bits of Sizes::halves
-constexpr int C = 16, N = 64;     // tokens of a chunk, channels of a head
-constexpr int LONG = N + 4, SHORT = C + 4;  // floats from a row to the next in shared memory
 constexpr float STEEP = 0.7f;     // a log decay below its negative (the soft clamp's are above -0.61) stands alone
 constexpr float STEEPEST = 36.0f; // a log decay below its negative counts as this: exp(-36) is 2e-16 of the state
 
@@ -19,25 +17,17 @@ struct Window {
     ON_GPU bool has(int token) const { return token >= first && token < first + count; }
 };
 
-// WARPS warps do 16 rows of a state each; a head takes N / (16 WARPS) blocks.
 template <int WARPS_>
-struct Chunks {
-    static constexpr int WARPS = WARPS_, THREADS = 32 * WARPS, ROWS = 16 * WARPS, PARTS = N / ROWS, WIDE = ROWS + 4;
+struct Chunks : Tiles<WARPS_> {
+    using Base = Tiles<WARPS_>;
+    using Base::WARPS, Base::THREADS, Base::ROWS, Base::WIDE, Base::s, Base::add_rows, Base::add_sums;
+    using Place = typename Base::Place;
     static constexpr int AB = 0, AK = C * SHORT, RB = 2 * AK, RK = 3 * AK, M = 4 * AK;
     static constexpr int RT = 5 * AK, AT = RT + C * LONG, KT = AT + C * LONG, BT = KT + C * LONG;
     static constexpr int VT = BT + C * LONG, DECAY = VT + C * WIDE, MIDDLE = DECAY + C * N, LAST = MIDDLE + N;
     static constexpr int FLAG = LAST + N, COMMON = FLAG + 4;
 
-    Sizes s;
     const void *r, *w, *k, *v, *a, *b;
-
-    // where this block works
-    struct Place {
-        int64_t head;
-        int part;
-    };
-
-    ON_GPU static Place place(int64_t block) { return {block / PARTS, static_cast<int>(block % PARTS)}; }
 
     ON_GPU Window whole(int64_t t) const { return {t, 0, static_cast<int>(s.T - t < C ? s.T - t : C)}; }
 
@@ -57,7 +47,7 @@ struct Chunks {
                 for (int o = 0; o < C; o++) rates[o] = at.has(o) ? get(w, s.at(head, at.t + o) + x, s.half(W)) : -1e9f;
 #pragma unroll
                 for (int o = 0; o < C; o++) {
-                    const float rate = fminf(rate_of(rates[o]), STEEPEST);
+                    const float rate = at_most(rate_of(rates[o]), STEEPEST);
                     sum -= rate, most = fmaxf(most, rate);
                     shared[DECAY + o * N + x] = sum;
                     if (o == C / 2 - 1) shared[MIDDLE + x] = sum;
@@ -175,38 +165,13 @@ struct Chunks {
         });
     }
 
-    // Each column of a warp's state times what is at `factors`.
-    ON_GPU static void times(Sum *S, const float *factors) {
-#pragma unroll
-        for (int i = 0; i < N / 8; i++)
-            cells(S[i], [&](int, int column, float &x) { x *= factors[i * 8 + column]; });
-    }
-
-    // sum += transpose of (C, ROWS) rows in shared memory, this warp's 16 columns, times (C, 8) or its transpose
-    ON_GPU static void add_rows(Sum &sum, const float *rows, int warp, const float *m, int wide, bool turned) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const Left x = left_turned(rows + i * 8 * WIDE + warp * 16, WIDE);
-            multiply(sum, x, turned ? right_turned(m + i * 8, wide) : right(m + i * 8 * wide, wide));
-        }
-    }
-
-    // sum += x times (C, 8) or its transpose, where x are two Sums side by side
-    ON_GPU static void add_sums(Sum &sum, const Sum *x, const float *m, int wide, bool turned) {
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-            multiply(sum, left(x[i]), turned ? right_turned(m + i * 8, wide) : right(m + i * 8 * wide, wide));
-    }
-
     // u of the chunk, transposed, from the state at its middle
     ON_GPU static void find_u(Sum *U, const Sum *S, const float *shared, int warp) {
         Sum X[2];
 #pragma unroll
         for (int n = 0; n < 2; n++) {
             clear(X[n]), clear(U[n]);
-#pragma unroll
-            for (int i = 0; i < N / 8; i++)
-                multiply(X[n], left(S[i]), right_turned(shared + AT + n * 8 * LONG + i * 8, LONG));
+            Base::add_state(X[n], S, shared + AT + n * 8 * LONG);
             add_rows(X[n], shared + VT, warp, shared + AK + n * 8 * SHORT, SHORT, true);
         }
 #pragma unroll
@@ -220,27 +185,6 @@ struct Chunks {
             add_sums(S[i], U, shared + BT + i * 8, LONG, false);
             add_rows(S[i], shared + VT, warp, shared + KT + i * 8, LONG, false);
         }
-    }
-
-    // f(float in memory, number of S): a warp's state as [tile][lane][4], all lanes beside each other
-    template <class F>
-    ON_GPU static void packed(Sum *S, float *memory, int warp, F f) {
-#pragma unroll
-        for (int i = 0; i < N / 8; i++)
-            lanes([&](int g, int t, int l) {
-                float *at = memory + ((warp * (N / 8) + i) * 32 + g * 4 + t) * 4;
-#pragma unroll
-                for (int o = 0; o < 4; o++) f(at[o], S[i].x[l][o]);
-            });
-    }
-
-    // f(place in a state of (H, N, N), number of S)
-    template <class F>
-    ON_GPU static void plain(Sum *S, Place place, int warp, F f) {
-        const int64_t first = (place.head * N + place.part * ROWS + warp * 16) * N;
-#pragma unroll
-        for (int i = 0; i < N / 8; i++)
-            cells(S[i], [&](int row, int column, float &x) { f(first + row * N + i * 8 + column, x); });
     }
 };
 

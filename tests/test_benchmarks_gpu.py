@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import card, gpu, outside, tables
+from benchmarks import card, gpu, outside, sanitize, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -106,3 +106,40 @@ def test_the_page_says_of_each_figure_that_it_is_taken_or_not():
     run = gpu.kept(tables.DOCS / "gpu.jsonl")
     assert gpu.table(run) in page
     assert run is None or all(case["card"] for case in run["cases"])
+
+
+SANITIZER = """#!/bin/sh
+[ "$PYTORCH_NO_CUDA_MEMORY_CACHING" = 1 ] || exit 1
+echo "========= COMPUTE-SANITIZER"
+case "$*" in
+    *"--tool racecheck --error-exitcode 9 "*" -m pytest "*"gpu and not large tests/kernel")
+        echo "========= Error: Race reported between Write access and Read access"; echo "3 passed in 1s"; exit 9;;
+    *" -m pytest "*"gpu and not large tests/kernel") echo "3 passed in 1s"; echo "========= ERROR SUMMARY: 0 errors";;
+    *) exit 1;;
+esac
+"""
+
+
+@pytest.mark.parametrize("beside_nvcc", [False, True])
+def test_each_tool_of_the_sanitizer_tells_what_it_found(monkeypatch, tmp_path, capsys, beside_nvcc):
+    for name in ("compute-sanitizer", "nvcc"):
+        (tmp_path / name).write_text(SANITIZER)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin" if beside_nvcc else f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "nvcc") if beside_nvcc else str(tmp_path / "none"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    assert sanitize.run() == 1
+    told = capsys.readouterr().out
+    assert told.startswith("on a card\nmemcheck: nothing wrong: 3 passed in 1s\nracecheck: ends with status 9\n")
+    assert "Race reported" in told and told.count("nothing wrong") == 3
+
+
+def test_without_a_card_or_a_sanitizer_nothing_is_checked_and_a_line_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sanitize, "program", lambda: "compute-sanitizer")
+    assert sanitize.run() == 2
+    assert capsys.readouterr().err == "there is no NVIDIA GPU here, so nothing was checked\n"
+    monkeypatch.setattr(sanitize, "program", lambda: None)
+    assert sanitize.run() == 2
+    assert capsys.readouterr().err.startswith("there is no compute-sanitizer, which CUDA's toolkit has here")

@@ -25,7 +25,8 @@ OLDEST = (7, 0)
 WIDEST = 128
 TENSOR_CORES = (8, 0)  # since when cards multiply matrices of eleven bits
 CHUNK, TILED = 16, 64  # tokens that go through them together; channels of a head that goes through them
-SHARED = 110_000  # bytes of shared memory that a head in one part takes at most; in two parts it takes 80,000
+# bytes of shared memory that a head in one part takes at most there; RWKV-7's takes 80,000 in two parts
+SHARED = {"wkv7": 110_000, "wkv6": 83_000}
 KINDS = (torch.float32, torch.bfloat16)
 DIVIDED = (0, 1, 2, 4, 5)  # gradients of r w k a b come from each part of a head
 _said: set[str] = set()
@@ -65,7 +66,7 @@ def target(device: torch.device) -> str:
 def loaded(path: Path) -> ctypes.CDLL:
     """A library of these kernels. Raises OSError."""
     library = ctypes.CDLL(str(path))
-    for operator in ("wkv7", "wkv7_chunks", "wkv6"):
+    for operator in ("wkv7", "wkv7_chunks", "wkv6", "wkv6_chunks"):
         for floats in ("kept", "room"):
             getattr(library, f"{operator}_{floats}").restype = ctypes.c_int64
     for sums in ("mix_sums", "lean_sums", "heads_sums"):
@@ -136,7 +137,8 @@ def _array(sizes: Sequence[int]) -> ctypes.Array:
 
 def floats(function: str, sizes: Sequence[int], like: Tensor) -> Tensor:
     """As much fp32 memory as a kernel asks for."""
-    return torch.empty(getattr(at_hand(like.device)[0], function)(_array(sizes)), device=like.device)
+    count = getattr(at_hand(like.device)[0], function)(_array(sizes))
+    return torch.empty(count, device=like.device, dtype=torch.float32)
 
 
 Given = Tensor | Sequence[Tensor] | float | None
@@ -172,33 +174,77 @@ def call(function: str, sizes: Sequence[int], *given: Given) -> None:
         raise RuntimeError(f"{function}: CUDA error {status}")
 
 
-def by_chunks(v: Tensor) -> bool:
-    """Whether RWKV-7 goes to tensor cores: where factors of eleven bits will do, and there is enough to do for them."""
-    rough = v.dtype == torch.bfloat16 or torch.get_float32_matmul_precision() != "highest"
-    modern = not v.is_cuda or torch.cuda.get_device_capability(v.device) >= TENSOR_CORES
-    return rough and modern and v.shape[1] >= CHUNK and v.shape[-1] == TILED
+def way(operator: str, v: Tensor) -> tuple[str, int]:
+    """Which kernel computes a recurrence (wkv7, wkv6) with these values, and into how many parts it divides a head.
+
+    Tensor cores take 16 tokens at a time, to eleven bits; where they cannot, or need not, it goes token by token. A
+    line of the log says which, the first time.
+    """
+    reason = against(v)
+    if reason is None and v.is_cuda and (status := tiles_refused(v.device)):
+        reason = f"CUDA error {status} at the first try of tensor cores"
+    if v.shape[1] >= CHUNK:
+        _say(f"kernel: {operator} " + (f"token by token: {reason}" if reason else "on tensor cores"))
+    return (operator, 1) if reason else (f"{operator}_chunks", _parts(operator, v))
 
 
-def _parts(v: Tensor) -> int:
+def against(v: Tensor) -> str | None:
+    """Why values do not go to tensor cores, or None where they do."""
+    if v.shape[-1] != TILED:
+        return f"tensor cores take heads of {TILED} channels, not {v.shape[-1]}"
+    if v.is_cuda and torch.cuda.get_device_capability(v.device) < TENSOR_CORES:
+        return f"tensor cores of eleven bits came with compute capability {TENSOR_CORES[0]}.{TENSOR_CORES[1]}"
+    if v.dtype != torch.bfloat16 and torch.get_float32_matmul_precision() == "highest":
+        return "fp32 is to be multiplied as it is (torch.set_float32_matmul_precision)"
+    return f"rows of fewer than {CHUNK} tokens" if v.shape[1] < CHUNK else None
+
+
+@cache
+def tiles_refused(device: torch.device) -> int:
+    """What comes of first, small kernels on tensor cores: 0, or the card's error."""
+    library = at_hand(device)[0]
+    x, S = torch.zeros(1, CHUNK, 1, TILED, device=device), torch.zeros(1, 1, TILED, TILED, device=device)
+    for operator, inputs, more in (("wkv7_chunks", [x] * 6, ()), ("wkv6_chunks", [*[x] * 4, x[0, 0]], (0,))):
+        sizes = [*x.shape, 0, *more, _parts(operator.removesuffix("_chunks"), x)]
+        kept, room = (floats(f"{operator}_{name}", sizes, x) for name in ("kept", "room"))
+        found = [x.new_empty(sizes[-1], *each.shape) for each in (*inputs, S)]
+        given = (*inputs, S, torch.empty_like(x), torch.empty_like(S), kept)
+        status = _started(library, f"{operator}_forward", sizes, *given)
+        status = status or _started(library, f"{operator}_backward", sizes, *inputs, kept, x, S, *found, room)
+        if status:
+            return status
+    return 0
+
+
+def _parts(operator: str, v: Tensor) -> int:
     """Into how many parts a head is divided, so that few heads keep all of a card busy."""
     if not v.is_cuda:
         return 1
     card = torch.cuda.get_device_properties(v.device)
-    least = 1 if getattr(card, "shared_memory_per_block_optin", 0) >= SHARED else 2
+    least = 1 if getattr(card, "shared_memory_per_block_optin", 0) >= SHARED[operator] else 2
     heads = v.shape[0] * v.shape[2]
     return next((parts for parts in (1, 2) if parts >= least and heads * parts >= card.multi_processor_count), 4)
 
 
+def _gradient(x: Tensor, parts: int) -> Tensor:
+    """Room for a gradient; where heads are divided, in fp32 for that of each part."""
+    return torch.empty_like(x) if parts == 1 else torch.empty((parts, *x.shape), device=x.device, dtype=torch.float32)
+
+
+def _added(found: Tensor, x: Tensor, parts: int) -> Tensor:
+    """A gradient out of those of all parts."""
+    return found if parts == 1 else found.sum(0).to(x.dtype)
+
+
 class Wkv7(torch.autograd.Function):
-    """`cuda/wkv7_chunks.cu` where `by_chunks`, else `cuda/wkv7.cu`; a state in 64 is kept for the backward."""
+    """`cuda/wkv7_chunks.cu` or `cuda/wkv7.cu`, as `way` says; a state in 64 is kept for the backward."""
 
     @staticmethod
     def forward(ctx, tracked, *inputs):
         inputs = [x.contiguous() for x in inputs]
         v, S = inputs[3], inputs[-1]
-        ctx.operator, ctx.sizes = "wkv7", _sizes(inputs[:-1])
-        if by_chunks(v):
-            ctx.operator, ctx.sizes = "wkv7_chunks", _sizes(inputs[:-1], _parts(v))
+        ctx.operator, ctx.parts = way("wkv7", v)
+        ctx.sizes = _sizes(inputs[:-1], ctx.parts)
         y, after, kept = torch.empty_like(v), torch.empty_like(S), None
         if tracked:
             kept = floats(f"{ctx.operator}_kept", ctx.sizes, v)
@@ -209,46 +255,42 @@ class Wkv7(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dS):
-        dS, inputs = dS.contiguous(), ctx.saved_tensors[:6]
-        room = floats(f"{ctx.operator}_room", ctx.sizes, dS)
-        parts = ctx.sizes[5] if ctx.operator == "wkv7_chunks" else 1
-        found = [torch.empty_like(x) for x in (*inputs, dS)]
-        if parts > 1:
-            found = [
-                torch.empty((parts, *x.shape), device=x.device) if n in DIVIDED else x for n, x in enumerate(found)
-            ]
-        call(f"{ctx.operator}_backward", ctx.sizes, *ctx.saved_tensors, dy.contiguous(), dS, *found, room)
-        if parts > 1:
-            found = [x.sum(0).to(inputs[n].dtype) if n in DIVIDED else x for n, x in enumerate(found)]
-        return None, *found
+        dS, kept = dS.contiguous(), ctx.saved_tensors  # asked for once: they may be computed again for it
+        room, inputs = floats(f"{ctx.operator}_room", ctx.sizes, dS), (*kept[:6], dS)
+        parts = [ctx.parts if n in DIVIDED else 1 for n in range(len(inputs))]
+        found = [_gradient(x, count) for x, count in zip(inputs, parts, strict=True)]
+        call(f"{ctx.operator}_backward", ctx.sizes, *kept, dy.contiguous(), dS, *found, room)
+        return None, *map(_added, found, inputs, parts)
 
 
 class Wkv6(torch.autograd.Function):
-    """`cuda/wkv6.cu`, for RWKV-6 and, with a w of two dimensions, RWKV-5.2."""
+    """`cuda/wkv6_chunks.cu` or `cuda/wkv6.cu`, for RWKV-6 and, with a w of two dimensions, RWKV-5.2."""
 
     @staticmethod
     def forward(ctx, tracked, *inputs):
         inputs = [x.contiguous() for x in inputs]
         w, v, S = inputs[1], inputs[3], inputs[-1]
-        ctx.sizes = _sizes(inputs[:-1], int(w.dim() == 2))
+        ctx.operator, ctx.parts = way("wkv6", v)
+        ctx.sizes = _sizes(inputs[:-1], int(w.dim() == 2), ctx.parts)
         y, after, kept = torch.empty_like(v), torch.empty_like(S), None
         if tracked:
-            kept = floats("wkv6_kept", ctx.sizes, v)
+            kept = floats(f"{ctx.operator}_kept", ctx.sizes, v)
             ctx.save_for_backward(*inputs[:-1], kept)
-        call("wkv6_forward", ctx.sizes, *inputs, y, after, kept)
+        call(f"{ctx.operator}_forward", ctx.sizes, *inputs, y, after, kept)
         return y, after
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dS):
-        r, w, k, v, u, _ = ctx.saved_tensors
-        B, _, H, N, _, one_w = ctx.sizes
-        dr, dk, dv, dstart = (torch.empty_like(x) for x in (r, k, v, dS))
-        du = torch.empty(B, H, N, device=r.device)
-        dw = torch.empty_like(du if one_w else w)
-        room = floats("wkv6_room", ctx.sizes, dS)
+        kept = ctx.saved_tensors  # asked for once: they may be computed again for it
+        r, w, k, v, u, _ = kept
+        B, _, H, N, _, one_w, parts = ctx.sizes
+        dr, dk = _gradient(r, parts), _gradient(k, parts)
+        dv, dstart = torch.empty_like(v), torch.empty_like(dS)
+        du = torch.empty((parts * B, H, N), device=r.device, dtype=torch.float32)  # of each row, and so is dw of one w
+        dw = torch.empty_like(du) if one_w else _gradient(w, parts)
+        room = floats(f"{ctx.operator}_room", ctx.sizes, dS)
         found = (dr, dw, dk, dv, du, dstart)
-        call("wkv6_backward", ctx.sizes, *ctx.saved_tensors, dy.contiguous(), dS.contiguous(), *found, room)
-        if one_w:
-            dw = dw.sum(0).to(w.dtype)
-        return None, dr, dw, dk, dv, du.sum(0).to(u.dtype), dstart
+        call(f"{ctx.operator}_backward", ctx.sizes, *kept, dy.contiguous(), dS.contiguous(), *found, room)
+        dw = dw.sum(0).to(w.dtype) if one_w else _added(dw, w, parts)
+        return None, _added(dr, r, parts), dw, _added(dk, k, parts), dv, du.sum(0).to(u.dtype), dstart

@@ -44,8 +44,8 @@ def guards(monkeypatch):
         kept.append(whole)
         return whole[guard:-guard].view(shape)
 
-    def empty(*shape, device=None):
-        return room(None, shape[0] if isinstance(shape[0], tuple) else shape)
+    def empty(*shape, device=None, dtype=torch.float32):
+        return room(None, shape[0] if isinstance(shape[0], tuple) else shape, dtype=dtype)
 
     def check(least):
         assert len(kept) >= least

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.kernel import build, gpu
@@ -23,6 +24,7 @@ CASES += [("wkv6", case) for case in ("typical", "t1", "t17n64", "extreme_decay"
 CASES += [("wkv5", case) for case in ("typical", "t1", "t17n64", "extreme_decay")]
 # decays of exactly 0, next to the least number there is, of nearly and of exactly 1
 EXTREMES = [-math.inf, -60.0, -17.0, -8.0, 0.0, 3.0, 4.6, 20.0, 1e30]
+LARGE = pytest.mark.large  # too much for a sanitizer, too
 hosted = settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -64,23 +66,26 @@ def error(found, wanted, least=1e-9):
     return float((found.double() - wanted).abs().max() / wanted.abs().max().clamp(min=least))
 
 
-@pytest.mark.parametrize("which, case", CASES)
-def test_values_and_gradients_are_the_reference_numbers(on_host, goldens, which, case):
+def reference(goldens, which, case):
+    """Names of all results, inputs, pulls and results of a case of the reference numbers."""
     golden = np.load(goldens / "rwkv" / f"op_{which}.npz")
     names = [*NAMES[which][:-1], "s0"]
 
-    def turned(x):  # the numbers of 5 and 6 hold states as [key, value]
-        return x if which == "wkv7" or x.dim() != 4 or x.shape[-2:] != x.mT.shape[-2:] else x.mT.contiguous()
+    def read(name):  # the numbers of 5 and 6 hold states as [key, value]
+        x = torch.tensor(golden[f"{case}/{name}"])
+        state = name.split("/")[1] in ("s0", "sT", "gsT")
+        return x.mT.contiguous() if state and which != "wkv7" else x
 
-    inputs = [torch.tensor(golden[f"{case}/in/{name}"]).float() for name in names]
-    inputs[-1] = turned(inputs[-1])
-    pulls = [torch.tensor(golden[f"{case}/in/gy"]), turned(torch.tensor(golden[f"{case}/in/gsT"]))]
-    y, S, *grads = results(OPERATORS[which][0], inputs, pulls)
-    grads[-1] = turned(grads[-1])
-    assert error(y, torch.tensor(golden[f"{case}/out/y"])) < 1e-5
-    assert error(turned(S), torch.tensor(golden[f"{case}/out/sT"])) < 1e-5
-    for name, found in zip(names, grads, strict=True):
-        assert error(found, torch.tensor(golden[f"{case}/grad/{name}"])) < 1e-5, name
+    told = ["out/y", "out/sT", *(f"grad/{name}" for name in names)]
+    inputs = [read(f"in/{name}").float() for name in names]
+    return told, inputs, [read("in/gy"), read("in/gsT")], [read(name) for name in told]
+
+
+@pytest.mark.parametrize("which, case", CASES)
+def test_values_and_gradients_are_the_reference_numbers(on_host, goldens, which, case):
+    names, inputs, pulls, wanted = reference(goldens, which, case)
+    for name, found, real in zip(names, results(OPERATORS[which][0], inputs, pulls), wanted, strict=True):
+        assert error(found, real) < 1e-5, name
 
 
 @pytest.mark.parametrize("which", OPERATORS)
@@ -287,35 +292,45 @@ def tiled(on_host, monkeypatch):
     torch.set_float32_matmul_precision(before)
 
 
-def in_bf16(*sizes, seed=0, w=None):
+def in_bf16(which, *sizes, seed=0, w=None):
     """Inputs that bf16 holds, as fp32."""
-    return [x.bfloat16().float() for x in made("wkv7", *sizes, seed, w)]
+    return [x.bfloat16().float() for x in made(which, *sizes, seed, w)]
 
 
-@pytest.mark.parametrize("parts", [1, 2, 4])
-@pytest.mark.parametrize("sizes", [(1, 16, 1, 64), (2, 70, 2, 64), (1, 131, 1, 64)])
-def test_tensor_cores_err_by_a_thousandth_at_most_before_rounding(tiled, monkeypatch, sizes, parts):
-    monkeypatch.setattr(gpu, "_parts", lambda v: parts)
-    inputs = in_bf16(*sizes)
-    assert gpu.by_chunks(inputs[3])
-    for n, (found, wanted) in enumerate(zip(results(wkv7, inputs), exact("wkv7", inputs), strict=True)):
+def on_tensor_cores(inputs):
+    return gpu.against(inputs[3]) is None
+
+
+def near(found, wanted, least):
+    """Whether errors are a thousandth of all there is, or of so little for each number."""
+    all_there_is = max(float(wanted.norm()), least * wanted.numel() ** 0.5)
+    return float((found.double() - wanted).norm()) < 1e-3 * all_there_is
+
+
+@pytest.mark.parametrize("which", OPERATORS)
+@pytest.mark.parametrize("sizes, parts", [((1, 16, 1, 64), 1), ((2, 70, 2, 64), 4), ((1, 131, 1, 64), 2)])
+def test_tensor_cores_err_by_a_thousandth_at_most_before_rounding(tiled, monkeypatch, which, sizes, parts):
+    monkeypatch.setattr(gpu, "_parts", lambda operator, v: parts)
+    inputs = in_bf16(which, *sizes)
+    assert on_tensor_cores(inputs)
+    for n, (found, wanted) in enumerate(zip(results(OPERATORS[which][0], inputs), exact(which, inputs), strict=True)):
         assert rms(found, wanted) < 1e-3, n
 
 
-def test_tensor_cores_give_the_reference_numbers_as_well_as_eleven_bits_can(tiled, goldens):
-    golden = np.load(goldens / "rwkv" / "op_wkv7.npz")
-    inputs = [torch.tensor(golden[f"t17n64/in/{name}"]).float() for name in [*NAMES["wkv7"][:-1], "s0"]]
-    found = results(wkv7, inputs, [torch.tensor(golden[f"t17n64/in/{name}"]) for name in ("gy", "gsT")])
-    assert gpu.by_chunks(inputs[3])
-    names = ["out/y", "out/sT", *(f"grad/{name}" for name in [*NAMES["wkv7"][:-1], "s0"])]
-    for name, x in zip(names, found, strict=True):
-        assert rms(x, torch.tensor(golden[f"t17n64/{name}"])) < 1.5e-3, name  # inputs are rounded, too
+@pytest.mark.parametrize("which", OPERATORS)
+def test_tensor_cores_give_the_reference_numbers_as_well_as_eleven_bits_can(tiled, goldens, which):
+    names, inputs, pulls, wanted = reference(goldens, which, "t17n64")
+    assert on_tensor_cores(inputs)
+    for name, one, other in zip(names, results(OPERATORS[which][0], inputs, pulls), wanted, strict=True):
+        assert rms(one, other) < 1.5e-3, name  # inputs are rounded, too
 
 
-@pytest.mark.parametrize("heads, places, room, parts", [
-    (64, 132, 232448, 4), (100, 132, 232448, 2), (512, 132, 232448, 1), (512, 84, 101376, 2), (20, 84, 101376, 4),
+@pytest.mark.parametrize("operator, heads, places, room, parts", [
+    ("wkv7", 64, 132, 232448, 4), ("wkv7", 100, 132, 232448, 2), ("wkv7", 512, 132, 232448, 1),
+    ("wkv7", 512, 84, 101376, 2), ("wkv7", 20, 84, 101376, 4), ("wkv6", 512, 84, 101376, 1),
+    ("wkv6", 60, 84, 101376, 2),
 ])  # fmt: skip
-def test_few_heads_and_little_shared_memory_divide_heads(monkeypatch, heads, places, room, parts):
+def test_few_heads_and_little_shared_memory_divide_heads(monkeypatch, operator, heads, places, room, parts):
     class Card:
         multi_processor_count, shared_memory_per_block_optin = places, room
 
@@ -323,69 +338,144 @@ def test_few_heads_and_little_shared_memory_divide_heads(monkeypatch, heads, pla
         is_cuda, shape, device = True, (1, 4096, heads, 64), None
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
-    assert gpu._parts(Values) == parts
+    assert gpu._parts(operator, Values) == parts
 
 
-def test_tensor_cores_err_by_hardly_more_than_rounding_to_bf16_does(on_host):
-    inputs = [*(x.bfloat16() for x in made("wkv7", 2, 70, 2, 64)[:-1]), made("wkv7", 2, 70, 2, 64)[-1]]
-    pulls = [torch.randn(2, 70, 2, 64).bfloat16().double(), torch.randn(2, 2, 64, 64).double()]
-    assert gpu.by_chunks(inputs[3])
-    wanted = results(wkv7_reference, [x.double() for x in inputs], pulls)
-    for n, (found, real) in enumerate(zip(results(wkv7, inputs, pulls), wanted, strict=True)):
+@pytest.mark.parametrize("change, way, said", [
+    ({}, ("wkv6_chunks", 1), "wkv6 on tensor cores"),
+    ({"shape": (1, 15, 2, 64)}, ("wkv6", 1), None),
+    ({"shape": (1, 16, 2, 32)}, ("wkv6", 1), "token by token: tensor cores take heads of 64 channels, not 32"),
+    ({"dtype": torch.float32}, ("wkv6", 1), "token by token: fp32 is to be multiplied as it is"),
+    ({"is_cuda": True}, ("wkv6", 1), "token by token: tensor cores of eleven bits came with compute capability 8.0"),
+    ({"is_cuda": True, "device": "new"}, ("wkv6", 1), "token by token: CUDA error 98 at the first try"),
+])  # fmt: skip
+def test_which_kernel_computes_is_told_in_a_line(monkeypatch, caplog, change, way, said):
+    class Values:
+        is_cuda, shape, device, dtype = False, (1, 16, 2, 64), None, torch.bfloat16
+
+    for name, value in change.items():
+        setattr(Values, name, value)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if device == "new" else (7, 5))
+    monkeypatch.setattr(gpu, "tiles_refused", lambda device: 98)
+    monkeypatch.setattr(gpu, "_said", set())
+    with caplog.at_level("INFO", logger="rwkvpipe"):
+        assert gpu.way("wkv6", Values) == gpu.way("wkv6", Values) == way
+    assert caplog.text.count("kernel: ") == (said is not None) and (said or "") in caplog.text
+
+
+def test_kernels_on_tensor_cores_are_tried_before_they_are_relied_upon(on_host, host_library, monkeypatch):
+    cpu = torch.device("cpu")
+    assert gpu.tiles_refused.__wrapped__(cpu) == 0
+    monkeypatch.setattr(gpu, "at_hand", lambda device: (Refusing(), "refusing"))
+    assert gpu.tiles_refused.__wrapped__(cpu) == 35
+
+
+@pytest.mark.parametrize("which", OPERATORS)
+def test_tensor_cores_err_by_hardly_more_than_rounding_to_bf16_does(on_host, which):
+    inputs = [*(x.bfloat16() for x in made(which, 2, 70, 2, 64)[:-1]), made(which, 2, 70, 2, 64)[-1]]
+    stream = torch.Generator().manual_seed(2)
+    pulls = [torch.randn(2, 70, 2, 64, generator=stream).bfloat16().double()]
+    pulls += [torch.randn(2, 2, 64, 64, generator=stream).double()]
+    assert on_tensor_cores(inputs)
+    wanted = results(OPERATORS[which][1], [x.double() for x in inputs], pulls)
+    for n, (found, real) in enumerate(zip(results(OPERATORS[which][0], inputs, pulls), wanted, strict=True)):
         rounded = rms(real.bfloat16(), real) if found.dtype == torch.bfloat16 else 1e-3
         assert rms(found, real) < 1.2 * rounded, n
 
 
+@pytest.mark.parametrize("which", OPERATORS)
 @pytest.mark.parametrize("w", [[0.5, 1.0], [-30.0, 3.6, 20.0], [-math.inf, -0.5, 87.0, 1e30]])
-def test_tensor_cores_are_right_at_any_decay(tiled, w):
-    inputs = in_bf16(1, 35, 1, 64, w=w)
-    for n, (found, wanted) in enumerate(zip(results(wkv7, inputs), exact("wkv7", inputs), strict=True)):
+def test_tensor_cores_are_right_at_any_decay(tiled, which, w):
+    inputs = in_bf16(which, 1, 35, 1, 64, w=w)
+    for n, (found, wanted) in enumerate(zip(results(OPERATORS[which][0], inputs), exact(which, inputs), strict=True)):
         assert found.isfinite().all()
-        assert float((found.double() - wanted).norm()) < 1e-3 * float(wanted.norm().clamp(min=wanted.numel() ** 0.5)), n
+        assert near(found, wanted, 1.0), n
+
+
+@pytest.mark.parametrize("which", ["wkv6", "wkv5"])
+@pytest.mark.parametrize("w", [[2.0, 3.0], [3.6, 4.6], [-math.inf, 20.0]])
+def test_what_is_forgotten_has_no_gradient_on_tensor_cores_and_little_that_is_left_has_the_right_one(tiled, which, w):
+    inputs = in_bf16(which, 1, 35, 1, 64, w=w)
+    found, wanted = (x[3] for x in (results(OPERATORS[which][0], inputs), exact(which, inputs)))
+    for rate in w:
+        here = inputs[1] == torch.tensor(rate).bfloat16().float()
+        assert float((found - wanted)[here].norm()) <= 1e-3 * float(wanted[here].norm()) + 1e-37, rate
 
 
 def test_tensor_cores_begin_documents_anew_in_the_middle_of_a_row(tiled):
-    inputs = in_bf16(1, 70, 1, 64)
+    inputs = in_bf16("wkv7", 1, 70, 1, 64)
     for first in (5, 6, 16, 31, 69):
         inputs[1][:, first], inputs[5][:, first] = 8.0, 0.0
     for n, (found, wanted) in enumerate(zip(results(wkv7, inputs), exact("wkv7", inputs), strict=True)):
         assert float((found.double() - wanted).norm()) < 1e-3 * float(wanted.norm().clamp(min=1e-6)), n
 
 
-def test_tensor_cores_leave_the_state_as_it_is_where_a_row_is_filled_up(tiled):
-    r, w, k, v, a, b, S = in_bf16(1, 40, 2, 64)
-    w[:, 21:], k[:, 21:], b[:, 21:] = -torch.inf, 0, 0
-    _, filled = wkv7(r, w, k, v, a, b, S)
-    _, wanted = wkv7(*(x[:, :21] for x in (r, w, k, v, a, b)), S)
+@pytest.mark.parametrize("which", OPERATORS)
+def test_tensor_cores_leave_the_state_as_it_is_where_a_row_is_filled_up(tiled, which):
+    inputs = in_bf16(which, 1, 40, 2, 64)
+    short = [x[:, :21] if x.dim() == 4 and x.shape[1] == 40 else x for x in inputs]
+    if which == "wkv5":  # its decay is everybody's
+        inputs[1].fill_(-torch.inf)
+    else:
+        inputs[1][:, 21:] = -torch.inf
+    inputs[2][:, 21:], inputs[5][:, 21:] = 0, 0 if which == "wkv7" else inputs[5][:, 21:]
+    _, filled = OPERATORS[which][0](*inputs)
+    _, wanted = OPERATORS[which][0](*short)
     assert rms(filled, wanted.double()) < 1e-6
 
 
-def test_rows_in_pieces_give_gradients_through_their_states_on_tensor_cores(tiled):
+@pytest.mark.parametrize("which", OPERATORS)
+def test_rows_in_pieces_give_gradients_through_their_states_on_tensor_cores(tiled, which):
     def in_pieces(*inputs):
-        y, S = wkv7(*(x[:, :37] for x in inputs[:-1]), inputs[-1])
-        rest, S = wkv7(*(x[:, 37:] for x in inputs[:-1]), S)
-        return torch.cat((y, rest), 1), S
+        operator, S, found = OPERATORS[which][0], inputs[-1], []
+        for first, end in ((0, 37), (37, 70)):
+            cut = [x[:, first:end] if x.dim() == 4 and x.shape[1] == 70 else x for x in inputs[:-1]]
+            y, S = operator(*cut, S)
+            found.append(y)
+        return torch.cat(found, 1), S
 
-    inputs = in_bf16(1, 70, 1, 64)
-    for found, wanted in zip(results(in_pieces, inputs), exact("wkv7", inputs), strict=True):
+    inputs = in_bf16(which, 1, 70, 1, 64)
+    for found, wanted in zip(results(in_pieces, inputs), exact(which, inputs), strict=True):
         assert rms(found, wanted) < 1.2e-3
 
 
-def test_the_order_in_which_warps_and_threads_run_between_barriers_changes_nothing_for_tensor_cores(tiled):
-    for w in (None, [0.5, 2.0]):
-        inputs, found = in_bf16(1, 37, 1, 64, w=w), []
-        for way in (0, 1):
-            tiled.grid_order(way)
-            found.append(results(wkv7, inputs))
-        assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+@pytest.mark.parametrize("which, w", [("wkv7", None), ("wkv7", [0.5, 2.0]), ("wkv6", None), ("wkv5", None)])
+def test_the_order_in_which_warps_and_threads_run_between_barriers_changes_nothing_for_tensor_cores(tiled, which, w):
+    inputs, found = in_bf16(which, 1, 37, 1, 64, w=w), []
+    for way in (0, 1):
+        tiled.grid_order(way)
+        found.append(results(OPERATORS[which][0], inputs))
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("parts", [1, 4])
-def test_tensor_cores_write_all_results_and_nothing_beside_them(tiled, guards, monkeypatch, parts):
-    monkeypatch.setattr(gpu, "_parts", lambda v: parts)
-    found = results(wkv7, in_bf16(1, 67, 2, 64))
+@pytest.mark.parametrize("which, parts", [("wkv7", 1), ("wkv7", 4), ("wkv6", 2), ("wkv5", 4)])
+def test_tensor_cores_write_all_results_and_nothing_beside_them(tiled, guards, monkeypatch, which, parts):
+    monkeypatch.setattr(gpu, "_parts", lambda operator, v: parts)
+    found = results(OPERATORS[which][0], in_bf16(which, 1, 67, 2, 64))
     assert all(x.isfinite().all() for x in found)
     guards(9)
+
+
+@pytest.mark.parametrize("which", OPERATORS)
+@pytest.mark.parametrize("N", [8, 64])
+def test_what_is_no_number_comes_out_as_none(tiled, which, N):
+    bits = torch.tensor([2**31 - 1], dtype=torch.int32).view(torch.float32)  # as a card writes it
+    names = NAMES[which]
+    for place in (1, 3, len(names) - 1):
+        inputs = made(which, 1, 16, 1, N)
+        inputs[place].view(-1)[3] = bits[0]
+        y, S = OPERATORS[which][0](*inputs)
+        assert y.isnan().any() and S.isnan().any(), names[place]
+
+
+@pytest.mark.parametrize("which", OPERATORS)
+def test_what_is_kept_for_the_backward_may_be_computed_again_there(on_host, which):
+    def again(*inputs):
+        return checkpoint(OPERATORS[which][0], *inputs, use_reentrant=False)
+
+    inputs = made(which, 1, 9, 1, 8)
+    wanted = results(OPERATORS[which][0], inputs)
+    assert all(torch.equal(one, other) for one, other in zip(results(again, inputs), wanted, strict=True))
 
 
 def on_card():
@@ -413,19 +503,21 @@ def test_a_card_computes_what_the_reference_does_and_the_same_bits_again(which, 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not on_card(), reason="there is no GPU here")
-@pytest.mark.parametrize("sizes", [(1, 16, 1, 64), (2, 131, 3, 64), (8, 70, 40, 64)])
+@pytest.mark.parametrize("which", OPERATORS)
+@pytest.mark.parametrize("sizes", [(1, 16, 1, 64), (2, 131, 3, 64), pytest.param((8, 70, 40, 64), marks=LARGE)])
 @pytest.mark.parametrize("w", [None, [0.5, 1.0, 20.0]])
-def test_a_card_s_tensor_cores_err_as_built_for_the_host_and_give_the_same_bits_again(sizes, w):
-    inputs = [x.bfloat16() for x in made("wkv7", *sizes, w=w)]
+def test_a_card_s_tensor_cores_err_as_built_for_the_host_and_give_the_same_bits_again(which, sizes, w):
+    inputs = [x.bfloat16() for x in made(which, *sizes, w=w)]
     given = [*(x.cuda() for x in inputs[:-1]), inputs[-1].float().cuda()]
-    assert gpu.by_chunks(given[3])
-    wanted = exact("wkv7", inputs)
-    found, again = ([x.cpu() for x in results(wkv7, given)] for _ in range(2))
+    assert gpu.way(which.replace("5", "6"), given[3])[0].endswith("_chunks")
+    wanted = exact(which, inputs)
+    found, again = ([x.cpu() for x in results(OPERATORS[which][0], given)] for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
     for one, real in zip(found, wanted, strict=True):
         assert float((one.double() - real).norm()) < 2.5e-3 * float(real.norm().clamp(min=real.numel() ** 0.5))
 
 
+@LARGE
 @pytest.mark.gpu
 @pytest.mark.skipif(not on_card(), reason="there is no GPU here")
 def test_indices_reach_beyond_32_bits_on_a_card():

@@ -42,9 +42,13 @@ int finish_forward(const int64_t *, int64_t, FOUR, FOUR, float, void *, float *)
 int finish_backward(const int64_t *, int64_t, FOUR, FOUR, float, const float *, const void *, void *, void *, void *,
                     void *, void *, float *);
 int loss_rows(const int64_t *, int64_t, void *, const int64_t *, const int64_t *, float, float, float *);
-int wkv6_forward(const int64_t *, int64_t, SIX, const float *, void *, float *, float *);
-int wkv6_backward(const int64_t *, int64_t, SIX, const float *, const void *, const float *, void *, void *, void *,
-                  void *, float *, float *, float *);
+int64_t wkv6_chunks_kept(const int64_t *), wkv6_chunks_room(const int64_t *);
+#define DECLARE_6(name)                                                                           \
+    int name##_forward(const int64_t *, int64_t, SIX, const float *, void *, float *, float *);   \
+    int name##_backward(const int64_t *, int64_t, SIX, const float *, const void *, const float *, void *, void *, \
+                        void *, void *, float *, float *, float *);
+DECLARE_6(wkv6)
+DECLARE_6(wkv6_chunks)
 }
 
 std::vector<std::unique_ptr<float[]>> all;  // of exactly their length, so that a step beyond it is seen
@@ -67,19 +71,27 @@ int wrong = 0;
                                  made(name##_room(s)));                                                 \
     }
 
+#define SIXTH(name, parts)                                                                              \
+    {                                                                                                   \
+        float *u = made(H * N), *kept = made(name##_kept(s));                                           \
+        wrong |= name##_forward(s, 0, r, w, k, v, u, S, y, end, nullptr);                               \
+        wrong |= name##_forward(s, 0, r, w, k, v, u, S, y, end, kept);                                  \
+        wrong |= name##_backward(s, 0, r, w, k, v, u, kept, y, end, made(parts * n),                    \
+                                 made(s[5] ? parts * B * H * N : parts * n), made(parts * n), x(),      \
+                                 made(parts * B * H * N), made(m), made(name##_room(s)));               \
+    }
+
 void operators(int64_t B, int64_t T, int64_t H, int64_t N) {
     const int64_t n = B * T * H * N, m = B * H * N * N;
-    int64_t s[] = {B, T, H, N, 0, 0};
+    int64_t s[] = {B, T, H, N, 0, 0, 0};
     auto x = [&] { return made(n); };
     float *r = x(), *w = x(), *k = x(), *v = x(), *a = x(), *b = x(), *y = x(), *S = made(m), *end = made(m);
     for (int64_t i = 0; i < n; i++) w[i] -= i % 13 ? 1.0f : -3.0f;
     SEVENTH(wkv7, 1)
     for (s[5] = 1; N == 64 && s[5] <= 4; s[5] *= 2) SEVENTH(wkv7_chunks, s[5])
     for (s[5] = 0; s[5] < 2; s[5]++) {
-        float *u = made(H * N), *kept = made(wkv6_kept(s)), *dw = made(s[5] ? B * H * N : n);
-        wrong |= wkv6_forward(s, 0, r, w, k, v, u, S, y, end, kept);
-        wrong |= wkv6_backward(s, 0, r, w, k, v, u, kept, y, end, x(), dw, x(), x(), made(B * H * N), made(m),
-                               made(wkv6_room(s)));
+        SIXTH(wkv6, 1)
+        for (s[6] = 1; N == 64 && s[6] <= 4; s[6] *= 2) SIXTH(wkv6_chunks, s[6])
     }
 }
 
