@@ -5,6 +5,7 @@ from collections.abc import Generator, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from rwkvpipe.infer import graph
 from rwkvpipe.infer.draw import logprob
 from rwkvpipe.infer.prefix import Header, headers
 from rwkvpipe.model.layers import State
@@ -28,6 +29,7 @@ class Reader:
     def __init__(self, model: nn.Module, rows: int):
         self.model, self.rows = model, rows
         self.device = next(model.parameters()).device
+        self.recorded = graph.chunks(model, CHUNK)
 
     def groups(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Numbers of rows of about equal length, the shortest first, as many as go at a time."""
@@ -56,11 +58,16 @@ class Reader:
                 yield
             part = ids[:, start : start + CHUNK]
             here = (lengths - start).clamp(0, part.shape[1])
-            padding = None if bool((here == part.shape[1]).all()) else here
-            features, state = self.model.features(part, state, padding)
+            features, state = self._features(part, state, here)
             ends = features.gather(1, (here - 1).clamp(min=0)[:, None, None].expand(-1, 1, features.shape[-1]))[:, 0]
             last = ends if last is None else torch.where(here[:, None] > 0, ends, last)  # (B, D)
         return self.model.logits(last), state
+
+    def _features(self, ids: Tensor, state: State | None, lengths: Tensor) -> tuple[Tensor, State]:
+        """The stream (B, T, D) of a chunk of rows of `lengths`, to be used before the next, and the state after it."""
+        if self.recorded and (found := self.recorded.features(ids, state, lengths)):
+            return found
+        return self.model.features(ids, state, None if bool((lengths == ids.shape[1]).all()) else lengths)
 
     def read(self, rows: Sequence[Sequence[int]], state: State | None = None) -> tuple[Tensor, State]:
         """The same at once."""
@@ -97,8 +104,7 @@ class Reader:
             for a in range(start, end, CHUNK):
                 b = min(a + CHUNK, end)
                 here = (lengths - 1 - a).clamp(0, b - a)
-                padding = None if bool((here == b - a).all()) else here
-                features, state = self.model.features(ids[:, a:b], state, padding)
+                features, state = self._features(ids[:, a:b], state, here)
                 step = max(1, LOGITS // (len(ids) * self.model.config.vocab_size))
                 for c in range(0, b - a, step):
                     cut = slice(c, min(c + step, b - a))

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from rwkvpipe.base.config import RwkvConfig, SamplingConfig
-from rwkvpipe.infer import graph, slots
+from rwkvpipe.infer import graph, reading, slots
 from rwkvpipe.infer.engine import Engine
-from rwkvpipe.infer.graph import Graphs, enough, graphs
+from rwkvpipe.infer.graph import Chunks, Graphs, enough, graphs
+from rwkvpipe.infer.reading import Reader
 from rwkvpipe.model.family import build
 from rwkvpipe.model.layers import State
 from rwkvpipe.tokenizer.byte import ByteTokenizer
@@ -97,7 +98,7 @@ def test_rows_may_come_and_go_between_steps_and_what_was_copied_stays(made):
     state = state.take([0, 3])
     found = steps.step(ids[[0, 3], 4], state)
     torch.testing.assert_close(found, wanted[[0, 3], 4], atol=1e-5, rtol=1e-5)
-    assert sorted(steps.steps) == [2, 8]  # what was recorded for less room is gone
+    assert sorted(steps.works) == [2, 8]  # what was recorded for less room is gone
 
 
 @pytest.mark.parametrize("rows", [1, 5])
@@ -128,7 +129,91 @@ def test_a_step_that_cannot_be_recorded_is_computed_and_a_line_says_so(recording
 
 
 def test_off_a_card_nothing_is_recorded():
-    assert graphs(model()) is None
+    assert graphs(model()) is None and graph.chunks(model(), 256) is None
+
+
+def same(found, wanted):
+    """Of logits and states."""
+    for one, other in zip((found[0], *parts(found[1])), (wanted[0], *parts(wanted[1])), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def parts(state):
+    return (*state.att_x, *state.wkv, *state.ffn_x)
+
+
+@pytest.fixture
+def readers(made, monkeypatch):
+    """Makes a reader in chunks of 24 as it is, and one that has them recorded."""
+    monkeypatch.setattr(reading, "CHUNK", 24)
+
+    def readers(network):
+        plain, recorded = Reader(network, 8), Reader(network, 8)
+        recorded.recorded = Chunks(network, 24)
+        return plain, recorded
+
+    return readers
+
+
+@pytest.mark.parametrize("family", ["rwkv7", "rwkv6", "rwkv5"])
+def test_texts_read_in_recorded_chunks_leave_the_logits_and_states_of_the_model(readers, made, family):
+    plain, recorded = readers(model(family, time_state=family != "rwkv5"))
+    for lengths in ((60, 3, 30), (17,), (5, 24, 1, 9), (1, 1), (8,) * 5):
+        rows = [[(7 * n + t * t) % 257 for t in range(length)] for n, length in enumerate(lengths)]
+        state = plain.model.start(len(rows))
+        for x in parts(state):
+            x.normal_(generator=torch.Generator().manual_seed(len(rows)))
+        same(recorded.read(rows, state), plain.read(rows, state))
+        same(recorded.read(rows), plain.read(rows))
+    assert recorded.recorded.seen == {(3, 24), (3, 16), (1, 24), (4, 24), (2, 16), (6, 16)}
+    assert set(recorded.recorded.works) == {(6, 16)} and len(made) > 3  # what was recorded for less room is gone
+
+
+def test_texts_that_are_read_in_turns_do_not_move_one_another(readers):
+    plain, recorded = readers(model())
+    texts = [[[3 * t % 257 for t in range(70)]], [[5 * t % 257 for t in range(55)]]]
+    for _ in range(2):
+        going, found = [recorded.chunks(text) for text in texts], {}
+        while len(found) < 2:
+            for n in {0, 1} - set(found):
+                try:
+                    next(going[n])
+                except StopIteration as done:
+                    found[n] = done.value
+        for n, text in enumerate(texts):
+            same(found[n], plain.read(text))
+
+
+def test_texts_weigh_the_same_in_recorded_chunks(readers, made):
+    network = model()
+    pairs = [("ab", "cd" * 20), ("ab", "e"), ("", "x" * 30), ("hello", " there"), ("abc", "")]
+    wanted = (engine := Engine(network, ByteTokenizer(1), 4)).loglikelihood(pairs)
+    engine.reader = readers(network)[1]
+    for _ in range(2):
+        assert engine.loglikelihood(pairs) == pytest.approx(wanted, rel=1e-5)
+    assert made
+
+
+@pytest.mark.parametrize("rows, width, why", [
+    (33, 3, "rows"), (32, 100, "tokens"), (2, 200, "width"), (2, 5, "learning"), (0, 3, "none"),
+])  # fmt: skip
+def test_what_is_large_and_what_learns_is_not_recorded(made, rows, width, why):
+    network = model().train(why == "learning")
+    chunks, ids = Chunks(network, 128), torch.zeros(rows, width, dtype=torch.long)
+    for _ in range(2):
+        assert chunks.features(ids, None, torch.full((rows,), width)) is None
+    assert not made and not chunks.seen
+
+
+def test_reading_that_cannot_be_recorded_is_done_as_it_is_and_a_line_says_so(readers, monkeypatch, caplog):
+    def refused(*given):
+        raise RuntimeError("operation not permitted")
+
+    plain, recorded = readers(model())
+    monkeypatch.setattr(graph, "recorded", refused)
+    for _ in range(3):
+        same(recorded.read([[1, 2, 3]]), plain.read([[1, 2, 3]]))
+    assert caplog.text.count("reading 1 rows of 16 tokens is not recorded: operation not permitted") == 1
 
 
 @pytest.mark.gpu
@@ -147,6 +232,35 @@ def test_a_card_s_graphs_give_what_its_kernels_give_one_by_one(family, caplog):
             logits, plain = network(ids[:, t : t + 1], plain)
             wanted.append(logits[:, -1])
         torch.testing.assert_close(torch.stack(found), torch.stack(wanted), atol=1e-4, rtol=1e-4)
+    assert "is not recorded" not in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("family", ["rwkv7", "rwkv6", "rwkv5"])
+def test_a_card_s_graphs_read_what_its_kernels_read_one_by_one(family, caplog):
+    reader, plain = (Reader(model(family).cuda(), 8) for _ in range(2))
+    plain.recorded = None
+    for lengths in ((300, 3, 30), (300, 3, 30), (5,), (17,), (5, 24, 1, 9)):
+        rows = [[(7 * n + t * t) % 257 for t in range(length)] for n, length in enumerate(lengths)]
+        for (one, state), (other, wanted) in [(reader.read(rows), plain.read(rows)) for _ in range(3)]:
+            for x, y in zip((one, *parts(state)), (other, *parts(wanted)), strict=True):
+                torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
+    assert reader.recorded.works and "is not recorded" not in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU at most here")
+def test_a_card_that_is_not_the_current_one_computes_and_records_too(caplog):
+    there = model().to("cuda:1")
+    reader, steps, rows = Reader(there, 2), graphs(there), [[1, 2, 3, 4, 5]]
+    wanted = Reader(model(), 2).read(rows)
+    for _ in range(3):
+        logits, state = reader.read(rows)
+        torch.testing.assert_close(logits.cpu(), wanted[0], atol=1e-4, rtol=1e-4)
+    with torch.inference_mode():
+        found = steps.step(torch.tensor([7], device="cuda:1"), state)
+        torch.testing.assert_close(found.cpu(), model()(torch.tensor([[7]]), wanted[1])[0][:, -1], atol=1e-4, rtol=1e-4)
     assert "is not recorded" not in caplog.text
 
 
