@@ -8,6 +8,7 @@ python -m benchmarks precision
 python -m benchmarks demo
 python -m benchmarks perplexity MODEL TEXT
 python -m benchmarks op [--operator wkv6]
+python -m benchmarks product
 python -m benchmarks decode [--size large] [--family rwkv6]
 python -m benchmarks infer
 python -m benchmarks same
@@ -47,6 +48,7 @@ from benchmarks import (
     peers,
     perplexity,
     precision,
+    product,
     registers,
     same,
     sanitize,
@@ -97,6 +99,7 @@ MEASURES: dict[str, Callable[[Namespace], dict]] = {
     "demo": lambda g: demo.measure(_room(g), g.rounds),
     "perplexity": _perplexity,
     "op": lambda g: op.measure(g.operator, g.rounds),
+    "product": lambda g: product.measure(g.rounds),
     "decode": _decode,
     "infer": lambda g: infer.measure(_python(g, "rwkv"), g.out, g.rounds),
     "same": lambda g: same.measure(),

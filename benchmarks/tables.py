@@ -9,11 +9,27 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import busy, decode, demo, families, gpu, infer, op, perplexity, precision, registers, same, train, tune
+from benchmarks import (
+    busy,
+    decode,
+    demo,
+    families,
+    gpu,
+    infer,
+    op,
+    perplexity,
+    precision,
+    product,
+    registers,
+    same,
+    train,
+    tune,
+)
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TABLES = {
     "op": op.table,
+    "product": product.table,
     "train": train.table,
     "tune": tune.table,
     "families": families.table,

@@ -107,6 +107,15 @@ inline void zip(Vec a, Vec b, Vec &first, Vec &second) {
 #endif
 }
 
+// lane j of x[i] becomes lane i of x[j]; y is room
+inline void turn(Vec *x, Vec *y) {
+#pragma GCC unroll 4
+    for (int done = 1; done < WIDTH; done *= 2) {
+        for (int l = 0; l < WIDTH / 2; l++) zip(x[l], x[l + WIDTH / 2], y[2 * l], y[2 * l + 1]);
+        for (int l = 0; l < WIDTH; l++) x[l] = y[l];
+    }
+}
+
 // to[j][i] = from[i][j] for i < rows, j < columns; the rest of each row of `to`, up to a whole vector, becomes zero
 __attribute__((noinline)) inline void transpose(float *to, int64_t to_step, const float *from, int64_t from_step,
                                                 int64_t rows, int64_t columns) {
@@ -115,10 +124,7 @@ __attribute__((noinline)) inline void transpose(float *to, int64_t to_step, cons
             const int64_t tall = rows - i, wide = columns - j;
             Vec x[WIDTH], y[WIDTH];
             for (int l = 0; l < WIDTH; l++) x[l] = l < tall ? load_some(from + (i + l) * from_step + j, wide) : Vec{};
-            for (int done = 1; done < WIDTH; done *= 2) {
-                for (int l = 0; l < WIDTH / 2; l++) zip(x[l], x[l + WIDTH / 2], y[2 * l], y[2 * l + 1]);
-                for (int l = 0; l < WIDTH; l++) x[l] = y[l];
-            }
+            turn(x, y);
             const int64_t room = to_step - i;
             for (int l = 0; l < WIDTH && l < wide; l++) store_some(to + (j + l) * to_step + i, x[l], room);
         }

@@ -15,6 +15,7 @@ from rwkvpipe.plan import Plan
 
 # set before torch is imported: the models are tiny, and tests start programs that would fight over the cores
 os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or "1"
+os.environ.setdefault("RWKVPIPE_PRODUCTS", "torch")  # no result of a test may depend on what is faster here
 # the same examples everywhere: a run that passes here passes there; HYPOTHESIS_PROFILE=default looks further
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))

@@ -4,6 +4,7 @@ The sources in `cuda/` know nothing of torch or Python, so that they compile in 
 the user's cache folder under a name that tells its sources, flags and compiler: another of these is another file.
 
     RWKVPIPE_KERNELS   `torch` turns native code off; anything else is the folder to keep it in
+    RWKVPIPE_PRODUCTS  `torch` or `own`: whose products of fp32 compute, where that is not found out by time
     CXX                the compiler; else g++, c++ or clang++, whichever there is
     CUDACXX            the compiler for NVIDIA's cards; else nvcc, on the path or where CUDA_HOME has it
 """
@@ -18,6 +19,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rwkvpipe.base.errors import ConfigError
 from rwkvpipe.base.files import atomic
 from rwkvpipe.base.lock import lock
 
@@ -31,6 +33,14 @@ FAILURES = (OSError, RuntimeError, subprocess.SubprocessError)
 def turned_off() -> bool:
     """Whether the user wants no native code."""
     return os.environ.get("RWKVPIPE_KERNELS") == "torch"
+
+
+def products() -> str | None:
+    """Whose products of fp32 the user wants, if that is said. Raises ConfigError for what there is not."""
+    asked = os.environ.get("RWKVPIPE_PRODUCTS") or None
+    if asked not in (None, "torch", "own"):
+        raise ConfigError(f"RWKVPIPE_PRODUCTS: {asked!r} in the environment is neither torch nor own; unset it")
+    return asked
 
 
 def why_threads(count: int) -> str:

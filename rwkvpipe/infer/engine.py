@@ -19,6 +19,7 @@ from rwkvpipe.infer.reading import CHUNK, LOGITS, Reader
 from rwkvpipe.infer.row import Completion, Job
 from rwkvpipe.infer.slots import Slots
 from rwkvpipe.infer.words import Words, words
+from rwkvpipe.kernel import choice
 from rwkvpipe.tokenizer.load import Tokenizer, load_tokenizer
 
 __all__ = ["Completion", "Engine", "load_vocabulary"]
@@ -69,6 +70,7 @@ class Engine:
             )
         if kind is not None:
             keep(model, kind)
+        choice.begin(model)
         self.model, self.tokenizer, self.rows = model, tokenizer, rows
         self.special = {word: number for word, number in (special or {}).items() if 0 <= number < size}
         self.reader = Reader(model, rows)

@@ -39,15 +39,15 @@ def levels() -> dict[str, tuple[str, ...]]:
 def level() -> str:
     """The best of `levels` that this processor has (ATEN_CPU_CAPABILITY can ask torch, and so us, for less)."""
     found = torch.backends.cpu.get_cpu_capability()
-    return next((name for name in levels() if found.startswith(name)), list(levels())[-1])
+    return next((each for each in levels() if found.startswith(each)), list(levels())[-1])
 
 
 def _sources() -> list[Path]:
     return sorted(SOURCES.glob("*.cpp"))
 
 
-def _name(which: str) -> str:
-    """What the file of a level is called, but for the compiler."""
+def name(which: str) -> str:
+    """What the file of a level is called, but for the compiler: another one for other sources or flags."""
     files = sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])
     parts = [part for file in files for part in (file.name, file.read_bytes())]
     return f"{platform.machine()}-{which.lower()}-{compiler.short_digest(*COMMON, *levels()[which], *parts)}"
@@ -58,7 +58,7 @@ def compiled(which: str) -> tuple[Path, str]:
 
     Raises one of `compiler.FAILURES`: no compiler, or it fails, or nothing can be written.
     """
-    return compiler.compiled(_name(which), [*COMMON, *levels()[which]], _sources(), "the native kernels")
+    return compiler.compiled(name(which), [*COMMON, *levels()[which]], _sources(), "the native kernels")
 
 
 @cache

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkvpipe.kernel import build, gpu, passes
-from rwkvpipe.kernel.product import Products
+from rwkvpipe.kernel.product import Products, chosen
 
 NUMBERS = 1 << 20  # logits held at once
 ON_CARD = 1 << 27  # the same on a card
@@ -67,13 +67,14 @@ def _plain(x: Tensor, weight: Tensor, wanted: Wanted, needed: Sequence[bool]) ->
     dx = torch.empty_like(x) if needed[0] else None
     dw = torch.zeros_like(weight) if needed[1] else None
     total = torch.zeros((), dtype=torch.float64, device=x.device)
+    how = Products(own=chosen() == "own")
     for part in _parts(x, weight):
-        logits = x[part] @ weight.mT
+        logits = how.mm(x[part], weight.mT)
         total += _gradients(logits, wanted, part).double().sum()
         if dx is not None:
-            torch.mm(logits, weight, out=dx[part])
+            how.put(dx[part], logits, weight)
         if dw is not None:
-            dw.addmm_(logits.mT, x[part])
+            how.put(dw, logits.mT, x[part], add=True)
     return total, dx, dw
 
 

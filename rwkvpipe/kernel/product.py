@@ -1,7 +1,8 @@
-"""Products of matrices in training on the CPU: of numbers as they are, or rounded to 16 bits; sums are fp32 either way.
+"""Products of matrices on the CPU: of numbers as they are, or rounded to 16 bits; sums are fp32 either way.
 
-Where the processor has no product of bf16, numbers are rounded to it and multiplied in fp32: what torch does there
-instead takes three times as long as fp32, and this takes as long. Where it has one, results are rounded, too.
+Those of fp32 are torch's or, where kernel/choice.py chose them, our own (`cuda/product_cpu.cpp`). Where the processor
+has no product of bf16, numbers are rounded to it and multiplied in fp32: what torch does there instead takes three
+times as long as fp32, and this takes as long. Where it has one, results are rounded, too.
 """
 
 import logging
@@ -14,7 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rwkvpipe.kernel import build
+
 log = logging.getLogger("rwkvpipe")
+
+WORTH = 1 << 21  # multiplications below which starting an own product takes as long as torch's does
+_chosen: list[str] = []  # the newest last
 
 
 @cache
@@ -24,6 +30,16 @@ def has_bf16() -> bool:
         asked = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
         return any(each() for each in asked if each is not None)
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def choose(name: str) -> None:
+    """Have products of fp32 computed by `torch` or by our `own` kernel from now on."""
+    _chosen[:] = [name]
+
+
+def chosen() -> str | None:
+    """Whose products of fp32 compute; None is torch's, as nothing else was said."""
+    return _chosen[-1] if _chosen else None
 
 
 @cache
@@ -43,11 +59,13 @@ class Products:
     """What numbers are rounded to; None is as they are."""
     narrow: bool = True
     """Whether they are multiplied in it, too; else in fp32."""
+    own: bool = False
+    """Whether products of fp32 are our own, where they are worth it."""
 
     @classmethod
     def of(cls, dtype: torch.dtype | None, device: torch.device) -> "Products":
         """The fastest on a device."""
-        return cls(dtype, device.type != "cpu" or dtype != torch.bfloat16 or has_bf16())
+        return cls(dtype, device.type != "cpu" or dtype != torch.bfloat16 or has_bf16(), chosen() == "own")
 
     def take(self, x: Tensor) -> Tensor:
         """Numbers as `mm` multiplies them."""
@@ -58,23 +76,46 @@ class Products:
 
     def mm(self, a: Tensor, b: Tensor) -> Tensor:
         """The product (..., n, m) of what `take` gave, (..., n, k) and (k, m), in fp32."""
+        if self._by_own(a, b):
+            return _multiply(a, b, a.new_empty(*a.shape[:-1], b.shape[1]))
         found = a @ b
         return found.float() if found.dtype == self.dtype else found
 
     def put(self, into: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
         """The product (n, m) of (n, k) and (k, m) written where it is to be, or added to what is there."""
-        if a.dtype == into.dtype:
+        if into.is_contiguous() and self._by_own(a, b):
+            _multiply(a, b, into, add=add)
+        elif a.dtype == into.dtype:
             torch.addmm(into, a, b, beta=float(add), out=into)
         elif add:
             into += a @ b
         else:
             into.copy_(a @ b)
 
+    def _by_own(self, a: Tensor, b: Tensor) -> bool:
+        plain = self.own and b.dim() == 2 and a.numel() * b.shape[1] >= WORTH
+        return plain and build.native(a, b) is not None
+
+
+def _multiply(a: Tensor, b: Tensor, into: Tensor, *, add: bool = False) -> Tensor:
+    """The product of (..., n, k) and (k, m), of which both may be seen turned, where it is to be."""
+    (x, x_turned), (matrix, turned) = _as_it_lies(a), _as_it_lies(b)
+    sizes = (a.numel() // a.shape[-1], *b.shape, x_turned, turned, add)
+    build.call("multiply", sizes, x, matrix, into)
+    return into
+
+
+def _as_it_lies(x: Tensor) -> tuple[Tensor, bool]:
+    """What lies in memory without gaps, and whether that is x turned."""
+    if not x.is_contiguous() and x.dim() == 2 and x.mT.is_contiguous():
+        return x.mT, True
+    return x.contiguous(), False
+
 
 def asked() -> Products:
-    """How products of fp32 on the CPU are to be computed: as torch's autocast says."""
+    """How products of fp32 on the CPU are to be computed: as torch's autocast says, and as was chosen."""
     if not torch.is_autocast_enabled("cpu"):
-        return Products()
+        return Products(own=chosen() == "own")
     announce()
     return Products.of(torch.get_autocast_dtype("cpu"), torch.device("cpu"))
 
@@ -93,16 +134,17 @@ def exactly(function: Callable) -> Callable:
 
 
 def linear(x: Tensor, matrix: Tensor) -> Tensor:
-    """x (..., k) times a matrix (k, m): rounded, on the CPU, where autocast asks for it."""
+    """x (..., k) times a matrix (k, m): on the CPU rounded where autocast asks for it, and as was chosen."""
     how = asked()
-    if how.dtype is None or x.device.type != "cpu" or matrix.dtype == torch.float64:
+    if (how.dtype is None and not how.own) or x.device.type != "cpu" or matrix.dtype == torch.float64:
         return x @ matrix
     return _Linear.apply(how, x, matrix)
 
 
 def through(layer: nn.Module, x: Tensor) -> Tensor:
     """The same with the matrix of a layer; one that is more than a matrix sees to it itself."""
-    plain = type(layer) is nn.Linear and layer.bias is None and torch.is_autocast_enabled("cpu")
+    plain = type(layer) is nn.Linear and layer.bias is None
+    plain = plain and (torch.is_autocast_enabled("cpu") or chosen() == "own")
     return linear(x, layer.weight.mT) if plain else layer(x)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rwkvpipe.base.config import TrainConfig
 from rwkvpipe.base.errors import DataError, PipeError, Stopped
+from rwkvpipe.kernel import choice
 from rwkvpipe.train import checkpoint
 from rwkvpipe.train.dist import ALONE, Rank
 from rwkvpipe.train.optim import AdamW, adamw, decay_at, lr_at, same_until, set_rate
@@ -200,6 +201,7 @@ class _Training:
         self.log = Log(run.folder / "log.jsonl", run.rank)
         self.stops = _Stops()
         self.saved = 0
+        self.products = "torch"
         self.stem = checkpoint.Stem(run.stem, same_until(config) if run.stem else 0, config.steps, config.schedule)
 
     @property
@@ -221,6 +223,10 @@ class _Training:
         step = 0 if found is None else found.step
         if rank.total(step) != [step * rank.count]:
             raise PipeError(f"{self.run.folder}: the processes do not see the same resume points; share the folder")
+        self.products = choice.settle(self.model, found and found.notes.pop("products", "torch"))
+        first = rank.gather(self.products)[0]
+        if first != self.products:  # on a machine of another kind
+            self.products = choice.settle(self.model, first)
         carried: dict[str, Tensor] = {}
         if found is not None:
             carried = _unpack(self.model, self.optimizer, found.tensors)
@@ -244,7 +250,7 @@ class _Training:
         if self.run.rank.index:
             self.saved = self.progress.step
             return
-        notes = vars(self.progress) | {"scaler": vars(self.scaler)}
+        notes = vars(self.progress) | {"scaler": vars(self.scaler), "products": self.products}
         checkpoint.save(self.run.folder, self.progress.step, parts, self.run.mark, notes=notes, stem=self.stem)
         try:
             self.log.settle()

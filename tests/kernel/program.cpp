@@ -19,6 +19,7 @@ void wkv6_forward(const int64_t *, int, const float *, const float *, const floa
 void wkv6_backward(const int64_t *, int, const float *, const float *, const float *, const float *, const float *,
                    const float *, const float *, const float *, float *, float *, float *, float *, float *, float *,
                    float *);
+void multiply(const int64_t *, int, const float *, const float *, float *);
 void panels_times(const int64_t *, int, const void *const *, const float *, float *, float *);
 void decode7(const int64_t *, int, const float *const *, const float *const *, const void *const *,
              const float *const *, float *const *, float *const *, float *const *, const int64_t *, float *);
@@ -131,6 +132,13 @@ void decode(int64_t rows, int64_t kind) {
     }
 }
 
+void products(int64_t n, int64_t k, int64_t m) {
+    for (int64_t form = 0; form < 8; form++) {
+        const int64_t s[] = {n, k, m, form & 1, form >> 1 & 1, form >> 2};
+        std::apply(multiply, std::tuple{s, 2, made(n * k), made(k * m), made(n * m)});
+    }
+}
+
 void samples(int64_t V, int64_t top_k, double top_p) {
     const std::vector<int64_t> listed = {V - 1, 0, V - 1};
     const std::vector<double> set = {1.3, top_p, 1.2, 0.3, 0.1}, draws = {0.0, 0.99};
@@ -147,6 +155,7 @@ void samples(int64_t V, int64_t top_k, double top_p) {
 
 int main(int count, char **) {
     for (int64_t V : {1, 5, 64, 200}) samples(V, 0, 1.0), samples(V, 3, 0.7), samples(V, 0, 0.9), samples(V, 100, 1.0);
+    products(1, 1, 1), products(5, 390, 17), products(29, 7, 50);
     operators(2, 1, 1, 20), operators(1, 35, 3, 7), operators(1, 33, 1, 33);
     for (int64_t rows : {1, 7}) {
         decode<float>(rows, 0), decode<float>(rows, 1), decode<uint16_t>(rows, 2), decode<int8_t>(rows, 3);

@@ -110,7 +110,7 @@ def test_another_compiler_source_or_level_is_another_file(library, fresh, monkey
     assert build.compiled(build.level())[0] == newer
     (sources / "vector.h").write_text((sources / "vector.h").read_text() + "\n")
     changed, _ = build.compiled(build.level())
-    assert len({first, newer, changed, *(build._name(level) for level in build.levels())}) == 3 + len(build.levels())
+    assert len({first, newer, changed, *(build.name(level) for level in build.levels())}) == 3 + len(build.levels())
 
 
 def test_the_line_of_the_native_kernels_names_vectors_threads_and_compiler(library, monkeypatch, caplog):

@@ -1,0 +1,46 @@
+"""A product of fp32 matrices and those of its gradients, by torch and by our own kernel: CPU time on one thread."""
+
+import time
+from statistics import median
+
+import torch
+
+from benchmarks.page import rows
+from benchmarks.train import conditions
+from rwkvpipe.kernel.product import Products
+
+SIZES = ((1024, 256, 256), (1024, 256, 1024), (256, 768, 768), (256, 768, 3072), (2048, 128, 512))
+WAYS = {"torch": Products(), "own": Products(own=True)}
+
+
+def _seconds(how: Products, x: torch.Tensor, y: torch.Tensor, matrix: torch.Tensor) -> float:
+    begin = time.thread_time()
+    how.mm(x, matrix.mT), how.mm(y, matrix), how.mm(y.mT, x)
+    return time.thread_time() - begin
+
+
+def measure(rounds: int) -> dict:
+    """CPU seconds of both, in turns, at each size. Raises SystemExit when their results differ."""
+    torch.set_num_threads(1)
+    draw, found = torch.Generator().manual_seed(0), {}
+    for tokens, narrow, wide in SIZES:
+        x, y, matrix = (
+            torch.randn(n, m, generator=draw) for n, m in ((tokens, narrow), (tokens, wide), (wide, narrow))
+        )
+        one, other = (how.mm(x, matrix.mT) for how in WAYS.values())
+        if float((one - other).abs().max()) > 1e-5 * float(one.abs().max()):
+            raise SystemExit("the products differ, so there is nothing to compare")
+        turns = [{name: _seconds(how, x, y, matrix) for name, how in WAYS.items()} for _ in range(4 * rounds)]
+        found[f"{tokens} x {narrow} x {wide}"] = {name: [turn[name] for turn in turns] for name in WAYS}
+    return {"what": "product", "operator": "fp32", "cpu_seconds": found, **conditions()}
+
+
+def table(found: dict) -> str:
+    """The numbers for people: billions of operations a second, and the median of the ratios of turns."""
+    body = []
+    for name, seconds in found["cpu_seconds"].items():
+        tokens, narrow, wide = map(int, name.split(" x "))
+        speeds = [f"{6e-9 * tokens * narrow * wide / median(seconds[way]):.0f}" for way in WAYS]
+        ratios = [a / b for a, b in zip(seconds["torch"], seconds["own"], strict=True)]
+        body.append([name, *speeds, f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"])
+    return rows(["tokens and sizes", "GFLOP/s by torch", "by our own", "times as fast"], body).rstrip("\n")

@@ -1,0 +1,208 @@
+// Products of many rows. Parts of both factors are laid as registers take them: rows of the first side by side for each
+// k, columns of the second in panels of 16, and each part is used often while it is in a cache.
+//
+// Each number is one sum, its products added in the order of k, as matvec.h has it: it has the same bits whatever is
+// beside it, and however many threads there are.
+#pragma once
+
+#include "matvec.h"
+
+namespace tiles {
+
+// rows of the first, and panels of the second, whose sums the registers have room for
+#if defined(__AVX512F__)
+constexpr int HIGH = 14, BROAD = 2;
+#elif defined(__AVX__) || defined(__aarch64__)
+constexpr int HIGH = 6, BROAD = 1;
+#else
+constexpr int HIGH = 3, BROAD = 1;
+#endif
+constexpr int LOW = HIGH / 2;         // rows of a tile for what is left
+constexpr int64_t DEEP = 384;         // numbers of each row that are multiplied before the next ones
+constexpr int64_t LAID = 3 << 16;     // numbers of the second that are used by all rows before the next ones
+constexpr int64_t AHEAD = 16;         // numbers of a panel's columns that are asked for before they are needed
+constexpr int64_t TALL = 8 * HIGH;    // rows that are worth a task
+constexpr int64_t TURNS = 4;          // tasks for each thread, so that none waits long for the last
+
+// where a tile's numbers go: to[r * step + c] for r < rows, c < room
+struct Place {
+    float *to;
+    int64_t step, rows, room;
+    bool onward;  // whether the sums of the numbers before these, or what is to be added to, are there
+};
+
+// ROWS rows times PANELS panels, which lie `apart`; `deep` numbers of each
+template <int ROWS, int PANELS>
+void whole(const float *x, const float *w, int64_t apart, int64_t deep, float *to, int64_t step, bool onward) {
+    constexpr int VECTORS = PANELS * SPAN;
+    Vec found[ROWS][VECTORS];
+    for (int r = 0; r < ROWS; r++)
+        for (int i = 0; i < PANELS; i++) __builtin_prefetch(to + r * step + i * PANEL, 1);
+#pragma GCC unroll 32
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 32
+        for (int i = 0; i < VECTORS; i++) found[r][i] = onward ? load(to + r * step + i * WIDTH) : Vec{};
+    for (int64_t k = 0; k < deep; k++) {
+        for (int i = 0; i < PANELS; i++) __builtin_prefetch(w + i * apart + AHEAD * PANEL);
+        Vec w_[VECTORS];
+#pragma GCC unroll 32
+        for (int i = 0; i < VECTORS; i++) w_[i] = load(w + i / SPAN * apart + i % SPAN * WIDTH);
+#pragma GCC unroll 32
+        for (int r = 0; r < ROWS; r++) {
+            const Vec x_ = all(x[r]);
+#pragma GCC unroll 32
+            for (int i = 0; i < VECTORS; i++) found[r][i] += w_[i] * x_;
+        }
+        w += PANEL, x += ROWS;
+    }
+#pragma GCC unroll 32
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 32
+        for (int i = 0; i < VECTORS; i++) store(to + r * step + i * WIDTH, found[r][i]);
+}
+
+// the same where it may be less than a tile: then by way of a whole one
+template <int ROWS, int PANELS>
+void tile(const float *x, const float *w, int64_t apart, int64_t deep, const Place &p) {
+    constexpr int64_t WIDE = PANELS * PANEL;
+    if (p.rows >= ROWS && p.room >= WIDE) return whole<ROWS, PANELS>(x, w, apart, deep, p.to, p.step, p.onward);
+    alignas(64) float room[ROWS * WIDE] = {};
+    const int64_t rows = std::min<int64_t>(ROWS, p.rows), wide = std::min(WIDE, p.room);
+    for (int64_t r = 0; r < rows && p.onward; r++) copy(room + r * WIDE, p.to + r * p.step, wide);
+    whole<ROWS, PANELS>(x, w, apart, deep, room, WIDE, p.onward);
+    for (int64_t r = 0; r < rows; r++) copy(p.to + r * p.step, room + r * WIDE, wide);
+}
+
+// A factor in rows, or turned: in columns, each of which is a row of memory
+struct Plain {
+    const float *start;
+    int64_t step;
+    bool turned;
+
+    // `rows` rows from `row` on, numbers from k on, side by side for each k: ROWS floats, and up to WIDTH beyond the last
+    template <int ROWS>
+    void lay(int64_t row, int64_t rows, int64_t all_rows, int64_t k, int64_t deep, float *to) const {
+        constexpr int GROUPS = (ROWS + WIDTH - 1) / WIDTH;
+        if (turned) {
+            const int64_t room = all_rows - row;
+            for (int64_t l = 0; l < deep; l++)
+                for (int g = 0; g < GROUPS; g++) {
+                    const int64_t left = room - g * WIDTH;
+                    const float *from = start + (k + l) * step + row + g * WIDTH;
+                    store(to + l * ROWS + g * WIDTH, left > 0 ? load_some(from, left) : Vec{});
+                }
+            return;
+        }
+        int64_t l = 0;
+        for (; l + WIDTH <= deep; l += WIDTH) {
+            Vec x[GROUPS][WIDTH], y[WIDTH];
+            for (int g = 0; g < GROUPS; g++) {
+                for (int i = 0; i < WIDTH; i++) {
+                    const int r = g * WIDTH + i;
+                    x[g][i] = r < ROWS && r < rows ? load(start + (row + r) * step + k + l) : Vec{};
+                }
+                turn(x[g], y);
+            }
+            for (int i = 0; i < WIDTH; i++)  // in this order: what is beyond ROWS is written over
+                for (int g = 0; g < GROUPS; g++) store(to + (l + i) * ROWS + g * WIDTH, x[g][i]);
+        }
+        for (; l < deep; l++)
+            for (int r = 0; r < ROWS; r++) to[l * ROWS + r] = r < rows ? start[(row + r) * step + k + l] : 0;
+    }
+
+    // columns from `first` to `end` of this as the second factor, numbers from k on, in panels
+    const float *panels(int64_t first, int64_t end, int64_t k, int64_t deep, float *room, int64_t &apart) const {
+        apart = deep * PANEL;
+        for (int64_t c = first; c < end; c += PANEL) {
+            float *to = room + (c - first) * deep;
+            for (int64_t i = 0; i < PANEL; i += WIDTH) {
+                const int64_t left = end - c - i;
+                if (turned) {
+                    transpose(to + i, PANEL, start + (c + i) * step + k, step, std::clamp<int64_t>(left, 0, WIDTH), deep);
+                    continue;
+                }
+                for (int64_t l = 0; l < deep; l++)
+                    store(to + l * PANEL + i, left > 0 ? load_some(start + (k + l) * step + c + i, left) : Vec{});
+            }
+        }
+        return room;
+    }
+};
+
+// Panels as matvec.h has them, as the second factor
+template <class Form>
+struct Kept {
+    const typename Form::Number *start;
+    int64_t in;
+
+    const float *panels(int64_t first, int64_t end, int64_t k, int64_t deep, float *room, int64_t &apart) const {
+        const auto *from = start + first * in + k * PANEL;
+        apart = deep * PANEL;
+        for (int64_t c = first; c < end; c += PANEL, from += in * PANEL)
+            for (int64_t j = 0; j < deep * PANEL; j += WIDTH) store(room + (c - first) * deep + j, Form::at(from + j));
+        return room;
+    }
+};
+
+struct Sizes {
+    int64_t rows, columns, deep;
+};
+
+// Rows of the first that fit in a tile, and their numbers from k on, laid side by side, times laid columns
+struct Strip {
+    const Plain &first;
+    const Sizes &s;
+    const float *w;
+    int64_t apart, columns, k, deep;
+    float *laid;
+
+    template <int ROWS>
+    void times(int64_t row, Place p) const {
+        first.lay<ROWS>(row, p.rows, s.rows, k, deep, laid);
+        const float *from = w;
+        int64_t c = 0;
+        for (; c + (BROAD - 1) * PANEL < columns; c += BROAD * PANEL, from += BROAD * apart) {
+            tile<ROWS, BROAD>(laid, from, apart, deep, p);
+            p.to += BROAD * PANEL, p.room -= BROAD * PANEL;
+        }
+        if (c < columns) tile<ROWS, 1>(laid, from, apart, deep, p);
+    }
+};
+
+// so many parts of a length, none longer than `most`, each a multiple of `unit` but for the last
+inline int64_t length(int64_t all, int64_t most, int64_t unit) {
+    const int64_t parts = (all + most - 1) / most, size = (all + parts - 1) / parts;
+    return (size + unit - 1) / unit * unit;
+}
+
+// to (rows, columns) becomes the product of the first (rows, deep) and the second (deep, columns), or it is added
+template <class Second>
+void multiply(const Plain &first, const Second &second, const Sizes &s, int threads, float *to, const float *scale, bool add) {
+    const int64_t deep = length(s.deep, DEEP, 1), wide = length(s.columns, LAID / deep, BROAD * PANEL);
+    const int64_t across = (s.columns + wide - 1) / wide, parts = threads > 1 ? (TURNS * threads + across - 1) / across : 1;
+    const int64_t tall = length(s.rows, std::max(TALL, (s.rows + parts - 1) / parts), HIGH);
+    share(across * ((s.rows + tall - 1) / tall), threads, [&](int64_t n) {
+        const int64_t begin = n / across * tall, end = std::min(s.rows, begin + tall);
+        const int64_t left = n % across * wide, right = std::min(s.columns, left + wide);
+        const int64_t panels = (right - left + PANEL - 1) / PANEL;
+        float *room = scratch(panels * PANEL * deep + HIGH * deep + WIDTH), *laid = room + panels * PANEL * deep;
+        for (int64_t k = 0; k < s.deep; k += deep) {
+            const int64_t count = std::min(deep, s.deep - k);
+            int64_t apart;
+            const float *w = second.panels(left, right, k, count, room, apart);
+            const Strip strip = {first, s, w, apart, right - left, k, count, laid};
+            for (int64_t row = begin; row < end; row += HIGH) {
+                const int64_t rows = std::min<int64_t>(HIGH, end - row);
+                const Place p = {to + row * s.columns + left, s.columns, rows, right - left, add || k > 0};
+                rows > LOW ? strip.times<HIGH>(row, p) : strip.times<LOW>(row, p);
+            }
+        }
+        for (int64_t row = begin; row < end && scale; row++) {
+            float *y = to + row * s.columns;
+            for (int64_t c = left; c < right; c += WIDTH)
+                store_some(y + c, load_some(y + c, right - c) * load_some(scale + c, right - c), right - c);
+        }
+    });
+}
+
+}  // namespace tiles
