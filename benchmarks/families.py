@@ -11,6 +11,7 @@ from benchmarks.train import Case, conditions
 from rwkvpipe.base.config import RwkvConfig, TrainConfig
 from rwkvpipe.base.sizes import FAMILIES
 from rwkvpipe.data.batches import Batch
+from rwkvpipe.kernel import choice
 from rwkvpipe.model.family import build
 from rwkvpipe.train.loss import lm_losses
 from rwkvpipe.train.optim import adamw
@@ -21,6 +22,7 @@ def trainee(family: str, case: Case):
     sizes = {name: getattr(case, name) for name in ("n_layer", "n_embd", "head_size", "vocab_size")}
     model = build(RwkvConfig(family=family, dim_ffn=4 * case.n_embd, **sizes)).train()
     model.initialise(0)
+    choice.settle(model)
     config = TrainConfig(steps=1000, lr=case.lr, ctx_len=case.ctx_len, batch=case.batch)
     optimizer, losses = adamw(model, config), lm_losses(case.batch, config)
     ids = torch.randint(case.vocab_size, (case.batch, case.ctx_len + 1), generator=torch.Generator().manual_seed(0))

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from rwkvpipe.base.config import TrainConfig
 from rwkvpipe.data.batches import Batch
+from rwkvpipe.kernel import choice
 from rwkvpipe.train.loss import lm_losses
 from rwkvpipe.train.optim import adamw
 from rwkvpipe.weights.store import load_model
@@ -19,6 +20,7 @@ folder = Path(sys.argv[1])
 case = json.loads((folder / "case.json").read_text())
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 model = load_model(folder / "model.safetensors").train()
+choice.settle(model)
 ids = load_file(folder / "ids.safetensors")["ids"]
 config = TrainConfig(steps=1000, lr=case["lr"], ctx_len=case["ctx_len"], batch=case["batch"])
 optimizer = adamw(model, config)
