@@ -15,11 +15,12 @@ from rwkvpipe import pack, vocab
 from rwkvpipe.base import growing
 from rwkvpipe.base.errors import ConfigError, DataError
 from rwkvpipe.base.files import digest
-from rwkvpipe.data import packing, table
+from rwkvpipe.data import marks, packing, table
 from rwkvpipe.data.binidx import Binidx, BinidxWriter
 from rwkvpipe.data.lines import LARGE
 from rwkvpipe.data.synthetic import generate
 from rwkvpipe.data.workers import Turn
+from rwkvpipe.tokenizer import chat
 from rwkvpipe.tokenizer.byte import ByteTokenizer
 from rwkvpipe.tokenizer.integer import IntegerTokenizer
 from rwkvpipe.tokenizer.load import save_tokenizer
@@ -82,6 +83,39 @@ def test_talks_have_masks(tmp_path):
     talk = next(generate("counting.chats", 3, 1)).messages
     assert ByteTokenizer(1).decode(ids[mask == 1]) == f" {talk[1]['content']}\n\n"
     assert about["train"]["learned"] == train.mask(0, len(train)).sum()
+
+
+def test_weights_of_messages_reach_their_tokens_and_others_are_a_byte_each(tmp_path, monkeypatch):
+    def talk(n, **counted):
+        said = {"role": "assistant", "content": f"{n + 1}"}
+        return {"messages": [{"role": "user", "content": f"{n}?"}, {**said, **counted}, said]}
+
+    plain = [talk(n, **({"train": False} if n % 3 else {})) for n in range(9)]
+    same = [talk(n, weight=0.0 if n % 3 else 1) for n in range(9)]
+    masks = []
+    for found in (plain, same):
+        train, _ = run(tmp_path, rows(tmp_path / "a.jsonl", *found), format="chat")
+        masks.append((tmp_path / "out/train.mask").read_bytes())
+        assert len(masks[-1]) == len(train)
+    assert masks[0] == masks[1]
+    monkeypatch.setattr(marks, "BLOCK", 5)
+    # the first documents weigh as ever, one comes twice, some have a weight of their own
+    given = [talk(n, weight=(1, 1, 1, 0.25, 3, 0)[n % 6]) for n in range(30)]
+    train, about = run(
+        tmp_path, rows(tmp_path / "a.jsonl", *given, *given[3:5]), format="chat", duplicates="drop", valid=0.3
+    )
+    learned = 0
+    for part in ("train", "valid"):
+        data = Binidx(tmp_path / f"out/{part}")
+        assert len(data.documents) > 3 and not (tmp_path / f"out/{part}.weights").exists()
+        for start, end in data.documents.tolist():
+            ids, found = data.tokens(start, end - start), data.weights(start, end - start)
+            n = int(ByteTokenizer(1).decode(ids).split("?")[0].removeprefix("User: "))
+            first = [w for t, w in chat.segments(given[n]["messages"]) for _ in t.encode()]
+            assert found.tolist() == [*first] and set(first) == {0, 1, (1, 1, 1, 0.25, 3, 0)[n % 6]}
+        learned += np.count_nonzero(data.mask(0, len(data)))
+    assert sum(about[part]["learned"] for part in ("train", "valid")) == learned
+    assert sum(about[part]["documents"] for part in ("train", "valid")) == 30
 
 
 def test_the_seed_decides_what_is_made(tmp_path):

@@ -93,6 +93,22 @@ def test_the_held_out_loss_reads_every_target_once(home, ctx_len, rows):
     assert torch.isfinite(torch.tensor(whole))
 
 
+def test_what_weighs_more_is_learned_more_and_all_weights_doubled_are_the_same(home):
+    masks = {}
+    for part in ("train", "valid"):
+        found = Binidx(home / f"corpus/{part}").mask(0, len(Binidx(home / f"corpus/{part}"))).astype("<f4")
+        masks[part] = found * np.where(np.arange(len(found)) // 7 % 2, 4.0, 0.5)
+    made = {}
+    for name, by in (("plain", None), ("one", 1), ("two", 2)):
+        for part, found in masks.items() if by else ():
+            (found * by).astype("<f4").tofile(home / f"corpus/{part}.mask")
+        made[name] = run(home, name, steps=3, log_every=1)
+    losses = {name: [(row["loss"], row["grad_norm"]) for row in rows] for name, (_, rows) in made.items()}
+    assert losses["one"] == losses["two"] and losses["one"][0] != losses["plain"][0]
+    assert all(torch.equal(value, made["two"][0][name]) for name, value in made["one"][0].items())
+    assert made["one"][1][-1]["target_fraction"] == made["plain"][1][-1]["target_fraction"]
+
+
 @pytest.mark.slow
 def test_talks_of_several_corpora_are_learned_together(home):
     (home / "other").mkdir()

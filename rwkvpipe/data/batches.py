@@ -27,8 +27,9 @@ MOST = 20  # documents that are named
 
 @dataclass(frozen=True)
 class Batch:
-    """ids (B, T) int64; targets (B, T) int64, -1 where there is none; mask (B, T) float of 0 and 1, or None for all.
+    """ids (B, T) int64; targets (B, T) int64, -1 where there is none; mask (B, T) float, or None for all of them alike.
 
+    A mask is 0 where a target is not learned, 1 where it is; any other number from 0 up is how much it counts.
     starts (B, T) bool marks the first tokens of documents, where rows hold several and the state begins anew.
     """
 
@@ -252,8 +253,7 @@ def _padded(rows: Sequence[Row], *, masked: bool, packed: bool) -> Batch:
             tokens = torch.from_numpy(data.tokens(start, count).astype(np.int64))
             ids[row, first:last], targets[row, first:last] = tokens[:-1], tokens[1:]
             if mask is not None:
-                marks = torch.from_numpy(data.mask(start, count).astype(np.float32))
-                mask[row, first:last] = (marks[1:] != 0).float()
+                mask[row, first:last] = torch.from_numpy(data.weights(start, count).astype(np.float32))[1:]
             if starts is not None:
                 starts[row, first] = True
             first = last
@@ -309,7 +309,7 @@ def token_batches(data: Binidx | Mix, config: TrainConfig, rank: Share, first_st
 def masked_batches(data: Binidx | Mix, config: TrainConfig, rank: Share, first_step: int) -> Iterator[Batch]:
     """Batches (b, T) of whole documents from step `first_step` on, without end; T is the longest of this share.
 
-    The mask marks the targets to learn. Documents are cut at ctx_len; those without a token to learn are left out.
+    The mask says how much targets count. Documents are cut at ctx_len; those without a token to learn are left out.
     Raises ConfigError for order magic, DataError when less than a batch is left.
     """
     return _document_batches(data, config, rank, first_step, masked=True)

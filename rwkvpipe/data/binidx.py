@@ -1,8 +1,9 @@
 """The binidx pair: all tokens of a corpus in one file, where each document lies in another.
 
 PREFIX.bin is the tokens one after another; PREFIX.idx is Megatron's index (magic, version, dtype, sizes, pointers,
-document index, little-endian). Two more files are ours: a mask beside them, PREFIX.mask, one uint8 a token; and, in
-place of the .bin, PREFIX.parts, which names the pairs that the tokens lie in.
+document index, little-endian). Two more files are ours: a mask beside them, PREFIX.mask, one uint8 a token, or, where
+some weigh other than 0 and 1, one fp32 (which of both, its length says); and, in place of the .bin, PREFIX.parts, which
+names the pairs that the tokens lie in.
 """
 
 from array import array
@@ -14,6 +15,7 @@ import numpy as np
 
 from rwkvpipe.base.errors import DataError
 from rwkvpipe.base.files import atomic
+from rwkvpipe.data.marks import WEIGHT, marks, narrowed, runs, weights, widened
 from rwkvpipe.data.spread import Spread, read_parts
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -52,7 +54,7 @@ class BinidxWriter:
     def __enter__(self) -> "BinidxWriter":
         with ExitStack() as stack:
             self._bin = stack.enter_context(open(stack.enter_context(atomic(f"{self.prefix}.bin")), "wb"))
-            self._mask = None
+            self._mask, self._odd = None, []
             self._stack = stack.pop_all()
         return self
 
@@ -64,7 +66,7 @@ class BinidxWriter:
             self._finish()
 
     def add(self, ids, mask=None) -> None:
-        """Append a document: ids (n,) whole numbers, mask (n,) of 0 and 1 for all documents or for none.
+        """Append a document: ids (n,) whole numbers, mask (n,) of numbers from 0 up for all documents or for none.
 
         Raises DataError when an id does not fit the dtype.
         """
@@ -83,9 +85,10 @@ class BinidxWriter:
         assert self.masked == (mask is not None), "all documents have masks, or none"
         self._bin.write(ids.astype(self.dtype).tobytes())
         if mask is not None:
-            mask = np.asarray(mask, dtype=np.uint8)
+            mask = marks(mask)
             assert mask.shape == ids.shape, f"{len(ids)} ids with {mask.size} marks"
-            self._open_mask().write(mask.tobytes())
+            self._odd.append(runs(mask, self.tokens + self._begun))
+            self._open_mask().write(narrowed(mask).tobytes())
         self._begun += len(ids)
         if self._begun > LONGEST:
             raise DataError(f"{self.prefix}: a document of over {LONGEST:,} tokens, too many for the format; cut it")
@@ -107,6 +110,11 @@ class BinidxWriter:
         assert not self._begun, "the last document was not ended"
         if self.masked:
             self._open_mask().close()
+            if sum(map(len, self._odd)):
+                wide = Path(f"{self._mask.name}.wide")
+                with open(wide, "wb") as file:
+                    file.writelines(widened(Path(self._mask.name), np.concatenate(self._odd)))
+                wide.replace(self._mask.name)
         self._bin.close()
         write_index(self._stack.enter_context(atomic(f"{self.prefix}.idx")), self.dtype, np.asarray(self.sizes))
 
@@ -229,17 +237,30 @@ class Binidx:
         return found
 
     def mask(self, start: int, count: int) -> np.ndarray:
-        """The marks (count,) uint8 of those tokens. Raises DataError when there is no mask file."""
+        """The marks (count,) of those tokens, uint8 or fp32. Raises DataError when there is no mask file."""
         if self._marks is None:
             self._marks = self._beside()
         assert start >= 0 and start + count <= len(self), f"{self.prefix}: {start} + {count} of {len(self)} marks"
         return self._marks[start : start + count]
 
+    def weights(self, start: int, count: int) -> np.ndarray:
+        """How much each of those tokens counts (count,) fp32. Raises DataError for a mask that says no such thing."""
+        found = weights(self.mask(start, count))
+        if not np.isfinite(found).all() or (found < 0).any():
+            raise DataError(f"{self.prefix}.mask: holds what is no number from 0 up near token {start}; make it again")
+        return found
+
     def _beside(self) -> np.ndarray | Spread:
         """The marks of all tokens, on disk."""
         if self.parts:
             return Spread([part._beside() for part in self.parts])
-        return _mapped(Path(f"{self.prefix}.mask"), np.dtype(np.uint8), len(self._tokens))
+        return _mapped(Path(f"{self.prefix}.mask"), self.marks, len(self._tokens))
+
+    @property
+    def marks(self) -> np.dtype:
+        """What marks are: uint8, or fp32 where the mask file has room for that."""
+        path, wide = Path(f"{self.prefix}.mask"), len(self) * WEIGHT.itemsize
+        return WEIGHT if wide and path.is_file() and path.stat().st_size == wide else np.dtype(np.uint8)
 
 
 def _dtype(path: Path, code: int, sizes: np.ndarray) -> np.dtype:

@@ -85,7 +85,7 @@ class Card:
         counts["documents"] += len(part.sizes)
         counts["tokens"] += int(part.sizes.sum(dtype=np.int64))
         if part.marks is not None:
-            counts["learned"] += int(part.marks.sum(dtype=np.int64))
+            counts["learned"] += int(np.count_nonzero(part.marks))
         self.counts["bytes"] += int(part.widths.sum())
         # sizes from 2^(k - 1) up to 2^k - 1 fall into bin k
         bins = np.frexp(part.sizes.astype(np.float64))[1]

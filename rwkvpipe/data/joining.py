@@ -21,6 +21,7 @@ from rwkvpipe.base.files import atomic, naming, read_json, write_json
 from rwkvpipe.base.pace import Pace
 from rwkvpipe.base.sources import prefix_of
 from rwkvpipe.data.binidx import Binidx, write_index
+from rwkvpipe.data.marks import WEIGHT
 
 log = logging.getLogger("rwkvpipe")
 
@@ -30,7 +31,10 @@ EVERY = 16  # blocks between records of how far a copy is
 
 @dataclass(frozen=True)
 class Join:
-    """What is joined into what: `sizes` are the bytes of the sources' .bin files, `width` those of a token."""
+    """What is joined into what: `sizes` are the bytes of the sources' .bin files, `width` those of a token.
+
+    `mark` are those of a mark.
+    """
 
     sources: tuple[str, ...]
     out: str
@@ -38,6 +42,7 @@ class Join:
     masked: bool
     width: int
     sizes: tuple[int, ...]
+    mark: int = 1
 
     @property
     def grows(self) -> bool:
@@ -46,7 +51,7 @@ class Join:
 
     def bytes(self, kind: str) -> list[int]:
         """Bytes of each source's file of a kind."""
-        return [size // self.width if kind == "mask" else size for size in self.sizes]
+        return [size // self.width * self.mark if kind == "mask" else size for size in self.sizes]
 
 
 def same_kind(pairs: Sequence[Binidx]) -> None:
@@ -124,6 +129,13 @@ def _opened(sources: Sequence[str], out: str, move: bool) -> list[Binidx]:
     same_kind(pairs)
     if pairs[0].dtype.kind == "f":
         raise DataError(f"{pairs[0].prefix}: holds floats; pack the corpus again to have whole numbers")
+    filled = [pair for pair in pairs if len(pair)]
+    plain, wide = ([pair for pair in filled if (pair.marks == WEIGHT) == weighs] for weighs in (False, True))
+    if plain and wide:
+        raise DataError(
+            f"{plain[0].prefix}: its .mask holds 0 and 1, that of {wide[0].prefix} weights; pack what both were made of"
+            " into one, or let a stage have both as its data"
+        )
     emptied = pairs if move else pairs[:1] if sources[0] == out else []
     for pair in emptied:
         for kind in ("bin", "idx", *(("mask",) if pair.masked else ())):
@@ -146,7 +158,8 @@ def _plan(home: Path, sources: Sequence[str], out: str, move: bool) -> Join:
         return plan
     pairs = _opened(sources, out, move)
     sizes = tuple(len(pair) * pair.dtype.itemsize for pair in pairs)
-    plan = Join(tuple(sources), out, move, pairs[0].masked, pairs[0].dtype.itemsize, sizes)
+    width, mark = pairs[0].dtype.itemsize, max(pair.marks.itemsize for pair in pairs)
+    plan = Join(tuple(sources), out, move, pairs[0].masked, width, sizes, mark)
     for left in home.iterdir():
         left.unlink()
     with atomic(home / "idx") as part:

@@ -14,6 +14,7 @@ from rwkvpipe.base.growing import Growing
 from rwkvpipe.base.pace import Pace
 from rwkvpipe.data.binidx import write_index
 from rwkvpipe.data.card import Card, Seen, count_parcel, kept
+from rwkvpipe.data.marks import RUN, narrowed, runs, widened
 from rwkvpipe.data.parcel import PARTS, Parcel, Part
 
 log = logging.getLogger("rwkvpipe")
@@ -31,7 +32,7 @@ class Packing:
     def __init__(self, folder: Path, spec: CorpusConfig, dtype: np.dtype, mark: str):
         self.folder, self.spec, self.dtype = folder, spec, dtype
         self.kinds = ("bin", "mask", "sizes") if spec.masked else ("bin", "sizes")
-        names = tuple(f"{part}.{kind}" for part in PARTS for kind in self.kinds)
+        names = tuple(f"{part}.{kind}" for part in PARTS for kind in (*self.kinds, *["weights"] * spec.masked))
         self.files = Growing(folder / WORK, mark, (*names, "digests", "skipped.jsonl"))
         state = self.files.state or {}
         self.done, self.card = state.get("done", 0), Card(state.get("card"))
@@ -56,7 +57,9 @@ class Packing:
             part = kept(part, wanted)
             self.files.append(f"{name}.sizes", part.sizes.tobytes())
             if part.marks is not None:
-                self.files.append(f"{name}.mask", part.marks.data)
+                # what weighs other than 1 is kept beside them until all are there
+                self.files.append(f"{name}.weights", runs(part.marks, self.card.parts[name]["tokens"]).tobytes())
+                self.files.append(f"{name}.mask", narrowed(part.marks).data)
             self.card.add(name, part)
         count_parcel(self.card, parcel)
         self.done += 1
@@ -117,9 +120,9 @@ class Packing:
                 sizes = work / f"{part}.sizes"
                 filled = sizes.stat().st_size
                 write_index(index, self.dtype, np.memmap(sizes, "<i4", "r") if filled else np.zeros(0, "<i4"))
-            for kind in self.kinds:
-                if kind != "sizes":
-                    self.files.place(f"{part}.{kind}", folder / f"{part}.{kind}")
+            self.files.place(f"{part}.bin", folder / f"{part}.bin")
+            if "mask" in self.kinds:
+                self._place_marks(part)
         (folder / "skipped.jsonl").unlink(missing_ok=True)
         if self.card.counts["skipped"]:
             self.files.place("skipped.jsonl", folder / "skipped.jsonl")
@@ -127,6 +130,16 @@ class Packing:
         write_json(folder / "corpus.json", described)
         self.files.remove()
         return described
+
+    def _place_marks(self, part: str) -> None:
+        """Put the mask in place: a byte a token, or its weight."""
+        source, target = self.folder / WORK / f"{part}.mask", self.folder / f"{part}.mask"
+        told = np.fromfile(source.with_suffix(".weights"), RUN)
+        if not len(told):
+            self.files.place(source.name, target)
+            return
+        with atomic(target) as wide, open(wide, "wb") as file:
+            file.writelines(widened(source, told))
 
 
 def tell(described: dict, counts: Counter) -> None:

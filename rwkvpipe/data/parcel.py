@@ -19,6 +19,7 @@ from rwkvpipe.data.binidx import LONGEST, token_dtype
 from rwkvpipe.data.block import Block
 from rwkvpipe.data.corpus import BLOCK, LONG, Bad, Reader
 from rwkvpipe.data.document import Document, encoded
+from rwkvpipe.data.marks import WEIGHT, marks, weights
 from rwkvpipe.data.pairing import Pairing
 from rwkvpipe.data.talk import Layout
 from rwkvpipe.data.unit import Unit, survey
@@ -63,16 +64,17 @@ class _Heap:
         self.tokens, self.marks = Spool(room, SPILL), Spool(None, 0)
         self.sizes, self.digests, self.widths = array("i"), array("Q"), array("q")
         self.longest: list[tuple[int, int, int, object]] = []  # size, minus the order, number, where
+        self.kind = np.dtype(np.uint8)  # of marks
 
     def add(self, document: Document, order: int, pieces: Iterable[tuple[np.ndarray, np.ndarray | None]]) -> None:
         """A document by its tokens and marks. Raises DataError, and then has not added it."""
-        before, marked, size = len(self.tokens), len(self.marks), 0
+        before, marked, size = len(self.tokens), len(self.marks) // self.kind.itemsize, 0
         try:
-            for tokens, marks in pieces:
+            for tokens, found in pieces:
                 self.tokens.write(tokens.data)
                 size += len(tokens)
-                if marks is not None:
-                    self.marks.write(marks.data)
+                if found is not None:
+                    self._add_marks(found)
             if size > LONGEST:
                 raise DataError(
                     f"{document.origin}: a document of over {LONGEST:,} tokens, too many for the format; cut it"
@@ -80,12 +82,20 @@ class _Heap:
             digest, width = document.digest(), document.width
         except DataError:
             self.tokens.cut(before)
-            self.marks.cut(marked)
+            self.marks.cut(marked * self.kind.itemsize)
             raise
         self._rank(size, order, len(self.sizes), document.origin)
         self.sizes.append(size)
         self.digests.append(digest)
         self.widths.append(width)
+
+    def _add_marks(self, found: np.ndarray) -> None:
+        """Marks of a document in one dtype with those before it; all become weights with the first that are."""
+        if found.dtype == WEIGHT and self.kind != WEIGHT:
+            held, self.kind = weights(np.frombuffer(self.marks.taken(), np.uint8)), WEIGHT
+            self.marks = Spool(None, 0)
+            self.marks.write(held.data)
+        self.marks.write((weights(found) if self.kind == WEIGHT else found).data)
 
     def add_all(self, ids: np.ndarray, sizes: np.ndarray, rows: np.ndarray, order: np.ndarray, block: Block) -> None:
         """Texts of a block by their tokens: `rows` (n,) are theirs in the block, `order` (n,) theirs in the parcel."""
@@ -113,7 +123,7 @@ class _Heap:
         tokens = self.tokens.taken()
         return Part(
             tokens if isinstance(tokens, Path) else np.frombuffer(tokens, self.dtype),
-            np.frombuffer(self.marks.taken(), np.uint8) if masked else None,
+            np.frombuffer(self.marks.taken(), self.kind) if masked else None,
             np.asarray(self.sizes, dtype="<i4"),
             np.asarray(self.digests, dtype="<u8"),
             np.asarray(self.widths, dtype="<i8"),
@@ -171,7 +181,7 @@ class Packer:
                     f"{document.origin}: the tokenizer gave ids from {low} to {piece.max()}, of"
                     f" {self.tokenizer.size} that it has; mend it"
                 )
-            yield piece.astype(self.dtype, copy=False), None if mask is None else np.asarray(mask, dtype=np.uint8)
+            yield piece.astype(self.dtype, copy=False), None if mask is None else marks(mask)
 
 
 class Filling:

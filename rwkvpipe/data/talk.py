@@ -1,7 +1,8 @@
 """Rows as talks, told by their keys, and talks as ids of which some are learned.
 
-A talk is a list of turns (role, content), of which those with `train: false` are read and not learned. What is laid out
-by its author already has turns of roles that no row can name: `raw`, texts as they stand, and `ids`, tokens.
+A talk is a list of turns (role, content), of which those with `train: false` are read and not learned, and those with a
+`weight` count so much. What is laid out by its author already has turns of roles that no row can name: `raw`, texts as
+they stand, and `ids`, tokens.
 """
 
 import json
@@ -23,6 +24,7 @@ UNLEARNED = -100  # a label that says so
 KEYS = {"messages", "conversations", "input_ids", "labels", "prompt", "completion", "instruction", "input", "output"}
 KEYS |= {"query", "response", "question", "answer", "options", "label", "text", "tools"}
 NAMES = ("name", "tool_call_id")  # what the turn of a tool says of itself
+MOST = 1e6  # weights are fp32 once they are packed
 
 
 class Choices(Protocol):
@@ -42,16 +44,20 @@ def _content(turn: dict, column: str, place: object) -> str:
     return words(turn, column, place)
 
 
-def _learned(turn: dict, role: str, place: object) -> bool:
-    """Whether a turn of the assistant is learned: `train` and `weight` may say that it is not."""
+def _counted(turn: dict, role: str, place: object) -> dict:
+    """What is to be kept of a turn's `train` and `weight`: nothing, where it counts as any other."""
     train, weight = turn.get("train"), turn.get("weight")
     if train is not None and not isinstance(train, bool):
         raise DataError(f"{place}: train is {train!r}; true and false are known")
-    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-        raise DataError(f"{place}: weight is {weight!r}; 0 and 1 are known")
+    if weight is not None and (
+        isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < MOST
+    ):
+        raise DataError(f"{place}: weight is {weight!r}; it is a number from 0 up, below {MOST:,.0f}")
     if train is not None and weight is not None and train != bool(weight):
         raise DataError(f"{place}: train is {train} and weight {weight}; remove one")
-    return role != "gpt_ignore" and train is not False and weight != 0
+    if role == "gpt_ignore" or train is False or weight == 0:
+        return {"train": False}
+    return {} if weight in (None, 1) else {"weight": float(weight)}
 
 
 def _listed(value: Any, column: str, where: object) -> list[dict]:
@@ -102,7 +108,7 @@ def turns(value: Any, column: str, where: object) -> tuple[dict, ...]:
         said = {"role": role, "content": "" if calls and not turn.get(key) else _content(turn, key, place)}
         said |= {"tool_calls": calls} if calls else {}
         said |= {name: turn[name] for name in NAMES if role == "tool" and isinstance(turn.get(name), str)}
-        found.append(said if _learned(turn, given, place) else said | {"train": False})
+        found.append(said | _counted(turn, given, place))
     return tuple(found)
 
 
@@ -240,13 +246,13 @@ def talk(row: dict, columns: Mapping[str, str], where: object, choices: Choices 
 
 
 class Layout:
-    """Talks as ids (n,) with marks (n,), 1 over what is learned: in the form of released models, or by a template."""
+    """Talks as ids (n,) with marks (n,), 1 or a weight over what is learned: as released models, or by a template."""
 
     def __init__(self, choices: Choices):
         self.render: Callable = load_template(choices.template).render if choices.template else chat.render
         self.eod = choices.eod
 
-    def __call__(self, messages: Sequence[dict], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    def __call__(self, messages: Sequence[dict], tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
         """Ids and marks of a talk. What its author laid out, and with `eod` every talk, ends with the end of texts."""
         if messages[0]["role"] == "ids":
             for number in set(messages[0]["ids"]):

@@ -21,7 +21,8 @@ FEWEST, MOST = 64, 8192  # positions held at once
 
 @dataclass(frozen=True)
 class Wanted:
-    """What positions are to say: `chosen` (n,) ids, below 0 where there is no loss; a loss of `scale` -log p each.
+    """What positions are to say: `chosen` (n,) ids, below 0 where there is no loss; a loss of `scale` -log p each,
+    times its own one of `weights` (n,), if there are some.
 
     Where `real` (n,) is not 0, the largest logit is drawn to 0 by a gradient of `pull` times it (RWKV-LM's L2Wrap);
     on ties the first has it.
@@ -33,6 +34,7 @@ class Wanted:
     pull: float = 0.0
     dtype: torch.dtype | None = None
     """To which the inputs of matrix products are rounded; sums are fp32 all the same. None is as they are."""
+    weights: Tensor | None = None
 
 
 def head_loss(x: Tensor, weight: Tensor, wanted: Wanted) -> Tensor:
@@ -99,7 +101,20 @@ def _narrow(x: Tensor, weight: Tensor, wanted: Wanted, needed: Sequence[bool]) -
 
 
 def _gradients(logits: Tensor, wanted: Wanted, part: slice) -> Tensor:
-    """-log p of each position (n,); the logits (n, V) become their gradient."""
+    """-log p of each position (n,), by its weight; the logits (n, V) become their gradient."""
+    if wanted.weights is None:
+        return _alike(logits, wanted, part)
+    # the pull is nobody's weight: it is added to what has been weighed
+    pull = (wanted.pull * wanted.real[part]).to(logits.dtype)[:, None]
+    top, at = logits.max(-1, keepdim=True)
+    pull = pull * top
+    losses, weights = _alike(logits, replace(wanted, pull=0.0), part), wanted.weights[part]
+    logits.mul_(weights[:, None].to(logits.dtype)).scatter_add_(1, at, pull)
+    return losses * weights
+
+
+def _alike(logits: Tensor, wanted: Wanted, part: slice) -> Tensor:
+    """The same, where each position counts as any other."""
     chosen, real = wanted.chosen[part].contiguous(), wanted.real[part].long().contiguous()
     if passes.fit(logits):
         losses = torch.empty(len(logits), device=logits.device)

@@ -6,7 +6,7 @@ tokens whatever stands before it, and the space before an answer belongs to the 
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rwkvpipe.base.errors import DataError
 from rwkvpipe.tokenizer.load import Tokenizer
@@ -39,24 +39,29 @@ def _said(message: Mapping) -> str:
     return f"{RESULT}\n{words}" if message["role"] == "tool" and not words.startswith(RESULT) else words
 
 
-def segments(messages: Sequence[dict]) -> Iterator[tuple[str, bool]]:
-    """(text, learned) parts of a talk; of a role in ROLES each. What the assistant says stays as it is.
+def weight(message: Mapping) -> float:
+    """How much a turn counts in the loss: 0 with `train: false`, else its `weight`, which is 1 if it has none."""
+    return message.get("weight", 1) if message.get("train", True) else 0
 
-    A turn with `train: false` is not learned. One of the role raw is text that stands as it is.
+
+def segments(messages: Sequence[dict]) -> Iterator[tuple[str, float]]:
+    """(text, weight) parts of a talk; of a role in ROLES each. What the assistant says stays as it is.
+
+    A weight of 0 is not learned. A turn of the role raw is text that stands as it is.
     """
     for message in messages:
-        learned = message.get("train", True)
+        learned = weight(message)
         if message["role"] in ("raw", "ids"):
             yield message["content"], learned
             continue
         name = ROLES[message["role"]]
         if message["role"] == "assistant":
-            yield f"{name}:", False
+            yield f"{name}:", 0
             yield f" {message['content']}", learned
             yield TURN_END, learned
         else:
-            yield f"{name}: {_said(message)}", False
-            yield TURN_END, False
+            yield f"{name}: {_said(message)}", 0
+            yield TURN_END, 0
 
 
 def text(messages: Sequence[dict]) -> str:
@@ -93,12 +98,17 @@ def prompt(messages: Sequence[dict], mode: str = "plain") -> str:
     return text(messages) + "Assistant:" + begun
 
 
-def render(messages: Sequence[dict], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Ids of a talk, and a mask of equal length: 1 over the assistant's words and the end of its turn."""
+def laid(parts: Iterable[tuple[str, float]], tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
+    """Ids of (text, weight) parts one after another, and the weight of each id."""
     ids: list[int] = []
-    mask: list[int] = []
-    for part, learned in segments(messages):
+    mask: list[float] = []
+    for part, learned in parts:
         found = tokenizer.encode(part)
         ids += found
-        mask += [int(learned)] * len(found)
+        mask += [learned] * len(found)
     return ids, mask
+
+
+def render(messages: Sequence[dict], tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
+    """Ids of a talk, and a mask of equal length: 1, or the turn's weight, over the assistant's words."""
+    return laid(segments(messages), tokenizer)

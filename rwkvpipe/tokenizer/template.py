@@ -13,6 +13,7 @@ from jinja2.parser import Parser
 
 from rwkvpipe.base.errors import DataError
 from rwkvpipe.base.files import read_json
+from rwkvpipe.tokenizer import chat
 from rwkvpipe.tokenizer.bounds import LONGEST, Sandbox
 from rwkvpipe.tokenizer.load import Tokenizer
 
@@ -106,8 +107,8 @@ class ChatTemplate:
         """
         return "".join(self._parts(messages, prompt, more))
 
-    def segments(self, messages: Sequence[dict]) -> Iterator[tuple[str, bool]]:
-        """(text, learned) parts of a talk, whose first turn may bring `tools` along.
+    def segments(self, messages: Sequence[dict]) -> Iterator[tuple[str, float]]:
+        """(text, weight) parts of a talk, whose first turn may bring `tools` along.
 
         Where the template marks what is generated, that is the assistant's; else what stands between a prompt and the
         end of the turn.
@@ -118,7 +119,7 @@ class ChatTemplate:
         more = {"tools": messages[0]["tools"]} if messages and "tools" in messages[0] else {}
         parts = self._parts(messages, False, more)
         if any(isinstance(part, Said) for part in parts):
-            yield from self._tagged(parts, [m.get("train", True) for m in messages if m["role"] == "assistant"])
+            yield from self._tagged(parts, [chat.weight(m) for m in messages if m["role"] == "assistant"])
             return
         done, whole = "", "".join(parts)
         for count, message in enumerate(messages, 1):
@@ -131,35 +132,29 @@ class ChatTemplate:
                         f"{self.where}: turn {count} changes what stood before it, so what the assistant says cannot"
                         " be told from the rest; use a template that only adds, or one with generation tags"
                     )
-                yield now[len(done) :], learned and message.get("train", True)
+                yield now[len(done) :], chat.weight(message) if learned else 0
                 done = now
         if whole.startswith(done) and whole != done:
-            yield whole[len(done) :], False
+            yield whole[len(done) :], 0
 
-    def _tagged(self, parts: list[str], wanted: list[bool]) -> Iterator[tuple[str, bool]]:
-        """(text, learned) parts by generation tags, of which there is one a turn where not all turns are `wanted`."""
+    def _tagged(self, parts: list[str], wanted: list[float]) -> Iterator[tuple[str, float]]:
+        """(text, weight) parts by generation tags, of which there is one a turn where not all turns weigh 1."""
         tagged = sum(isinstance(part, Said) for part in parts)
-        if tagged != len(wanted) and not all(wanted):
+        if tagged != len(wanted) and any(weight != 1 for weight in wanted):
             raise DataError(
                 f"{self.where}: {tagged} generation tags for {len(wanted)} replies, some of which are not"
-                " to be learned; nobody can tell which"
+                " to be learned, or weigh less or more; nobody can tell which"
             )
-        learned = iter(wanted if tagged == len(wanted) else [True] * tagged)
+        learned = iter(wanted if tagged == len(wanted) else [1] * tagged)
         for said, run in groupby(parts, lambda part: isinstance(part, Said)):
             if said:
                 yield from ((str(part), next(learned)) for part in run)
             else:
-                yield "".join(run), False
+                yield "".join(run), 0
 
-    def render(self, messages: Sequence[dict], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-        """Ids of a talk, and a mask of equal length: 1 over the assistant's words and what ends its turn."""
-        ids: list[int] = []
-        mask: list[int] = []
-        for part, learned in self.segments(messages):
-            found = tokenizer.encode(part)
-            ids += found
-            mask += [int(learned)] * len(found)
-        return ids, mask
+    def render(self, messages: Sequence[dict], tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
+        """Ids of a talk, and a mask of equal length: 1, or the turn's weight, over the assistant's words."""
+        return chat.laid(self.segments(messages), tokenizer)
 
 
 def _name(value: Any) -> str:

@@ -37,7 +37,7 @@ def windows(data: Binidx, ctx_len: int, rows: int, masked: bool, by_document: bo
             tokens = torch.from_numpy(np.asarray(data.tokens(start, count), dtype=np.int64))
             ids[row, : count - 1], targets[row, : count - 1] = tokens[:-1], tokens[1:]
             if mask is not None:
-                chosen = np.asarray(data.mask(start, count), dtype=np.float32)
+                chosen = data.weights(start, count).astype(np.float32)
                 mask[row, : count - 1] = torch.from_numpy(chosen)[1:]
         yield Batch(ids, targets, mask)
 

@@ -1,7 +1,7 @@
 """Infinite context: rows are read chunk by chunk, the state carried on, so that memory does not grow with their length.
 
 The sum over the chunks is the loss of the whole row: the last position of a chunk has the next chunk's first token as
-its target, and every target weighs one part of the step's targets, whichever chunk it is in.
+its target, and every target has its part of what the step's targets weigh, whichever chunk it is in.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from rwkvpipe.base.config import TrainConfig
 from rwkvpipe.data.batches import Batch
 from rwkvpipe.model.layers import State
 from rwkvpipe.train.dist import ALONE, Rank
-from rwkvpipe.train.loss import Losses, Share, device_of, language_loss
+from rwkvpipe.train.loss import Losses, Share, device_of, language_loss, share_of
 from rwkvpipe.train.precision import arithmetic
 from rwkvpipe.weights.lora import row_dropout
 
@@ -131,7 +131,7 @@ def chunked_lm_losses(micro_batch: int, config: TrainConfig, rank: Rank = ALONE)
     def losses(model: nn.Module, batch: Batch) -> Iterator[Tensor]:
         real = batch.targets >= 0
         chosen = real if batch.mask is None else (batch.mask != 0) & real
-        step = Share(config, int(chosen.sum()), int(real.sum()))
+        step = share_of(batch, config)
         gradient = _whole if config.bptt == "full" else _truncated
         for part, common in rank.shares(len(batch.ids), micro_batch):
             used = (real if config.l2_wrap else chosen)[common].any(0)

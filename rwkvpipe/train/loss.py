@@ -25,18 +25,32 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def masked_cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor | None = None, *, total=None) -> Tensor:
-    """Sum of -log p(target) over the masked-in positions, divided by `total`: a scalar.
+    """Sum of -log p(target), each times its number in the mask, divided by `total`: a scalar.
 
-    logits (B, T, V), targets (B, T) long, below 0 where there is none, mask (B, T) of 0 and 1 or None for
-    all. `total` is by default their own number; with none of them the loss is 0, not NaN.
+    logits (B, T, V), targets (B, T) long, below 0 where there is none, mask (B, T) of numbers from 0 up or None for
+    1. `total` is by default the sum of these; where that is 0 the loss is, too, not NaN.
     """
     left_out = targets < 0 if mask is None else (targets < 0) | (mask == 0)
     chosen = targets.masked_fill(left_out, -100)  # the one value that cross_entropy never reads
     if total is None:
-        total = int((chosen >= 0).sum())
+        total = weight_of(targets, mask)
     logits = logits.flatten(0, 1)  # (B T, V)
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(wide, chosen.flatten(), ignore_index=-100, reduction="sum") / max(total, 1)
+    if not uneven(mask):
+        return F.cross_entropy(wide, chosen.flatten(), ignore_index=-100, reduction="sum") / (total or 1)
+    losses = F.cross_entropy(wide, chosen.flatten(), ignore_index=-100, reduction="none")
+    return (losses * mask.flatten().to(losses.dtype)).sum() / (total or 1)
+
+
+def weight_of(targets: Tensor, mask: Tensor | None) -> float:
+    """The sum of what targets (B, T) weigh, those below 0 left out, with mask (B, T) of weights or None for 1."""
+    real = targets >= 0
+    return float(real.sum()) if mask is None else float((mask.double() * real).sum())
+
+
+def uneven(mask: Tensor | None) -> bool:
+    """Whether there is a mask that is not of 0 and 1 alone."""
+    return mask is not None and bool(((mask != 0) & (mask != 1)).any())
 
 
 def l2_wrap(logits: Tensor, pull: float = 1e-4, *, total=None, mask: Tensor | None = None) -> Tensor:
@@ -55,14 +69,15 @@ def l2_wrap(logits: Tensor, pull: float = 1e-4, *, total=None, mask: Tensor | No
 def lm_losses(micro_batch: int, config: TrainConfig, rank: Rank = ALONE) -> Losses:
     """Next-token loss of this process's rows, `micro_batch` at a time; the sum over all depends on neither.
 
-    The sum over the target tokens of the whole step is divided by their number. L2Wrap covers every position
-    that has a next token (targets >= 0), masked out of the loss or not.
+    The sum over the target tokens of the whole step, each by its weight, is divided by the sum of the weights: twice
+    the weights are the same loss. L2Wrap covers every position that has a next token (targets >= 0), masked out of the
+    loss or not, whatever its weight.
     """
 
     def losses(model: nn.Module, batch: Batch) -> Iterator[Tensor]:
         device = device_of(model)
         real = batch.targets >= 0  # (B, T): below 0 is padding
-        count = int(real.sum() if batch.mask is None else ((batch.mask != 0) & real).sum())
+        step = share_of(batch, config)
         for part in rank.mine(len(batch.ids), micro_batch):
             width = int(real[part].any(0).sum())  # rows are padded on the right: what no row uses is not computed
             idle = width == 0
@@ -75,24 +90,33 @@ def lm_losses(micro_batch: int, config: TrainConfig, rank: Rank = ALONE) -> Loss
             with arithmetic(config.precision, device), row_dropout(model, part.start):
                 starts = None if batch.starts is None else batch.starts[part, :width].to(device)
                 features, _ = model.features(batch.ids[part, :width].to(device), starts=starts)
-                yield language_loss(model, features, targets, mask, Share(config, count, int(real.sum())))
+                yield language_loss(model, features, targets, mask, step)
 
     return losses
 
 
 @dataclass(frozen=True)
 class Share:
-    """What the losses of an optimizer step are divided by: how many targets it has, and how many positions."""
+    """What the losses of an optimizer step are divided by: what its targets weigh, and how many positions it has."""
 
     config: TrainConfig
-    targets: int
+    targets: float
     positions: int
+    level: float | None = None
+    """What brings the mean weight of those that weigh something to 1; None where all weigh 1."""
+
+
+def share_of(batch: Batch, config: TrainConfig) -> Share:
+    """That of the step that a batch is."""
+    real, whole = batch.targets >= 0, weight_of(batch.targets, batch.mask)
+    level = int((real & (batch.mask != 0)).sum()) / (whole or 1) if uneven(batch.mask) else None
+    return Share(config, whole, int(real.sum()), level)
 
 
 def language_loss(model: nn.Module, features: Tensor, targets: Tensor, mask: Tensor | None, share: Share) -> Tensor:
     """The share of some positions in a step's loss, L2Wrap with it: a scalar.
 
-    features (B, T, D) of the model, targets (B, T) long, below 0 where there is none, mask (B, T) or None.
+    features (B, T, D) of the model, targets (B, T) long, below 0 where there is none, mask (B, T) of weights or None.
     """
     pull = share.config.l2_wrap
     if type(model.head) is not nn.Linear:  # an adapter beside the matrix
@@ -100,8 +124,10 @@ def language_loss(model: nn.Module, features: Tensor, targets: Tensor, mask: Ten
         loss = masked_cross_entropy(logits, targets, mask, total=share.targets)
         return loss + l2_wrap(logits, pull, total=share.positions, mask=targets >= 0) if pull else loss
     chosen = targets if mask is None else targets.masked_fill(mask == 0, -100)
-    scales = (1 / max(share.targets, 1), pull / max(share.positions, 1))
-    wanted = Wanted(chosen.flatten(), (targets >= 0).flatten(), *scales, NARROW.get(share.config.precision))
+    # weights around 1, so that what narrow products round is neither tiny nor too much
+    weights = None if share.level is None else (mask.double() * share.level).flatten()
+    scales = (1 / (share.targets * (share.level or 1) or 1), pull / max(share.positions, 1))
+    wanted = Wanted(chosen.flatten(), (targets >= 0).flatten(), *scales, NARROW.get(share.config.precision), weights)
     return head_loss(model.ln_out(features).flatten(0, 1), model.head.weight, wanted)
 
 
@@ -127,7 +153,7 @@ def mean_loss(
     chunk: int | None = None,
     rank: Rank = ALONE,
 ) -> float:
-    """Mean cross-entropy over the target tokens of all batches, in nats; the model's mode is left as it was.
+    """Mean cross-entropy over the target tokens of all batches, by their weights, in nats; the model's mode stays.
 
     Rows are read `chunk` tokens at a time, the state carried on; left out, whole. Processes share the batches.
     """
@@ -137,18 +163,17 @@ def mean_loss(
     for batch in _mine(batches, rank):
         for first in range(0, len(batch.ids), micro_batch):
             part = slice(first, first + micro_batch)
-            targets = batch.targets[part].to(device)
-            if batch.mask is not None:
-                targets = targets.masked_fill(batch.mask[part].to(device) == 0, -100)
-            state, ids = None, batch.ids[part].to(device)
-            for some, wanted in zip(
-                ids.split(chunk or ids.shape[1], 1), targets.split(chunk or ids.shape[1], 1), strict=True
-            ):
+            ids, targets = batch.ids[part].to(device), batch.targets[part].to(device)
+            mask = None if batch.mask is None else batch.mask[part].to(device)
+            state, size = None, chunk or ids.shape[1]
+            for first_token in range(0, ids.shape[1], size):
+                some = slice(first_token, first_token + size)
                 with arithmetic(precision, device):
-                    features, state = model.features(some, state)
+                    features, state = model.features(ids[:, some], state)
                     logits = model.logits(features)
-                total += float(masked_cross_entropy(logits, wanted, total=1))
-            count += int((targets >= 0).sum())
+                weights = None if mask is None else mask[:, some]
+                total += float(masked_cross_entropy(logits, targets[:, some], weights, total=1))
+            count += weight_of(targets, mask)
     model.train(training)
     total, count = rank.total(total, count)
-    return total / max(count, 1)
+    return total / (count or 1)

@@ -9,7 +9,7 @@ import pytest
 
 from rwkvpipe.base.config import TrainConfig
 from rwkvpipe.base.errors import DataError
-from rwkvpipe.data import binidx
+from rwkvpipe.data import binidx, marks
 from rwkvpipe.data.batches import token_batches
 from rwkvpipe.data.binidx import HEAD, Binidx, BinidxWriter, token_dtype
 
@@ -43,6 +43,25 @@ def test_masks_lie_beside_the_tokens(tmp_path):
     assert (tmp_path / "a.mask").read_bytes() == b"\0\1\1"
     with pytest.raises(DataError, match=r"b.mask: no such file"):
         Binidx(write(tmp_path / "b")).mask(0, 1)
+
+
+def test_weights_lie_there_too_and_marks_of_0_and_1_are_a_byte_each_whatever_they_came_as(tmp_path, monkeypatch):
+    for masks in ([[0, 1], [1]], [[0.0, 1.0], np.ones(1, np.float32)], [[False, True], [True]]):
+        data = Binidx(write(tmp_path / "a", [[5, 6], [7]], masks=masks))
+        assert (tmp_path / "a.mask").read_bytes() == b"\0\1\1" and data.weights(0, 3).tolist() == [0, 1, 1]
+    stream = np.random.default_rng(0)
+    masks = [stream.choice([0, 1, 1, 0.25, 3.5], size).repeat(4) for size in (3, 1, 40, 0, 9)]
+    monkeypatch.setattr(marks, "BLOCK", 7)
+    data = Binidx(write(tmp_path / "a", [np.arange(len(mask)) for mask in masks], masks=masks))
+    assert data.mask(0, len(data)).dtype == np.float32 and not list(tmp_path.glob(".*"))
+    assert data.weights(0, len(data)).tolist() == np.concatenate(masks).tolist()
+    found = np.fromfile(tmp_path / "a.mask", "<f4")
+    for wrong in (-1, np.nan, np.inf):
+        found[5] = wrong
+        found.tofile(tmp_path / "a.mask")
+        assert Binidx(tmp_path / "a").weights(6, 3).any()
+        with pytest.raises(DataError, match=r"a.mask: holds what is no number from 0 up near token 4"):
+            Binidx(tmp_path / "a").weights(4, 3)
 
 
 def test_an_empty_corpus_is_a_valid_pair(tmp_path):

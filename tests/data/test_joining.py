@@ -30,9 +30,10 @@ def no_flushing(monkeypatch):
 
 
 def write(prefix, documents, dtype=np.uint16, masked=False):
-    with BinidxWriter(prefix, dtype, masked=masked) as writer:
+    with BinidxWriter(prefix, dtype, masked=bool(masked)) as writer:
         for ids in documents:
-            writer.add(ids, [number % 2 for number in range(len(ids))] if masked else None)
+            marks = [(number + 1) % 2 for number in range(len(ids))]
+            writer.add(ids, [mark * float(masked) for mark in marks] if masked else None)
     return str(prefix)
 
 
@@ -57,7 +58,7 @@ def kinds(masked):
     return ("bin", "idx", "mask") if masked else ("bin", "idx")
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [False, True, 0.5])
 @pytest.mark.parametrize("move", [False, True])
 @pytest.mark.parametrize("append", [False, True])
 @pytest.mark.parametrize("block", [3, 1 << 20])
@@ -180,7 +181,8 @@ def test_another_join_does_not_begin_where_one_is_unfinished(tmp_path, monkeypat
 def test_what_does_not_go_together_is_refused_and_nothing_is_touched(tmp_path):
     sources = parts(tmp_path)
     wide = write(tmp_path / "wide", [[70000]], np.int32)
-    masked = write(tmp_path / "masked", [[7]], masked=True)
+    masked = write(tmp_path / "masked", [[7, 8]], masked=True)
+    weighed = write(tmp_path / "weighed", [[7, 8]], masked=0.5)
     os.symlink(f"{sources[0]}.bin", tmp_path / "link.bin")
     os.symlink(f"{sources[0]}.idx", tmp_path / "link.idx")
     for folder, tokenizer in (("x", "one"), ("y", "other")):
@@ -191,6 +193,7 @@ def test_what_does_not_go_together_is_refused_and_nothing_is_touched(tmp_path):
     for wrong, move, problem in (
         ([sources[0], wide], False, "tokens of int32, those of .*part0 are uint16"),
         ([sources[0], masked], False, "part0: has no .mask, .*masked has one"),
+        ([weighed, masked], False, "/masked: its .mask holds 0 and 1, that of .*weighed weights"),
         ([sources[0], sources[0]], True, "stands twice"),
         ([sources[0], str(tmp_path / "out")], False, "pairs are appended to the first source"),
         ([sources[0], str(tmp_path / "none")], False, "none.idx: no such file"),

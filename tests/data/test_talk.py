@@ -117,6 +117,26 @@ def test_what_is_learned_is_what_the_row_says(row, given, text):
     assert said(row, **given) == text
 
 
+@pytest.mark.parametrize("laid", ["by us", "by a template", "by a template with tags"])
+def test_a_message_counts_as_much_as_its_weight_says(tmp_path, laid):
+    tags = ("{% generation %}", "{% endgeneration %}") if laid.endswith("tags") else ("", "")
+    turn = "{{ m.role }}>" + tags[0] + "{{ m.content }};" + tags[1]
+    if tags[0]:
+        turn = "{% if m.role == 'assistant' %}" + turn + "{% else %}{{ m.role }}>{{ m.content }};{% endif %}"
+    template = "{% for m in messages %}" + turn + "{% endfor %}{% if add_generation_prompt %}assistant>{% endif %}"
+    (tmp_path / "t.jinja").write_text(template)
+    choices = spec(**({"template": str(tmp_path / "t.jinja")} if laid != "by us" else {}))
+    said = [REPLY | {"content": text, "weight": w} for text, w in (("W", 1), ("X", 0.5), ("Y", 0), ("Z", 7))]
+    row = {"messages": [turn for reply in said for turn in (USER, reply)]}
+    tokenizer = ByteTokenizer(1)
+    ids, mask = Layout(choices)(talk(row, {}, "f:1", choices).messages, tokenizer)
+    found = {tokenizer.decode([number]): weight for number, weight in zip(ids, mask, strict=True)}
+    assert {text: found[text] for text in "WXYZ"} == {"W": 1, "X": 0.5, "Y": 0, "Z": 7} and found["H"] == 0
+    last = spec(replies="last", **({"template": choices.template} if choices.template else {}))
+    mask = Layout(last)(talk(row, {}, "f:1", last).messages, tokenizer)[1]
+    assert set(mask) == {0, 7}
+
+
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
@@ -128,7 +148,11 @@ def test_what_is_learned_is_what_the_row_says(row, given, text):
         ({"input_ids": [1, True], "labels": [1, 1]}, "`input_ids` must be a list"),
         ({"prompt": 5, "completion": "x"}, "`prompt` is int 5"),
         ({"prompt": "x", "completion": " "}, "`completion` is empty"),
-        ({"messages": [USER | {"weight": 0.5}]}, "turn 1: weight is 0.5; 0 and 1 are known"),
+        ({"messages": [USER | {"weight": -0.5}]}, "turn 1: weight is -0.5; it is a number from 0 up, below 1,000,000"),
+        ({"messages": [USER | {"weight": "2"}]}, "turn 1: weight is '2'"),
+        ({"messages": [USER | {"weight": True}]}, "turn 1: weight is True"),
+        ({"messages": [USER | {"weight": float("nan")}]}, "turn 1: weight is nan"),
+        ({"messages": [USER | {"weight": 1e6}]}, "turn 1: weight is 1000000.0"),
         ({"messages": [USER | {"train": "no"}]}, "turn 1: train is 'no'"),
         ({"messages": [USER, REPLY | {"train": True, "weight": 0}]}, "turn 2: train is True and weight 0; remove one"),
         (

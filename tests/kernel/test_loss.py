@@ -1,5 +1,6 @@
 """The head and its loss in one against logits, cross-entropy and L2Wrap one after the other."""
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -14,7 +15,8 @@ from rwkvpipe.kernel.loss import head_loss
 def plainly(x, weight, wanted):
     """All logits at once, in fp64."""
     logits = x @ weight.mT
-    losses = torch.nn.functional.cross_entropy(logits, wanted.chosen.clamp(min=-1), ignore_index=-1, reduction="sum")
+    losses = torch.nn.functional.cross_entropy(logits, wanted.chosen.clamp(min=-1), ignore_index=-1, reduction="none")
+    losses = (losses if wanted.weights is None else losses * wanted.weights).sum()
     square = (logits.max(-1).values * wanted.real).square().sum() * wanted.pull / 2
     return losses * wanted.scale + square - square.detach()
 
@@ -33,9 +35,13 @@ def in_pytorch(*inputs):
 
 @pytest.mark.parametrize("form", [lambda *inputs: results(head_loss, *inputs), in_pytorch])
 @settings(max_examples=20, deadline=None)
-@given(n=st.integers(1, 150), D=st.integers(1, 40), V=st.integers(2, 90), seed=st.integers(0, 99))
-def test_value_and_gradients_are_those_of_all_logits_at_once(drawn, form, n, D, V, seed):
+@given(
+    n=st.integers(1, 150), D=st.integers(1, 40), V=st.integers(2, 90), seed=st.integers(0, 99), weighed=st.booleans()
+)
+def test_value_and_gradients_are_those_of_all_logits_at_once(drawn, form, n, D, V, seed, weighed):
     x, weight, wanted = drawn(n, D, V, seed)
+    if weighed:
+        wanted = replace(wanted, weights=2 * torch.rand(n, generator=torch.Generator().manual_seed(seed)))
     with mock.patch.multiple(loss, NUMBERS=1, FEWEST=64):
         found = form(x, weight, wanted)
     for one, other in zip(found, results(plainly, x.double(), weight.double(), wanted), strict=True):

@@ -1,14 +1,20 @@
 """Cross-entropy and L2Wrap at their edges."""
 
+from dataclasses import replace
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
 
-from rwkvpipe.base.config import TrainConfig
+from rwkvpipe.base.config import LoraConfig, RwkvConfig, TrainConfig
 from rwkvpipe.base.errors import ConfigError
 from rwkvpipe.data.batches import Batch
+from rwkvpipe.model.family import build
 from rwkvpipe.train import dist
+from rwkvpipe.train.infctx import chunked_lm_losses
 from rwkvpipe.train.loss import l2_wrap, lm_losses, masked_cross_entropy, mean_loss
+from rwkvpipe.weights.lora import inject
 
 
 class Table(torch.nn.Module):
@@ -48,6 +54,59 @@ def test_the_mask_decides_and_nothing_masked_in_costs_nothing():
     outside = torch.where(mask == 1, targets, -1)
     assert masked_cross_entropy(logits, outside) == masked_cross_entropy(logits, targets, mask)
     assert masked_cross_entropy(logits, outside, mask) == masked_cross_entropy(logits, targets, mask)
+
+
+def weighed() -> tuple[torch.nn.Module, Batch]:
+    """A small model in fp64, and rows of documents whose targets weigh differently; the last weigh nothing."""
+    model = build(RwkvConfig(n_layer=2, n_embd=32, head_size=16, vocab_size=20)).double()
+    model.initialise(0)
+    stream = torch.Generator().manual_seed(3)
+    ids = torch.randint(1, 20, (4, 10), generator=stream)
+    mask = torch.tensor([0.5, 0, 1, 8.25, 1e-3])[torch.randint(5, (4, 9), generator=stream)]
+    mask[3] = 0
+    return model, Batch(
+        ids[:, :-1], ids[:, 1:].masked_fill(torch.arange(9) > torch.tensor([[9], [5], [7], [9]]), -1), mask
+    )
+
+
+def learned(model: torch.nn.Module, losses) -> list[torch.Tensor]:
+    """The loss, then all gradients, of what `losses` yields."""
+    model.zero_grad(set_to_none=True)
+    total = torch.zeros(())
+    for part in losses:
+        part.backward()
+        total = total + part.detach()
+    return [total.double(), *(value.grad for value in model.parameters() if value.requires_grad)]
+
+
+@pytest.mark.parametrize("way", ["whole", "rows", "processes", "chunks", "adapter", "halved"])
+def test_weights_multiply_losses_and_their_sum_divides_them_however_the_step_is_cut(way):
+    model, batch = weighed()
+    if way == "adapter":
+        inject(model, LoraConfig(rank=2, targets=("head", "att.key")), 0)
+        model.double()
+    config = TrainConfig(steps=1, l2_wrap=1e-2, **({"chunk": 4, "bptt": "full"} if way == "chunks" else {}))
+    losses = chunked_lm_losses if way == "chunks" else lm_losses
+    logits, real = model(batch.ids)[0], batch.targets >= 0
+    each = -logits.log_softmax(-1).gather(-1, batch.targets.clamp(min=0)[..., None])[..., 0]
+    weights = batch.mask.double() * real
+    square = (logits.max(-1).values * real).square().sum() * 1e-2 / (2 * real.sum())
+    wanted = learned(model, [(each * weights).sum() / weights.sum() + square - square.detach()])
+    if way == "halved":
+        batch = replace(batch, mask=batch.mask / 2)
+    ranks = [dist.Rank(n, 2, torch.device("cpu")) for n in (0, 1)] if way == "processes" else [dist.ALONE]
+    found = learned(
+        model, chain.from_iterable(losses(9 if way == "whole" else 2, config, r)(model, batch) for r in ranks)
+    )
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-7 if way == "adapter" else 1e-9, rtol=1e-6)
+
+
+def test_the_held_out_loss_weighs_as_the_loss_does_in_chunks_too():
+    model, batch = weighed()
+    wanted = float(learned(model, lm_losses(9, TrainConfig(steps=1, l2_wrap=0))(model, batch))[0])
+    for size, chunk in ((9, None), (1, None), (3, 4)):
+        assert mean_loss(model, iter([batch]), size, "fp32", chunk) == pytest.approx(wanted, abs=1e-6)
 
 
 def test_padding_on_the_right_changes_nothing():

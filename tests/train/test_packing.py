@@ -38,10 +38,12 @@ def gradients(model, losses, batch) -> tuple[float, dict[str, torch.Tensor]]:
     return total, {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
 
 
-def documents(lengths, seed=0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def documents(lengths, seed=0, weighed=False) -> list[tuple[torch.Tensor, torch.Tensor]]:
     stream = torch.Generator().manual_seed(seed)
     found = [torch.randint(1, 20, (n + 1,), generator=stream) for n in lengths]
-    return [(ids, (torch.rand(len(ids) - 1, generator=stream) < 0.6).float()) for ids in found]
+    marked = [(torch.rand(len(ids) - 1, generator=stream) < 0.6).float() for ids in found]
+    weights = torch.tensor([0.25, 1.0, 7.5])[torch.randint(3, (len(found),), generator=stream)]
+    return [(ids, marks * w if weighed else marks) for ids, marks, w in zip(found, marked, weights, strict=True)]
 
 
 def batch_of(rows, packed: bool) -> Batch:
@@ -73,10 +75,13 @@ ROWS = ([9, 1, 6], [16], [1, 1, 3, 2, 7], [5, 4])
 
 
 @each_family
-@pytest.mark.parametrize("dtype, tolerance, chunk", [(torch.float32, 1e-5, None), (torch.float64, 1e-9, 4)])
-def test_packed_rows_are_learned_as_their_documents_alone(family, dtype, tolerance, chunk):
+@pytest.mark.parametrize(
+    "dtype, tolerance, chunk, weighed",
+    [(torch.float32, 1e-5, None, False), (torch.float32, 1e-5, 4, True), (torch.float64, 1e-9, 4, False)],
+)
+def test_packed_rows_are_learned_as_their_documents_alone(family, dtype, tolerance, chunk, weighed):
     model = model_of(family, dtype)
-    rows = [documents(row, seed) for seed, row in enumerate(ROWS)]
+    rows = [documents(row, seed, weighed) for seed, row in enumerate(ROWS)]
     config = TrainConfig(steps=1, chunk=chunk, bptt="full" if chunk else None, l2_wrap=1e-2)
     same(model, batch_of(rows, True), batch_of([[one] for row in rows for one in row], False), config, tolerance)
 
@@ -93,9 +98,10 @@ def test_rows_that_are_not_told_apart_are_not_the_same(family):
 @given(
     st.sampled_from(["rwkv5", "rwkv6", "rwkv7"]),
     st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=5), min_size=1, max_size=3),
+    st.booleans(),
 )
-def test_any_documents_in_any_rows_are_learned_as_alone(family, lengths):
-    rows = [documents(row, seed) for seed, row in enumerate(lengths)]
+def test_any_documents_in_any_rows_are_learned_as_alone(family, lengths, weighed):
+    rows = [documents(row, seed, weighed) for seed, row in enumerate(lengths)]
     alone = batch_of([[one] for row in rows for one in row], False)
     same(model_of(family), batch_of(rows, True), alone, TrainConfig(steps=1))
 
