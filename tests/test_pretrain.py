@@ -14,8 +14,9 @@ from rwkvpipe.base.files import write_json
 from rwkvpipe.data.batches import rows_of, token_batches
 from rwkvpipe.data.binidx import Binidx, BinidxWriter
 from rwkvpipe.model.family import build
-from rwkvpipe.train import loop
-from rwkvpipe.train.optim import whole_length
+from rwkvpipe.train import corpus, loop
+from rwkvpipe.train.dist import Rank
+from rwkvpipe.train.optim import lr_at, whole_length
 from rwkvpipe.train.record import MEASURED
 from rwkvpipe.weights import store
 
@@ -62,6 +63,18 @@ def run(home, name, micro_batch=4, out="model.safetensors", data=("corpus",)):
     return store.read_tensors(path)[0], rows
 
 
+def stop_at(patch, at):
+    """Have a stop signal come before a step."""
+    real = loop.lr_at
+
+    def interrupted(config, step):
+        if step == at:
+            raise KeyboardInterrupt
+        return real(config, step)
+
+    patch.setattr(loop, "lr_at", interrupted)
+
+
 def test_it_learns_and_writes_what_the_rules_promise(home):
     settings(home, steps=40, valid_every=20)
     _, rows = run(home, "a")
@@ -93,15 +106,8 @@ def test_in_chunks_the_full_gradient_trains_as_whole_rows_do_and_the_truncated_o
 def test_a_stopped_run_ends_in_the_same_weights(home, monkeypatch, lora, at):
     settings(home, lora)
     whole = run(home, "whole")
-    real = loop.lr_at
-
-    def interrupted(config, step):
-        if step == at:
-            raise KeyboardInterrupt
-        return real(config, step)
-
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "lr_at", interrupted)
+        stop_at(patch, at)
         with pytest.raises(Stopped):
             run(home, "cut")
     assert (home / "cut" / "checkpoints").is_dir()
@@ -109,6 +115,34 @@ def test_a_stopped_run_ends_in_the_same_weights(home, monkeypatch, lora, at):
     again = run(home, "cut")
     assert whole[1] == again[1]
     assert all(torch.equal(value, again[0][name]) for name, value in whole[0].items())
+
+
+def test_a_training_of_rwkv_lm_goes_on_behind_what_it_has_read_and_warms_up_again(home, monkeypatch):
+    asked = {"schedule": "rwkv_mean", "order": "magic", "ctx_len": 7, "warmup": 2, "log_every": 1, "steps": 9}
+    settings(home, **asked, begun=4)
+    found = run(home, "whole")
+    whole = whole_length(TrainConfig(**asked, batch=4, lr=0.01, begun=4), 0)
+    assert [row["lr"] for row in found[1]] == [lr_at(whole, n) for n in range(5)]
+    plain = [lr_at(TrainConfig(**asked, batch=4, lr=0.01), n) for n in range(9)]
+    rates = [row["lr"] for row in found[1]]
+    assert rates[2:] == plain[6:] and rates[:2] == [0.01 * plain[4], (0.01 + 0.99 / 2) * plain[5]]
+    read = []
+    monkeypatch.setattr(corpus, "fit", lambda model, batches, *rest, **more: read.append(batches(0, {})) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(home, "read")
+    config = TrainConfig(**asked, batch=4, seed=5)
+    wanted = token_batches(Binidx(home / "corpus/train"), config, Rank(0, 1, torch.device("cpu")), 4)
+    assert torch.equal(next(read[0]).ids, next(wanted).ids)
+    monkeypatch.undo()
+    monkeypatch.setenv("RWKVPIPE_DEVICE", "cpu")
+    stop_at(monkeypatch, 3)
+    with pytest.raises(Stopped):
+        run(home, "cut")
+    monkeypatch.undo()
+    monkeypatch.setenv("RWKVPIPE_DEVICE", "cpu")
+    again = run(home, "cut")
+    assert again[1] == found[1]
+    assert all(torch.equal(value, again[0][name]) for name, value in found[0].items())
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2, dropout=0.2)])

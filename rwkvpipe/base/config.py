@@ -190,6 +190,8 @@ class StageConfig(Strict):
             raise ValueError("train.epochs: several corpora are passed at different times; give steps or tokens")
         if self.kind in ("grpo", "dpo") and len(weights) > 1:
             raise ValueError(f"data: {self.kind} learns from one corpus; put them into one")
+        if self.kind in ("grpo", "dpo") and self.train.begun:
+            raise ValueError(f"train.begun belongs to pretrain and sft: {self.kind} has no rows to go on behind")
         if self.kind in ("grpo", "dpo") and self.train.rows is not None:
             raise ValueError(f"train.rows belongs to pretrain and sft: a row of {self.kind} is what it judges")
         if self.kind == "sft" and self.train.rows == "stream":

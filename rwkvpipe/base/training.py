@@ -25,10 +25,17 @@ class TrainConfig(Strict):
     """Highest learning rate."""
     lr_final: NotNegative | None = None
     """Rate at the end; left out, a tenth of lr."""
-    schedule: Literal["cosine", "linear", "constant", "wsd", "rwkv", "rwkv_exp"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "wsd", "rwkv", "rwkv_exp", "rwkv_mean"] = "cosine"
     """How the rate falls: wsd stays at lr, then falls linearly over the last `decay` of the steps; rwkv is
     RWKV-LM's cosine, counted from 0 in steps, or in tokens where `tokens` says how long, and warming up from a
-    hundredth of lr; rwkv_exp what it does without a number of tokens: each step by the same factor."""
+    hundredth of lr; rwkv_exp what it does without a number of tokens: each step by the same factor; rwkv_mean what it
+    does with a negative one: the mean of both."""
+    exp_steps: Count | None = None
+    """rwkv_exp, rwkv_mean: steps after which the rate that falls by the same factor is lr_final (RWKV-LM's epoch_count
+    times epoch_steps); left out, all."""
+    begun: Whole = 0
+    """rwkv, rwkv_exp, rwkv_mean, in pretrain and sft: how many of the steps were made before this stage, as before a
+    restart of RWKV-LM: rates and rows go on behind them, and the rate warms up again."""
     warmup: Whole = 10
     """Steps over which the rate rises to lr."""
     decay: Share = 0.2
@@ -36,8 +43,8 @@ class TrainConfig(Strict):
     weight_decay: NotNegative = 0.001
     """Decoupled decay of the `.weight` matrices."""
     weight_decay_final: Positive | None = None
-    """rwkv, rwkv_exp: the decay at the end, to which it moves by the same factor each step, as in RWKV-LM; left out,
-    it stays."""
+    """rwkv, rwkv_exp, rwkv_mean: the decay at the end, to which it moves by the same factor each step, as in RWKV-LM;
+    left out, it stays."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """adamw8bit keeps Adam's moments in 8 bits a number, by the library bitsandbytes, whose own eps is 1e-8."""
     betas: tuple[Share, Share] = (0.9, 0.99)
@@ -79,10 +86,25 @@ class TrainConfig(Strict):
             raise ValueError("tokens counts those of a stream: rows of documents differ in length; give epochs")
         if (self.watch.best or self.watch.patience) and not self.valid_every:
             raise ValueError("watch.best and watch.patience look at the held-out loss: give valid_every, too")
-        if self.weight_decay_final is not None and not (self.schedule.startswith("rwkv") and self.weight_decay):
-            raise ValueError("weight_decay_final belongs to schedules rwkv and rwkv_exp, with a weight_decay above 0")
+        self._as_rwkv_lm()
         if self.bptt is not None and self.chunk is None:
             raise ValueError("bptt says how gradients cross chunks: give chunk, too")
         if self.rows in ("documents", "packed") and self.order == "magic":
             raise ValueError("order magic reads one stream of tokens; rows of documents come shuffled or sequential")
         return self
+
+    def _as_rwkv_lm(self) -> None:
+        """Raise ValueError for settings of RWKV-LM's schedules that would say nothing."""
+        theirs = self.schedule.startswith("rwkv")
+        if self.weight_decay_final is not None and not (theirs and self.weight_decay):
+            raise ValueError(
+                "weight_decay_final belongs to schedules rwkv, rwkv_exp and rwkv_mean, with a weight_decay"
+            )
+        if self.begun and not theirs:
+            raise ValueError("begun belongs to schedules rwkv, rwkv_exp and rwkv_mean: only they know a restart")
+        if self.steps is not None and self.begun >= self.steps:
+            raise ValueError(f"begun: {self.begun} of {self.steps} steps are made, and none is left; raise steps")
+        if self.exp_steps is not None and (self.schedule not in ("rwkv_exp", "rwkv_mean")):
+            raise ValueError("exp_steps belongs to schedules rwkv_exp and rwkv_mean")
+        if self.exp_steps is not None and self.exp_steps <= self.warmup:
+            raise ValueError(f"exp_steps: {self.exp_steps} are over before the {self.warmup} of warmup; raise them")

@@ -92,14 +92,17 @@ def train(
     if config.watch.best and validate is None:
         raise DataError(f"{folders[0]}: has no held-out part, by whose loss watch.best tells; pack it with valid")
     counts = left_of(data, config, masked=masked)
-    begun = any(stage.folder.glob("step-*.json"))
-    stream = None if begun else batches(data, config, ALONE, 0)  # judges the corpus before anything is written
+    resumed = any(stage.folder.glob("step-*.json"))
+    before = config.begun  # steps of another training, whose rows are not read again
+    stream = None if resumed else batches(data, config, ALONE, before)  # judges the corpus before anything is written
     metrics = fit(
         stage.model,
-        lambda first, carried: stream if stream and not first else batches(data, config, ALONE, first),
+        lambda first, carried: stream if stream and not first else batches(data, config, ALONE, before + first),
         (lm_losses if config.chunk is None else chunked_lm_losses)(micro_batch, config, stage.rank),
         config=config,
         run=run_of(stage, inputs + valid, save_every),
-        hooks=Hooks(validate, lambda: counts, read=lambda step: documents_of(data, config, step, masked=masked)),
+        hooks=Hooks(
+            validate, lambda: counts, read=lambda step: documents_of(data, config, before + step, masked=masked)
+        ),
     )
     finish(stage, metrics)

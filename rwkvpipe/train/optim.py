@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim.adamw import adamw as functional
 
 from rwkvpipe.base.config import TrainConfig
+from rwkvpipe.base.errors import ConfigError
 from rwkvpipe.train.eightbit import EightBit
 
 
@@ -78,14 +79,19 @@ def rwkv_lm_lr(schedule: RwkvLmSchedule, step: int) -> tuple[float, float] | Non
 
 
 def whole_length(config: TrainConfig, rows: int, repeats: int = 1) -> TrainConfig:
-    """The same in steps, where a pass has `rows` rows and each batch is learned from `repeats` times."""
+    """The same in steps, where a pass has `rows` rows and each batch is learned from `repeats` times.
+
+    Those that were made before (`begun`) are none of them. Raises ConfigError when nothing is left.
+    """
     if config.epochs is not None:
         steps = math.ceil(Fraction(str(config.epochs)) * rows / config.batch) * repeats
     elif config.tokens is not None:
         steps = -(-config.tokens // (config.batch * config.ctx_len))
     else:
-        return config
-    return config.model_copy(update={"steps": steps})
+        steps = config.steps
+    if steps <= config.begun:
+        raise ConfigError(f"train.begun: {config.begun} of {steps} steps are made, and none is left")
+    return config.model_copy(update={"steps": steps - config.begun})
 
 
 def _last(config: TrainConfig) -> float:
@@ -93,16 +99,19 @@ def _last(config: TrainConfig) -> float:
 
 
 def _rwkv_lm(config: TrainConfig) -> RwkvLmSchedule:
-    """RWKV-LM's schedule of a stage: a cosine of its tokens (if not given, of its steps), or exponential."""
+    """RWKV-LM's schedule of a stage: a cosine of its tokens (or, if not given, steps), exponential, or their mean."""
+    whole = config.steps + config.begun
     # a run shorter than its warmup would end untrained there; here it only warms up
-    steps = config.steps if config.steps > config.warmup else 2 * config.warmup + config.steps
+    steps = whole if whole > config.warmup else 2 * config.warmup + whole
     tokens, exit_tokens = 1, steps
-    if config.schedule == "rwkv_exp":
-        exit_tokens = 0
-    elif config.tokens is not None and steps == config.steps:
+    if config.tokens is not None and steps == whole:
         tokens, exit_tokens = config.batch * config.ctx_len, config.tokens
+    exit_tokens *= {"rwkv": 1, "rwkv_exp": 0, "rwkv_mean": -1}[config.schedule]
+    far = config.exp_steps or steps
     decays = config.weight_decay, config.weight_decay_final or 0.0
-    return RwkvLmSchedule(config.lr, _last(config), config.warmup, tokens, exit_tokens, 0, steps, 1, 0, *decays)
+    return RwkvLmSchedule(
+        config.lr, _last(config), config.warmup, tokens, exit_tokens, config.begun, 1, far, 0, *decays
+    )
 
 
 def decay_at(config: TrainConfig, step: int) -> float:
@@ -117,10 +126,10 @@ def lr_at(config: TrainConfig, step: int) -> float:
     """Learning rate of the step after `step` finished ones; the first is above 0.
 
     With n = step + 1: lr n / warmup while n <= warmup, then from lr to lr_final over the steps that are left.
-    Schedules `rwkv` and `rwkv_exp` are RWKV-LM's instead: counted from 0, warming up from a hundredth.
+    Schedules that begin with `rwkv` are RWKV-LM's instead: counted from 0, warming up from a hundredth.
     """
     last = _last(config)
-    if config.schedule.startswith("rwkv") and config.steps > 1:
+    if config.schedule.startswith("rwkv") and config.steps + config.begun > 1:
         found = rwkv_lm_lr(_rwkv_lm(config), step)
         return last if found is None else found[0]
     number = step + 1

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rwkvpipe.base.config import TrainConfig
+from rwkvpipe.base.errors import ConfigError
 from rwkvpipe.train.optim import (
     RwkvLmSchedule,
     adamw,
@@ -55,13 +56,15 @@ def test_a_stage_takes_the_rates_and_decays_of_rwkv_lm_by_its_tokens_or_its_epoc
     for case in cases:
         given = {"lr_init": 6e-4, "lr_final": 6e-5, "warmup_steps": 10, "weight_decay": 0.001} | case["config"]
         exit_tokens = given.get("my_exit_tokens", 0)
-        if exit_tokens < 0 or "epoch_begin" in given:
-            continue
-        far = {"tokens": exit_tokens} if exit_tokens else {"steps": given["epoch_count"] * given["epoch_steps"]}
+        epochs = given.get("epoch_count", 100) * given.get("epoch_steps", 2520)
+        far = {"tokens": abs(exit_tokens)} if exit_tokens else {"steps": epochs}
+        far |= {"schedule": "rwkv" if exit_tokens > 0 else "rwkv_mean" if exit_tokens else "rwkv_exp"}
+        far |= {} if exit_tokens > 0 else {"exp_steps": epochs}
+        far |= {"begun": given.get("epoch_begin", 0) * given.get("epoch_steps", 2520)}
         names = {"lr": "lr_init", "lr_final": "lr_final", "warmup": "warmup_steps", "weight_decay": "weight_decay"}
         far |= {name: given[other] for name, other in names.items()}
         far |= {"weight_decay_final": given.get("weight_decay_final"), "ctx_len": 512, "batch": 16}
-        config = whole_length(TrainConfig(**far, schedule="rwkv" if exit_tokens else "rwkv_exp"), 0)
+        config = whole_length(TrainConfig(**far), 0)
         for step, *wanted in case["rows"]:
             if "EXIT" in wanted:
                 assert step >= config.steps
@@ -69,7 +72,7 @@ def test_a_stage_takes_the_rates_and_decays_of_rwkv_lm_by_its_tokens_or_its_epoc
                 assert lr_at(config, step) == pytest.approx(wanted[0], rel=1e-12, abs=0)
                 assert decay_at(config, step) == pytest.approx(wanted[2], rel=1e-12, abs=0)
         met.add(case["name"])
-    assert len(met) == 5
+    assert len(met) == len(cases) == 7
 
 
 def test_a_decay_that_moves_reaches_the_groups_that_decay_alone():
@@ -82,10 +85,27 @@ def test_a_decay_that_moves_reaches_the_groups_that_decay_alone():
     assert 0.01 <= decay_at(config, 8) < decay_at(config, 4) < 0.1
 
 
-@pytest.mark.parametrize("more", [{"schedule": "cosine"}, {"schedule": "rwkv", "weight_decay": 0}])
-def test_a_decay_that_would_not_move_is_refused(more):
-    with pytest.raises(ValueError, match="weight_decay_final belongs to schedules rwkv and rwkv_exp"):
-        TrainConfig(steps=9, weight_decay_final=0.01, **more)
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        ({"weight_decay_final": 0.01}, "weight_decay_final belongs to schedules rwkv, rwkv_exp and rwkv_mean"),
+        ({"weight_decay_final": 0.01, "schedule": "rwkv", "weight_decay": 0}, "weight_decay_final belongs to"),
+        ({"begun": 3}, "begun belongs to schedules rwkv, rwkv_exp and rwkv_mean"),
+        ({"begun": 9, "schedule": "rwkv"}, "begun: 9 of 9 steps are made, and none is left"),
+        ({"exp_steps": 30, "schedule": "rwkv"}, "exp_steps belongs to schedules rwkv_exp and rwkv_mean"),
+        ({"exp_steps": 10, "schedule": "rwkv_mean"}, "exp_steps: 10 are over before the 10 of warmup"),
+    ],
+)
+def test_what_would_say_nothing_of_a_schedule_is_refused(more, problem):
+    with pytest.raises(ValueError, match=problem):
+        TrainConfig(steps=9, **more)
+
+
+def test_a_stage_that_was_begun_elsewhere_has_the_rest_of_the_steps():
+    config = whole_length(TrainConfig(epochs=1.5, batch=4, begun=3, schedule="rwkv"), 20)
+    assert config.steps == 8 - 3
+    with pytest.raises(ConfigError, match="train.begun: 9 of 8 steps are made"):
+        whole_length(TrainConfig(epochs=1.5, batch=4, begun=9, schedule="rwkv"), 20)
 
 
 def test_the_cosine_of_fine_tuning_is_met(goldens):
@@ -107,7 +127,7 @@ def test_the_rwkv_schedule_is_the_one_of_its_exit_tokens(goldens):
     np.testing.assert_allclose([lr_at(config, n) for n in range(8)], data["lr"], rtol=1e-12)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd", "rwkv", "rwkv_exp"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd", "rwkv", "rwkv_exp", "rwkv_mean"])
 @pytest.mark.parametrize("warmup", [0, 1, 5, 40])
 @pytest.mark.parametrize("steps", [1, 2, 30])
 def test_every_schedule_starts_above_zero_and_never_leaves_its_bounds(schedule, warmup, steps):
