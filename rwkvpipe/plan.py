@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from rwkvpipe.base.agree import known, load
+from rwkvpipe.base.agree import known, load, named
 from rwkvpipe.base.config import CorpusConfig, DpoConfig, PipelineConfig, RolloutConfig, Settings
 from rwkvpipe.base.errors import Parser, run
 from rwkvpipe.base.files import canonical
@@ -198,7 +198,7 @@ class Plan(Tree):
         if stage.apart:
             yield Step("merge", name, (self.start(name), weights), (self.model(name),), f"{log}/merge.jsonl")
         best = f"{home}/best.safetensors"
-        if stage.apart and any(self.start(other) == best for other in self.stages):
+        if stage.apart and (f"{name}.best" in self.subjects or any(self.start(s) == best for s in self.stages)):
             yield Step("merge", f"{name}.best", (self.start(name), *kept), (best,), f"{log}/merge-best.jsonl")
         yield Step("plot", name, (metrics,), tuple(self.plots(name)), f"{log}/plot.jsonl")
 
@@ -304,14 +304,15 @@ class Plan(Tree):
 
     def _subject(self, name: str) -> dict:
         stage, folder = self.stages.get(name), self.of(name)
+        own, best = named(self.config, name)
         trained = stage is not None and stage.kind not in SPOKEN
         shares = stage.shares if stage else {}
         parts = {name: f"{name} ({weight / sum(shares.values()):.1%})" for name, weight in shares.items()}
         return {
             "name": name,
-            "kind": stage.kind if stage else "weights",
+            "kind": stage.kind if stage else "best" if best else "weights",
             "data": next(iter(shares)) if len(shares) == 1 else ", ".join(parts.values()) or None,
-            "start": stage.start if stage else None,
+            "start": stage.start if stage else own if best else None,
             "lora": bool(stage and stage.lora),
             "state": bool(stage and stage.state),
             "folder": folder,

@@ -210,7 +210,7 @@ def test_every_setting_has_a_try():
 
 
 def test_what_of_a_stage_is_no_setting_of_its_training_is_known():
-    others = {"name", "start", "data", "bench", "export", "samples.path", "samples.prompts"}
+    others = {"name", "start", "data", "bench", "export", "measure", "samples.path", "samples.prompts"}
     others |= {f"samples.sampling.{name}" for name in settings.SamplingConfig.model_fields}
     assert set(leaves(settings.StageConfig)) - set(leaves(settings.Settings)) == others
 

@@ -201,6 +201,42 @@ def test_a_stage_starts_from_the_best_weights_of_another():
     assert plan.story()["subjects"][1]["start"] == "base.best"
 
 
+def test_the_best_weights_of_a_stage_are_measured_sampled_from_and_exported_beside_its_last_or_alone():
+    config = kept()
+    base, chat = config["stages"][:2]
+    base |= {"bench": ["free"], "export": ["pth"], "measure": ["last", "best"]}
+    chat |= {"bench": ["free"], "export": ["peft"], "measure": ["best"], "samples": {"prompts": ["a"]}}
+    plan = Plan(parse(config, "c"))
+    assert plan.subjects[:4] == ["base", "base.best", "chat", "chat.best"]
+    steps, home = {step.id: step for step in plan.steps}, "results/demo"
+    words, asked = plan.vocabulary("base"), "results/shared/benchmarks/free.jsonl"
+    for name, weights in (("base", "base/model"), ("base.best", "base/best"), ("chat.best", "chat/best")):
+        assert steps[f"bench {name} free"].reads == (f"{home}/{weights}.safetensors", *words, asked)
+        assert steps[f"bench {name} free"].writes == (f"{home}/{name}/bench/free.answers.jsonl",)
+        assert f"{home}/{name}/bench/free.json" in plan.evidence()
+    assert steps["generate chat.best"].reads[0] == steps["merge chat.best"].writes[0] == plan.model("chat.best")
+    assert steps["export chat.best peft"].reads[0] == f"{home}/chat/best_adapter.safetensors"
+    assert steps["export base.best pth"].reads[0] == f"{home}/base/best.safetensors"
+    assert {f"{home}/base.best/export/pth/model.pth", f"{home}/chat.best/export/peft/README.md"} <= set(plan.targets())
+    assert not {"bench chat free", "generate chat", "export chat peft"} & set(steps)
+    told = {subject["name"]: subject for subject in plan.story()["subjects"]}
+    assert (told["chat.best"]["kind"], told["chat.best"]["start"]) == ("best", "chat")
+    assert plan.exports("base.best")["pth/model.pth"].name == "demo-base.best"
+    plain = copy.deepcopy(config)
+    plain["stages"][0].pop("measure")
+    assert Plan(parse(plain, "c")).settings("base") == plan.settings("base")
+    for measure, problem in (
+        (["best"], "measure: best weights are kept with train.watch.best"),
+        ([], "measure: names last, best, or each of them once"),
+        (["last", "last"], "measure: names last, best, or each of them once"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            parse(changed("stages.base.measure", measure), "c")
+    config["stages"][1] |= {"bench": [], "export": [], "samples": None}
+    with pytest.raises(ConfigError, match="measure says what bench, samples and export are about"):
+        parse(config, "c")
+
+
 def test_what_comes_from_outside_is_downloaded_and_local_files_are_not(plan):
     far = plan.checkpoint("far")
     assert re.fullmatch(r"results/shared/downloads/[0-9a-f]{8}-far\.pth", far)

@@ -268,6 +268,9 @@ def test_the_learning_rate_of_the_first_stage_makes_all_stages_stale(done):
     assert done.plan() == sorted([*AFTER_BASE, "settings base", "init base"])
 
 
+MEASURED = "lr: 1e-4, valid_every: 5, watch: {best: true}}"
+
+
 def best_weights(work: Work) -> None:
     """Let base and chat keep their best weights, and the stages after them start from these."""
     work.edit("config.yaml", "tokenizer: letters}", "tokenizer: letters, valid: 0.1}")
@@ -281,7 +284,26 @@ def best_weights(work: Work) -> None:
 
 def test_a_stage_that_starts_from_the_best_weights_of_another_has_them_made(done):
     best_weights(done)
-    assert {"pretrain_best base", "sft_lora_best chat", "merge_best chat", "grpo_lora reason"} <= {*done.plan()}
+    done.edit("config.yaml", MEASURED, MEASURED + "\n    measure: [last, best]")
+    planned = {*done.plan()}
+    assert {"pretrain_best base", "sft_lora_best chat", "merge_best chat", "grpo_lora reason"} <= planned
+    assert {"bench chat free", "bench chat.best free", "score chat.best free"} <= planned
+
+
+@pytest.mark.slow
+def test_the_best_weights_that_are_measured_too_are_stale_with_their_stage_and_train_nothing_anew(done):
+    best_weights(done)
+    done.run()
+    done.edit("config.yaml", MEASURED, MEASURED + "\n    measure: [last, best]")
+    first = ["bench chat.best free", "report", "score chat.best free"]
+    assert done.plan() == first
+    done.run()
+    assert done.plan() == [] and (done.path / "results/demo/chat.best/bench/free.json").is_file()
+    done.edit("config.yaml", "measure: [last, best]", "measure: [best]")
+    assert done.plan() == ["report"]
+    done.edit("config.yaml", "lr: 1e-4", "lr: 2e-4")
+    planned = {*done.plan()}
+    assert {"sft_lora_best chat", "merge_best chat", *first} <= planned and "bench chat free" not in planned
 
 
 @pytest.mark.large

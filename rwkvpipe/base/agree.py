@@ -54,13 +54,16 @@ def _names(config: PipelineConfig) -> None:
         raise ConfigError("stages: nothing to do: no stage, no weights with bench, samples or export, no tokenizer")
 
 
+def named(config: PipelineConfig, name: str) -> tuple[str, bool]:
+    """The stage or entry of weights that a name means, and whether its best weights are meant."""
+    if not name.endswith(BEST) or name in config.weights or any(other.name == name for other in config.stages):
+        return name, False
+    return name.removesuffix(BEST), True
+
+
 def origin(config: PipelineConfig, stage: StageConfig) -> tuple[str | None, bool]:
     """The stage or entry of weights that a stage starts from, if from one, and whether its best weights are meant."""
-    if stage.start is None or not stage.start.endswith(BEST) or stage.start in config.weights:
-        return stage.start, False
-    if any(other.name == stage.start for other in config.stages):
-        return stage.start, False
-    return stage.start.removesuffix(BEST), True
+    return (None, False) if stage.start is None else named(config, stage.start)
 
 
 def _keeps(config: PipelineConfig, key: str, name: str) -> None:
@@ -93,6 +96,7 @@ def _starts(config: PipelineConfig) -> None:
 
 def vocabulary(config: PipelineConfig, subject: str) -> str:
     """Name of the tokenizer of a stage or of an entry of weights; a stage has that of what it starts from."""
+    subject, _ = named(config, subject)
     if subject in config.weights:
         return config.weights[subject].tokenizer
     stage = next(stage for stage in config.stages if stage.name == subject)

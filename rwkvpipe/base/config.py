@@ -171,11 +171,23 @@ class StageConfig(Strict):
     """Text to sample from the result."""
     export: tuple[Export, ...] = ()
     """Formats to write the result in for other programs."""
+    measure: tuple[Literal["last", "best"], ...] = ("last",)
+    """Which of its weights bench, samples and export are about: the last ones, or those of the lowest held-out loss
+    (train.watch.best), whose results lie in results/<run>/<stage>.best/; or both."""
 
     @property
     def shares(self) -> dict[str, float]:
         """The corpora it learns from, with their weights; the order in which they are written decides nothing."""
         return dict(sorted(self.data.items())) if isinstance(self.data, dict) else {self.data: 1.0}
+
+    def _measured(self) -> None:
+        """Raise ValueError for weights to measure that there are not, or that nothing is done with."""
+        if not self.measure or len(set(self.measure)) != len(self.measure):
+            raise ValueError("measure: names last, best, or each of them once")
+        if "best" in self.measure and not self.train.watch.best:
+            raise ValueError("measure: best weights are kept with train.watch.best and train.valid_every; give these")
+        if self.measure != ("last",) and not (self.bench or self.samples or self.export):
+            raise ValueError("measure says what bench, samples and export are about: give one of these, too")
 
     def _mixes(self) -> None:
         """Raise ValueError for corpora and rows that this kind of stage cannot learn from."""
@@ -225,6 +237,7 @@ class StageConfig(Strict):
     @model_validator(mode="after")
     def _fits(self):
         self._mixes()
+        self._measured()
         if (self.start is None) == (self.model is None):
             raise ValueError("give one of start (go on from weights) and model (start from nothing)")
         if self.kind != "grpo" and (self.rollout or self.prompt):

@@ -9,8 +9,8 @@ from glob import has_magic
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from rwkvpipe.base.agree import agree, origin, vocabulary
-from rwkvpipe.base.config import ADAPTERS, ExportConfig, PipelineConfig, SamplesConfig, StageConfig
+from rwkvpipe.base.agree import BEST, agree, named, vocabulary
+from rwkvpipe.base.config import ADAPTERS, ExportConfig, PipelineConfig, SamplesConfig, StageConfig, WeightsConfig
 from rwkvpipe.base.sources import files_of, pair_files, pairs_of
 
 TEMPLATES = ("chat_template.jinja", "tokenizer_config.json")  # where a hub's folder keeps a chat template
@@ -69,7 +69,7 @@ class Download:
 class Tree:
     """Paths of a run, beginning with `results`, which Snakemake may spell as a variable.
 
-    Subjects are what can be measured: stages and entries of `weights`, by name.
+    Subjects are what can be measured: stages and entries of `weights`, by name, and `base.best`, of stage base.
     """
 
     def __init__(self, config: PipelineConfig, results: str = "results"):
@@ -103,17 +103,27 @@ class Tree:
 
     @cached_property
     def subjects(self) -> list[str]:
-        """Stages, then the entries of weights that are measured, sampled from or exported."""
+        """Stages, each with its best weights if these are measured, then the entries of weights that are."""
         weights = self.config.weights.items()
-        return [*self.stages, *(name for name, w in weights if w.bench or w.samples or w.export)]
+        stages = [[name, *[name + BEST] * ("best" in stage.measure)] for name, stage in self.stages.items()]
+        return [*sum(stages, []), *(name for name, w in weights if w.bench or w.samples or w.export)]
+
+    def _asked(self, subject: str) -> StageConfig | WeightsConfig | None:
+        """Where it stands what is done with a subject, if anything is."""
+        name, best = named(self.config, subject)
+        if name in self.config.weights:
+            return self.config.weights[name]
+        return self.stages[name] if ("best" if best else "last") in self.stages[name].measure else None
 
     def bench(self, subject: str) -> tuple[str, ...]:
         """Benchmarks that measure a subject."""
-        return (self.stages.get(subject) or self.config.weights[subject]).bench
+        asked = self._asked(subject)
+        return asked.bench if asked else ()
 
     def samples(self, subject: str) -> SamplesConfig | None:
         """What is sampled from a subject."""
-        return (self.stages.get(subject) or self.config.weights[subject]).samples
+        asked = self._asked(subject)
+        return asked.samples if asked else None
 
     def prompts(self, subject: str) -> list[str]:
         """The file of prompts that a subject goes on from, if there is one."""
@@ -122,10 +132,10 @@ class Tree:
 
     def exports(self, subject: str) -> dict[str, ExportConfig]:
         """In which formats a subject is written for other programs, by the file that says that it is done."""
-        stage = self.stages.get(subject)
+        stage, entry = self.stages.get(named(self.config, subject)[0]), self._asked(subject)
         length = stage.train.ctx_len if stage else None
         found = {}
-        for asked in (stage or self.config.weights[subject]).export:
+        for asked in entry.export if entry else ():
             spec = ExportConfig(format=asked) if isinstance(asked, str) else asked
             filled = {"name": spec.name or f"{self.config.run}-{subject}", "ctx_len": spec.ctx_len or length}
             found[EXPORTED[spec.format]] = spec.model_copy(update=filled)
@@ -145,7 +155,9 @@ class Tree:
 
     def exported_from(self, subject: str, exported: str) -> str:
         """What an export is made from: the model, or the adapter."""
-        return f"{self.of(subject)}/adapter.safetensors" if self._alone(exported) else self.model(subject)
+        name, best = named(self.config, subject)
+        adapter = f"{self.of(name)}/{'best_' * best}adapter.safetensors"
+        return adapter if self._alone(exported) else self.model(subject)
 
     def fetched(self, source: str, sha256: str | None = None) -> str:
         """Where something that comes from outside lies: local files where they are, others in downloads/."""
@@ -295,15 +307,14 @@ class Tree:
 
     def model(self, subject: str) -> str:
         """A subject's weights, adapters merged."""
-        folder = f"{self.shared}/weights/{subject}" if subject in self.config.weights else self.of(subject)
-        return f"{folder}/model.safetensors"
+        name, best = named(self.config, subject)
+        folder = f"{self.shared}/weights/{name}" if name in self.config.weights else self.of(name)
+        return f"{folder}/{'best' if best else 'model'}.safetensors"
 
     def start(self, stage: str) -> str:
         """The weights that a stage starts from."""
-        name, best = origin(self.config, self.stages[stage])
-        if name is None:
-            return f"{self.of(stage)}/init.safetensors"
-        return f"{self.of(name)}/best.safetensors" if best else self.model(name)
+        start = self.stages[stage].start
+        return f"{self.of(stage)}/init.safetensors" if start is None else self.model(start)
 
     def of(self, subject: str) -> str:
         """The folder of a subject's results in this run."""

@@ -16,7 +16,9 @@ KINDS = {
     "dpo": "preferences (DPO)",
     "grpo": "reinforcement (GRPO)",
     "weights": "given weights",
+    "best": "best weights",
 }
+OVER = {"weights": "Given", "best": "Kept"}
 ADAPTERS = {"lora": "LoRA", "pissa": "PiSSA", "dora": "DoRA", "disha": "DiSHA"}
 ROWS = {"grpo": "questions", "dpo": "pairs"}
 EXAMPLES, SAMPLES, LONGEST = 3, 6, 1500
@@ -156,12 +158,15 @@ def card(evidence: Evidence, subject: Subject, number: int) -> Html:
     settings, metrics = evidence.settings(subject), evidence.metrics(subject)
     chips = [KINDS[subject.kind], *(["adapters"] if subject.lora else ["states"] if subject.state else [])]
     parts: list[Html] = [
-        el("p", f"Stage {number}" if subject.kind != "weights" else "Given", klass="over"),
+        el("p", f"Stage {number}" if subject.trained else OVER[subject.kind], klass="over"),
         el("h2", subject.name, *(el("span", chip, klass="chip") for chip in chips)),
     ]
     if subject.kind == "weights":
         entry = evidence.entry("weights", subject.name)
         words = {"Checkpoint": entry.get("path"), "Tokenizer": entry.get("tokenizer"), "sha256": entry.get("sha256")}
+        parts.append(facts(words | {"Device": _device(evidence, subject)}))
+    elif subject.kind == "best":
+        words = {"Weights": f"those of {subject.start} at its lowest held-out loss"}
         parts.append(facts(words | {"Device": _device(evidence, subject)}))
     else:
         absent = el("p", "Its settings are not there.", klass="muted absent")

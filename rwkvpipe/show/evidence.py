@@ -17,10 +17,13 @@ ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 class Subject(Strict):
-    """Something that was trained, or measured as it came, and where its files are."""
+    """Something that was trained, or measured as it came, and where its files are.
+
+    Of kind best are the weights of the lowest held-out loss of the stage that is its `start`.
+    """
 
     name: str
-    kind: Literal["pretrain", "sft", "dpo", "grpo", "weights"]
+    kind: Literal["pretrain", "sft", "dpo", "grpo", "weights", "best"]
     data: str | None = None
     start: str | None = None
     lora: bool = False
@@ -33,6 +36,11 @@ class Subject(Strict):
     corpus: str | None = None
     mix: dict[str, str] = {}
     """Of several corpora: what tells of each, by its name and share."""
+
+    @property
+    def trained(self) -> bool:
+        """Whether it is a stage."""
+        return self.kind not in ("weights", "best")
 
 
 class Job(Strict):
@@ -210,7 +218,7 @@ class Evidence:
 
     def said(self, subject: Subject, pattern: str) -> re.Match | None:
         """The last match of a pattern in the log of a subject's training, or of its first measurement."""
-        rules = (subject.kind,) if subject.kind != "weights" else ("bench", "generate")
+        rules = (subject.kind,) if subject.trained else ("bench", "generate")
         for job in self.story.steps:
             if job.rule in rules and job.label.split(" ")[0] == subject.name and job.timing:
                 path = Path(job.timing).with_suffix(".log")

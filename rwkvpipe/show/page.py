@@ -20,7 +20,7 @@ snakemake --configfile run.yaml --cores all --report snakemake.html"""
 
 
 def _stages(evidence: Evidence) -> list[Subject]:
-    return [subject for subject in evidence.story.subjects if subject.kind != "weights"]
+    return [subject for subject in evidence.story.subjects if subject.trained]
 
 
 def main_scores(evidence: Evidence) -> list[Score]:
@@ -47,6 +47,8 @@ def _step(evidence: Evidence, subject: Subject, number: int) -> Html:
     settings = evidence.settings(subject)
     if subject.kind == "weights":
         deed = Html("Measured as it came.")
+    elif subject.kind == "best":
+        deed = join([f"The weights of {subject.start} at its lowest held-out loss."])
     else:
         begin = f"From {subject.start}" if subject.start else "From new weights"
         model = f" ({size(settings.model)})" if settings and settings.model else ""
