@@ -225,6 +225,7 @@ extern "C" {
 int64_t blend_tasks(int64_t tokens) { return blocks(tokens); }
 
 // sizes: B T D and how many mixes
+// takes B T D n: x B*T*D, last B*D, m n of D, out n of B*T*D
 void mix_forward(const int64_t *s, int threads, const float *x, const float *last, const float *const *m,
                  float *const *out) {
     const Mix mix = {s[1], s[2], x, last, m};
@@ -237,6 +238,7 @@ void mix_forward(const int64_t *s, int threads, const float *x, const float *las
     }
 }
 
+// takes B T D n: x B*T*D, last B*D, m n of D, dy n of B*T*D, dx B*T*D, dlast B*D, partial any, dm n*D
 void mix_backward(const int64_t *s, int threads, const float *x, const float *last, const float *const *m,
                   const float *const *dy, float *dx, float *dlast, float *partial, float *dm) {
     const Mix mix = {s[1], s[2], x, last, m};
@@ -250,6 +252,7 @@ void mix_backward(const int64_t *s, int threads, const float *x, const float *la
 }
 
 // sizes: tokens H N
+// takes T H N: k zw za T*H*N, w0 a0 k_k k_a H*N, w key minus b T*H*N
 void prepare_forward(const int64_t *s, int threads, const float *k, const float *zw, const float *za, const float *w0,
                      const float *a0, const float *k_k, const float *k_a, float *w, float *key, float *minus,
                      float *b) {
@@ -259,6 +262,7 @@ void prepare_forward(const int64_t *s, int threads, const float *k, const float 
     });
 }
 
+// takes T H N: k zw za T*H*N, w0 a0 k_k k_a H*N, dw dkey dminus db dk dzw dza T*H*N, partial any, total 4*H*N
 void prepare_backward(const int64_t *s, int threads, const float *k, const float *zw, const float *za, const float *w0,
                       const float *a0, const float *k_k, const float *k_a, const float *dw, const float *dkey,
                       const float *dminus, const float *db, float *dk, float *dzw, float *dza, float *partial,
@@ -270,6 +274,7 @@ void prepare_backward(const int64_t *s, int threads, const float *k, const float
 }
 
 // sizes: tokens D
+// takes T D: v first z T*D, v0 D, out T*D
 void lean_forward(const int64_t *s, int threads, const float *v, const float *first, const float *z, const float *v0,
                   float *out) {
     over(s[0], threads, 0, nullptr, nullptr, [&](int64_t begin, int64_t end, float *) {
@@ -283,6 +288,7 @@ void lean_forward(const int64_t *s, int threads, const float *v, const float *fi
     });
 }
 
+// takes T D: v first z T*D, v0 D, dout dv dfirst dz T*D, partial any, dv0 D
 void lean_backward(const int64_t *s, int threads, const float *v, const float *first, const float *z, const float *v0,
                    const float *dout, float *dv, float *dfirst, float *dz, float *partial, float *dv0) {
     over(s[0], threads, s[1], partial, dv0, [&](int64_t begin, int64_t end, float *sums) {
@@ -302,6 +308,7 @@ void lean_backward(const int64_t *s, int threads, const float *v, const float *f
 }
 
 // sizes: tokens H N
+// takes T H N: y r k v g T*H*N, r_k weight bias H*N, eps, out T*H*N
 void finish_forward(const int64_t *s, int threads, const float *y, const float *r, const float *k, const float *v,
                     const float *g, const float *r_k, const float *weight, const float *bias, float eps, float *out) {
     const Finish it = {s[1], s[2], eps, y, r, k, v, g, r_k, weight, bias};
@@ -310,6 +317,7 @@ void finish_forward(const int64_t *s, int threads, const float *y, const float *
     });
 }
 
+// takes T H N: y r k v g T*H*N, r_k weight bias H*N, eps, dout dy dr dk dv dg T*H*N, partial any, total 3*H*N
 void finish_backward(const int64_t *s, int threads, const float *y, const float *r, const float *k, const float *v,
                      const float *g, const float *r_k, const float *weight, const float *bias, float eps,
                      const float *dout, float *dy, float *dr, float *dk, float *dv, float *dg, float *partial,
@@ -321,6 +329,7 @@ void finish_backward(const int64_t *s, int threads, const float *y, const float 
 }
 
 // sizes: how many numbers. max(x, 0)^2
+// takes n: x out n
 void square_forward(const int64_t *s, int threads, const float *x, float *out) {
     each(s[0], threads, [&](int64_t i, int64_t left) {
         const Vec now = load_some(x + i, left), up = now < 0.0f ? Vec{} : now;
@@ -328,6 +337,7 @@ void square_forward(const int64_t *s, int threads, const float *x, float *out) {
     });
 }
 
+// takes n: x dout dx n
 void square_backward(const int64_t *s, int threads, const float *x, const float *dout, float *dx) {
     each(s[0], threads, [&](int64_t i, int64_t left) {
         const Vec now = load_some(x + i, left), up = now < 0.0f ? Vec{} : now;

@@ -173,6 +173,8 @@ extern "C" {
 
 // sizes: rows L D H F V, the ranks of what is mixed and of decays (both 0 for RWKV-5), and how matrices lie; all else as
 // for decode7
+// takes R L D H F V mixed low lies: fixed 5 of any, vectors 16*L of any, matrices scales 16*L+1 of any, att_x L of R*D,
+// memory L of R*D*D//H, ffn_x L of R*D, ids R, logits R*V
 void decode6(const int64_t *s, int threads, const float *const *fixed, const float *const *vectors,
              const void *const *matrices, const float *const *scales, float *const *att_x, float *const *memory,
              float *const *ffn_x, const int64_t *ids, float *logits) {

@@ -180,6 +180,8 @@ extern "C" {
 
 // sizes: rows L D H F V, the ranks of w a v g, and the kind of the matrices. States are overwritten by those after.
 // fixed: embedding, the first norm (or null), the last; vectors and matrices: of each layer, and the head
+// takes R L D H F V dw da dv dg lies: fixed 5 of any, vectors 19*L of any, matrices scales 14*L+1 of any, att_x L of
+// R*D, memory L of R*D*D//H, ffn_x L of R*D, ids R, logits R*V
 void decode7(const int64_t *s, int threads, const float *const *fixed, const float *const *vectors,
              const void *const *matrices, const float *const *scales, float *const *att_x, float *const *memory,
              float *const *ffn_x, const int64_t *ids, float *logits) {

@@ -130,6 +130,7 @@ struct Gate {
 extern "C" {
 
 // sizes: B T D
+// takes B T D: x B*T*D, last B*D, z 5 of B*T*D, m 5 of D, out 5 of B*T*D
 void drift_forward(const int64_t *s, int threads, const float *x, const float *last, const float *const *z,
                    const float *const *m, float *const *out) {
     const Drift it = {s[1], s[2], x, last, z, m};
@@ -138,6 +139,8 @@ void drift_forward(const int64_t *s, int threads, const float *x, const float *l
     });
 }
 
+// takes B T D: x B*T*D, last B*D, z 5 of B*T*D, m 5 of D, dy 5 of B*T*D, dx B*T*D, dlast B*D, dz 5 of B*T*D, partial
+// any, dm 5*D
 void drift_backward(const int64_t *s, int threads, const float *x, const float *last, const float *const *z,
                     const float *const *m, const float *const *dy, float *dx, float *dlast, float *const *dz,
                     float *partial, float *dm) {
@@ -147,6 +150,7 @@ void drift_backward(const int64_t *s, int threads, const float *x, const float *
 }
 
 // sizes: tokens H N
+// takes T H N: y z T*H*N, weight bias H*N, eps, out T*H*N
 void gate_forward(const int64_t *s, int threads, const float *y, const float *z, const float *weight,
                   const float *bias, float eps, float *out) {
     const Gate it = {s[1], s[2], eps, y, z, weight, bias};
@@ -155,6 +159,7 @@ void gate_forward(const int64_t *s, int threads, const float *y, const float *z,
     });
 }
 
+// takes T H N: y z T*H*N, weight bias H*N, eps, dout dy dz T*H*N, partial any, total 2*H*N
 void gate_backward(const int64_t *s, int threads, const float *y, const float *z, const float *weight,
                    const float *bias, float eps, const float *dout, float *dy, float *dz, float *partial,
                    float *total) {
@@ -165,12 +170,14 @@ void gate_backward(const int64_t *s, int threads, const float *y, const float *z
 }
 
 // sizes: how many numbers. v sigmoid(z)
+// takes n: z v out n
 void sift_forward(const int64_t *s, int threads, const float *z, const float *v, float *out) {
     each(s[0], threads, [&](int64_t i, int64_t left) {
         store_some(out + i, load_some(v + i, left) * sigmoid(load_some(z + i, left)), left);
     });
 }
 
+// takes n: z v dout dz dv n
 void sift_backward(const int64_t *s, int threads, const float *z, const float *v, const float *dout, float *dz,
                    float *dv) {
     each(s[0], threads, [&](int64_t i, int64_t left) {

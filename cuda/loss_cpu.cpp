@@ -60,6 +60,7 @@ struct Loss {
 extern "C" {
 
 // sizes: rows and V. targets are below 0 where there is none, real is not 0 where the largest logit is drawn to 0
+// takes R V: logits R*V, targets real R, scale pull, losses R
 void loss_rows(const int64_t *s, int threads, float *logits, const int64_t *targets, const int64_t *real, float scale,
                float pull, float *losses) {
     const Loss it = {s[1], scale, pull};

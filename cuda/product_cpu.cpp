@@ -35,6 +35,7 @@ void times(const Matrix &m, int64_t rows, int threads, const Room &x, const Room
 extern "C" {
 
 // sizes: rows out in, and how the matrix lies; data: where it does; x (rows, in), to (rows, out)
+// takes R out width lies: data 1 of any, scale? out, x R*width, to R*out
 void panels_times(const int64_t *s, int threads, const void *const *data, const float *scale, float *x, float *to) {
     const Matrix m = {data[0], scale, s[1], s[2], static_cast<Kind>(s[3])};
     if (s[0] < MANY) return times(m, s[0], threads, {x, m.in}, {to, m.out});

@@ -365,6 +365,8 @@ extern "C" {
 // sizes: rows V, top_k, whether the order is rwkv's, whether the likeliest is taken, and how many ids are biased, spared
 // and barred, which `listed` holds one after the other. set: 1 / temperature, top_p, repetition, presence, frequency.
 // plain: logits that log-probabilities are of. counts, seen, draws and told (weights of all ids) may be null
+// takes R V top_k rwkv likeliest biased spared barred: logits plain counts? seen? R*V, listed biased+spared+barred,
+// bias biased, set 5, draws? ids logprobs R, told? R*V
 void sample_rows(const int64_t *s, int threads, const float *logits, const float *plain, const float *counts,
                  const uint8_t *seen, const int64_t *listed, const float *bias, const double *set, const double *draws,
                  int64_t *ids, float *logprobs, int64_t *told) {

@@ -310,6 +310,8 @@ int64_t wkv6_kept(int64_t B, int64_t T, int64_t H, int64_t N) {
 }
 
 // sizes: B T H N, and 1 where all tokens share their decays. states may be null, if no backward will follow
+// takes B T H N shared: r B*T*H*N, w H*N if shared else B*T*H*N, k v B*T*H*N, u H*N, start B*H*N*N, y B*T*H*N, end
+// B*H*N*N, states? any
 void wkv6_forward(const int64_t *sizes, int threads, const float *r, const float *w, const float *k, const float *v,
                   const float *u, const float *start, float *y, float *end, float *states) {
     const Sizes s = {sizes[0], sizes[1], sizes[2], sizes[3]};
@@ -325,6 +327,8 @@ void wkv6_forward(const int64_t *sizes, int threads, const float *r, const float
 }
 
 // partial: 2 B H N floats of room
+// takes B T H N shared: r B*T*H*N, w H*N if shared else B*T*H*N, k v B*T*H*N, u H*N, states any, dy B*T*H*N, dend
+// B*H*N*N, dr B*T*H*N, dw H*N if shared else B*T*H*N, dk dv B*T*H*N, du H*N, dstart B*H*N*N, partial 2*B*H*N
 void wkv6_backward(const int64_t *sizes, int threads, const float *r, const float *w, const float *k, const float *v,
                    const float *u, const float *states, const float *dy, const float *dend, float *dr, float *dw,
                    float *dk, float *dv, float *du, float *dstart, float *partial) {

@@ -291,6 +291,7 @@ int64_t wkv7_kept(int64_t B, int64_t T, int64_t H, int64_t N) {
 }
 
 // sizes: B T H N. states and u may be null, if no backward will follow
+// takes B T H N: r w k v a b B*T*H*N, start B*H*N*N, y B*T*H*N, end B*H*N*N, states? any, u? B*T*H*N
 void wkv7_forward(const int64_t *sizes, int threads, const float *r, const float *w, const float *k, const float *v,
                   const float *a, const float *b, const float *start, float *y, float *end, float *states, float *u) {
     const Sizes s = {sizes[0], sizes[1], sizes[2], sizes[3]};
@@ -304,6 +305,7 @@ void wkv7_forward(const int64_t *sizes, int threads, const float *r, const float
     }
 }
 
+// takes B T H N: r w k v a b B*T*H*N, states any, u dy B*T*H*N, dend B*H*N*N, dr dw dk dv da db B*T*H*N, dstart B*H*N*N
 void wkv7_backward(const int64_t *sizes, int threads, const float *r, const float *w, const float *k, const float *v,
                    const float *a, const float *b, const float *states, const float *u, const float *dy,
                    const float *dend, float *dr, float *dw, float *dk, float *dv, float *da, float *db,

@@ -89,6 +89,10 @@ def _native(asked: Asked, config: SamplingConfig, told: Tensor | None = None) ->
         tuple(config.bias.items()), config.spare, config.ban, logits.shape[-1]
     )
     if asked.barred is not None:
+        if len(asked.barred):
+            low, high = torch.aminmax(asked.barred)
+            if low < 0 or high >= logits.shape[-1]:
+                raise IndexError("an id is barred that there is no logit of")
         listed, barred = torch.cat((listed, asked.barred)), barred + len(asked.barred)
     numbers = _numbers(
         1.0 if greedy else inverse(config),

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from rwkvpipe.base import compiler
+from rwkvpipe.kernel import takes
 
 log = logging.getLogger("rwkvpipe")
 
@@ -25,7 +26,6 @@ X86 = {
     "AVX2": ("-mavx2", "-mfma"),
     "DEFAULT": (),
 }
-TYPES = (torch.float32, torch.float64, torch.int64, torch.bool)  # of tensors that native functions take
 _said: set[str] = set()
 
 
@@ -97,9 +97,13 @@ def whole(number: int) -> ctypes.c_int64:
     return ctypes.c_int64(number)
 
 
-def call(function: str, sizes: Sequence[int], *given: torch.Tensor | Sequence | ctypes.Array | float | None) -> None:
-    """Run a native operator over tensors without gaps, or lists of them, on as many threads as torch uses."""
-    words = [_word(function, x) for x in given]
+def call(function: str, sizes: Sequence[int], *given: takes.Given) -> None:
+    """Run a native operator over tensors without gaps, or lists of them, on as many threads as torch uses.
+
+    Raises TypeError or ValueError, and reads nothing, where they are not what it `takes`.
+    """
+    takes.check(function, sizes, given)
+    words = [_word(x) for x in given]
     getattr(extension(), function)((ctypes.c_int64 * len(sizes))(*sizes), torch.get_num_threads(), *words)
 
 
@@ -108,16 +112,12 @@ def words(tensors: Sequence[torch.Tensor | None]) -> ctypes.Array:
     return (ctypes.c_void_p * len(tensors))(*(None if x is None else x.data_ptr() for x in tensors))
 
 
-def _word(function: str, x: torch.Tensor | Sequence[torch.Tensor] | ctypes.Array | float | None):
+def _word(x: takes.Given) -> ctypes.c_void_p | ctypes.Array | ctypes.c_float | None:
     if isinstance(x, torch.Tensor):
-        assert x.is_contiguous() and x.dtype in TYPES, (function, x.dtype, x.stride())
         return ctypes.c_void_p(x.data_ptr())
     if isinstance(x, float):
         return ctypes.c_float(x)
-    if x is None or isinstance(x, ctypes.Array):
-        return x
-    assert all(each.is_contiguous() and each.dtype == torch.float32 for each in x), function
-    return words(x)
+    return x if x is None or isinstance(x, ctypes.Array) else words(x)
 
 
 def announce(operator: str, device: str, *, natively: bool = False) -> None:

@@ -83,7 +83,9 @@ def unpack(panels: Panels) -> Tensor:
 
 
 def times(x: Tensor, panels: Panels) -> Tensor:
-    """(..., in) to (..., out), in fp32."""
+    """(..., in) to (..., out), in fp32. Raises ValueError where x is of another width."""
+    if x.shape[-1] != panels.data.shape[1]:
+        raise ValueError(f"x is {tuple(x.shape)}; the matrix is ({panels.out}, {panels.data.shape[1]})")
     if build.native(x, panels.data.new_empty(0, dtype=torch.float32)) is None:
         return torch.cat([F.linear(x, unpack(part)) for part in _parts(panels)], -1)
     rows = x.reshape(-1, x.shape[-1]).contiguous()

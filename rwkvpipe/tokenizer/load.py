@@ -87,11 +87,12 @@ def load_engine(path: str | Path, bpe_engine: str) -> Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """A tokenizer out of its folder, out of a vocabulary file or a tokenizer.json, or by name.
 
-    The names are `bytes` (id = byte, nothing ends a document) and `world` (RWKV World, from the package rwkv). A
-    folder is one that rwkvpipe.vocab made, or a hub's. Raises DataError when there is none, or a damaged one.
+    The names are `bytes` (id = byte, nothing ends a document) and `world` (RWKV World, from the package rwkv), where
+    no file or folder is called so. A folder is one that rwkvpipe.vocab made, or a hub's. Raises DataError when there
+    is none, or a damaged one.
     """
     folder = Path(path)
-    if str(path) == "bytes":
+    if str(path) == "bytes" and not folder.exists():
         return ByteTokenizer(0)
     if str(path) == "world" and not folder.exists():
         return load_world()

@@ -33,8 +33,11 @@ def test_the_file_says_what_it_is(tmp_path):
     assert json.loads((tmp_path / "tokenizer.json").read_text()) == {"kind": "bytes", "offset": 1, "ids": 257, "eos": 0}
 
 
-def test_bytes_is_a_name():
+def test_bytes_is_a_name_where_no_folder_has_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert load_tokenizer("bytes").encode("a") == [97]
+    save_tokenizer("bytes", ByteTokenizer(1))
+    assert load_tokenizer("bytes").encode("a") == [98]
 
 
 def test_a_vocabulary_file_is_a_tokenizer(tmp_path):

@@ -1,0 +1,115 @@
+"""What native functions take, as their sources say beside them: checked before any of them reads memory.
+
+Above each function of `cuda/*_cpu.cpp` that `build.call` runs stand its sizes by name and how many numbers lie at each
+of its pointers, in their order:
+
+    // takes B T D n: x B*T*D, last B*D, shares n of D, states? room any
+
+Several names may share a count. `n of` is a list, `?` may be null, `any` is what another function of the library tells.
+What the numbers are is the type of the parameter.
+"""
+
+import ctypes
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from types import CodeType
+
+import torch
+from torch import Tensor
+
+SOURCES = Path(__file__).resolve().parents[1] / "cuda"
+TRACKED_FILES = ["../cuda/*.cpp"]
+TYPES = {"float": torch.float32, "double": torch.float64, "int64_t": torch.int64, "uint8_t": torch.bool}
+FUNCTION = re.compile(r"^// takes ([\w ]+): (.+(?:\n// .+)*)\nvoid (\w+)\(([^)]*)\)", re.MULTILINE)
+PARAMETER = re.compile(r"(?:const )?(\w+) (?:(\*)const )?(\*?)(\w+)")
+
+Given = Tensor | Sequence[Tensor] | ctypes.Array | float | None
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a parameter reads: numbers of a type (None is whatever lies there), or one number by value."""
+
+    name: str
+    dtype: torch.dtype | None
+    pointer: bool
+    null: bool
+    many: CodeType | None
+    """How many tensors a list has; None is no list."""
+    count: CodeType | None
+    """How many numbers a tensor has; None is not told."""
+
+
+def _code(text: str) -> CodeType | None:
+    return None if text == "any" else compile(text, "<takes>", "eval")
+
+
+def _places(said: str, parameters: str) -> list[Place]:
+    known = [PARAMETER.fullmatch(" ".join(each.split())).groups() for each in parameters.split(",")[2:]]
+    found: list[Place] = []
+    for item in " ".join(said.replace("\n//", " ").split()).split(", "):
+        words, here = item.split(), []
+        while words and len(found) + len(here) < len(known) and words[0].rstrip("?") == known[len(found + here)][-1]:
+            here.append(words.pop(0))
+        many, _, count = " ".join(words).rpartition(" of ")
+        for word in here:
+            kind, listed, pointer, name = known[len(found)]
+            assert bool(listed) == bool(many) and bool(pointer) == bool(count), (name, item)
+            codes = (_code(many) if many else None, _code(count) if pointer else None)
+            found.append(Place(name, TYPES.get(kind), bool(pointer), word.endswith("?"), *codes))
+    assert len(found) == len(known), parameters
+    return found
+
+
+@cache
+def functions() -> dict[str, tuple[list[str], list[Place]]]:
+    """Names of the sizes and what parameters read, of each function that says so."""
+    texts = [file.read_text() for file in sorted(SOURCES.glob("*_cpu.cpp"))]
+    found = [match.groups() for text in texts for match in FUNCTION.finditer(text)]
+    return {name: (sizes.split(), _places(said, parameters)) for sizes, said, name, parameters in found}
+
+
+@lru_cache(maxsize=4096)
+def _counts(function: str, sizes: tuple[int, ...]) -> list[tuple[int | None, int | None]]:
+    """How many tensors and numbers each parameter reads."""
+    names, places = functions()[function]
+    if len(sizes) != len(names) or min(sizes) < 0:
+        raise ValueError(f"{function}: sizes are {' '.join(names)}, got {sizes}")
+    known = dict(zip(names, sizes, strict=True))
+    codes = [(place.many, place.count) for place in places]
+    return [tuple(None if code is None else eval(code, {}, known) for code in pair) for pair in codes]
+
+
+def check(function: str, sizes: Sequence[int], given: Sequence[Given]) -> None:
+    """Raise TypeError for another type than a function reads, ValueError for another number of what it reads."""
+    places, counts = functions()[function][1], _counts(function, tuple(sizes))
+    if len(given) != len(places):
+        raise TypeError(f"{function} takes {len(places)} inputs, got {len(given)}")
+    for place, x, (many, count) in zip(places, given, counts, strict=True):
+        if x is None and place.null:
+            continue
+        if not place.pointer:
+            if not isinstance(x, float):
+                raise TypeError(f"{function}: {place.name} is a number, got {type(x).__name__}")
+            continue
+        if many is None:
+            _check(function, place, x, count)
+            continue
+        if not isinstance(x, Sequence | ctypes.Array) or len(x) != many:
+            raise ValueError(f"{function}: {place.name} is a list of {many}")
+        if not isinstance(x, ctypes.Array):
+            for each in x:
+                _check(function, place, each, count)
+
+
+def _check(function: str, place: Place, x: Tensor, count: int | None) -> None:
+    if not isinstance(x, Tensor) or x.dtype != place.dtype or not x.is_cpu:
+        kind = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{function}: {place.name} is {kind}; it reads {place.dtype} on the CPU")
+    if count is not None and x.numel() != count:
+        raise ValueError(f"{function}: {place.name} is {tuple(x.shape)}; it reads {count} numbers")
+    if not x.is_contiguous():
+        raise ValueError(f"{function}: {place.name} has gaps, strides {x.stride()}")
