@@ -81,7 +81,7 @@ def keep(model: nn.Module, kind: str) -> None:
             model.packed[name] = pack(matrix(layer).float(), kind, shelf)
             packed = Packed(model.packed[name])
         parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, packed)
+        setattr(model.get_submodule(parent), last, packed.train(layer.training))
         del layer
     for name, value in low:
         model.packed[name] = pack(value.mT, kind, shelf)

@@ -5,17 +5,17 @@ of its pointers, in their order:
 
     // takes B T D n: x B*T*D, last B*D, shares n of D, states? room any
 
-Several names may share a count. `n of` is a list, `?` may be null, `any` is what another function of the library tells.
-What the numbers are is the type of the parameter.
+Several names may share a count, a sum of products of sizes. `n of` is a list, `?` may be null, `any` is what another
+function of the library tells. What the numbers are is the type of the parameter.
 """
 
 import ctypes
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from types import CodeType
 
 import torch
 from torch import Tensor
@@ -37,14 +37,23 @@ class Place:
     dtype: torch.dtype | None
     pointer: bool
     null: bool
-    many: CodeType | None
+    many: str | None
     """How many tensors a list has; None is no list."""
-    count: CodeType | None
+    count: str | None
     """How many numbers a tensor has; None is not told."""
 
 
-def _code(text: str) -> CodeType | None:
-    return None if text == "any" else compile(text, "<takes>", "eval")
+def _count(text: str, sizes: Mapping[str, int]) -> int:
+    """What a sum of products of sizes comes to; a product may be divided, and a flag may choose one of two."""
+    text, _, other = text.partition(" else ")
+    if other:
+        text, _, flag = text.partition(" if ")
+        return _count(text if sizes[flag] else other, sizes)
+    total = 0
+    for term in text.split("+"):
+        above, *below = ([int(n) if n.isdigit() else sizes[n] for n in part.split("*")] for part in term.split("//"))
+        total += math.prod(above) // math.prod(map(math.prod, below))
+    return total
 
 
 def _places(said: str, parameters: str) -> list[Place]:
@@ -58,8 +67,8 @@ def _places(said: str, parameters: str) -> list[Place]:
         for word in here:
             kind, listed, pointer, name = known[len(found)]
             assert bool(listed) == bool(many) and bool(pointer) == bool(count), (name, item)
-            codes = (_code(many) if many else None, _code(count) if pointer else None)
-            found.append(Place(name, TYPES.get(kind), bool(pointer), word.endswith("?"), *codes))
+            told = None if count == "any" else count or None
+            found.append(Place(name, TYPES.get(kind), bool(pointer), word.endswith("?"), many or None, told))
     assert len(found) == len(known), parameters
     return found
 
@@ -79,8 +88,8 @@ def _counts(function: str, sizes: tuple[int, ...]) -> list[tuple[int | None, int
     if len(sizes) != len(names) or min(sizes) < 0:
         raise ValueError(f"{function}: sizes are {' '.join(names)}, got {sizes}")
     known = dict(zip(names, sizes, strict=True))
-    codes = [(place.many, place.count) for place in places]
-    return [tuple(None if code is None else eval(code, {}, known) for code in pair) for pair in codes]
+    texts = [(place.many, place.count) for place in places]
+    return [tuple(None if text is None else _count(text, known) for text in pair) for pair in texts]
 
 
 def check(function: str, sizes: Sequence[int], given: Sequence[Given]) -> None:

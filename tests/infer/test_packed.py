@@ -11,6 +11,7 @@ from rwkvpipe.infer import packed
 from rwkvpipe.infer.decode import decoder
 from rwkvpipe.infer.engine import Engine
 from rwkvpipe.infer.packed import keep
+from rwkvpipe.kernel import build as native
 from rwkvpipe.kernel.panels import WIDE, pack, unpack
 from rwkvpipe.model.family import build
 from rwkvpipe.tokenizer.byte import ByteTokenizer
@@ -44,6 +45,7 @@ def test_what_is_read_and_what_is_written_see_the_same_numbers(family, kind):
         wanted, after = model(ids)
         state, found = model.start(3), []
         step = decoder(model)
+        assert (step is None) == (native.extension() is None)
         for t in range(9):
             if step:
                 found.append(step.step(ids[:, t], state))
