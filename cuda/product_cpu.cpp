@@ -48,6 +48,7 @@ void panels_times(const int64_t *s, int threads, const void *const *data, const 
 
 // sizes: rows deep columns, whether x and w are turned (x is (deep, rows) in memory, w (columns, deep)), and whether the
 // product (rows, columns) is added to what is there
+// takes R deep columns x_turned turned add: x R*deep, w deep*columns, to R*columns
 void multiply(const int64_t *s, int threads, const float *x, const float *w, float *to) {
     const int64_t rows = s[0], deep = s[1], columns = s[2];
     const tiles::Plain first = {x, s[3] ? rows : deep, s[3] != 0}, second = {w, s[4] ? deep : columns, s[4] != 0};
