@@ -58,8 +58,8 @@ def computes(natively: bool, caplog) -> None:
 def test_processes_that_start_at_once_compile_once(library, fresh, monkeypatch):
     monkeypatch.setenv("CXX", stand_in(fresh, library))
     program = "import sys; from rwkvpipe.kernel import build; sys.exit(build.extension() is None)"
-    started = [subprocess.Popen([sys.executable, "-c", program], cwd=ROOT) for _ in range(3)]
-    assert [each.wait() for each in started] == [0, 0, 0]
+    started = [subprocess.Popen([sys.executable, "-c", program], cwd=ROOT) for _ in range(2)]
+    assert [each.wait() for each in started] == [0, 0]
     assert (fresh / "starts").read_text() == "x\n"
 
 

@@ -142,7 +142,7 @@ needs_native = pytest.mark.skipif(build.extension() is None, reason=f"no native 
 
 
 @needs_native
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     sizes=st.tuples(st.integers(1, 3), st.integers(1, 70), st.integers(1, 3), st.integers(1, 130)),
     w=st.one_of(st.none(), st.floats(-12, 4)),
