@@ -18,8 +18,9 @@ from rwkvpipe.base.config import RwkvConfig, TrainConfig
 from rwkvpipe.data.batches import Batch
 from rwkvpipe.infer.graph import graphs
 from rwkvpipe.infer.packed import keep
-from rwkvpipe.kernel.wkv5 import wkv5
-from rwkvpipe.kernel.wkv6 import wkv6
+from rwkvpipe.infer.reading import Reader
+from rwkvpipe.kernel.wkv5 import wkv5, wkv5_reference
+from rwkvpipe.kernel.wkv6 import wkv6, wkv6_reference
 from rwkvpipe.kernel.wkv7 import wkv7, wkv7_reference
 from rwkvpipe.model.family import build
 from rwkvpipe.train.loss import lm_losses
@@ -96,14 +97,19 @@ FORMS: dict[str, Callable[..., Callable]] = {
     "lm_h100": lambda clone: outside.lm_operator("lm_h100", clone),
 }
 RAW = ("lm", "lm_h100")  # these clamp decays themselves
+REFERENCES = {
+    "raw": lambda r, w, *rest: wkv7_reference(r, soft(w), *rest),
+    "wkv7": wkv7_reference,
+    "wkv6": wkv6_reference,
+    "wkv5": wkv5_reference,
+}
 
 
-def differs(form: Callable, device: torch.device, raw: bool = False) -> float:
-    """The largest RMS of errors of y and of gradients beside fp64, of RWKV-7, as a share of the tensor's."""
-    inputs = drawn("raw" if raw else "wkv7", *CHECKED, device)
+def differs(form: Callable, device: torch.device, kind: str) -> float:
+    """The largest RMS of errors of y and of gradients beside fp64, as a share of the tensor's."""
+    inputs = drawn(kind, *CHECKED, device)
     wide = [x.detach().double().requires_grad_() for x in inputs]
-    r, w, *rest = wide
-    y, real = form(*inputs), wkv7_reference(r, soft(w) if raw else w, *rest)[0]
+    y, real = form(*inputs), REFERENCES[kind](*wide)[0]
     pull = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(device, torch.bfloat16)
     found = [y, *torch.autograd.grad(y, inputs, pull)]
     wanted = [real, *torch.autograd.grad(real, wide, pull.double())]
@@ -112,15 +118,15 @@ def differs(form: Callable, device: torch.device, raw: bool = False) -> float:
 
 
 def operator(device: torch.device, name: str, *sizes: str) -> dict:
-    """Forward and backward of a form, which of RWKV-7 is compared first. Raises SystemExit for a wrong one.
+    """Forward and backward of a form, which is compared first. Raises SystemExit for a wrong one.
 
     sizes: B, T, H, and the folder of a clone where a form wants one.
     """
-    form, family = FORMS[name](*sizes[3:]), name if name in ("wkv6", "wkv5") else "wkv7"
-    error = differs(form, device, name in RAW) if family == "wkv7" else 0.0
+    form, kind = FORMS[name](*sizes[3:]), "raw" if name in RAW else name if name in REFERENCES else "wkv7"
+    error = differs(form, device, kind)
     if not error < WORST:
         raise SystemExit(f"differs from the reference by {error:.1e}")
-    inputs = drawn("raw" if name in RAW else family, *map(int, sizes[:3]), device)
+    inputs = drawn(kind, *map(int, sizes[:3]), device)
     pull = torch.ones_like(inputs[3])
 
     def forward() -> None:
@@ -131,7 +137,7 @@ def operator(device: torch.device, name: str, *sizes: str) -> dict:
         torch.autograd.grad(form(*inputs), inputs, pull)
 
     ahead, whole = (median(seconds(device, run, 10)) for run in (forward, both))
-    return {"forward_ms": 1e3 * ahead, "both_ms": 1e3 * whole, **({"error": error} if family == "wkv7" else {})}
+    return {"forward_ms": 1e3 * ahead, "both_ms": 1e3 * whole, "error": error}
 
 
 def _model(name: str, device: torch.device) -> torch.nn.Module:
@@ -227,6 +233,7 @@ def albatross(device: torch.device, name: str, rows: str, clone: str) -> dict:
 
 
 @torch.inference_mode()
+@torch.inference_mode()
 def read(device: torch.device, name: str, length: str) -> dict:
     """A prompt of one row."""
     model, ids = _model(name, device).eval(), torch.ones(1, int(length), dtype=torch.long, device=device)
@@ -235,7 +242,24 @@ def read(device: torch.device, name: str, length: str) -> dict:
     return {"tokens_per_second": int(length) / median(seconds(device, lambda: model.features(ids), 5))}
 
 
-WHAT = {"op": operator, "train": train, "train_lm": train_lm, "decode": decode, "albatross": albatross, "read": read}
+def engine(device: torch.device, name: str, length: str) -> dict:
+    """The same as the engine reads it: a chunk after the other, from no state to one."""
+    model = _model(name, device).eval()
+    if device.type == "cuda":
+        keep(model, "bf16")
+    reader, ids = Reader(model, 1), [1] * int(length)
+    return {"tokens_per_second": int(length) / median(seconds(device, lambda: reader.read([ids]), 5))}
+
+
+WHAT = {
+    "op": operator,
+    "train": train,
+    "train_lm": train_lm,
+    "decode": decode,
+    "albatross": albatross,
+    "read": read,
+    "engine": engine,
+}
 
 
 def figure(device: str, what: str, *words: str) -> dict:

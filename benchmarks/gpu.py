@@ -35,6 +35,7 @@ CASES = [
     ("writing, 0.4B, one row", "decode rwkv7-0.4b 1", None),
     ("writing, 0.4B, 320 rows", "decode rwkv7-0.4b 320", None),
     ("reading, 0.4B, 4096 tokens", "read rwkv7-0.4b 4096", None),
+    ("the same by the engine, chunk by chunk", "engine rwkv7-0.4b 4096", None),
     ("flash-linear-attention's RWKV-7 operator, 64 heads", f"op fla {LARGE}", "fla"),
     ("wind_rwkv's, by chunks, 64 heads", f"op wind_chunked {LARGE}", "wind_rwkv"),
     ("wind_rwkv's, RWKV-LM's way, 64 heads", f"op wind_stepping {LARGE}", "wind_rwkv"),

@@ -36,7 +36,7 @@ def test_each_figure_is_taken_on_any_device_of_something_tiny(monkeypatch, capsy
     monkeypatch.setattr(gpu, "asked", asked)
     cases = gpu.measure("dry", dry=True)["cases"]
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == cases
-    assert len(cases) == len(gpu.CASES) and len(taken) == 8
+    assert len(cases) == len(gpu.CASES) and len(taken) == 9
     for case, (_, words, peer) in zip(cases, gpu.CASES, strict=True):
         clone = next((word for word in words.split() if word in gpu.CLONES), None)
         if clone:
