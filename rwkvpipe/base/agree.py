@@ -10,7 +10,7 @@ from glob import has_magic
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
-from rwkvpipe.base.config import ADAPTERS, CUT, PipelineConfig, StageConfig
+from rwkvpipe.base.config import ADAPTERS, PipelineConfig, StageConfig
 from rwkvpipe.base.errors import ConfigError
 from rwkvpipe.base.sizes import FAMILIES
 from rwkvpipe.base.strict import check, read_yaml
@@ -274,8 +274,8 @@ def agree(config: PipelineConfig) -> None:
     _repositories(config)
     _names(config)
     _starts(config)
-    if config.memory.shard and not any(stage.kind in CUT for stage in config.stages):
-        raise ConfigError(f"memory.shard: cuts models of kinds {' and '.join(CUT)}, and no stage is one; leave it out")
+    if config.memory.shard and not config.stages:
+        raise ConfigError("memory.shard: cuts models that are trained, and there are no stages; leave it out")
     _sources(config)
     for stage in config.stages:
         _data(config, stage)

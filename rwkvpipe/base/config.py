@@ -266,17 +266,14 @@ class CheckpointConfig(Strict):
     """Steps between them."""
 
 
-CUT = ("pretrain", "sft")  # kinds whose models may be cut: the others compare a model with itself, or write with it
-
-
 class MemoryConfig(Strict):
     """What spares the memory of training, at the cost of time. It never decides a result."""
 
     recompute: bool = False
     """Keep the input of each block alone, and compute the rest again in the backward."""
     shard: Literal["gradients", "weights"] | None = None
-    """pretrain and sft in several processes: each keeps a part of the model. Weights are gathered for a step
-    (gradients: ZeRO-2) or for a block at a time (weights: ZeRO-3); left out, each has all of them."""
+    """Training in several processes: each keeps a part of the model. Weights are gathered for a step (gradients:
+    ZeRO-2) or for a block at a time (weights: ZeRO-3), and while grpo samples; left out, each has all of them."""
 
 
 class HubConfig(Strict):

@@ -54,6 +54,13 @@ class Rollout:
         cut = {name: found[name][:, :used] for name in ("mask", "old", "reference", "taught") if name in found}
         return Rollout(**(found | cut | {"ids": found["ids"][:, :width]}))
 
+    def part(self, rows: slice) -> "Rollout":
+        """The same; of no rows the first, in which nothing counts, for who has to make a pass all the same."""
+        if rows.start < rows.stop:
+            return self.rows(rows)
+        first = self.rows(slice(0, 1))
+        return replace(first, mask=torch.zeros_like(first.mask))
+
     def to(self, device: torch.device) -> "Rollout":
         """The same on another device."""
         moved = {name: value.to(device) for name, value in vars(self).items() if value is not None}
@@ -196,9 +203,9 @@ def grpo_losses(
         share = Share(len(rollout.ids), float(rollout.mask.sum()), config.sampling.max_tokens)
         apart = by_parts(rollout.mask.sum(1), config.part or config.samples) if config.loss == "bnpo" else None
         for rows in rank.mine(len(rollout.ids), micro_batch):
-            part = rollout.rows(rows)
-            share = share if apart is None else replace(share, tokens=apart[rows])
-            if not part.mask.any():
+            part = rollout.part(rows)
+            share = share if apart is None else replace(share, tokens=apart[rows] if rows.start < rows.stop else 1)
+            if not part.mask.any() and not rank.lockstep:
                 continue
             part = part.to(device)
             new = completion_logprobs(model, part, config.sampling.temperature, precision)

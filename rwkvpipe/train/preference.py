@@ -1,8 +1,6 @@
 """DPO (Rafailov et al. 2023, arXiv 2305.18290): of two answers the one that people prefer becomes likelier."""
 
-import copy
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +18,6 @@ from rwkvpipe.train.policy import token_logprobs
 from rwkvpipe.train.precision import arithmetic
 from rwkvpipe.train.question import drawn
 from rwkvpipe.train.stage import Stage
-from rwkvpipe.weights import lora
 
 
 @dataclass(frozen=True)
@@ -107,23 +104,23 @@ class Preferences:
     """The losses of DPO and their numbers. What it is compared with is the model as it began."""
 
     def __init__(self, stage: Stage, config: DpoConfig, micro_batch: int):
-        self.config, self.rank, self.micro_batch = config, stage.rank, max(1, micro_batch // 2)
+        self.stage, self.config, self.rank, self.micro_batch = stage, config, stage.rank, max(1, micro_batch // 2)
         self.precision = stage.settings.train.precision
-        # beside an adapter the start is the model less that; else a copy is needed
-        self.start = None if stage.settings.apart else copy.deepcopy(stage.model).eval().requires_grad_(False)
         self.parts: list[dict[str, float]] = []
 
     def losses(self, model: nn.Module, batch: Pairs) -> Iterator[Tensor]:
         """The mean over the pairs of the step, some of them at a time."""
         pairs = len(batch.ids) // 2
         for part in self.rank.mine(pairs, self.micro_batch):
-            rows = batch.rows(slice(2 * part.start, 2 * part.stop), device_of(model))
-            with torch.no_grad(), lora.disabled(model) if self.start is None else nullcontext():
-                old = answer_logprobs(self.start or model, rows, self.precision).sum(1)
+            idle = part.start == part.stop  # others still have some: a pass that counts nothing
+            rows = batch.rows(slice(0, 2) if idle else slice(2 * part.start, 2 * part.stop), device_of(model))
+            with torch.no_grad(), self.stage.begun() as start:
+                old = answer_logprobs(start, rows, self.precision).sum(1)
             new = answer_logprobs(model, rows, self.precision).sum(1)
             loss, told = preference_loss(new, old, rows.mask[:, 1:].sum(1), self.config)
-            self.parts.append({name: float(value.sum()) / pairs for name, value in told.items()})
-            yield loss.sum() / pairs
+            share = 0 if idle else 1 / pairs
+            self.parts.append({name: float(value.sum()) * share for name, value in told.items()})
+            yield loss.sum() * share
 
     def measures(self) -> dict[str, float]:
         """Means over the pairs of the step just made: rewards of both answers, their margin, how often it is right."""

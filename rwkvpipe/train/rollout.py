@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict
 
 import torch
@@ -22,7 +21,6 @@ from rwkvpipe.train.record import Log
 from rwkvpipe.train.reference import Reference
 from rwkvpipe.train.reward import Rewards, spreads
 from rwkvpipe.train.stage import Stage
-from rwkvpipe.weights import lora
 
 
 class Sampler:
@@ -98,8 +96,8 @@ class Sampler:
         sampling = self.config.sampling.model_copy(update={"seed": seed})
         model, rank = self.stage.model, self.stage.rank
         model.eval()
-        with lora.folded(model) if settings.lora else nullcontext():
-            engine = Engine(model, self.tokenizer, 4 * self.micro_batch)
+        with self.stage.writing() as whole:
+            engine = Engine(whole, self.tokenizer, 4 * self.micro_batch)
             own = range(rank.index, len(asked), rank.count)
             given = list(engine.generate([asked[n].ids for n in own], sampling, samples, numbers=own))
         found = [Completion(**fields) for part in rank.gather(list(map(asdict, given))) for fields in part]
@@ -173,7 +171,7 @@ class Sampler:
         if config.top_entropy < 1:
             fields["taught"] = most_uncertain(entropy, rollout.mask, config.top_entropy)
         if config.beta > 0:
-            with self.reference.model() as first:
+            with self.stage.begun() as first:
                 fields["reference"], _ = self.logprobs(first, rollout)
             if not config.kl_equal:
                 groups = rollout.advantages.view(-1, config.samples) != 0
@@ -185,8 +183,8 @@ class Sampler:
         found, entropy = torch.zeros_like(rollout.mask), torch.zeros_like(rollout.mask)
         settings, rank = self.stage.settings, self.stage.rank
         for part in rank.mine(len(found), self.micro_batch):
-            rows, told = rollout.rows(part), [] if uncertain else None
-            if rows.mask.any():
+            rows, told = rollout.part(part), [] if uncertain else None
+            if rows.mask.any() or rank.lockstep:
                 given = rows.to(rank.device), self.config.sampling.temperature, settings.train.precision
                 values = completion_logprobs(model, *given, told)
                 found[part, : values.shape[1]] = values.cpu()

@@ -5,10 +5,12 @@ is computed; `gradients` keeps them until the backward is over (ZeRO-2), `weight
 again there (ZeRO-3). All processes have to make as many passes as each other, or one waits for the others for ever.
 """
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from rwkvpipe.base.errors import Parted
@@ -32,6 +34,10 @@ def shard(model: nn.Module, rank: Rank, kind: str) -> Rank:
         unit.set_force_sum_reduction_for_comms(True)  # the loss is divided already, and gloo knows no other sum
         unit.set_gradient_divide_factor(1.0)
     register_fsdp_forward_method(model, "features")
+    if hasattr(model, "base_tensors"):  # what adapters go back to takes the place of parts
+        model.base_tensors = {
+            name: part_of(value, model.get_parameter(name)) for name, value in model.base_tensors.items()
+        }
     return replace(rank, lockstep=True)
 
 
@@ -40,6 +46,40 @@ def parted(model: nn.Module) -> None:
     if hasattr(model, "set_gradient_divide_factor"):
         for unit in (*model.blocks, model):
             unit.reshard()
+
+
+def hollow(model: nn.Module) -> nn.Module:
+    """The same model without its weights, for `gathered` to fill; what is rounded is shared."""
+    shared = [model.base_tensors] if hasattr(model, "base_tensors") else []
+    shared += [module.rounded for module in model.modules() if getattr(module, "rounded", None) is not None]
+    empty = {id(value): nn.Parameter(value.detach().to("meta"), requires_grad=False) for value in model.parameters()}
+    empty |= {id(value): value.to("meta") for value in model.buffers()}
+    return copy.deepcopy(model, empty | {id(value): value for value in shared}).eval()
+
+
+@contextmanager
+def gathered(model: nn.Module, into: nn.Module) -> Iterator[nn.Module]:
+    """`into`, which `hollow` gave, with all weights of a model that is cut: inside, each process does with it what it
+    likes, for as long as it likes. All have to come in."""
+    parted(model)
+    empty = into.state_dict()
+    with torch.no_grad():
+        tensors = {name: _full(value) for name, value in model.state_dict().items()}
+    into.load_state_dict(tensors, assign=True)
+    del tensors
+    try:
+        yield into
+    finally:
+        into.load_state_dict(empty, assign=True)
+
+
+def _full(value: Tensor) -> Tensor:
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def local(value: Tensor) -> Tensor:
+    """The part of a tensor that this process has, in its place; all of one that is not cut."""
+    return value.to_local() if hasattr(value, "full_tensor") else value
 
 
 def whole(tensors: Mapping[str, Tensor], rank: Rank) -> dict[str, Tensor]:

@@ -1,13 +1,16 @@
 """One training stage from its files to its files: what all kinds of training have in common."""
 
 import argparse
+import copy
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from rwkvpipe.base.config import CUT, LoraConfig, RolloutConfig, Settings, read_settings
+from rwkvpipe.base.config import LoraConfig, RolloutConfig, Settings, read_settings
 from rwkvpipe.base.errors import ConfigError, Parser, new_file
 from rwkvpipe.base.files import canonical, digest, write_jsonl
 from rwkvpipe.train import checkpoint, dist
@@ -15,7 +18,7 @@ from rwkvpipe.train.eightbit import check_optimizer
 from rwkvpipe.train.loop import Run, best_file, held
 from rwkvpipe.train.precision import check_precision
 from rwkvpipe.train.record import Log
-from rwkvpipe.train.sharding import parted, shard, whole
+from rwkvpipe.train.sharding import gathered, hollow, parted, shard, whole
 from rwkvpipe.train.tracker import Trackers, add_trackers
 from rwkvpipe.weights import lora, store
 from rwkvpipe.weights.states import tune_states
@@ -35,6 +38,10 @@ class Stage:
     """sha256 of the weights it starts from."""
     track: tuple[str, ...] = ()
     """Programs that are told the metrics."""
+    start: nn.Module | None = None
+    """A copy of the model, where it is compared with what it began as and no adapter can be taken off."""
+    writer: nn.Module | None = None
+    """For a model that is cut: one to be filled with its weights (see `gathered`)."""
 
     @property
     def seed(self) -> int:
@@ -47,6 +54,24 @@ class Stage:
         """Where its resume points are."""
         return self.out.parent / "checkpoints"
 
+    @contextmanager
+    def begun(self) -> Iterator[nn.Module]:
+        """The model as it was before training, inside the block alone: the copy, or the model less its adapter."""
+        model = self.model if self.start is None else self.start
+        parted(model)  # adapters are taken off the parts
+        with lora.disabled(model) if self.start is None else nullcontext():
+            try:
+                yield model
+            finally:
+                parted(model)
+
+    @contextmanager
+    def writing(self) -> Iterator[nn.Module]:
+        """The model to sample with, adapters folded in: in each process all of its weights, inside the block alone."""
+        whole = nullcontext(self.model) if self.writer is None else gathered(self.model, self.writer)
+        with whole as model, lora.folded(model) if self.settings.lora else nullcontext():
+            yield model
+
 
 def stage_parser(kind: str, about: str) -> Parser:
     """The command line that all kinds of training share; `about` is the verb's docstring."""
@@ -56,8 +81,8 @@ def stage_parser(kind: str, about: str) -> Parser:
     parser.add_argument("--micro-batch", type=int, default=8, help="rows at a time; decides memory, no result")
     parser.add_argument("--save-every", type=int, default=100, help="steps between resume points")
     parser.add_argument("--recompute", action="store_true", help="compute blocks again in the backward; spares memory")
-    cut = {"choices": ["gradients", "weights"], "help": "cut the model among the processes: ZeRO-2, ZeRO-3"}
-    parser.add_argument("--shard", **cut) if kind in CUT else parser.set_defaults(shard=None)
+    cut = "cut the model among the processes: ZeRO-2, ZeRO-3"
+    parser.add_argument("--shard", choices=["gradients", "weights"], help=cut)
     parser.add_argument("--out", required=True, type=new_file, help="model.safetensors; with lora adapter.safetensors")
     add_trackers(parser)
     return parser
@@ -89,8 +114,12 @@ def open_stage(given: argparse.Namespace, *, kind: str) -> Stage:
         network.to(rank.device)
     if asked.state:
         tune_states(network)
-    if given.shard is not None:
-        stage = replace(stage, rank=shard(network, rank, given.shard))
+    stage = replace(stage, start=_copied(asked, network))
+    if given.shard is not None and rank.count > 1:
+        writer = hollow(network) if kind == "grpo" else None
+        for model in filter(None, (stage.start, network)):
+            rank = shard(model, rank, given.shard)
+        stage = replace(stage, rank=rank, writer=writer)
     trained = sum(value.numel() for value in network.parameters() if value.requires_grad)
     whole = sum(value.numel() for value in network.parameters())
     train = asked.train
@@ -98,6 +127,12 @@ def open_stage(given: argparse.Namespace, *, kind: str) -> Stage:
     length = length or f"{train.tokens:,} tokens"
     log.info("%s: %s of %s numbers are trained, for %s", kind, f"{trained:,}", f"{whole:,}", length)
     return stage
+
+
+def _copied(asked: Settings, network: nn.Module) -> nn.Module | None:
+    """A copy of the model as it begins, if training needs one beside it."""
+    compared = asked.kind == "dpo" or (asked.kind == "grpo" and asked.rollout.beta > 0)
+    return copy.deepcopy(network).eval().requires_grad_(False) if compared and not asked.apart else None
 
 
 def run_of(stage: Stage, inputs: list[Path], save_every: int) -> Run:

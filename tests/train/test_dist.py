@@ -68,12 +68,12 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-def words(home, kind, name, state=False, **train) -> list[str]:
-    asked = STAGES[kind] | {"train": STAGES[kind]["train"] | train, "seed": 5}
+def words(home, kind, name, state=False, spec=None, **train) -> list[str]:
+    asked = STAGES[kind] | (spec or {}) | {"train": STAGES[kind]["train"] | train, "seed": 5}
     asked |= {"state": True, "lora": None} if state else {}
     path = home / f"{kind}-{name}.json"
     write_json(path, Settings.model_validate(asked).model_dump(mode="json"))
-    out = home / name / ("adapter.safetensors" if state or "lora" in asked else "model.safetensors")
+    out = home / name / ("adapter.safetensors" if state or asked.get("lora") else "model.safetensors")
     data = home / FILES.get(kind, "corpus")
     words = [path, "--model", home / "start.safetensors", "--data", data, "--micro-batch", 2, "--out", out]
     return [str(word) for word in [*words, *(("--tokenizer", "bytes") if kind in FILES else ())]]
@@ -160,6 +160,31 @@ def test_a_model_cut_among_processes_ends_where_a_whole_one_ends(home, kind, cut
         assert found.keys() == wanted.keys() and max((found[n] - wanted[n]).abs().max() for n in found) <= 1e-6
 
 
+LORA = {"rank": 2, "full": ["ln1"]}
+ASKED = STAGES["grpo"]["rollout"]
+
+
+@pytest.mark.large
+@pytest.mark.parametrize(("kind", "cut", "spec"), [
+    ("grpo", "weights", {"rollout": ASKED | {"top_entropy": 0.5, "kl_equal": False}}),
+    ("grpo", "gradients", {"rollout": ASKED | {"sync": 1, "mixup": 0.5, "slices": 3, "loss": "bnpo"}}),
+    ("grpo", "weights", {"lora": LORA, "rollout": ASKED | {"loss_mask": "hooks.py:weigh"}}),
+    ("grpo", "gradients", {"lora": {"rank": 2, "quantise": "int8"}, "rollout": ASKED | {"mask_truncated": True}}),
+    ("dpo", "weights", {}),
+    ("dpo", "gradients", {"lora": None}),
+])  # fmt: skip
+def test_models_that_are_compared_and_written_with_may_be_cut_too(home, kind, cut, spec):
+    (home / "hooks.py").write_text("def weigh(completion_ids):\n    return (completion_ids % 3) * 0.5\n")
+    if "rollout" in spec and "loss_mask" in spec["rollout"]:
+        spec = spec | {"rollout": spec["rollout"] | {"loss_mask": f"{home}/hooks.py:weigh"}}
+    alone, shared = words(home, kind, "alone", spec=spec, steps=4), words(home, kind, "shared", spec=spec, steps=4)
+    VERBS[kind].main(alone)
+    process = start(2, kind, [*shared, "--shard", cut])
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, said
+    same(shared, result(alone))
+
+
 @pytest.mark.large
 @pytest.mark.parametrize("kind", ["pretrain", "sft"])
 def test_initial_states_are_tuned_beside_a_model_that_is_cut(home, kind):
@@ -199,6 +224,7 @@ def test_a_cut_model_is_stopped_and_goes_on_on_another_number_of_processes(home)
 
 MANY = {"pretrain": ["pretrain"], "sft": ["sft"], "dpo": ["dpo"], "grpo": ["grpo"]}
 MANY |= {"pretrain, cut": ["pretrain", "--shard", "weights"], "sft, cut": ["sft", "--shard", "gradients"]}
+MANY |= {"dpo, cut": ["dpo", "--shard", "gradients"], "grpo, cut": ["grpo", "--shard", "weights"]}
 
 
 @pytest.mark.large

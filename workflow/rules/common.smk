@@ -180,8 +180,7 @@ def adapter_given(wildcards):
 def knobs(wildcards, threads):
     words = ["--save-every", settled.checkpoints.every, *(word for name in settled.track for word in ("--track", name))]
     words += ["--recompute"] if settled.memory.recompute else []
-    cut = settled.memory.shard if plan.stages[wildcards.stage].kind in agree.CUT else None
-    return [*words, *(["--shard", cut] if cut else [])]
+    return [*words, *(["--shard", settled.memory.shard] if settled.memory.shard else [])]
 
 
 def micro_batch(wildcards):
