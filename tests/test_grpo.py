@@ -158,8 +158,9 @@ def test_metrics_name_what_happened(home):
     assert {row["step"] for row in kept} == {1, 2, 3, 4}
     assert kept[0].keys() == {
         "step", "question", "sample", "prompt", "text", "ids", "finish", "reward", "rewards", "advantage", "logprob",
-        "reference_logprob", "length", "seed",
+        "reference_logprob", "length", "seed", "line",
     }  # fmt: skip
+    assert all(row["prompt"].startswith(f"{row['line'] - 1}+") for row in kept)
     assert all(row["length"] == len(row["ids"]) for row in kept) and len({row["seed"] for row in kept}) == 4
     assert all(0 < row["entropy"] < 5.55 and row["sampler_gap"] <= row["sampler_gap_largest"] < 1e-3 for row in rows)
 

@@ -107,11 +107,17 @@ TRIES: dict[str, list[tuple]] = {
         ("refuse", {"train.ctx_len": 12}, ()),
     ],
     "rollout.loss": [
-        (loss, {"rollout.sampling.bias": {97: 5.0}}, ("grpo",)) for loss in ("grpo", "bnpo", "dr_grpo", "cispo")
-    ],
+        (loss, {"rollout.sampling.bias": {97: 5.0}}, ("grpo",))
+        for loss in ("grpo", "bnpo", "dr_grpo", "cispo", "sapo", "vespo")
+    ]
+    + [("luspo", {"rollout.level": "sequence"}, ("grpo",)), ("luspo", {}, ())],
+    "rollout.soft": [((0.5, 3.0), {"rollout.loss": "sapo"}, ("grpo",)), ((0.5, 3.0), {}, ())],
+    "rollout.gamma": [((1.0, 1.0, 1.0, 1.0), {"rollout.loss": "vespo"}, ("grpo",)), ((1.0, 1.0, 1.0, 1.0), {}, ())],
+    "rollout.off_policy": [(1e-4, {}, ("grpo",))],
+    "rollout.entropy": [(0.1, {}, ("grpo",))],
     "rollout.part": [(3, {"rollout.loss": "bnpo"}, ("grpo",)), (3, {}, ())],
     "rollout.level": [("sequence", {}, ("grpo",))],
-    "rollout.epsilon": [(1e-3, {}, ("grpo",))],
+    "rollout.epsilon": [(1e-3, {}, ("grpo",)), (1e-3, {"rollout.loss": "sapo"}, ())],
     "rollout.epsilon_high": [(1e-3, {}, ("grpo",))],
     "rollout.delta": [(1.01, {}, ("grpo",)), (1.01, {"rollout.loss": "cispo"}, ())],
     "rollout.beta": [(0.5, {}, ("grpo",))],

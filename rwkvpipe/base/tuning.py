@@ -130,6 +130,9 @@ class SamplingConfig(Strict):
         return self
 
 
+UNCLIPPED = ("sapo", "vespo")  # losses of GRPO that bound ratios otherwise
+
+
 class RolloutConfig(Strict):
     """GRPO: what is sampled and how it is judged."""
 
@@ -146,19 +149,29 @@ class RolloutConfig(Strict):
     long: Literal["end", "start", "drop", "refuse"] = "end"
     """What is kept of a prompt that leaves no room for sampling.max_tokens within train.ctx_len: its end, or its
     start; or the question is dropped, or refused."""
-    loss: Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo"] = "dapo"
+    loss: Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"] = "dapo"
     """Normaliser of the policy loss; cispo: that of dapo, where the clipped ratio weighs the gradient of each token
-    and silences none."""
+    and silences none; sapo: that of grpo, ratios bounded softly; luspo: sums of completions, for level sequence; vespo:
+    that of dapo, where a smooth weight of the whole completion's ratio stands for it."""
+    soft: tuple[Positive, Positive] | None = None
+    """sapo: how steeply ratios are bounded where the advantage is positive, and where not; left out, 1 and 1.05."""
+    gamma: tuple[Positive, Positive, Positive, Positive] | None = None
+    """vespo: k and lambda of its weights where the advantage is not negative, then where it is; left out, 2 3 3 2."""
     part: Count | None = None
     """bnpo: completions in a row whose tokens are averaged, before the parts are; left out, a group."""
     level: Literal["token", "sequence"] = "token"
     """Importance ratios by token or by completion."""
-    epsilon: Positive = 0.2
-    """Lower clip of the ratio."""
+    epsilon: Positive | None = None
+    """Lower clip of the ratio; left out, 0.2."""
     epsilon_high: Positive | None = None
     """Upper clip; left out, epsilon."""
     delta: Positive | None = None
     """Upper bound of the ratio where the advantage is negative."""
+    off_policy: Positive | None = None
+    """A completion of negative advantage counts no more once its tokens are, in the mean, so many nats less likely
+    than when they were drawn; left out, it always does."""
+    entropy: NotNegative = 0.0
+    """Weight of the mean entropy of what the tokens were drawn from, which is made larger."""
     beta: NotNegative = 0.0
     """Weight of the divergence from the starting model."""
     kl: Literal["k1", "k2", "k3"] = "k3"
@@ -200,6 +213,15 @@ class RolloutConfig(Strict):
     def _bounds(self):
         if self.loss == "cispo" and self.delta is not None:
             raise ValueError("delta does nothing in loss cispo, whose ratios epsilon and epsilon_high bound")
+        for name in ("epsilon", "epsilon_high", "delta"):
+            if self.loss in UNCLIPPED and getattr(self, name) is not None:
+                raise ValueError(f"{name} does nothing in loss {self.loss}, which clips no ratio")
+        for name, loss in (("soft", "sapo"), ("gamma", "vespo")):
+            if self.loss != loss and getattr(self, name) is not None:
+                raise ValueError(f"{name} belongs to loss {loss}, this is {self.loss}")
+        wanted = {"luspo": "sequence", "vespo": "token"}.get(self.loss, self.level)
+        if self.level != wanted:
+            raise ValueError(f"loss {self.loss} is made for level {wanted}")
         if self.loss != "bnpo" and self.part is not None:
             raise ValueError(f"part belongs to loss bnpo, this is {self.loss}")
         if self.part is not None and self.slices > 1:

@@ -3,6 +3,7 @@
 Formulas as in TRL's GRPOTrainer (https://github.com/huggingface/trl), whose defaults these are.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -15,12 +16,13 @@ from rwkvpipe.train.dist import ALONE, Rank
 from rwkvpipe.train.loss import device_of
 from rwkvpipe.train.precision import arithmetic
 
+EPSILON, SOFT, GAMMA = 0.2, (1.0, 1.05), (2.0, 3.0, 3.0, 2.0)
 CLIPPED = ("clip_ratio/low_mean", "clip_ratio/high_mean")  # tokens whose ratio was clipped, as they are reported
 
 
 def token_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature) at `ids`: (..., T) fp32 from logits (..., T, V) of any dtype, ids (..., T)."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
+    wide = _wide(logits)
     if temperature != 1.0:
         wide = wide / temperature
     return wide.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - wide.logsumexp(-1)
@@ -67,11 +69,33 @@ class Rollout:
         return replace(self, **moved)
 
 
+class _Entropy(torch.autograd.Function):
+    """Keeps the logits alone for the backward, which are kept anyway."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, temperature: float) -> Tensor:
+        ctx.save_for_backward(logits)
+        ctx.temperature = temperature
+        found = (_wide(logits) / temperature).log_softmax(-1)
+        return -(found.exp() * found).sum(-1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (logits,) = ctx.saved_tensors
+        found = (_wide(logits) / ctx.temperature).log_softmax(-1)
+        share = found.exp()
+        entropy = -(share * found).sum(-1, keepdim=True)
+        # dH / dz = -p (log p + H)
+        return (-share * (found + entropy) * (grad / ctx.temperature).unsqueeze(-1)).to(logits.dtype), None
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Entropy of softmax(logits / temperature) in nats: (..., T) from logits (..., T, V)."""
-    wide = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
-    found = wide.log_softmax(-1)
-    return -(found.exp() * found).sum(-1)
+    return _Entropy.apply(logits, temperature)
 
 
 def completion_logprobs(
@@ -91,7 +115,7 @@ def completion_logprobs(
         logits = model.logits(wanted)
     tokens = rollout.ids.gather(1, (places + 1).clamp(max=rollout.ids.shape[1] - 1))
     if told is not None:  # row by row: it is as large as the logits
-        rows = torch.stack([token_entropy(row, temperature) for row in logits.detach()])
+        rows = torch.stack([token_entropy(row, temperature) for row in logits])
         told.append(torch.where(rollout.mask != 0, rows, 0.0))
     found = token_logprobs(logits, tokens, temperature)
     return torch.where(rollout.mask != 0, found, 0.0)
@@ -116,6 +140,8 @@ class Share:
     rows: int
     tokens: float | Tensor
     longest: int
+    taught: float = 0.0
+    """Tokens whose entropy is made larger."""
 
 
 def _divergence(kind: str, apart: Tensor) -> Tensor:
@@ -127,54 +153,86 @@ def _divergence(kind: str, apart: Tensor) -> Tensor:
     return apart.exp() - apart - 1
 
 
-def _costs(ratio: Tensor, new: Tensor, rollout: Rollout, config: RolloutConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """What each token costs without divergence (R, C), and where its ratio was clipped below and above."""
-    low, high = 1 - config.epsilon, 1 + (config.epsilon if config.epsilon_high is None else config.epsilon_high)
+def _bounds(config: RolloutConfig) -> tuple[float, float]:
+    """Between which values ratios are clipped."""
+    low = EPSILON if config.epsilon is None else config.epsilon
+    return 1 - low, 1 + (low if config.epsilon_high is None else config.epsilon_high)
+
+
+def _smooth(shift: Tensor, gain: Tensor, mask: Tensor, config: RolloutConfig) -> Tensor:
+    """Weights (R, 1) of whole completions: w^k e^(lambda (1 - w)) with w the product of its tokens' ratios."""
+    up = gain.new_tensor(GAMMA if config.gamma is None else config.gamma)
+    power, tilt = torch.where(gain >= 0, up[0], up[2]), torch.where(gain >= 0, up[1], up[3])
+    size = (shift.detach().clamp(-20, 20) * mask).sum(1, keepdim=True).clamp(math.log(1e-8), 20)
+    return (tilt + power * size - tilt * size.exp()).exp()
+
+
+def _costs(shift: Tensor, new: Tensor, rollout: Rollout, config: RolloutConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """What each token costs without divergence (R, C), and where its ratio was clipped; shift = log of the ratio."""
+    ratio, (low, high) = shift.exp(), _bounds(config)
     gain = rollout.advantages.to(new.dtype).unsqueeze(1)  # (R, 1)
+    if config.loss == "sapo":
+        steep = torch.where(gain > 0, *gain.new_tensor(SOFT if config.soft is None else config.soft))
+        return -torch.sigmoid(steep * (ratio - 1)) * 4 / steep * gain, {}
+    known = torch.where(rollout.mask != 0, new, 0.0)
+    if config.loss == "vespo":
+        return -_smooth(shift, gain, rollout.mask.to(new.dtype), config) * gain * known, {}
     if config.loss == "cispo":
-        cost = -ratio.clamp(low, high).detach() * gain * torch.where(rollout.mask != 0, new, 0.0)
-        return cost, ratio < low, ratio > high
+        clipped = dict(zip(CLIPPED, (ratio < low, ratio > high), strict=True))
+        return -ratio.clamp(low, high).detach() * gain * known, clipped
     bounded = ratio if config.delta is None else ratio.clamp(max=config.delta)
     cost = -torch.minimum(bounded * gain, ratio.clamp(low, high) * gain)
-    return cost, (ratio < low) & (gain < 0), (ratio > high) & (gain > 0)
+    clipped = (ratio < low) & (gain < 0), (ratio > high) & (gain > 0)
+    return cost, dict(zip(CLIPPED, clipped, strict=True))
 
 
-def policy_loss(new: Tensor, rollout: Rollout, config: RolloutConfig, *, share: Share) -> tuple[Tensor, dict]:
+def policy_loss(
+    new: Tensor, rollout: Rollout, config: RolloutConfig, *, share: Share, entropy: Tensor | None = None
+) -> tuple[Tensor, dict]:
     """The clipped policy loss of some rows (a scalar), and sums over their tokens to report.
 
     new (R, C) log-probabilities with gradient. With ratio = exp(new - old), a token costs
     -min(c1 A, c2 A) + beta k: c1 = min(ratio, delta), c2 = ratio clamped to [1 - epsilon, 1 + epsilon_high].
     `grpo` averages rows of token means; `dapo` tokens, `bnpo` those of a part; `dr_grpo` divides by rows x longest.
-    `cispo` averages tokens that cost -c2 A new, c2 without gradient (MiniMax-M1, arXiv 2506.13585).
+    `cispo` averages tokens that cost -c2 A new, c2 without gradient (MiniMax-M1, arXiv 2506.13585), `vespo` such with a
+    weight of the completion in the place of c2; `sapo` is grpo with s(t (ratio - 1)) 4 / t for c1 and c2, s being the
+    logistic function; `luspo` averages sums of rows. `entropy` (R, C) with gradient is what the bonus is made of.
     """
     mask = rollout.mask.to(new.dtype)
     lengths = mask.sum(1)  # (R,)
     # outside the mask values are arbitrary: make them 0 before any exponential sees them
     shift = torch.where(mask != 0, new - rollout.old.to(new.dtype), 0.0)
-    if config.level == "sequence":
-        shift = ((shift * mask).sum(1) / lengths.clamp(min=1)).unsqueeze(1).expand_as(shift)
-    ratio = shift.exp()
-    cost, below, above = _costs(ratio, new, rollout, config)
-    measures = dict(zip(CLIPPED, ((below * mask).sum(), (above * mask).sum()), strict=True))
-    measures["tokens"] = mask.sum()
+    mean = ((shift * mask).sum(1) / lengths.clamp(min=1)).unsqueeze(1)  # (R, 1)
+    shift = mean.expand_as(shift) if config.level == "sequence" else shift
+    cost, clipped = _costs(shift, new, rollout, config)
+    measures = {name: (where * mask).sum() for name, where in clipped.items()} | {"tokens": mask.sum()}
+    if config.off_policy is not None:
+        cost = cost * ((rollout.advantages.unsqueeze(1) >= 0) | (-mean.detach() <= config.off_policy))
     if rollout.taught is not None:
         cost = cost * rollout.taught.to(new.dtype)
     if rollout.reference is not None:
         apart = torch.where(mask != 0, rollout.reference.to(new.dtype) - new, 0.0)
-        divergence = _divergence(config.kl, apart) * (ratio if config.kl_ratio else 1)
+        divergence = _divergence(config.kl, apart) * (shift.exp() if config.kl_ratio else 1)
         held = 1 if rollout.held is None else rollout.held.to(new.dtype).unsqueeze(1)  # (R, 1)
         cost = cost + config.beta * held * divergence
         measures["kl_div"] = (divergence * mask).sum()
     cost = cost * mask
-    if config.loss == "grpo":
+    if config.loss in ("grpo", "sapo"):
         total = (cost.sum(1) / lengths.clamp(min=1)).sum() / max(share.rows, 1)
-    elif config.loss == "dr_grpo":
-        total = cost.sum() / max(share.rows * share.longest, 1)
+    elif config.loss in ("dr_grpo", "luspo"):
+        total = cost.sum() / max(share.rows * (share.longest if config.loss == "dr_grpo" else 1), 1)
     elif isinstance(share.tokens, Tensor):
         total = (cost.sum(1) / share.tokens.to(cost)).sum()
     else:
         total = cost.sum() / max(share.tokens, 1)
+    if entropy is not None:
+        total = total - config.entropy * (entropy * counted(rollout).to(new.dtype)).sum() / max(share.taught, 1)
     return total, {name: float(value.detach()) for name, value in measures.items()}
+
+
+def counted(rollout: Rollout) -> Tensor:
+    """How much each token (R, C) counts in what the reward teaches."""
+    return rollout.mask if rollout.taught is None else rollout.mask * rollout.taught
 
 
 def by_parts(lengths: Tensor, part: int) -> Tensor:
@@ -200,7 +258,8 @@ def grpo_losses(
 
     def losses(model: nn.Module, rollout: Rollout) -> Iterator[Tensor]:
         device = device_of(model)
-        share = Share(len(rollout.ids), float(rollout.mask.sum()), config.sampling.max_tokens)
+        taught = float(counted(rollout).sum())
+        share = Share(len(rollout.ids), float(rollout.mask.sum()), config.sampling.max_tokens, taught)
         apart = by_parts(rollout.mask.sum(1), config.part or config.samples) if config.loss == "bnpo" else None
         for rows in rank.mine(len(rollout.ids), micro_batch):
             part = rollout.part(rows)
@@ -208,8 +267,9 @@ def grpo_losses(
             if not part.mask.any() and not rank.lockstep:
                 continue
             part = part.to(device)
-            new = completion_logprobs(model, part, config.sampling.temperature, precision)
-            loss, measures = policy_loss(new, part, config, share=share)
+            told = [] if config.entropy else None
+            new = completion_logprobs(model, part, config.sampling.temperature, precision, told)
+            loss, measures = policy_loss(new, part, config, share=share, entropy=told[0] if told else None)
             if report is not None:
                 report(measures)
             yield loss

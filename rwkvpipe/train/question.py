@@ -26,6 +26,8 @@ class Question:
     row: dict
     prompt: str
     ids: list[int]
+    line: int
+    """Where it stands in the file, from 1 on."""
     cut: int = 0
     """How many ids of the prompt are left out."""
 
@@ -65,9 +67,10 @@ def read_questions(
         if over > 0 and room.long == "drop":
             dropped += 1
         elif over > 0:
-            found.append(Question(row, prompt, ids[over:] if room.long == "end" else ids[: room.longest], over))
+            ids = ids[over:] if room.long == "end" else ids[: room.longest]
+            found.append(Question(row, prompt, ids, number, over))
         else:
-            found.append(Question(row, prompt, ids))
+            found.append(Question(row, prompt, ids, number))
     if not found:
         raise DataError(f"{path}: no questions in it" + (f" but {dropped} that are too long" if dropped else ""))
     cut = sum(question.cut > 0 for question in found)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rwkvpipe.base.config import RolloutConfig
 from rwkvpipe.base.errors import ConfigError
+from rwkvpipe.base.tuning import UNCLIPPED
 from rwkvpipe.infer.engine import Completion, Engine
 from rwkvpipe.tasks.registry import reward
 from rwkvpipe.tokenizer.load import Tokenizer
@@ -78,13 +79,15 @@ class Sampler:
 
     def measures(self) -> dict[str, float]:
         """Numbers of the step just made."""
-        names = ["tokens", *CLIPPED, *(["kl_div"] if self.config.beta > 0 else [])]
+        clipped = () if self.config.loss in UNCLIPPED else CLIPPED
+        names = ["tokens", *clipped, *(["kl_div"] if self.config.beta > 0 else [])]
         sums = self.stage.rank.total(*(sum(part[name] for part in self.parts) for name in names))
         self.parts.clear()
         found = dict(zip(names, sums, strict=True))
         tokens = max(found.pop("tokens"), 1)
         shares = {name: value / tokens for name, value in found.items()}
-        shares["clip_ratio"] = shares["clip_ratio/region_mean"] = sum(shares[name] for name in CLIPPED)
+        if clipped:
+            shares["clip_ratio"] = shares["clip_ratio/region_mean"] = sum(shares[name] for name in clipped)
         return self.facts | shares
 
     def sample(self, step: int) -> Rollout:
@@ -131,7 +134,10 @@ class Sampler:
         for row, completion in enumerate(found[: self.config.kept]):
             told = {"step": step + 1, "question": completion.prompt, "sample": completion.sample}
             question = asked[completion.prompt]
-            told |= {"prompt": self.tokenizer.decode(question.ids) if question.cut else question.prompt}
+            told |= {
+                "line": question.line,
+                "prompt": self.tokenizer.decode(question.ids) if question.cut else question.prompt,
+            }
             told |= {"text": completion.text, "ids": completion.ids}
             told |= {"length": len(completion.ids), "finish": completion.finish, "seed": seed}
             told |= {"reward": known(float(rewards[row]))}

@@ -13,7 +13,7 @@ from rwkvpipe.model.family import build, detect
 from rwkvpipe.train.advantage import advantages
 from rwkvpipe.train.loop import Run, fit
 from rwkvpipe.train.loss import lm_losses
-from rwkvpipe.train.policy import Rollout, completion_logprobs, grpo_losses
+from rwkvpipe.train.policy import Rollout, completion_logprobs, grpo_losses, most_uncertain
 from rwkvpipe.train.record import Log
 from rwkvpipe.weights.lora import disabled, inject, load_adapter
 
@@ -252,3 +252,27 @@ def test_a_step_does_not_depend_on_the_micro_batch(tmp_path):
         results.append(torch.cat([v.grad.flatten() for v in model.parameters() if v.grad is not None]))
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_an_entropy_bonus_adds_the_gradient_of_the_mean_entropy_and_no_other(tiny, goldens, share):
+    rollout = ragged(load(goldens / "tune/model_ragged_logps.npz"))
+    fields = vars(rollout) | {"advantages": torch.linspace(-1, 1, len(rollout.ids)), "old": rollout.old - 2}
+    told = []
+    with torch.no_grad():
+        completion_logprobs(tiny, rollout, 0.9, told=told)
+    taught = None if share == 1 else most_uncertain(told[0], rollout.mask, share)
+    rollout, found = Rollout(**(fields | {"taught": taught})), []
+    for weight in (0.0, 0.3):
+        asked = RolloutConfig(entropy=weight, sampling=SamplingConfig(temperature=0.9))
+        loss = gradients(tiny, grpo_losses(asked, 3), rollout)
+        found.append((loss, tiny.blocks[1].att.key.weight.grad.clone(), tiny.head.weight.grad.clone()))
+    tiny.zero_grad()
+    told = []
+    completion_logprobs(tiny, rollout, 0.9, told=told)
+    counts = rollout.mask if taught is None else rollout.mask * taught
+    bonus = -0.3 * (told[0] * counts).sum() / counts.sum()
+    bonus.backward()
+    assert found[1][0] - found[0][0] == pytest.approx(bonus.item(), abs=1e-6)
+    for n, value in ((1, tiny.blocks[1].att.key.weight), (2, tiny.head.weight)):
+        torch.testing.assert_close(found[1][n] - found[0][n], value.grad, atol=1e-6, rtol=1e-4)

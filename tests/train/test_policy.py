@@ -1,6 +1,7 @@
 """Advantages, log-probabilities and the policy loss agree with independent numbers, and hold at their edges."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -208,10 +209,10 @@ def test_garbage_outside_the_mask_and_empty_completions_change_nothing():
     rollout = Rollout(
         torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, dtype=torch.long), mask, torch.ones(2), old, old.clone()
     )
-    for kind in ("grpo", "bnpo", "dapo", "dr_grpo", "cispo"):
-        for level in ("token", "sequence"):
+    for kind in ("grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"):
+        for level in {"luspo": ["sequence"], "vespo": ["token"]}.get(kind, ["token", "sequence"]):
             new = torch.full((2, 3), -1.5).requires_grad_()
-            config = RolloutConfig(loss=kind, level=level, beta=0.1)
+            config = RolloutConfig(loss=kind, level=level, beta=0.1, off_policy=0.1, kl_ratio=True)
             loss, _ = policy_loss(new, rollout, config, share=Share(2, 2, 3))
             loss.backward()
             assert loss.isfinite()
@@ -251,26 +252,50 @@ def test_a_bound_that_cispo_would_not_read_is_refused():
         RolloutConfig(loss="cispo", delta=2.0)
 
 
-def slowly(new, rollout, config, tokens):
-    """The loss of `dapo` token by token, in scalars."""
-    total = new.new_zeros(())
+def one_cost(config, ratio, gain, product, new):
+    """What a token costs without divergence, in scalars; product: the completion's ratio."""
+    if config.loss == "sapo":
+        steep = (config.soft or (1, 1.05))[0 if gain > 0 else 1]
+        return -4 / steep / (1 + (-steep * (ratio - 1)).exp()) * gain
+    if config.loss == "vespo":
+        k, tilt = (config.gamma or (2, 3, 3, 2))[:2] if gain >= 0 else (config.gamma or (2, 3, 3, 2))[2:]
+        w = min(max(product, 1e-8), math.exp(20))
+        return -(w**k) * math.exp(tilt * (1 - w)) * gain * new
+    clipped = ratio.clamp(1 - 0.2, 1 + 0.2)
+    return -torch.min(ratio * gain, clipped * gain)
+
+
+def slowly(new, rollout, config):
+    """The loss token by token, in scalars."""
+    sums, means = [], []
     for i, row in enumerate(rollout.mask):
         apart = [new[i, t] - rollout.old[i, t] for t in range(len(row))]
-        mean = sum(m * d for m, d in zip(row, apart, strict=True)) / max(float(row.sum()), 1)
+        count, gain = max(float(row.sum()), 1), rollout.advantages[i]
+        mean = sum(m * d for m, d in zip(row, apart, strict=True)) / count
+        product, total = math.exp(mean.item() * count), new.new_zeros(())
+        left_out = config.off_policy is not None and gain < 0 and -mean > config.off_policy
         for t, m in enumerate(row):
             ratio = (apart[t] if config.level == "token" else mean).exp()
-            clipped = ratio.clamp(1 - config.epsilon, 1 + config.epsilon)
-            gain, d = rollout.advantages[i], rollout.reference[i, t] - new[i, t]
+            d = rollout.reference[i, t] - new[i, t]
             kl = {"k1": -d, "k2": d * d / 2, "k3": d.exp() - d - 1}[config.kl] * (ratio if config.kl_ratio else 1)
-            taught = 1 if rollout.taught is None else rollout.taught[i, t]
+            taught = 0 if left_out else 1 if rollout.taught is None else rollout.taught[i, t]
             held = 1 if rollout.held is None else rollout.held[i]
-            total = total + m * (-torch.min(ratio * gain, clipped * gain) * taught + config.beta * kl * held)
-    return total / tokens
+            total = total + m * (one_cost(config, ratio, gain, product, new[i, t]) * taught + config.beta * kl * held)
+        sums.append(total)
+        means.append(total / count)
+    if config.loss == "sapo":
+        return sum(means) / len(means)
+    return sum(sums) / (len(sums) if config.loss == "luspo" else rollout.mask.sum())
 
 
-@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
-@pytest.mark.parametrize("level", ["token", "sequence"])
-def test_weighted_tokens_taught_tokens_held_rows_and_the_corrected_divergence_are_their_formulas(kl, level):
+KINDS = [{"kl": kl, "level": level} for kl in ("k1", "k2", "k3") for level in ("token", "sequence")]
+KINDS += [{"loss": "sapo"}, {"loss": "sapo", "soft": (0.7, 2.0), "level": "sequence"}]
+KINDS += [{"loss": "vespo"}, {"loss": "vespo", "gamma": (1.5, 1.0, 2.5, 0.5)}]
+KINDS += [{"loss": "luspo", "level": "sequence"}, {"off_policy": 0.02}, {"off_policy": 5.0}]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind.values())))
+def test_losses_of_every_kind_and_their_gradients_are_their_formulas(kind):
     stream = torch.Generator().manual_seed(3)
     old, reference, new = (0.5 * torch.randn(3, 4, generator=stream, dtype=torch.float64) - 2 for _ in range(3))
     mask = torch.tensor([[1, 0.5, 2, 0], [0.25, 1, 0, 0], [1, 1, 1, 1]], dtype=torch.float64)
@@ -279,15 +304,51 @@ def test_weighted_tokens_taught_tokens_held_rows_and_the_corrected_divergence_ar
     taught, held = torch.tensor([[1, 0, 1, 0], [0, 1, 0, 0], [1, 1, 0, 1]]), torch.tensor([1, 1, 0])
     for rollout in (plain, replace(plain, taught=taught, held=held)):
         for corrected in (False, True):
-            config = RolloutConfig(beta=0.3, kl=kl, level=level, kl_ratio=corrected)
+            config = RolloutConfig(beta=0.3, kl_ratio=corrected, **kind)
             ours, theirs = new.clone().requires_grad_(), new.clone().requires_grad_()
-            tokens = float(mask.sum())
-            loss, _ = policy_loss(ours, rollout, config, share=Share(3, tokens, 4))
-            wanted = slowly(theirs, rollout, config, tokens)
+            loss, _ = policy_loss(ours, rollout, config, share=Share(3, float(mask.sum()), 4))
+            wanted = slowly(theirs, rollout, config)
             loss.backward()
             wanted.backward()
             torch.testing.assert_close(loss, wanted, atol=1e-12, rtol=0)
             torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-12, rtol=0)
+
+
+def test_a_completion_that_left_the_policy_counts_no_more_where_its_advantage_is_negative():
+    new, old = torch.full((2, 2), -3.0), torch.full((2, 2), -2.0)
+    rollout = Rollout(
+        torch.zeros(2, 3, dtype=torch.long), torch.ones(2, dtype=torch.long), torch.ones(2, 2),
+        torch.tensor([1.0, -1.0]), old,
+    )  # fmt: skip
+    for bound, counts in ((0.5, 0), (1.5, 1)):
+        asked = RolloutConfig(loss="grpo", off_policy=bound)
+        costs = [
+            policy_loss(new[n : n + 1], rollout.rows(slice(n, n + 1)), asked, share=Share(1, 2, 2))[0] for n in (0, 1)
+        ]
+        assert costs[0] != 0 and bool(costs[1] != 0) == counts
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_gradient_of_the_entropy_is_that_of_its_formula(temperature):
+    logits = torch.randn(2, 5, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ours, theirs, pull = logits.clone().requires_grad_(), logits.clone().requires_grad_(), torch.arange(10.0).view(2, 5)
+    (token_entropy(ours, temperature) * pull).sum().backward()
+    chances = (theirs / temperature).softmax(-1)
+    (-(chances * chances.log()).sum(-1) * pull).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("asked", "said"), [
+    ({"loss": "sapo", "epsilon": 0.1}, "epsilon does nothing in loss sapo"),
+    ({"loss": "vespo", "delta": 2.0}, "delta does nothing in loss vespo"),
+    ({"soft": (1.0, 2.0)}, "soft belongs to loss sapo"),
+    ({"loss": "luspo"}, "loss luspo is made for level sequence"),
+    ({"loss": "vespo", "level": "sequence"}, "loss vespo is made for level token"),
+    ({"kl_ratio": True}, "beta 0 leaves out"),
+])  # fmt: skip
+def test_settings_that_a_loss_would_not_read_are_refused(asked, said):
+    with pytest.raises(ValueError, match=said):
+        RolloutConfig(**asked)
 
 
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.99])
