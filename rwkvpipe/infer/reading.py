@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from rwkvpipe.infer import graph
 from rwkvpipe.infer.draw import logprob
+from rwkvpipe.infer.packed import kind_of
 from rwkvpipe.infer.prefix import Header, headers
+from rwkvpipe.kernel import gpu
 from rwkvpipe.model.layers import State
 
 CHUNK = 256  # tokens of a row read in one forward
@@ -65,9 +67,10 @@ class Reader:
 
     def _features(self, ids: Tensor, state: State | None, lengths: Tensor) -> tuple[Tensor, State]:
         """The stream (B, T, D) of a chunk of rows of `lengths`, to be used before the next, and the state after it."""
-        if self.recorded and (found := self.recorded.features(ids, state, lengths)):
-            return found
-        return self.model.features(ids, state, None if bool((lengths == ids.shape[1]).all()) else lengths)
+        with gpu.roughly(kind_of(self.model) not in (None, "fp32")):
+            if self.recorded and (found := self.recorded.features(ids, state, lengths)):
+                return found
+            return self.model.features(ids, state, None if bool((lengths == ids.shape[1]).all()) else lengths)
 
     def read(self, rows: Sequence[Sequence[int]], state: State | None = None) -> tuple[Tensor, State]:
         """The same at once."""

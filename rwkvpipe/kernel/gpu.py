@@ -6,7 +6,9 @@ for heads of more than WIDEST channels the form by chunks in PyTorch computes, a
 
 import ctypes
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 
@@ -30,6 +32,7 @@ SHARED = {"wkv7": 110_000, "wkv6": 83_000}
 KINDS = (torch.float32, torch.bfloat16)
 DIVIDED = (0, 1, 2, 4, 5)  # gradients of r w k a b come from each part of a head
 _said: set[str] = set()
+_rough: ContextVar[bool] = ContextVar("rough", default=False)
 
 
 def sources() -> list[Path]:
@@ -188,13 +191,24 @@ def way(operator: str, v: Tensor) -> tuple[str, int]:
     return (operator, 1) if reason else (f"{operator}_chunks", _parts(operator, v))
 
 
+@contextmanager
+def roughly(rough: bool) -> Iterator[None]:
+    """Inside, fp32 may be multiplied to eleven bits: it is of matrices that have fewer anyway."""
+    before = _rough.set(rough or _rough.get())
+    try:
+        yield
+    finally:
+        _rough.reset(before)
+
+
 def against(v: Tensor) -> str | None:
     """Why values do not go to tensor cores, or None where they do."""
     if v.shape[-1] != TILED:
         return f"tensor cores take heads of {TILED} channels, not {v.shape[-1]}"
     if v.is_cuda and torch.cuda.get_device_capability(v.device) < TENSOR_CORES:
         return f"tensor cores of eleven bits came with compute capability {TENSOR_CORES[0]}.{TENSOR_CORES[1]}"
-    if v.dtype != torch.bfloat16 and torch.get_float32_matmul_precision() == "highest":
+    rough = v.dtype == torch.bfloat16 or _rough.get()
+    if not rough and torch.get_float32_matmul_precision() == "highest":
         return "fp32 is to be multiplied as it is (torch.set_float32_matmul_precision)"
     return f"rows of fewer than {CHUNK} tokens" if v.shape[1] < CHUNK else None
 

@@ -8,6 +8,7 @@ from rwkvpipe.infer import graph, reading, slots
 from rwkvpipe.infer.engine import Engine
 from rwkvpipe.infer.graph import Chunks, Graphs, enough, graphs
 from rwkvpipe.infer.reading import Reader
+from rwkvpipe.kernel import gpu
 from rwkvpipe.model.family import build
 from rwkvpipe.model.layers import State
 from rwkvpipe.tokenizer.byte import ByteTokenizer
@@ -192,6 +193,23 @@ def test_texts_weigh_the_same_in_recorded_chunks(readers, made):
     for _ in range(2):
         assert engine.loglikelihood(pairs) == pytest.approx(wanted, rel=1e-5)
     assert made
+
+
+@pytest.mark.parametrize(
+    "kind, way", [("bf16", "wkv7_chunks"), ("int8", "wkv7_chunks"), ("fp32", "wkv7"), (None, "wkv7")]
+)
+def test_what_is_kept_in_fewer_bits_is_read_on_tensor_cores(monkeypatch, kind, way):
+    network, seen = model(), []
+    features = network.features
+
+    def told(*given):
+        seen.append(gpu.way("wkv7", torch.zeros(1, 16, 1, 64))[0])
+        return features(*given)
+
+    monkeypatch.setattr(network, "features", told)
+    network.kind = kind
+    Reader(network, 1).read([[1, 2, 3]])
+    assert seen == [way]
 
 
 @pytest.mark.parametrize("rows, width, why", [

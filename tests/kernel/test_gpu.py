@@ -362,6 +362,15 @@ def test_which_kernel_computes_is_told_in_a_line(monkeypatch, caplog, change, wa
     assert caplog.text.count("kernel: ") == (said is not None) and (said or "") in caplog.text
 
 
+def test_fp32_goes_to_tensor_cores_where_it_may_be_rough(on_host):
+    v = torch.zeros(1, 16, 1, 64)
+    with gpu.roughly(True), gpu.roughly(False):
+        assert gpu.way("wkv7", v) == ("wkv7_chunks", 1)
+    with gpu.roughly(False):
+        assert gpu.way("wkv7", v) == ("wkv7", 1)
+    assert gpu.against(v) is not None
+
+
 def test_kernels_on_tensor_cores_are_tried_before_they_are_relied_upon(on_host, host_library, monkeypatch):
     cpu = torch.device("cpu")
     assert gpu.tiles_refused.__wrapped__(cpu) == 0
