@@ -20,6 +20,11 @@ def _turns(value: Any, role: str, name: str) -> list[dict]:
     for number, turn in enumerate(value, 1):
         if not isinstance(turn, dict) or turn.get("role") not in chat.ROLES or not _text(turn.get("content")):
             raise DataError(f"turn {number} of `{name}` is no object with role ({', '.join(chat.ROLES)}) and content")
+        for key in ("weight", "train"):
+            if turn.get(key) not in (None, 1):  # True is 1
+                raise DataError(
+                    f"turn {number} of `{name}` has {key} {turn[key]!r}: answers are judged whole; remove it"
+                )
     return [{"role": turn["role"], "content": turn["content"]} for turn in value]
 
 

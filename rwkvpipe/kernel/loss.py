@@ -111,11 +111,11 @@ def _gradients(logits: Tensor, wanted: Wanted, part: slice) -> Tensor:
     if wanted.weights is None:
         return _alike(logits, wanted, part)
     # the pull is nobody's weight: it is added to what has been weighed
-    pull = (wanted.pull * wanted.real[part]).to(logits.dtype)[:, None]
-    top, at = logits.max(-1, keepdim=True)
-    pull = pull * top
-    losses, weights = _alike(logits, replace(wanted, pull=0.0), part), wanted.weights[part]
-    logits.mul_(weights[:, None].to(logits.dtype)).scatter_add_(1, at, pull)
+    wide = torch.promote_types(logits.dtype, torch.float32)  # what is rounded is the product, not its factors
+    weights, (top, at) = wanted.weights[part].to(wide), logits.max(-1, keepdim=True)
+    pull = (wanted.pull * wanted.real[part, None] * top.to(wide)).to(logits.dtype)
+    losses = _alike(logits, replace(wanted, pull=0.0), part)
+    logits.mul_(weights[:, None]).scatter_add_(1, at, pull)
     return losses * weights
 
 

@@ -39,6 +39,14 @@ def test_turns_are_laid_out_as_talks_and_texts_beside_them_become_turns(prompt):
         ({"prompt": "a", "chosen": [], "rejected": "c"}, "`chosen` does not end with a turn of the assistant"),
         ({"prompt": "a", "chosen": [{"role": "bot", "content": "b"}], "rejected": "c"}, "turn 1 of `chosen`"),
         ({"prompt": "a", "chosen": [{"role": "user", "content": "b"}], "rejected": "c"}, "does not end with a turn"),
+        (
+            {"prompt": "a", "chosen": [{"role": "assistant", "content": "b", "weight": 0.5}], "rejected": "c"},
+            "turn 1 of `chosen` has weight 0.5: answers are judged whole; remove it",
+        ),
+        (
+            {"prompt": "a", "chosen": [{"role": "assistant", "content": "b", "train": False}], "rejected": "c"},
+            "turn 1 of `chosen` has train False",
+        ),
     ],
 )
 def test_what_is_no_pair_is_told_with_its_place(row, said):

@@ -1,5 +1,6 @@
 """What surrounds the recurrence on a card, built for the host: values and gradients are PyTorch's."""
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -206,11 +207,27 @@ def test_what_is_of_several_kinds_or_empty_or_too_wide_is_left_to_pytorch(on_hos
     same(learnt(function, inputs), in_torch(function, inputs), 3e-6)
 
 
+def weighed(wanted: Wanted) -> Wanted:
+    """The same, each position with a weight of its own."""
+    weights = 2 * torch.rand(len(wanted.chosen), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return replace(wanted, weights=weights)
+
+
 @pytest.mark.parametrize("n, D, V", [(1, 3, 2), (70, 5, 31), (9, 7, 513), (3, 4, 9000)])
 def test_the_head_s_loss_and_its_gradients_are_pytorch_s(on_host, drawn, n, D, V):
     x, weight, wanted = drawn(n, D, V, n)
+    wanted = weighed(wanted) if n == 70 else wanted
     found = learnt(lambda x, weight: [head_loss(x, weight, wanted)], [x, weight])
     same(found, in_torch(lambda x, weight: [head_loss(x, weight, wanted)], [x, weight]), 4e-6)
+
+
+def test_weights_of_bf16_logits_are_not_rounded_themselves(on_host, drawn):
+    x, weight, wanted = drawn(40, 6, 700, 1)
+    wanted, logits = weighed(replace(wanted, pull=0.0)), (x @ weight.mT).bfloat16()
+    alike, whole = logits.clone(), slice(0, 40)
+    losses = loss._gradients(alike, replace(wanted, weights=None), whole)
+    assert torch.equal(loss._gradients(logits, wanted, whole), losses * wanted.weights.float())
+    assert torch.equal(logits, (alike.float() * wanted.weights.float()[:, None]).bfloat16())
 
 
 def test_bf16_logits_become_the_gradient_that_wide_ones_become_rounded_once(on_host, drawn):
@@ -287,8 +304,11 @@ def test_a_card_does_head_by_head_what_pytorch_does_and_the_same_bits_again(made
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
-def test_a_card_s_loss_is_pytorch_s(drawn):
+@pytest.mark.parametrize("uneven", [False, True])
+def test_a_card_s_loss_is_pytorch_s(drawn, uneven):
     x, weight, wanted = drawn(300, 64, 65536, 2)
-    on_card = Wanted(wanted.chosen.cuda(), wanted.real.cuda(), wanted.scale, wanted.pull)
+    wanted = weighed(wanted) if uneven else wanted
+    moved = {name: value.cuda() for name, value in vars(wanted).items() if isinstance(value, torch.Tensor)}
+    on_card = replace(wanted, **moved)
     found = learnt(lambda x, weight: [head_loss(x, weight, on_card)], [x.cuda(), weight.cuda()], "cuda")
     same(found, in_torch(lambda x, weight: [head_loss(x, weight, wanted)], [x, weight]), 2e-5)

@@ -51,6 +51,20 @@ def read(text: str) -> Reader:
     return reader
 
 
+def test_best_weights_that_were_measured_have_a_card_and_are_no_stage(finished_run):
+    chat = next(n for n, subject in enumerate(finished_run["subjects"]) if subject["name"] == "chat")
+    given, before = finished_run["subjects"][chat], read(told(finished_run)).text
+    best = {"name": "chat.best", "kind": "best", "start": "chat", "bench": given["bench"]}
+    finished_run["subjects"].insert(chat + 1, best | {"folder": given["folder"]})  # the same answers stand for others
+    text = read(told(finished_run)).text
+    assert "those of chat at its lowest held-out loss" in text and "The weights of chat at its lowest held-out" in text
+    assert text.count("chat.best") > before.count("chat.best") == 0
+    stages = [len(set(re.findall(r"Stage \d+", each))) for each in (before, text)]
+    assert stages[0] == stages[1] > 1 and read(told(finished_run)).text.count("Training time") == before.count(
+        "Training time"
+    )
+
+
 def test_the_page_is_well_formed_and_needs_nothing_but_itself(finished_run):
     text = told(finished_run)
     reader = read(text)
