@@ -409,18 +409,22 @@ def test_adding_files_moves_no_document_across(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_pack_goes_on_where_it_was(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("format", ["text", "chat"])
+def test_a_killed_pack_goes_on_where_it_was(tmp_path, monkeypatch, caplog, format):
     caplog.set_level("INFO")
     monkeypatch.setattr(table, "UNIT", 5000)
     monkeypatch.setattr(growing, "EVERY", 0.0)
     path = lines(tmp_path)
-    settings = {"valid": 0.1, "duplicates": "drop", "on_error": "skip"}
+    settings = {"valid": 0.1, "duplicates": "drop", "on_error": "skip", "format": format}
+    if format == "chat":  # half of which weigh as ever
+        said = [{"role": "assistant", "content": f"{n}" * 40, "weight": max(1, n % 200 - 100) / 4} for n in range(900)]
+        rows(path, *({"messages": [turn]} for turn in said))
     path.write_text(path.read_text() + path.read_text() + "bad\n")
     run(tmp_path, path, **settings)
     whole = contents(tmp_path / "out")
     add = packing.Packing.add
 
-    for moment in (1, 7, 30):
+    for moment, workers in ((1, 1), (7, 1), (30, 2)) if format == "text" else ((12, 1),):
         left = iter(range(moment))
 
         def dies(self, parcel, left=left):
@@ -434,7 +438,7 @@ def test_a_killed_pack_goes_on_where_it_was(tmp_path, monkeypatch, caplog):
             with pytest.raises(KeyboardInterrupt):
                 run(tmp_path, path, **settings)
         caplog.clear()
-        run(tmp_path, path, "--workers", 2, **settings)
+        run(tmp_path, path, "--workers", workers, **settings)
         assert f"going on after {moment} pieces" in caplog.text
         assert contents(tmp_path / "out") == whole
 
