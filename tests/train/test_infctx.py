@@ -1,7 +1,5 @@
 """Rows read in chunks give what whole rows give."""
 
-import gc
-
 import numpy as np
 import pytest
 import torch
@@ -142,7 +140,7 @@ def test_both_readings_of_a_chunk_drop_the_same_and_chunks_differ():
 @pytest.mark.parametrize("bptt", ["truncated", "full"])
 def test_what_backward_keeps_does_not_grow_with_the_row(bptt):
     model, most = small("rwkv7"), []
-    for length in (64, 512):
+    for length in (64, 320):
         ids = torch.randint(0, 20, (1, length + 1), generator=torch.Generator().manual_seed(0))
         held = [0]
 
@@ -154,8 +152,6 @@ def test_what_backward_keeps_does_not_grow_with_the_row(bptt):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
             for part in chunked_lm_losses(1, config(chunk=16, bptt=bptt))(model, Batch(ids[:, :-1], ids[:, 1:])):
                 part.backward()
-                del part
-                gc.collect()
                 largest, held[0] = max(largest, held[0]), 0
         most.append(largest)
     assert most[1] <= 1.01 * most[0]
