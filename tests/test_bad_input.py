@@ -751,7 +751,10 @@ case(
     "grpo",
     "exam.jsonl:1: the prompt has 41 tokens",
     "train.ctx_len",
-    files={"exam.jsonl": '{"question": "' + "1" * 40 + '", "answer": "1"}\n'},
+    files={
+        "exam.jsonl": '{"question": "' + "1" * 40 + '", "answer": "1"}\n',
+        "grpo.json": settings("grpo", rollout={"long": "refuse"}),
+    },
 )
 case(
     "a share that leaves nothing",

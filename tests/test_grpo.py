@@ -198,7 +198,7 @@ def test_a_prompt_that_leaves_no_room_is_cut_in_sampling_and_learning_alike(home
         made = []
         for asked, prompt in ((questions, "{question}="), (kept, text)):
             write_jsonl(home / "q.jsonl", [{"question": q, "answer": "1"} for q in asked])
-            settings(home, train={"ctx_len": 10, "steps": 3}, rollout={"long": long, "beta": 0.1}, prompt=prompt)
+            settings(home, train={"ctx_len": 10, "steps": 2}, rollout={"long": long, "beta": 0.1}, prompt=prompt)
             made.append(run(home, f"{long}{len(made)}"))
         (tensors, rows, told), (wanted, *others) = made
         assert [rows, told] == others and all(torch.equal(tensors[name], wanted[name]) for name in wanted)
@@ -299,7 +299,7 @@ def test_a_model_smaller_than_the_vocabulary_is_refused(home):
 JUDGES = """
 def short(completions, **columns):
     assert len(columns["question"]) == len(columns["completion_ids"]) == len(completions)
-    return [-len(text) for text in completions]
+    return [-len(text) / 10 for text in completions]
 
 def sometimes(prompts, completions, answer):
     return [None if prompt[0] in "02" else float(answer[n][-1] in text) for n, (prompt, text) in
@@ -338,8 +338,9 @@ def test_rewards_are_weighed_and_come_from_files_too(home, monkeypatch):
     seen = []
     for weights in ({"answer": 1.0, "judges.py:short": 0.5}, {"answer": 1.0, "judges.py:short": 0.1}):
         settings(home, rollout={"reward": weights | {"judges.py:sometimes": 2.0}})
-        tensors, rows, _ = run(home, f"{len(seen)}")
+        tensors, rows, kept = run(home, f"{len(seen)}")
         seen.append(tensors["head.weight"])
+        assert all(row["rewards"]["judges.py:short"] == -len(row["text"]) / 10 for row in kept)  # to the last digit
         for name in ("answer", "judges.py:short", "judges.py:sometimes"):
             assert {f"rewards/{name}/mean", f"rewards/{name}/std"} <= rows[0].keys()
         assert rows[0]["rewards/judges.py:short/mean"] < 0

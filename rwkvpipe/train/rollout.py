@@ -109,8 +109,9 @@ class Sampler:
         shaped = rank.gather(self.shaping(*texts, found) if not rank.index else None)[0]
         found, counts, foreign = self.shaping.read(found, shaped)
         # one process grades for all: a function of the user's may draw lots
-        grades = torch.tensor(rank.gather(self.rewards(*texts, found) if not rank.index else None)[0])
-        rewards = self.rewards.total(grades.double())
+        given = rank.gather(self.rewards(*texts, found) if not rank.index else None)[0]
+        grades = torch.tensor(given, dtype=torch.float64)
+        rewards = self.rewards.total(grades)
         rollout = self.with_logprobs(self.arrange(asked, found, self.gains(rewards, grades), counts))
         self.facts |= self.describe(found, rewards, rollout, foreign) | self.rewards.facts(grades)
         self.tell(step, asked, found, (rollout, rewards, grades, seed))
