@@ -9,6 +9,7 @@ from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.base.errors import ConfigError
 
 COPIES = 4  # of the rows' states: what is written, its next step, a group that was read, rows on their way
+RECORDED = 2  # more of them on a card: where graphs write, and where they read
 MIXED = 32  # arrays as wide as the stream that a block holds at a time, at most
 SAMPLED = 96  # bytes that choosing a token takes for each id of a row, in PyTorch: logits, their powers, sorted, summed
 COUNTED = 5  # bytes of penalties for each id of a row
@@ -20,11 +21,11 @@ def state_bytes(config: RwkvConfig) -> int:
     return 4 * config.n_layer * config.n_embd * (2 + config.head_size)
 
 
-def row_bytes(config: RwkvConfig, chunk: int) -> int:
+def row_bytes(config: RwkvConfig, chunk: int, copies: int = COPIES) -> int:
     """Bytes that one row takes at most, read in chunks of so many tokens."""
     D, V = config.n_embd, config.vocab_size
     read = 4 * chunk * (MIXED * D + 2 * (config.dim_ffn or 4 * D))
-    return COPIES * state_bytes(config) + read + (SAMPLED + COUNTED) * V
+    return copies * state_bytes(config) + read + (SAMPLED + COUNTED) * V
 
 
 def _number(path: str) -> int | None:
@@ -53,7 +54,8 @@ def free_bytes(device: torch.device) -> int | None:
 
 def check_rows(config: RwkvConfig, rows: int, device: torch.device, *, chunk: int, logits: int) -> None:
     """Raise ConfigError, naming how many rows would do, for more of them than there is memory for."""
-    each, free = row_bytes(config, chunk), free_bytes(device)
+    each = row_bytes(config, chunk, COPIES + RECORDED * (device.type == "cuda"))
+    free = free_bytes(device)
     beside = SCORED * min(rows * chunk * config.vocab_size, logits)
     if free is None or rows * each + beside <= free:
         return

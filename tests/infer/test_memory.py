@@ -39,5 +39,18 @@ def test_too_many_rows_are_refused_and_enough_are_named(monkeypatch):
         Engine(network, ByteTokenizer(1), 1)
 
 
+def test_on_a_card_graphs_have_states_of_their_own(monkeypatch):
+    config = complete(RwkvConfig(n_layer=2, n_embd=32, head_size=16, vocab_size=257))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10 << 20)
+    more = memory.RECORDED * memory.state_bytes(config)
+    most = {"cpu": (10 << 20) // memory.row_bytes(config, 8)}
+    most["cuda"] = (10 << 20) // (memory.row_bytes(config, 8) + more)
+    assert most["cuda"] < most["cpu"]
+    for device, rows in most.items():
+        memory.check_rows(config, rows, torch.device(device), chunk=8, logits=0)
+        with pytest.raises(ConfigError, match=f"{rows} would do"):
+            memory.check_rows(config, rows + 1, torch.device(device), chunk=8, logits=0)
+
+
 def test_the_system_says_what_is_free():
     assert memory.free_bytes(torch.device("cpu")) > 1 << 20
