@@ -38,7 +38,7 @@ constexpr int64_t AHEAD = 1024;     // bytes that are asked for before they are 
 
 // rows of x, and panels, whose sums the registers have room for
 #if defined(__AVX512F__)
-constexpr int TALL = 12, AT_8 = 2, AT_4 = 4, AT_2 = 8, AT_1 = 8;
+constexpr int TALL = 12, AT_8 = 2, AT_4 = 4, AT_2 = 8, AT_1 = 4;
 #elif defined(__AVX__)
 constexpr int TALL = 6, AT_8 = 1, AT_4 = 1, AT_2 = 2, AT_1 = 4;
 #elif defined(__aarch64__)
@@ -115,8 +115,11 @@ void panels(const Piece<typename Form::Number> &p) {
     };
     int64_t k = 0;
     for (; k + LINE <= p.count; k += LINE) {
-        if (ROWS_OF_X < TALL)
-            for (int i = 0; i < PANELS; i++) __builtin_prefetch(w + i * p.apart + k * PANEL + FAR);
+        if (ROWS_OF_X < TALL) {
+            // beyond its end a panel goes on where the one that takes its place begins
+            const Number *soon = w + k * PANEL + FAR + (k * PANEL + FAR < p.apart ? 0 : (PANELS - 1) * p.apart);
+            for (int i = 0; i < PANELS; i++) __builtin_prefetch(soon + i * p.apart);
+        }
 #pragma GCC unroll 4
         for (int l = 0; l < LINE; l++) add(k + l);
     }
