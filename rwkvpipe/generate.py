@@ -64,6 +64,7 @@ def read_spec(given: argparse.Namespace, layout: Layout) -> tuple[list[str], Sam
     if given.chat:
         chosen = {"max_tokens": LONGEST, "stop": layout.stops()} | chosen
     sampling = check(SamplingConfig, chosen, "the command line")
+    check(SamplesConfig, {"prompts": given.prompt or ["a"]}, "the command line")
     return read_prompts(given.prompts, layout) if given.prompts else given.prompt, sampling
 
 

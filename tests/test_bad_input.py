@@ -1092,6 +1092,30 @@ case(
     files={"v.txt": "1 'a' 1\n"},
 )
 case(
+    "half a letter in a spec",
+    "half a surrogate pair",
+    "generate",
+    "--spec: prompts.0",
+    "half a surrogate pair; remove it",
+    words=spec(prompts=["a\ud800"]),
+)
+case(
+    "half a letter in the form of questions",
+    "half a surrogate pair",
+    "bench",
+    "--spec: prompt",
+    "half a surrogate pair; remove it",
+    words=spec(**EXAM | {"prompt": "\udfff{question}"}),
+)
+case(
+    "half a letter of the command line",
+    "half a surrogate pair",
+    "generate",
+    "the command line: prompts.0",
+    "half a surrogate pair; remove it",
+    words={"--spec": None, "--prompt": "a\udcff"},
+)
+case(
     "a prompt that cannot be spelled",
     "vocabulary file",
     "generate",

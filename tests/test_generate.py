@@ -13,7 +13,9 @@ from rwkvpipe.base import partial
 from rwkvpipe.base.config import LoraConfig, RwkvConfig
 from rwkvpipe.base.errors import ConfigError, DataError
 from rwkvpipe.base.files import read_jsonl
+from rwkvpipe.data.talk import talk
 from rwkvpipe.model.family import build
+from rwkvpipe.tokenizer import chat
 from rwkvpipe.tokenizer.load import save_tokenizer
 from rwkvpipe.tokenizer.trie import TrieTokenizer
 from rwkvpipe.train.stage import write_adapter
@@ -136,13 +138,29 @@ def test_talks_in_a_file_are_answered(home):
     assert [row["prompt"] for row in read_jsonl(home / "f.jsonl")] == ["User: hi\n\nAssistant: <think"]
 
 
+def test_tools_beside_a_talk_are_named_as_they_are_where_it_is_learned_from(home):
+    row = {"messages": [{"role": "user", "content": "hi"}], "tools": [{"name": "f"}]}
+    (home / "p.jsonl").write_text(json.dumps(row) + "\n")
+    call(home, "--prompts", home / "p.jsonl", "--max-tokens", 3, "--out", home / "f.jsonl")
+    (said,) = [row["prompt"] for row in read_jsonl(home / "f.jsonl")]
+    learned = talk(row | {"messages": [*row["messages"], {"role": "assistant", "content": "x"}]}, {}, "here")
+    assert '"name": "f"' in said and chat.text(learned.messages).startswith(said)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("", "no prompts in it"),
         ('{"text": "a"}\n', "p.jsonl:1: no text under `prompt`"),
-        ('{"prompt": "a"}\n{"messages": [{"role": "king", "content": "a"}]}\n', "p.jsonl:2: a turn has a role"),
-        ('{"messages": []}\n', "p.jsonl:1: no text"),
+        ('{"prompt": "a"}\n{"messages": [{"role": "king", "content": "a"}]}\n', "p.jsonl:2: turn 1: role is 'king'"),
+        ('{"messages": []}\n', "p.jsonl:1: `messages` must be a list of turns"),
+        ('{"prompt": "a\\ud800"}\n', "p.jsonl:1: character 2 .* half a surrogate pair"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}\n', "p.jsonl:1: turn 1: .* half a surrogate pair"),
+        ('{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}\n', "p.jsonl:1: .* remove one"),
+        (
+            '{"messages": [{"role": "assistant", "content": null, "tool_calls": [{"name": "f"}]}]}\n',
+            "p.jsonl:1: turn 1: only a `template`",
+        ),
     ],
 )
 def test_files_that_hold_no_prompts_are_refused_by_line(home, text, said):

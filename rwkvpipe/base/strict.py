@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -97,10 +98,26 @@ def _wanted(problem: dict) -> str:
     return problem["msg"].removeprefix("Value error, ")
 
 
+def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """(key, text) of all texts of a plain value beyond ASCII, keys among them."""
+    if isinstance(value, str) and not value.isascii():
+        yield key, value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _texts(name, key)
+            yield from _texts(inner, f"{key}.{name}")
+    elif isinstance(value, list | tuple):
+        for number, inner in enumerate(value):
+            yield from _texts(inner, f"{key}.{number}")
+
+
 def check(model: type[M], value: Any, where: str | Path) -> M:
     """Validate a plain value. Raises ConfigError in one line: file, key, problem; nothing is filled by guess."""
     if not isinstance(value, dict):
         raise ConfigError(f"{where}: a mapping of keys is needed, this is {type(value).__name__}")
+    for key, text in _texts(value, ""):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ConfigError(f"{where}: {key.lstrip('.')}: {text[:40]!r} has half a surrogate pair; remove it")
     try:
         return model.model_validate(value)
     except ValidationError as error:

@@ -4,14 +4,16 @@ from pathlib import Path
 
 from rwkvpipe.base.errors import DataError
 from rwkvpipe.base.files import read_jsonl
+from rwkvpipe.data.talk import equipped, turns
 from rwkvpipe.infer.layout import Layout
-from rwkvpipe.tokenizer.chat import ROLES
+from rwkvpipe.tokenizer.byte import utf8
 
 
 def read_prompts(path: str | Path, layout: Layout) -> list[str]:
     """What a model is to read: the rows of a JSONL file, `prompt` or `messages` of a talk, or the lines of a text.
 
-    Empty lines of a text are passed over. Raises DataError naming the line that does not do.
+    Talks, and `tools` beside them, are checked and laid out as those that are learned from. Empty lines of a text are
+    passed over. Raises DataError naming the line that does not do.
     """
     path = Path(path)
     if path.suffix not in (".jsonl", ".json"):
@@ -27,12 +29,20 @@ def read_prompts(path: str | Path, layout: Layout) -> list[str]:
 
 
 def _asked(row: dict, where: str, layout: Layout) -> str:
-    if isinstance(row.get("prompt"), str):
-        return row["prompt"]
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
+    prompt, messages = row.get("prompt"), row.get("messages")
+    if isinstance(prompt, str) and messages:
+        raise DataError(f"{where}: `prompt` and `messages`; remove one")
+    if not isinstance(prompt, str) and not isinstance(messages, list):
         raise DataError(f"{where}: no text under `prompt`, and no turns under `messages`")
-    for turn in messages:
-        if not isinstance(turn, dict) or turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
-            raise DataError(f"{where}: a turn has a role ({', '.join(ROLES)}) and a text under `content`")
-    return layout.text(messages)
+    if isinstance(prompt, str):
+        return _written(prompt, where)
+    found = turns(messages, "messages", where)
+    return layout.text(equipped(found, row, where, layout.template and layout.template.where))
+
+
+def _written(prompt: str, where: str) -> str:
+    try:
+        utf8(prompt)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    return prompt
