@@ -26,6 +26,7 @@ LINE = 600  # characters of an error at most
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a scheduler, a terminal that closes
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again, it goes on
 PARTED = 69  # EX_UNAVAILABLE of sysexits.h: another of the processes that train together has failed, and says why
+DEVICES = (Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd"))  # nothing in them is a file to be written anew
 
 
 class PipeError(Exception):
@@ -71,11 +72,18 @@ REMEDIES = {
 }
 
 
+def no_file(path: Path) -> bool:
+    """Whether something else than a file or a folder is there; standard output is whatever it leads to just now."""
+    return path.parent in DEVICES or (path.exists() and not path.is_file() and not path.is_dir())
+
+
 def new_file(text: str) -> Path:
     """The type of an option that names a file to write: known to be none that cannot be one, before days of work."""
     path = Path(text)
     if not path.name or path.name == ".." or path.is_dir():
         raise argparse.ArgumentTypeError(f"{text or 'nothing'} is a folder; name the file to write")
+    if no_file(path):  # a file would take its place, for all who use it
+        raise argparse.ArgumentTypeError(f"{text} is a device, a pipe or a socket; name a file to write")
     return path
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from rwkvpipe.base.errors import DataError
+from rwkvpipe.base.errors import DataError, no_file
 from rwkvpipe.base.pace import Pace
 
 log = logging.getLogger("rwkvpipe")
@@ -78,8 +78,11 @@ def atomic(path: str | Path, suffix: str = "") -> Iterator[Path]:
 
     The temporary name ends in `suffix` (for libraries that look at it). On any exception the
     temporary file is removed and `path` stays as it was; what a killed process left goes when the next one comes.
+    Raises DataError where there is no file, but a device: all that write to it would write to ours.
     """
     path = Path(path)
+    if no_file(path):
+        raise DataError(f"{path}: a device, a pipe or a socket; name a file to write")
     with _home(path.parent), naming(path):
         _sweep(path)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.new-", suffix=suffix)
