@@ -38,7 +38,7 @@ STAGES = {
     },
     "grpo": {
         "kind": "grpo",
-        "train": TRAIN | {"steps": 2, "batch": 3},
+        "train": TRAIN | {"steps": 2, "batch": 3, "eps": 1e-4},  # above the rounding of sums in another order
         "rollout": {"samples": 3, "iterations": 2, "beta": 0.1, "sampling": {"max_tokens": 4}},
         "prompt": "{question}=",
     },
@@ -70,6 +70,10 @@ def home(tmp_path, monkeypatch):
 
 def words(home, kind, name, state=False, spec=None, **train) -> list[str]:
     asked = STAGES[kind] | (spec or {}) | {"train": STAGES[kind]["train"] | train, "seed": 5}
+    if kind == "grpo":  # a task that a new model never does would teach nothing
+        judge = "def even(completion_ids):\n    return [sum(ids) % 5 for ids in completion_ids]\n"
+        (home / "judge.py").write_text(judge)
+        asked["rollout"] = asked["rollout"] | {"reward": f"{home}/judge.py:even"}
     asked |= {"state": True, "lora": None} if state else {}
     path = home / f"{kind}-{name}.json"
     write_json(path, Settings.model_validate(asked).model_dump(mode="json"))
