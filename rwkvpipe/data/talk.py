@@ -22,8 +22,9 @@ SHAREGPT |= {"tool": "tool", "gpt_ignore": "assistant"}
 UNLEARNED = -100  # a label that says so
 # what rows of talks may be called without `columns`
 KEYS = {"messages", "conversations", "input_ids", "labels", "prompt", "completion", "instruction", "input", "output"}
-KEYS |= {"query", "response", "question", "answer", "options", "label", "text", "tools"}
+KEYS |= {"query", "response", "question", "answer", "options", "label", "text", "tools", "system", "history"}
 NAMES = ("name", "tool_call_id")  # what the turn of a tool says of itself
+LAID_OUT = ("tool_calls", "reasoning_content")  # what only a template knows how to write
 MOST = 1e6  # weights are fp32 once they are packed
 
 
@@ -79,9 +80,10 @@ def equipped(found: Sequence[dict], row: dict, where: object, template: str | No
     if found[0]["role"] not in ROLES:
         return found
     tools = _listed(row.get("tools"), "tools", where)
-    calls = next((number for number, turn in enumerate(found, 1) if "tool_calls" in turn), None)
-    if template is None and calls is not None:
-        raise DataError(f"{where}: turn {calls}: only a `template` can write `tool_calls`; name one, or give the text")
+    for number, turn in enumerate(found, 1):
+        name = next((name for name in LAID_OUT if name in turn), None)
+        if template is None and name is not None:
+            raise DataError(f"{where}: turn {number}: only a `template` can write `{name}`; name one, or give the text")
     if not tools:
         return found
     if template is None:
@@ -107,6 +109,7 @@ def turns(value: Any, column: str, where: object) -> tuple[dict, ...]:
         calls = _listed(turn.get("tool_calls"), "tool_calls", place)
         said = {"role": role, "content": "" if calls and not turn.get(key) else _content(turn, key, place)}
         said |= {"tool_calls": calls} if calls else {}
+        said |= {"reasoning_content": thought} if isinstance(thought := turn.get(LAID_OUT[1]), str) and thought else {}
         said |= {name: turn[name] for name in NAMES if role == "tool" and isinstance(turn.get(name), str)}
         found.append(said | _counted(turn, given, place))
     return tuple(found)
@@ -164,11 +167,40 @@ def _instruction(row: dict, where: object) -> tuple[dict, ...]:
     said = [name for name in ("output", "response") if row.get(name) is not None]
     if len({str(row[name]) for name in said}) > 1:
         raise DataError(f"{where}: `output` and `response` say different things; remove one")
-    return _asked(task, words(row, (said or ["response"])[0], where))
+    return (*_history(row, where), *_asked(task, words(row, (said or ["response"])[0], where)))
+
+
+def _query(row: dict, where: object) -> tuple[dict, ...]:
+    return (*_history(row, where), *_asked(words(row, "query", where), words(row, "response", where)))
 
 
 def _asked(asked: str, said: str) -> tuple[dict, ...]:
     return {"role": "user", "content": asked}, {"role": "assistant", "content": said}
+
+
+def _history(row: dict, where: object) -> tuple[dict, ...]:
+    """What was said before an Alpaca row: pairs of what was asked and what was answered."""
+    pairs = row.get("history") or []
+    if not isinstance(pairs, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) and text for text in pair)
+        for pair in pairs
+    ):
+        raise DataError(f"{where}: `history` must be a list of pairs of texts, asked and answered; mend the row")
+    return tuple(turn for pair in pairs for turn in _asked(*pair))
+
+
+def _led(found: Sequence[dict], row: dict, where: object) -> Sequence[dict]:
+    """The turns with what the row says under `system` before them."""
+    if row.get("system") in (None, ""):
+        return found
+    first = {"role": "system", "content": words(row, "system", where)}
+    if found[0]["role"] not in ROLES:
+        raise DataError(f"{where}: `system` cannot stand before what is laid out already; write it there, or remove it")
+    if found[0]["role"] == "system":
+        if found[0]["content"] != first["content"]:
+            raise DataError(f"{where}: `system` and the first turn say different things; remove one")
+        return found
+    return [first, *found]
 
 
 def _forms(row: dict, where: object, shift: str) -> dict[str, Callable[[], tuple[dict, ...]]]:
@@ -182,7 +214,7 @@ def _forms(row: dict, where: object, shift: str) -> dict[str, Callable[[], tuple
         "prompt, completion": lambda: _completion(row, where),
         "instruction, output": lambda: _instruction(row, where),
         "instruction, response": lambda: _instruction(row, where),
-        "query, response": lambda: _asked(words(row, "query", where), words(row, "response", where)),
+        "query, response": lambda: _query(row, where),
     }
     found = {name: make for name, make in whole.items() if set(name.split(", ")) <= has}
     if {"instruction, output", "instruction, response"} <= set(found):
@@ -215,14 +247,15 @@ def recognised(row: dict, columns: Mapping[str, str], where: object, shift: str 
     if not columns:
         found = _one(row, where, shift)
         if found is not None:
-            return found
+            return _led(found, row, where)
         if row.get("text") is not None and all(row.get(name) is None for name in ("question", "answer")):
             return ({"role": "raw", "content": words(row, "text", where)},)
     if not asked and columns.get("question", "question") not in row:
         raise DataError(
             f"{where}: no `{column}`, `question` or other keys of a talk; the row has {', '.join(row) or 'nothing'}"
         )
-    return question(row, columns, where).talk()
+    found = question(row, columns, where).talk()
+    return found if columns else _led(found, row, where)
 
 
 def talk(row: dict, columns: Mapping[str, str], where: object, choices: Choices | None = None) -> Document:
@@ -230,7 +263,8 @@ def talk(row: dict, columns: Mapping[str, str], where: object, choices: Choices 
 
     Known are `messages`; ShareGPT's `conversations`; `input_ids` with `labels`; `prompt` with `completion`, texts or
     turns; Alpaca's `instruction`, `input` and `output`; `query` with `response`; a question with its answer; `text`.
-    `tools` of a row, objects or their JSON, are named in the talk.
+    `tools` of a row, objects or their JSON, are named in the talk; its `system` is the first turn, and the pairs of an
+    Alpaca row's `history` stand before what it asks.
     Raises DataError naming `where`.
     """
     found = recognised(row, columns, where, choices.labels if choices else "auto")

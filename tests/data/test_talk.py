@@ -86,6 +86,16 @@ USER, REPLY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content"
          "User: Do\n\nAssistant:[ Done\n\n]"),
         ({"instruction": "Do", "input": "this", "response": "Done"}, {}, "User: Do\nthis\n\nAssistant:[ Done\n\n]"),
         ({"query": "Hi", "response": "Ho"}, {}, "User: Hi\n\nAssistant:[ Ho\n\n]"),
+        ({"system": "Be.", "instruction": "Hi", "output": "Ho", "history": [["A", "B"]]}, {},
+         "System: Be.\n\nUser: A\n\nAssistant:[ B\n\n]User: Hi\n\nAssistant:[ Ho\n\n]"),
+        ({"system": "Be.", "query": "Hi", "response": "Ho", "history": [["A", "B"]]}, {"replies": "last"},
+         "System: Be.\n\nUser: A\n\nAssistant: B\n\nUser: Hi\n\nAssistant:[ Ho\n\n]"),
+        ({"system": "Be.", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}, {},
+         "System: Be.\n\nUser: Hi\n\nAssistant:[ Ho\n\n]"),
+        ({"system": "Be.", "messages": [{"role": "system", "content": "Be."}, USER, REPLY], "history": []}, {},
+         "System: Be.\n\nUser: Hi\n\nAssistant:[ Ho\n\n]"),
+        ({"system": "", "question": "Hi", "answer": "Ho"}, {}, "User: Hi\n\nAssistant:[ Ho\n\n]"),
+        ({"system": "Be.", "question": "Hi", "answer": "Ho"}, {}, "System: Be.\n\nUser: Hi\n\nAssistant:[ Ho\n\n]"),
         ({"question": "Hi", "answer": "Ho", "text": "no"}, {}, "User: Hi\n\nAssistant:[ Ho\n\n]"),
         ({"text": "Once."}, {"replies": "last"}, "[Once.<end>]"),
         ({"messages": [USER, REPLY], "tools": [{"name": "sum"}]}, {},
@@ -174,6 +184,10 @@ def test_a_message_counts_as_much_as_its_weight_says(tmp_path, laid):
         ({"instruction": "Do", "output": "Done", "response": "No"}, "`output` and `response` say different things"),
         ({"messages": [{"role": "raw", "content": "x"}]}, "role is 'raw'; known: system, user, assistant, tool"),
         ({"messages": [USER, REPLY], "tools": 7}, "`tools` must be a list of objects"),
+        ({"messages": [{"role": "system", "content": "A"}, USER, REPLY], "system": "B"}, "say different things"),
+        ({"prompt": "x", "completion": "y", "system": "B"}, "`system` cannot stand before what is laid out already"),
+        ({"instruction": "x", "output": "y", "history": [["a"]]}, "`history` must be a list of pairs of texts"),
+        ({"messages": [USER, REPLY | {"reasoning_content": "So."}]}, "only a `template` can write `reasoning_content`"),
         ({"messages": [USER, REPLY], "tools": "{sum}"}, "`tools` is a text that is no JSON"),
         (
             {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]},
@@ -207,6 +221,8 @@ def test_a_template_is_given_tools_and_their_calls(tmp_path):
     text = "<sum>u:Hi;[a:!sum;]t:7sum;[a:Ho;]"
     for tools in ([{"name": "sum"}], '[{"name": "sum"}]'):
         assert said({"messages": turns, "tools": tools}, template=str(file)) == text
+    file.write_text("{% for m in messages %}{{ m.role[0] }}:{{ m.reasoning_content }}>{{ m.content }};{% endfor %}")
+    assert said({"messages": [USER, REPLY | {"reasoning_content": "So."}]}, template=str(file)) == "u:>Hi;[a:So.>Ho;]"
 
 
 def test_rows_of_several_kinds_are_packed_with_their_marks(tmp_path):
