@@ -242,6 +242,9 @@ config(
 config(
     "a share above one", "out of range", "sums: {", "sums: {valid: 1.5, ", "corpora.sums.valid", "less than 1", "1.5"
 )
+config(
+    "a bias beyond fp32", "impossible numbers", "samples: 4", "samples: 4, sampling: {bias: {3: 1e308}}", "bias.3", "1e"
+)
 config("a seed below zero", "out of range", "run: demo", "run: demo\nseed: -1", "seed", "than or equal to 0", "-1")
 config("a kind there is none of", "unknown value", "kind: sft", "kind: stf", "stages.chat.kind", "'sft'", "'stf'")
 config(

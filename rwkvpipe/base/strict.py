@@ -30,6 +30,9 @@ Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=
 NotNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
 Part = Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)]
+# what logits, fp32, are changed by: beyond some 1e38 they would be no numbers
+Penalty = Annotated[float, BeforeValidator(_number), Field(ge=-1e6, le=1e6)]
+Factor = Annotated[float, BeforeValidator(_number), Field(ge=1e-6, le=1e6)]
 Count = Annotated[int, Field(ge=1, lt=2**48, strict=True)]
 Whole = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 

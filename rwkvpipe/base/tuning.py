@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from rwkvpipe.base.strict import Count, NotNegative, Part, Positive, Real, Share, Strict, Whole
+from rwkvpipe.base.strict import Count, Factor, NotNegative, Part, Penalty, Positive, Real, Share, Strict, Whole
 
 # a task, or a function in a Python file
 Judge = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]*|[^:]+\.py:[A-Za-z_][A-Za-z0-9_]*)$")]
@@ -92,11 +92,11 @@ class SamplingConfig(Strict):
     """Only the k likeliest; 0 is all."""
     top_p: Share = 1.0
     """Only the likeliest that together reach this probability."""
-    repetition_penalty: Positive = 1.0
+    repetition_penalty: Factor = 1.0
     """Divides (multiplies, if negative) the logits of tokens already seen."""
-    presence: Real = 0.0
+    presence: Penalty = 0.0
     """Taken from the logits of tokens already generated."""
-    frequency: Real = 0.0
+    frequency: Penalty = 0.0
     """Taken from them once for each time."""
     decay: Share = 1.0
     """What is left of those times after every further token (RWKV's demo: 0.996); 1 is all."""
@@ -104,7 +104,7 @@ class SamplingConfig(Strict):
     """Ids that no penalty touches."""
     order: Literal["hf", "rwkv"] = "hf"
     """Whether temperature comes before the cuts (hf) or after them (rwkv)."""
-    bias: dict[int, Real] = {}
+    bias: dict[int, Penalty] = {}
     """Added to the logits of these ids."""
     ban: tuple[int, ...] = ()
     """Ids that never come."""

@@ -98,7 +98,7 @@ class Decoder:
 
 def decoder(model: nn.Module) -> Decoder | None:
     """The native form of a model's step, or None where the model's own is to be used."""
-    if any(module.training for module in model.modules()):
+    if model.config.family not in FORMS or any(module.training for module in model.modules()):
         return None
     if build.native(*model.parameters()) is None:
         return None

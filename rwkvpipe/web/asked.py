@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from rwkvpipe.base.config import SamplingConfig
 from rwkvpipe.base.errors import ConfigError, DataError
-from rwkvpipe.base.strict import Positive, Real, Share, Strict, Whole, check
+from rwkvpipe.base.strict import Factor, Penalty, Real, Share, Strict, Whole, check
 from rwkvpipe.infer.engine import Engine
 from rwkvpipe.infer.layout import Layout
 
@@ -50,12 +50,12 @@ class Common(Strict):
     stop: str | tuple[str, ...] | None = None
     presence_penalty: Real | None = None
     frequency_penalty: Real | None = None
-    logit_bias: dict[int, Real] | None = None
+    logit_bias: dict[int, Penalty] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
     top_k: Whole | None = None
-    repetition_penalty: Positive | None = None
+    repetition_penalty: Factor | None = None
     penalty_decay: Share | None = None
     guided_choice: tuple[str, ...] | None = None
     guided_regex: str | None = None

@@ -138,8 +138,9 @@ def test_hostile_text_is_shown_and_not_obeyed(finished_run, bad):
         row = {"prompt": bad, "text": bad, "question": bad, "answer": bad, "gold": bad, "correct": 0.0}
         Path("results/demo/chat", file).write_text(json.dumps(row) + "\n")
     Path("results/demo/chat/log/sft.log").write_text(f"device: {bad}\n", errors="replace")
-    finished_run["software"] = {bad: bad}
-    finished_run["subjects"][1]["data"] = finished_run["steps"][0]["label"] = bad
+    if bad != "\ud800":  # settings and what is made of them have none of these
+        finished_run["software"] = {bad: bad}
+        finished_run["subjects"][1]["data"] = finished_run["steps"][0]["label"] = bad
     text = told(finished_run)
     reader = read(text)
     assert not {"script", "img"} & set(reader.tags) and "\x00" not in text and "\x1b" not in text
