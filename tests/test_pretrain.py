@@ -101,7 +101,9 @@ def test_in_chunks_the_full_gradient_trains_as_whole_rows_do_and_the_truncated_o
     assert (full[name] - weights[name]).abs().max() < 0.1 * (cut[name] - weights[name]).abs().max()
 
 
-@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2, dropout=0.2, full=("ln1",))])
+@pytest.mark.parametrize(
+    "lora", [None, LoraConfig(rank=2, dropout=0.2, full=("ln1",)), LoraConfig(kind="pissa", rank=2)]
+)
 @pytest.mark.parametrize("at", [2, 7])
 def test_a_stopped_run_ends_in_the_same_weights(home, monkeypatch, lora, at):
     settings(home, lora)

@@ -51,10 +51,12 @@ class Adapted(nn.Module):
         self.first_row: int | None = None
         with torch.no_grad():
             begin = self.begin(base.weight.float(), config, generator)
+        # laid out as files have them: the fused AdamW takes a weight and its moments, read back, place by place
+        begin = {name: value.to(base.weight.device).contiguous() for name, value in begin.items()}
         for name in self.trained:
-            setattr(self, name, nn.Parameter(begin[name].to(base.weight.device)))
+            setattr(self, name, nn.Parameter(begin[name]))
         for name in self.kept:
-            self.register_buffer(name, begin[name].to(base.weight.device))
+            self.register_buffer(name, begin[name])
         if config.quantise is not None:
             self.weight, self.rounded = None, rounded(base.weight.detach().float(), config.quantise)
 
