@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import signal
 
 import pytest
 import torch
@@ -242,7 +243,7 @@ def test_settings_that_exclude_each_other_are_refused(home):
             run(home, "a")
 
 
-def test_a_reference_moves_towards_the_policy_every_so_many_steps(home):
+def test_a_reference_moves_towards_the_policy_every_so_many_steps(home, monkeypatch):
     settings(home, rollout={"beta": 0.1, "sync": 2, "mixup": 1.0})
     found = [row["kl_div"] for row in run(home, "a")[1]]
     assert found[0] == found[2] == 0 < min(found[1], found[3])  # moved all the way, it is the policy itself
@@ -255,7 +256,12 @@ def test_a_reference_moves_towards_the_policy_every_so_many_steps(home):
     before = [value.clone() for value in reference.copy.parameters()]
     reference.follow(0)
     assert all(map(torch.equal, before, reference.copy.parameters()))
-    reference.follow(1)
+    with monkeypatch.context() as patch:  # a stop on the way waits for its end
+        before_it = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        patch.setattr("rwkvpipe.train.reference.local", lambda value: signal.raise_signal(signal.SIGTERM) or value)
+        with pytest.raises(KeyboardInterrupt):
+            reference.follow(1)
+        signal.signal(signal.SIGTERM, before_it)
     reference.follow(1)
     for old, new in zip(before, reference.copy.parameters(), strict=True):
         torch.testing.assert_close(new, old + 0.25)

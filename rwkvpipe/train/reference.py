@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from rwkvpipe.train.loop import held
 from rwkvpipe.train.sharding import local, part_of, parted
 from rwkvpipe.train.stage import Stage
 
@@ -25,9 +26,10 @@ class Reference:
             return
         share = MIXUP if self.config.mixup is None else self.config.mixup
         parted(self.stage.model)
-        for own, new in zip(self.copy.parameters(), self.stage.model.parameters(), strict=True):
-            local(own).lerp_(local(new), share)
-        self.moved = step
+        with held():  # a stop must not leave it moved half, to be moved again
+            for own, new in zip(self.copy.parameters(), self.stage.model.parameters(), strict=True):
+                local(own).lerp_(local(new), share)
+            self.moved = step
 
     def carry(self) -> dict[str, Tensor]:
         """What a resume point must hold of it."""

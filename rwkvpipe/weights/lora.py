@@ -165,19 +165,23 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """
     layers = _layers(model)
     trained = {name: model.get_parameter(name).detach().clone() for name in model.base_tensors}
-    try:
+
+    def put(values: dict[str, Tensor], active: bool) -> None:
         for layer in layers:
-            layer.active = False
+            layer.active = active
         with torch.no_grad():
-            for name, value in model.base_tensors.items():
+            for name, value in values.items():
                 model.get_parameter(name).copy_(value)
+
+    try:
+        put(model.base_tensors, False)
         yield
     finally:
-        for layer in layers:
-            layer.active = True
-        with torch.no_grad():
-            for name, value in trained.items():
-                model.get_parameter(name).copy_(value)
+        try:
+            put(trained, True)
+        except KeyboardInterrupt:  # what is saved now must be the trained values; no second stop comes
+            put(trained, True)
+            raise
 
 
 @contextmanager
