@@ -331,6 +331,12 @@ class _Training:
         if not due or not self.progress.sums:
             return None
         held_out = {"valid_loss": self.hooks.validate(self.model)} if valid else {}
+        if held_out and not math.isfinite(held_out["valid_loss"]):
+            read = f" (step {number} read {self.hooks.read(number - 1)})"
+            raise PipeError(
+                f"step {number}: the held-out loss is {held_out['valid_loss']}, so these weights are no use;"
+                f" lower train.lr, or look at the held-out part{read}"
+            )
         with held():
             if valid and self.progress.judge(held_out["valid_loss"]) and config.watch.best:
                 self.keep()

@@ -97,7 +97,7 @@ class Progress:
         for name, value in (("loss", loss), ("norm of the gradient", norm)):
             if not math.isfinite(value):
                 return f"the {name} is {value}"
-        if watch.spike is not None and self.norm is not None and norm > watch.spike * self.norm:
+        if watch.spike is not None and self.norm and norm > watch.spike * self.norm:
             return f"the norm of the gradient is {norm:.4g}, over {watch.spike:g} times its mean of {self.norm:.4g}"
         return ""
 
@@ -106,8 +106,7 @@ class Progress:
         self.step += 1
         self.tokens += int(counted["tokens"])
         self.seconds += seconds
-        if values:
-            norm = values["grad_norm"]
+        if values and (norm := values["grad_norm"]):  # a step that teaches nothing says nothing of what is usual
             self.norm = norm if self.norm is None else self.norm + MEMORY * (norm - self.norm)
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value

@@ -68,6 +68,14 @@ def test_a_bad_step_stops_and_is_named_with_what_it_read(tmp_path, factor, said)
         run(tmp_path, factors={4: factor}, watch={"spike": 10})
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", ["stop", "skip"])
+def test_a_held_out_loss_that_is_no_number_ends_and_is_named(tmp_path, value, bad):
+    losses = iter([1.0, value])
+    with pytest.raises(PipeError, match=rf"^step 4: the held-out loss is {value}, .*\(step 4 read document 3\)$"):
+        run(tmp_path, valid=lambda model: next(losses), valid_every=2, watch={"bad": bad})
+
+
 def test_a_skipped_step_moves_nothing_and_is_counted(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="rwkvpipe"):
         whole, log, _ = run(tmp_path / "a", factors={4: math.nan, 7: 1e6}, watch={"spike": 10, "bad": "skip"})
@@ -81,6 +89,16 @@ def test_a_skipped_step_moves_nothing_and_is_counted(tmp_path, caplog):
         run(tmp_path / "b", factors={4: math.nan, 7: 1e6}, watch={"spike": 10, "bad": "skip"}, stop_at=6)
     again, second, first = run(tmp_path / "b", factors={4: math.nan, 7: 1e6}, watch={"spike": 10, "bad": "skip"})
     assert first == 6 and torch.equal(whole, again) and timeless(log) == timeless(second)
+
+
+@pytest.mark.parametrize("bad", ["stop", "skip"])
+def test_steps_that_teach_nothing_make_no_spike_of_those_that_do(tmp_path, bad):
+    """As in grpo, where all completions of a step may be worth the same."""
+    nothing = dict.fromkeys((0, 1, 4, 5, 6), 0.0)
+    _, log, _ = run(tmp_path, factors=nothing, watch={"spike": 3, "bad": bad}, log_every=1)
+    assert [row["step"] for row in log.rows() if row["grad_norm"] == 0] == [1, 2, 5, 6, 7] and len(log.rows()) == 12
+    with pytest.raises(PipeError, match="step 9: the norm of the gradient is .*, over 3 times its mean"):
+        run(tmp_path / "b", factors=nothing | {8: 1e3}, watch={"spike": 3})
 
 
 def valley(model) -> float:
