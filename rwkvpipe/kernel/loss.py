@@ -64,8 +64,13 @@ class _HeadLoss(torch.autograd.Function):
         return *(x if x is None or whole else x * grad for x in ctx.saved_tensors), None
 
 
+def at_once(x: Tensor, vocabulary: int) -> int:
+    """How many positions' logits are held at once where `x` is."""
+    return min(max(FEWEST, (ON_CARD if x.is_cuda else NUMBERS) // vocabulary), MOST)
+
+
 def _parts(x: Tensor, weight: Tensor) -> Iterator[slice]:
-    size = min(max(FEWEST, (ON_CARD if x.is_cuda else NUMBERS) // len(weight)), MOST)
+    size = at_once(x, len(weight))
     for first in range(0, len(x), size):
         yield slice(first, first + size)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rwkvpipe.base.config import TrainConfig
 from rwkvpipe.data.batches import Batch
-from rwkvpipe.kernel.loss import Wanted, head_loss
+from rwkvpipe.kernel.loss import Wanted, at_once, head_loss
 from rwkvpipe.train.dist import ALONE, Rank
 from rwkvpipe.train.precision import NARROW, arithmetic
 from rwkvpipe.weights.lora import row_dropout
@@ -155,7 +155,8 @@ def mean_loss(
 ) -> float:
     """Mean cross-entropy over the target tokens of all batches, by their weights, in nats; the model's mode stays.
 
-    Rows are read `chunk` tokens at a time, the state carried on; left out, whole. Processes share the batches.
+    Rows are read `chunk` tokens at a time, the state carried on; left out, whole. Processes share the batches. All
+    logits are never held at once.
     """
     device, training = device_of(model), model.training
     model.eval()
@@ -170,9 +171,13 @@ def mean_loss(
                 some = slice(first_token, first_token + size)
                 with arithmetic(precision, device):
                     features, state = model.features(ids[:, some], state)
-                    logits = model.logits(features)
-                weights = None if mask is None else mask[:, some]
-                total += float(masked_cross_entropy(logits, targets[:, some], weights, total=1))
+                few = max(1, at_once(features, model.config.vocab_size) // len(ids))
+                for place in range(first_token, min(first_token + size, ids.shape[1]), few):
+                    part = slice(place, min(place + few, first_token + size))
+                    with arithmetic(precision, device):
+                        logits = model.logits(features[:, part.start - first_token : part.stop - first_token])
+                    weights = None if mask is None else mask[:, part]
+                    total += float(masked_cross_entropy(logits, targets[:, part], weights, total=1))
             count += weight_of(targets, mask)
     model.train(training)
     total, count = rank.total(total, count)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ class Table(torch.nn.Module):
         self.rows = torch.nn.Parameter(torch.randn(size, size, generator=torch.Generator().manual_seed(0)))
         self.ln_out, self.head = torch.nn.Identity(), torch.nn.Linear(size, size, bias=False)
         self.head.weight = torch.nn.Parameter(torch.eye(size), requires_grad=False)
+        self.config = SimpleNamespace(vocab_size=size)
 
     def features(self, ids, state=None, lengths=None, starts=None):
         return self.rows[ids], state
@@ -107,6 +109,19 @@ def test_the_held_out_loss_weighs_as_the_loss_does_in_chunks_too():
     wanted = float(learned(model, lm_losses(9, TrainConfig(steps=1, l2_wrap=0))(model, batch))[0])
     for size, chunk in ((9, None), (1, None), (3, 4)):
         assert mean_loss(model, iter([batch]), size, "fp32", chunk) == pytest.approx(wanted, abs=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [None, 150])
+def test_the_held_out_loss_holds_the_logits_of_some_positions_at_a_time(monkeypatch, chunk):
+    model = Table()
+    ids = torch.randint(0, 7, (3, 211), generator=torch.Generator().manual_seed(1))
+    mask = torch.rand(3, 210, generator=torch.Generator().manual_seed(2))
+    batch, held, real = Batch(ids[:, :-1], ids[:, 1:], mask), [], model.logits
+    whole = mean_loss(model, iter([batch]), 3, "fp32", chunk)
+    model.logits = lambda features: held.append(features[..., 0].numel()) or real(features)
+    monkeypatch.setattr("rwkvpipe.kernel.loss.NUMBERS", 0)
+    assert mean_loss(model, iter([batch]), 3, "fp32", chunk) == pytest.approx(whole, abs=1e-6)
+    assert sum(held) == 630 and max(held) <= 64
 
 
 def test_padding_on_the_right_changes_nothing():
