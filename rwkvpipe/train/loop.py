@@ -387,6 +387,10 @@ def fit(
         raise Stopped(f"stopped after step {done} of {config.steps}; the same command goes on from there") from None
     finally:
         run.trackers.close()
+    if config.watch.bad == "skip" and not run.rank.index and not training.log.rows():
+        raise PipeError(
+            f"all {config.steps} steps were skipped: no weight was moved, so nothing is made; lower train.lr"
+        )
     model.eval()
     training.log.best_step, training.log.stem = training.progress.best_step, training.stem
     return training.log

@@ -68,6 +68,12 @@ def test_a_bad_step_stops_and_is_named_with_what_it_read(tmp_path, factor, said)
         run(tmp_path, factors={4: factor}, watch={"spike": 10})
 
 
+def test_a_run_of_which_every_step_is_skipped_makes_nothing(tmp_path):
+    for _ in range(2):  # and says so again
+        with pytest.raises(PipeError, match="^all 12 steps were skipped: no weight was moved"):
+            run(tmp_path, factors=dict.fromkeys(range(12), math.nan), watch={"bad": "skip"})
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("bad", ["stop", "skip"])
 def test_a_held_out_loss_that_is_no_number_ends_and_is_named(tmp_path, value, bad):
