@@ -73,62 +73,66 @@ void operators(int64_t B, int64_t T, int64_t H, int64_t N) {
     std::apply(loss_rows, std::tuple{rows, 2, r, chosen.data(), real.data(), 0.5f, 0.1f, made(B * T)});
 }
 
+// zeros as they are kept in a kind: rows, or panels of 16 of them, with a scale for each row of int8
+template <class Number>
+struct Matrices {
+    int64_t kind;
+    std::vector<std::unique_ptr<Number[]>> numbers;
+    std::vector<const void *> places;
+    std::vector<const float *> scales;
+
+    void operator()(int64_t out, int64_t in) {
+        numbers.emplace_back(new Number[(kind ? (out + 15) / 16 * 16 : out) * in]());
+        plain(numbers.back().get(), kind == 3 ? made(out) : nullptr);
+    }
+    void plain(const void *place, const float *scale = nullptr) { places.push_back(place), scales.push_back(scale); }
+};
+
 template <class Number>
 void older(int64_t rows, int64_t kind, int64_t mixed, int64_t low) {
     const int64_t L = 2, D = 20, H = 2, F = 23, V = 19, s[] = {rows, L, D, H, F, V, mixed, low, kind};
     const float *fixed[] = {made(V * D), nullptr, nullptr, made(D), made(D)};
-    std::vector<const float *> vectors, scales;
+    std::vector<const float *> vectors;
     for (int64_t i = 0; i < 16 * L; i++) vectors.push_back(made(D));
-    std::vector<std::unique_ptr<Number[]>> numbers;
-    std::vector<const void *> matrices;
-    auto matrix = [&](int64_t out, int64_t in) {
-        numbers.emplace_back(new Number[(kind ? (out + 15) / 16 * 16 : out) * in]());
-        matrices.push_back(numbers.back().get());
-        scales.push_back(kind == 3 ? made(out) : nullptr);
-    };
+    Matrices<Number> matrices{kind};
     for (int64_t l = 0; l < L; l++) {
-        for (int i = 0; i < 5; i++) matrix(D, D);
-        matrix(F, D), matrix(D, F), matrix(D, D), matrix(low, D), matrix(D, low);
-        for (int i = 0; i < 6; i++) matrices.push_back(made(5 * mixed * D)), scales.push_back(nullptr);
+        for (int i = 0; i < 5; i++) matrices(D, D);
+        matrices(F, D), matrices(D, F), matrices(D, D), matrices(low, D), matrices(D, low);
+        for (int i = 0; i < 6; i++) matrices.plain(made(5 * mixed * D));
     }
-    matrix(V, D);
+    matrices(V, D);
     float *att[] = {made(rows * D), made(rows * D)}, *ffn[] = {made(rows * D), made(rows * D)};
     float *memory[] = {made(rows * D * D / H), made(rows * D * D / H)};
     std::vector<int64_t> ids(rows, V - 1);
-    std::apply(decode6, std::tuple{s, 2, fixed, vectors.data(), matrices.data(), scales.data(), att, memory, ffn,
-                                   ids.data(), made(rows * V)});
+    std::apply(decode6, std::tuple{s, 2, fixed, vectors.data(), matrices.places.data(), matrices.scales.data(), att,
+                                   memory, ffn, ids.data(), made(rows * V)});
 }
 
 template <class Number>
 void decode(int64_t rows, int64_t kind) {
     const int64_t L = 2, D = 20, H = 2, F = 23, V = 19, s[] = {rows, L, D, H, F, V, 5, 17, 3, 9, kind};
     const float *fixed[] = {made(V * D), made(D), made(D), made(D), made(D)};
-    std::vector<const float *> vectors, scales;
+    std::vector<const float *> vectors;
     for (int64_t i = 0; i < 19 * L; i++) vectors.push_back(made(D));
-    std::vector<std::unique_ptr<Number[]>> numbers;
-    std::vector<const void *> matrices;
-    auto matrix = [&](int64_t out, int64_t in) {
-        numbers.emplace_back(new Number[(kind ? (out + 15) / 16 * 16 : out) * in]());
-        matrices.push_back(numbers.back().get());
-        scales.push_back(kind == 3 ? made(out) : nullptr);
-    };
+    Matrices<Number> matrices{kind};
     for (int64_t l = 0; l < L; l++) {
-        for (int i = 0; i < 4; i++) matrix(D, D);
-        for (int i = 0; i < 4; i++) matrix(s[6 + i], D), matrix(D, s[6 + i]);
-        matrix(F, D), matrix(D, F);
+        for (int i = 0; i < 4; i++) matrices(D, D);
+        for (int i = 0; i < 4; i++) matrices(s[6 + i], D), matrices(D, s[6 + i]);
+        matrices(F, D), matrices(D, F);
     }
-    matrix(V, D);
+    matrices(V, D);
     float *att[] = {made(rows * D), made(rows * D)}, *ffn[] = {made(rows * D), made(rows * D)};
     float *memory[] = {made(rows * D * D / H), made(rows * D * D / H)};
     std::vector<int64_t> ids(rows, V - 1);
-    std::apply(decode7, std::tuple{s, 2, fixed, vectors.data(), matrices.data(), scales.data(), att, memory, ffn,
-                                   ids.data(), made(rows * V)});
+    std::apply(decode7, std::tuple{s, 2, fixed, vectors.data(), matrices.places.data(), matrices.scales.data(), att,
+                                   memory, ffn, ids.data(), made(rows * V)});
     older<Number>(rows, kind, 0, 0), older<Number>(rows, kind, 3, 17);
     if (!kind) return;
     for (int64_t count : {rows, 5 * rows, 41 * rows}) {
         const int64_t sizes[] = {count, V, D, kind};
         std::apply(panels_times,
-                   std::tuple{sizes, 2, &matrices.back(), scales.back(), made(count * D), made(count * V)});
+                   std::tuple{sizes, 2, &matrices.places.back(), matrices.scales.back(), made(count * D),
+                              made(count * V)});
     }
 }
 
