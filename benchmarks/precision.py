@@ -22,15 +22,15 @@ TRAIN = {"steps": STEPS, "ctx_len": 128, "batch": 16, "lr": 8e-3, "lr_final": 1e
 TRAIN |= {"weight_decay": 0.1, "log_every": EVERY, "valid_every": EVERY}
 MODEL = {"n_layer": 2, "n_embd": 64, "head_size": 32}
 WAYS = {
-    "fp32": ("fp32", None),
-    "bf16": ("bf16", False),
-    "bf16, results rounded": ("bf16", True),
+    "fp32": ("fp32", "torch"),
+    "bf16": ("bf16", "torch"),
+    "bf16, results rounded": ("bf16", "bf16"),
 }
 START = """
 import sys
 from rwkvpipe import pretrain
-from rwkvpipe.kernel import product
-product.has_bf16 = lambda: {narrow}
+from rwkvpipe.kernel import choice, product
+choice.settle = lambda model, began=None, rounded=False: product.choose({name!r}) or {name!r}
 pretrain.main(sys.argv[1:])
 """
 
@@ -56,7 +56,7 @@ def corpus(folder: Path) -> None:
 
 def train(folder: Path, way: str, seed: int) -> dict:
     """Held-out losses of one training, and its CPU seconds."""
-    precision, narrow = WAYS[way]
+    precision, name = WAYS[way]
     room = folder / f"{seed}-{way.replace(', ', '-').replace(' ', '-')}"
     room.mkdir()
     asked = {"kind": "pretrain", "seed": seed, "model": MODEL, "train": TRAIN | {"precision": precision}}
@@ -64,7 +64,7 @@ def train(folder: Path, way: str, seed: int) -> dict:
     start, out = room / "init.safetensors", room / "model.safetensors"
     run("-m", "rwkvpipe.init", room / "settings.json", "--tokenizer", folder / "letters", "--out", start)
     words = (room / "settings.json", "--model", start, "--data", folder / "sums", "--micro-batch", "16", "--out", out)
-    seconds = run("-c", START.format(narrow=narrow), *words)
+    seconds = run("-c", START.format(name=name), *words)
     lines = [json.loads(line) for line in (room / "metrics.jsonl").read_text().splitlines()]
     return {"losses": [line["valid_loss"] for line in lines if "valid_loss" in line], "cpu_seconds": seconds}
 

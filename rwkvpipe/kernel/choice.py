@@ -1,8 +1,8 @@
-"""Whose products of fp32 compute on the CPU, torch's or our own: whichever is faster, found out once for a machine.
+"""Whose products compute on the CPU: torch's of fp32, our own, or of numbers rounded to bf16 the processor's own product.
 
-They are timed beside each other on matrices of a model's size, and what was found is kept beside the compiled kernels,
-for each processor, version of torch and of the kernels. The two differ in last digits: a training goes on with those
-that it began with, wherever it goes on.
+Whichever is faster, found out once for a machine: they are timed beside each other on matrices of a model's size, and
+what was found is kept beside the compiled kernels, for each processor, version of torch and of the kernels. They differ
+in last digits: a training goes on with those that it began with, wherever it goes on.
 """
 
 import logging
@@ -26,7 +26,8 @@ log = logging.getLogger("rwkvpipe")
 
 ROWS, WIDEST = 512, 2048  # of the products that are timed
 ROUNDS = 5
-GAIN = 1.05  # how many times as fast ours must be to be worth it
+GAIN = 1.05  # how many times as fast as torch's of fp32 others must be to be worth it
+CALLED = {"own": "own ones", "bf16": "the processor's of bf16"}
 
 
 def begin(model: nn.Module) -> None:
@@ -35,25 +36,36 @@ def begin(model: nn.Module) -> None:
         settle(model)
 
 
-def settle(model: nn.Module, began: str | None = None) -> str:
-    """Choose products for a model from here on, `torch` or `own`; those that a training `began` with stay."""
-    asked, shape = compiler.products(), _shape(model)
+def settle(model: nn.Module, began: str | None = None, *, rounded: bool = False) -> str:
+    """Choose products for a model from here on, `torch`, `own` or, where numbers are rounded to it, `bf16`; those that a
+    training `began` with stay. Raises ConfigError where the environment asks for what there is not."""
+    asked, shape, ways = compiler.products(), _shape(model), _ways(model, rounded)
     if began is not None:
         name, why = began, "as this training began"
         if asked not in (None, began):
             log.warning("RWKVPIPE_PRODUCTS asks for %s; this training began with %s and goes on so", asked, began)
-    elif shape is None or build.native(*model.parameters()) is None:
+    elif shape is None or not ways or (asked is not None and "own" not in ways):
         name, why = "torch", ""
     elif asked is not None:
         name, why = asked, "as RWKVPIPE_PRODUCTS says"
+    elif len(ways) == 1:
+        name, why = "torch", "there is nothing faster here" if rounded else ""
     else:
-        name, why = _faster(shape)
+        name, why = _fastest(ways, shape, rounded)
     if name == "own" and build.extension() is None:
         log.warning("products: own ones were to compute, and cannot: %s", build.why_not())
     if why:
-        log.info("products of fp32: %s, %s", name, why)
+        of = "numbers rounded to bf16" if rounded else "fp32"
+        log.info("products of %s: %s, %s", of, f"{name} in fp32" if rounded and name != "bf16" else name, why)
     product.choose(name)
     return name
+
+
+def _ways(model: nn.Module, rounded: bool) -> list[str]:
+    """Whose products can compute for a model; none are chosen on cards, and in fp64."""
+    if any(value.device.type != "cpu" or value.dtype != torch.float32 for value in model.parameters()):
+        return []
+    return ["torch", *["own"] * (build.extension() is not None), *["bf16"] * (rounded and product.has_bf16())]
 
 
 def _shape(model: nn.Module) -> tuple[int, int] | None:
@@ -65,24 +77,26 @@ def _shape(model: nn.Module) -> tuple[int, int] | None:
     return numbers.most_common(1)[0][0] if numbers else None
 
 
-def _faster(shape: tuple[int, int]) -> tuple[str, str]:
-    """Which is faster, and why it is chosen: torch's where what is found cannot be kept, lest the next one differ."""
+def _fastest(ways: list[str], shape: tuple[int, int], rounded: bool) -> tuple[str, str]:
+    """Which is fastest, and why it is chosen: torch's where what is found cannot be kept, lest the next one differ."""
     sizes = [min(size, WIDEST) for size in shape]
-    mark = compiler.short_digest(processor(), torch.__version__, build.name(build.level()), *map(str, sizes))
-    path = compiler.folder() / f"products-{mark}.json"
+    about = (processor(), torch.__version__, build.name(build.level()), *ways, str(rounded), *map(str, sizes))
+    path = compiler.folder() / f"products-{compiler.short_digest(*about)}.json"
     try:
         if not path.exists():
             held = lock(path.with_suffix(".lock"), waiting="products: being timed")
             try:
                 if not path.exists():
-                    write_json(path, _timed(sizes))
+                    write_json(path, _timed(sizes, ways, torch.bfloat16 if rounded else None))
             finally:
                 os.close(held)
-        ratio = float(read_json(path)["times_as_fast"])
-    except (OSError, DataError, KeyError, TypeError, ValueError) as error:
+        seconds = read_json(path)["seconds"]
+        ratios = {way: float(seconds["torch"]) / float(seconds[way]) for way in ways[1:]}
+    except (OSError, DataError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         return "torch", f"for what is faster here cannot be kept ({compiler.reason(error)})"
-    name = "own" if ratio >= GAIN else "torch"
-    return name, f"own ones are {ratio:.2f} times as fast as torch's here, at {sizes[0]} x {sizes[1]}"
+    best = max(ratios, key=ratios.__getitem__)
+    said = ", ".join(f"{CALLED[way]} are {ratio:.2f} times as fast as torch's" for way, ratio in ratios.items())
+    return best if ratios[best] >= GAIN else "torch", f"{said} here, at {sizes[0]} x {sizes[1]}"
 
 
 def processor() -> str:
@@ -93,24 +107,25 @@ def processor() -> str:
     return named[0] if named else platform.processor() or platform.machine()
 
 
-def _timed(sizes: list[int]) -> dict:
-    """Both on one thread, in turns: a product and those of its gradients. Times are of this process alone."""
+def _timed(sizes: list[int], ways: list[str], dtype: torch.dtype | None) -> dict:
+    """All on one thread, in turns: a product and those of its gradients. Times are of this process alone."""
     narrow, wide = sizes
     draw, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
     x, y, matrix = (torch.randn(n, m, generator=draw) for n, m in ((ROWS, narrow), (ROWS, wide), (wide, narrow)))
-    ways, spent = (Products(), Products(own=True)), ([], [])
+    spent: dict[str, list[float]] = {way: [] for way in ways}
     torch.set_num_threads(1)
     try:
         for _ in range(ROUNDS):
-            for how, seconds in zip(ways, spent, strict=True):
-                seconds.append(_seconds(how, x, y, matrix))
+            for way, seconds in spent.items():
+                seconds.append(_seconds(Products(dtype, way == "bf16", way == "own"), x, y, matrix))
     finally:
         torch.set_num_threads(threads)
     found = {"processor": processor(), "torch": torch.__version__, "kernels": build.level(), "sizes": sizes}
-    return found | {"times_as_fast": min(spent[0]) / min(spent[1])}
+    return found | {"rounded": dtype is not None, "seconds": {way: min(seconds) for way, seconds in spent.items()}}
 
 
-def _seconds(how: Products, x: Tensor, y: Tensor, matrix: Tensor) -> float:
+def _seconds(how: Products, *inputs: Tensor) -> float:
     began = time.thread_time()
+    x, y, matrix = map(how.take, inputs)
     how.mm(x, matrix.mT), how.mm(y, matrix), how.mm(y.mT, x)
     return time.thread_time() - began

@@ -1,11 +1,11 @@
 """Products of matrices on the CPU: of numbers as they are, or rounded to 16 bits; sums are fp32 either way.
 
-Those of fp32 are torch's or, where kernel/choice.py chose them, our own (`cuda/product_cpu.cpp`). Where the processor
-has no product of bf16, numbers are rounded to it and multiplied in fp32: what torch does there instead takes three
-times as long as fp32, and this takes as long. Where it has one, results are rounded, too.
+Those of fp32 are torch's or, where kernel/choice.py chose them, our own (`cuda/product_cpu.cpp`). Numbers rounded to
+bf16 are multiplied in fp32: where the processor has no product of bf16, what torch does instead takes three times as
+long, and one with AVX-512 BF16 alone may take twice as long, too. Where kernel/choice.py found the processor's own
+product to be faster it computes, and rounds results as well.
 """
 
-import logging
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rwkvpipe.kernel import build
-
-log = logging.getLogger("rwkvpipe")
 
 WORTH = 1 << 21  # multiplications below which starting an own product takes as long as torch's does
 _chosen: list[str] = []  # the newest last
@@ -33,22 +31,13 @@ def has_bf16() -> bool:
 
 
 def choose(name: str) -> None:
-    """Have products of fp32 computed by `torch` or by our `own` kernel from now on."""
+    """Have products computed by `torch` or by our `own` kernel, or those of bf16 by the processor's, from now on."""
     _chosen[:] = [name]
 
 
 def chosen() -> str | None:
-    """Whose products of fp32 compute; None is torch's, as nothing else was said."""
+    """Whose products compute, `torch`, `own` or `bf16`; None is torch's of fp32, as nothing else was said."""
     return _chosen[-1] if _chosen else None
-
-
-@cache
-def announce() -> None:
-    """Say once what bf16 means here."""
-    if has_bf16():
-        log.info("products: bf16 by this processor, sums in fp32")
-    else:
-        log.info("products: rounded to bf16, and fp32: this processor has no product of bf16, so it saves no time here")
 
 
 @dataclass(frozen=True)
@@ -65,7 +54,7 @@ class Products:
     @classmethod
     def of(cls, dtype: torch.dtype | None, device: torch.device) -> "Products":
         """The fastest on a device."""
-        return cls(dtype, device.type != "cpu" or dtype != torch.bfloat16 or has_bf16(), chosen() == "own")
+        return cls(dtype, device.type != "cpu" or dtype != torch.bfloat16 or chosen() == "bf16", chosen() == "own")
 
     def take(self, x: Tensor) -> Tensor:
         """Numbers as `mm` multiplies them."""
@@ -116,7 +105,6 @@ def asked() -> Products:
     """How products of fp32 on the CPU are to be computed: as torch's autocast says, and as was chosen."""
     if not torch.is_autocast_enabled("cpu"):
         return Products(own=chosen() == "own")
-    announce()
     return Products.of(torch.get_autocast_dtype("cpu"), torch.device("cpu"))
 
 

@@ -223,10 +223,11 @@ class _Training:
         step = 0 if found is None else found.step
         if rank.total(step) != [step * rank.count]:
             raise PipeError(f"{self.run.folder}: the processes do not see the same resume points; share the folder")
-        self.products = choice.settle(self.model, found and found.notes.pop("products", "torch"))
+        rounded = self.config.precision == "bf16"
+        self.products = choice.settle(self.model, found and found.notes.pop("products", "torch"), rounded=rounded)
         first = rank.gather(self.products)[0]
         if first != self.products:  # on a machine of another kind
-            self.products = choice.settle(self.model, first)
+            self.products = choice.settle(self.model, first, rounded=rounded)
         carried: dict[str, Tensor] = {}
         if found is not None:
             carried = _unpack(self.model, self.optimizer, found.tensors)

@@ -31,11 +31,11 @@ def undecided(monkeypatch, tmp_path):
 @pytest.fixture
 def timed(monkeypatch):
     """What is found by time is as told here; how often it was asked for."""
-    told = {"ratio": 2.0, "asked": 0}
+    told = {"ratio": 2.0, "bf16": 1.0, "asked": 0}
 
-    def answer(sizes):
+    def answer(sizes, ways, dtype):
         told["asked"] += 1
-        return {"times_as_fast": told["ratio"], "sizes": sizes}
+        return {"seconds": {way: 1 / {"own": told["ratio"], "bf16": told["bf16"]}.get(way, 1.0) for way in ways}}
 
     monkeypatch.setattr(choice, "_timed", answer)
     return told
@@ -52,6 +52,29 @@ def test_the_faster_is_chosen_once_for_a_machine_and_size_and_said(timed, caplog
     assert choice.settle(nn.Linear(64, 24)) == name and timed["asked"] == 1
     choice.settle(nn.Linear(48, 64))
     assert timed["asked"] == 2
+
+
+@pytest.mark.parametrize(
+    ("has", "ratio", "bf16", "name"),
+    [
+        (True, 1.2, 1.9, "bf16"),
+        (True, 0.9, 0.5, "torch"),  # AVX-512 BF16 of some processors
+        (True, 1.5, 1.2, "own"),
+        (False, 1.5, 1.9, "own"),
+    ],
+)
+@needs_native
+def test_numbers_rounded_to_bf16_are_multiplied_by_what_is_fastest(timed, monkeypatch, caplog, has, ratio, bf16, name):
+    monkeypatch.setattr(product, "has_bf16", lambda: has)
+    timed |= {"ratio": ratio, "bf16": bf16}
+    with caplog.at_level("INFO", logger="rwkvpipe"):
+        assert choice.settle(MODEL, rounded=True) == product.chosen() == name
+    assert ("the processor's of bf16" in caplog.text) == has
+    how = product.Products.of(torch.bfloat16, torch.device("cpu"))
+    assert (how.narrow, how.own) == (name == "bf16", name == "own")
+    assert choice.settle(MODEL) == ("own" if ratio > 1 else "torch") and timed["asked"] == 2  # fp32 is another matter
+    assert not product.Products.of(torch.bfloat16, torch.device("cpu")).narrow
+    assert product.Products.of(torch.bfloat16, torch.device("cuda")).narrow
 
 
 @needs_native
@@ -81,7 +104,8 @@ def test_what_is_timed_are_a_product_and_those_of_its_gradients_in_both_ways(mon
     asked, random = [], torch.get_rng_state()
     monkeypatch.setattr(choice, "ROUNDS", 1)
     monkeypatch.setattr(product.Products, "mm", lambda how, a, b: asked.append((how.own, *a.shape, b.shape[1])))
-    assert choice._timed([256, 1024])["times_as_fast"] > 0
+    found = choice._timed([256, 1024], ["torch", "own"], None)["seconds"]
+    assert found.keys() == {"torch", "own"} and min(found.values()) > 0
     shapes = [(choice.ROWS, 256, 1024), (choice.ROWS, 1024, 256), (1024, choice.ROWS, 256)]
     assert asked == [(own, *shape) for own in (False, True) for shape in shapes]
     assert torch.equal(torch.get_rng_state(), random)  # what is drawn for it is no training's

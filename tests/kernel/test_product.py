@@ -21,6 +21,11 @@ def drawn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
+def computed(narrow):
+    """Rounded numbers are multiplied by the processor's own product, or in fp32."""
+    return mock.patch.object(product, "_chosen", ["bf16" if narrow else "torch"])
+
+
 def rounded(x):
     return x.bfloat16().double()
 
@@ -30,7 +35,7 @@ def rounded(x):
 def test_what_is_rounded_is_what_goes_in_and_sums_are_fp32(rows, k, m, narrow):
     x, matrix, grad = drawn(2, rows, k), drawn(k, m), drawn(2, rows, m)
     x.requires_grad_(), matrix.requires_grad_()
-    with mock.patch.object(product, "has_bf16", lambda: narrow), ROUNDING:
+    with computed(narrow), ROUNDING:
         y = linear(x, matrix)
         y.backward(grad)
     assert y.dtype == x.grad.dtype == matrix.grad.dtype == torch.float32
@@ -70,7 +75,7 @@ def gradients(family, narrow=False, packed=False):
             value += 0.05 * drawn(*value.shape, seed=number)
     ids = torch.arange(2 * 21).view(2, 21) * 7 % 20
     starts = ids == 0 if packed else None
-    with mock.patch.object(product, "has_bf16", lambda: narrow):
+    with computed(narrow):
         features, _ = model.features(ids, starts=starts)
         logits = model.logits(features)
         (logits * drawn(*logits.shape)).sum().backward()
@@ -98,11 +103,3 @@ def test_the_large_operations_round_as_the_products_they_are_made_of_do(narrow):
         assert block7.fits([nn.Linear(4, 4, bias=False)], drawn(1, 1, 4))
     for one, other in zip(whole, parts, strict=True):  # a last digit may tip a number to its other neighbour
         assert (one - other).norm() <= 0.01 * other.norm()
-
-
-def test_it_is_said_once_whether_this_processor_has_the_product(caplog):
-    for narrow, line in ((True, "by this processor"), (False, "no product of bf16")):
-        product.announce.cache_clear()
-        with mock.patch.object(product, "has_bf16", lambda narrow=narrow: narrow), caplog.at_level("INFO"):
-            product.announce(), product.announce()
-        assert caplog.text.count(line) == 1
