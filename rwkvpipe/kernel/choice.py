@@ -1,4 +1,4 @@
-"""Whose products compute on the CPU: torch's of fp32, our own, or of numbers rounded to bf16 the processor's own product.
+"""Whose products compute on the CPU: torch's of fp32, our own, or the processor's, of numbers rounded to bf16.
 
 Whichever is faster, found out once for a machine: they are timed beside each other on matrices of a model's size, and
 what was found is kept beside the compiled kernels, for each processor, version of torch and of the kernels. They differ
@@ -37,7 +37,7 @@ def begin(model: nn.Module) -> None:
 
 
 def settle(model: nn.Module, began: str | None = None, *, rounded: bool = False) -> str:
-    """Choose products for a model from here on, `torch`, `own` or, where numbers are rounded to it, `bf16`; those that a
+    """Choose products for a model from here on, `torch`, `own` or, for numbers rounded to it, `bf16`; those that a
     training `began` with stay. Raises ConfigError where the environment asks for what there is not."""
     asked, shape, ways = compiler.products(), _shape(model), _ways(model, rounded)
     if began is not None:
