@@ -82,4 +82,20 @@ struct Tiles {
     }
 };
 
+// Forward and Backward for what a head is divided into, as types; -1 where it cannot be
+template <template <int> class Forward, template <int> class Backward, class F>
+int divided(int64_t parts, F f) {
+    if (parts == 1) return f(Forward<4>(), Backward<4>());
+    if (parts == 2) return f(Forward<2>(), Backward<2>());
+    if (parts == 4) return f(Forward<1>(), Backward<1>());
+    return -1;
+}
+
+// floats that a forward keeps of (B, T, H, N, ...), and that a backward wants as room
+int64_t chunks_kept(const int64_t *z) {
+    return z[0] * z[2] * Sizes{z[0], z[1], z[2], z[3], z[4]}.segments(KEEP) * N * N;
+}
+
+int64_t chunks_room(const int64_t *z) { return z[0] * z[2] * (KEEP / C) * N * N; }
+
 }  // namespace

@@ -304,15 +304,6 @@ struct ChunksBackward : Chunks6<WARPS> {
     }
 };
 
-// what a head is divided into, as a type
-template <class F>
-int divided(int64_t parts, F f) {
-    if (parts == 1) return f(ChunksForward<4>(), ChunksBackward<4>());
-    if (parts == 2) return f(ChunksForward<2>(), ChunksBackward<2>());
-    if (parts == 4) return f(ChunksForward<1>(), ChunksBackward<1>());
-    return -1;
-}
-
 }  // namespace
 
 // sizes: B T H N, a bit for each of r w k v u that is in bf16, whether there is one w for all tokens, and into how many
@@ -321,16 +312,14 @@ int divided(int64_t parts, F f) {
 extern "C" {
 
 // floats that the forward keeps, and that the backward wants as room
-int64_t wkv6_chunks_kept(const int64_t *z) {
-    return z[0] * z[2] * Sizes{z[0], z[1], z[2], z[3], z[4]}.segments(KEEP) * N * N;
-}
+int64_t wkv6_chunks_kept(const int64_t *z) { return chunks_kept(z); }
 
-int64_t wkv6_chunks_room(const int64_t *z) { return z[0] * z[2] * (KEEP / C) * N * N; }
+int64_t wkv6_chunks_room(const int64_t *z) { return chunks_room(z); }
 
 int wkv6_chunks_forward(const int64_t *z, int64_t stream, const void *r, const void *w, const void *k, const void *v,
                         const void *u, const float *start, void *y, float *end, float *kept) {
     if (z[3] != N) return -1;
-    return divided(z[6], [&](auto forward, auto) {
+    return divided<ChunksForward, ChunksBackward>(z[6], [&](auto forward, auto) {
         using Kernel = decltype(forward);
         return launch(Kernel{{{{z[0], z[1], z[2], z[3], z[4]}}, z[5] != 0, r, w, k, v, u}, start, y, end, kept},
                       z[0] * z[2] * z[6], stream);
@@ -343,7 +332,7 @@ int wkv6_chunks_backward(const int64_t *z, int64_t stream, const void *r, const 
                          const void *u, const float *kept, const void *dy, const float *dend, void *dr, void *dw,
                          void *dk, void *dv, float *du, float *dstart, float *room) {
     if (z[3] != N) return -1;
-    return divided(z[6], [&](auto, auto backward) {
+    return divided<ChunksForward, ChunksBackward>(z[6], [&](auto, auto backward) {
         using Kernel = decltype(backward);
         return launch(Kernel{{{{z[0], z[1], z[2], z[3], z[4]}}, z[5] != 0, r, w, k, v, u}, kept, dy, dend, dr, dw, dk,
                              dv, du, dstart, room},

@@ -100,6 +100,33 @@ stages:
 SCORES = {"base": (0.412, 0.63), "chat": (0.788, 0.846), "reason": (0.943, 0.957)}
 
 
+@pytest.fixture
+def pair(tmp_path):
+    """A model in bf16, an adapter trained beside it, and the model that has both."""
+    import torch
+
+    from rwkvpipe.base.config import LoraConfig, RwkvConfig
+    from rwkvpipe.base.files import digest
+    from rwkvpipe.model.family import build
+    from rwkvpipe.train.stage import write_adapter
+    from rwkvpipe.weights import store
+    from rwkvpipe.weights.lora import inject
+
+    start = build(RwkvConfig(n_layer=2, n_embd=32, head_size=16, vocab_size=257))
+    start.initialise(4)
+    path, adapter = tmp_path / "base.safetensors", tmp_path / "adapter.safetensors"
+    asked = LoraConfig(rank=2, full=("ln_x",))
+    store.write_tensors(path, {name: value.bfloat16() for name, value in start.state_dict().items()})
+    model = store.load_model(path)
+    inject(model, asked)
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.requires_grad:
+                value.add_(torch.randn(value.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+    write_adapter(adapter, model, asked, base=digest(path))
+    return path, adapter, model
+
+
 def _jsonl(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -6,33 +6,8 @@ import pytest
 import torch
 
 from rwkvpipe import merge
-from rwkvpipe.base.config import LoraConfig, RwkvConfig
 from rwkvpipe.base.errors import WeightsError
-from rwkvpipe.base.files import digest
-from rwkvpipe.model.family import build
-from rwkvpipe.train.stage import write_adapter
 from rwkvpipe.weights import store
-from rwkvpipe.weights.lora import inject
-
-MODEL = {"n_layer": 2, "n_embd": 32, "head_size": 16}
-
-
-@pytest.fixture
-def pair(tmp_path):
-    """A bf16 model, an adapter trained beside it, and the model that has both."""
-    start = build(RwkvConfig(**MODEL, vocab_size=257))
-    start.initialise(4)
-    path = tmp_path / "base.safetensors"
-    store.write_tensors(path, {name: value.bfloat16() for name, value in start.state_dict().items()})
-    model = store.load_model(path)
-    asked = LoraConfig(rank=2, full=("ln_x",))
-    inject(model, asked)
-    with torch.no_grad():
-        for value in model.parameters():
-            if value.requires_grad:
-                value.add_(torch.randn(value.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
-    write_adapter(tmp_path / "adapter.safetensors", model, asked, base=digest(path))
-    return path, tmp_path / "adapter.safetensors", model
 
 
 def test_merging_changes_what_the_adapter_names_and_nothing_else(tmp_path, pair):

@@ -250,21 +250,26 @@ def _added(found: Tensor, x: Tensor, parts: int) -> Tensor:
     return found if parts == 1 else found.sum(0).to(x.dtype)
 
 
+def _forward(ctx, name: str, tracked: bool, inputs: Sequence[Tensor], *more: int) -> tuple[Tensor, Tensor]:
+    """y and the state after the last token; `ctx` gets what a backward needs, `more` are the operator's own sizes."""
+    inputs = [x.contiguous() for x in inputs]
+    v, S = inputs[3], inputs[-1]
+    ctx.operator, ctx.parts = way(name, v)
+    ctx.sizes = _sizes(inputs[:-1], *more, ctx.parts)
+    y, after, kept = torch.empty_like(v), torch.empty_like(S), None
+    if tracked:
+        kept = floats(f"{ctx.operator}_kept", ctx.sizes, v)
+        ctx.save_for_backward(*inputs[:-1], kept)
+    call(f"{ctx.operator}_forward", ctx.sizes, *inputs, y, after, kept)
+    return y, after
+
+
 class Wkv7(torch.autograd.Function):
     """`cuda/wkv7_chunks.cu` or `cuda/wkv7.cu`, as `way` says; a state in 64 is kept for the backward."""
 
     @staticmethod
     def forward(ctx, tracked, *inputs):
-        inputs = [x.contiguous() for x in inputs]
-        v, S = inputs[3], inputs[-1]
-        ctx.operator, ctx.parts = way("wkv7", v)
-        ctx.sizes = _sizes(inputs[:-1], ctx.parts)
-        y, after, kept = torch.empty_like(v), torch.empty_like(S), None
-        if tracked:
-            kept = floats(f"{ctx.operator}_kept", ctx.sizes, v)
-            ctx.save_for_backward(*inputs[:-1], kept)
-        call(f"{ctx.operator}_forward", ctx.sizes, *inputs, y, after, kept)
-        return y, after
+        return _forward(ctx, "wkv7", tracked, inputs)
 
     @staticmethod
     @once_differentiable
@@ -282,16 +287,7 @@ class Wkv6(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tracked, *inputs):
-        inputs = [x.contiguous() for x in inputs]
-        w, v, S = inputs[1], inputs[3], inputs[-1]
-        ctx.operator, ctx.parts = way("wkv6", v)
-        ctx.sizes = _sizes(inputs[:-1], int(w.dim() == 2), ctx.parts)
-        y, after, kept = torch.empty_like(v), torch.empty_like(S), None
-        if tracked:
-            kept = floats(f"{ctx.operator}_kept", ctx.sizes, v)
-            ctx.save_for_backward(*inputs[:-1], kept)
-        call(f"{ctx.operator}_forward", ctx.sizes, *inputs, y, after, kept)
-        return y, after
+        return _forward(ctx, "wkv6", tracked, inputs, int(inputs[1].dim() == 2))
 
     @staticmethod
     @once_differentiable

@@ -3,7 +3,6 @@
 import math
 import warnings
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -15,6 +14,7 @@ from rwkvpipe.kernel.wkv5 import wkv5, wkv5_reference
 from rwkvpipe.kernel.wkv6 import wkv6, wkv6_reference
 from rwkvpipe.kernel.wkv7 import wkv7, wkv7_reference
 from rwkvpipe.model.family import build as build_model
+from tests.kernel.operators import check_reference, error, reference, results
 
 OPERATORS = {"wkv7": (wkv7, wkv7_reference), "wkv6": (wkv6, wkv6_reference), "wkv5": (wkv5, wkv5_reference)}
 NAMES = {"wkv7": "rwkvabs", "wkv6": "rwkvus", "wkv5": "rwkvus"}
@@ -45,46 +45,14 @@ def made(which, B, T, H, N, seed=0, w=None):
     return [r, decay, k, v, -kk, kk * torch.rand(B, T, H, N, generator=stream), draw(B, H, N, N)]
 
 
-def results(operator, inputs, pulls=None):
-    """y, the last state and all gradients of a mixture of both."""
-    inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    y, S = operator(*inputs)
-    if pulls is None:
-        stream = torch.Generator().manual_seed(1)
-        pulls = [torch.randn(x.shape, generator=stream, dtype=torch.float64) for x in (y, S)]
-    torch.autograd.backward((y, S), [pull.to(x.dtype) for pull, x in zip(pulls, (y, S), strict=True)])
-    return [y.detach(), S.detach(), *(x.grad for x in inputs)]
-
-
 def exact(which, inputs):
     """The same in fp64. A decay that has no exponential forgets all, and has no gradient."""
     return [x.nan_to_num(0.0) for x in results(OPERATORS[which][1], [x.double() for x in inputs])]
 
 
-def error(found, wanted, least=1e-9):
-    return float((found.double() - wanted).abs().max() / wanted.abs().max().clamp(min=least))
-
-
-def reference(goldens, which, case):
-    """Names of all results, inputs, pulls and results of a case of the reference numbers."""
-    golden = np.load(goldens / "rwkv" / f"op_{which}.npz")
-    names = [*NAMES[which][:-1], "s0"]
-
-    def read(name):  # the numbers of 5 and 6 hold states as [key, value]
-        x = torch.tensor(golden[f"{case}/{name}"])
-        state = name.split("/")[1] in ("s0", "sT", "gsT")
-        return x.mT.contiguous() if state and which != "wkv7" else x
-
-    told = ["out/y", "out/sT", *(f"grad/{name}" for name in names)]
-    inputs = [read(f"in/{name}").float() for name in names]
-    return told, inputs, [read("in/gy"), read("in/gsT")], [read(name) for name in told]
-
-
 @pytest.mark.parametrize("which, case", CASES)
 def test_values_and_gradients_are_the_reference_numbers(on_host, goldens, which, case):
-    names, inputs, pulls, wanted = reference(goldens, which, case)
-    for name, found, real in zip(names, results(OPERATORS[which][0], inputs, pulls), wanted, strict=True):
-        assert error(found, real) < 1e-5, name
+    check_reference(goldens, which, case, OPERATORS[which][0], torch.float32, 1e-5)
 
 
 @pytest.mark.parametrize("which", OPERATORS)
@@ -114,7 +82,7 @@ def test_bf16_is_read_and_rounded_once(on_host, which):
     state = made(which, 2, 35, 2, 20)[-1]
     found = results(OPERATORS[which][0], [*inputs, state])
     assert [x.dtype for x in found] == [torch.bfloat16, torch.float32, *[torch.bfloat16] * len(inputs), torch.float32]
-    wide = results(OPERATORS[which][0], [*(x.float() for x in inputs), state.float()], None)
+    wide = results(OPERATORS[which][0], [*(x.float() for x in inputs), state.float()])
     assert torch.equal(found[0], wide[0].bfloat16())  # the gradients' pulls were rounded, so those are only near
     for one, other in zip(found, exact(which, [*inputs, state]), strict=True):
         assert error(one, other) < 1e-2
@@ -319,8 +287,9 @@ def test_tensor_cores_err_by_a_thousandth_at_most_before_rounding(tiled, monkeyp
 @pytest.mark.parametrize("which", OPERATORS)
 def test_tensor_cores_give_the_reference_numbers_as_well_as_eleven_bits_can(tiled, goldens, which):
     names, inputs, pulls, wanted = reference(goldens, which, "t17n64")
+    inputs = [x.float() for x in inputs]
     assert on_tensor_cores(inputs)
-    for name, one, other in zip(names, results(OPERATORS[which][0], inputs, pulls), wanted, strict=True):
+    for name, one, other in zip(names, results(OPERATORS[which][0], inputs, pulls=pulls), wanted, strict=True):
         assert rms(one, other) < 1.5e-3, name  # inputs are rounded, too
 
 
@@ -385,8 +354,8 @@ def test_tensor_cores_err_by_hardly_more_than_rounding_to_bf16_does(on_host, whi
     pulls = [torch.randn(2, 70, 2, 64, generator=stream).bfloat16().double()]
     pulls += [torch.randn(2, 2, 64, 64, generator=stream).double()]
     assert on_tensor_cores(inputs)
-    wanted = results(OPERATORS[which][1], [x.double() for x in inputs], pulls)
-    for n, (found, real) in enumerate(zip(results(OPERATORS[which][0], inputs, pulls), wanted, strict=True)):
+    wanted = results(OPERATORS[which][1], [x.double() for x in inputs], pulls=pulls)
+    for n, (found, real) in enumerate(zip(results(OPERATORS[which][0], inputs, pulls=pulls), wanted, strict=True)):
         rounded = rms(real.bfloat16(), real) if found.dtype == torch.bfloat16 else 1e-3
         assert rms(found, real) < 1.2 * rounded, n
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from rwkvpipe.kernel import build
 from rwkvpipe.kernel.wkv5 import wkv5, wkv5_reference
 from rwkvpipe.kernel.wkv6 import wkv6, wkv6_reference
+from tests.kernel.operators import error, results
 
 pytestmark = pytest.mark.skipif(build.extension() is None, reason=f"no native kernels here: {build.why_not()}")
 OPERATORS = {"wkv5": (wkv5, wkv5_reference), "wkv6": (wkv6, wkv6_reference)}
@@ -30,23 +31,9 @@ def made(which, B, T, H, N, seed=0, w=None):
     return found
 
 
-def results(operator, inputs, seed=1):
-    """y, the last state and all gradients of a random mixture of both."""
-    inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    y, S = operator(*inputs)
-    stream = torch.Generator().manual_seed(seed)
-    weights = [torch.randn(x.shape, generator=stream) for x in (y, S)]
-    (y * weights[0]).sum().add((S * weights[1]).sum()).backward()
-    return [y.detach(), S.detach(), *(x.grad for x in inputs)]
-
-
 def exact(which, inputs):
     """The same in fp64. A decay that has no exponential forgets all, and has no gradient."""
     return [x.nan_to_num(0.0) for x in results(OPERATORS[which][1], [x.double() for x in inputs])]
-
-
-def error(found, wanted):
-    return float((found.double() - wanted).abs().max() / wanted.abs().max().clamp(min=1.0))
 
 
 @pytest.mark.parametrize("which", OPERATORS)
@@ -63,7 +50,7 @@ def test_any_sizes_and_decays_are_exact_to_a_millionth(which, sizes, w, seed):
     # what fp32 costs every form: sums that cancel, and a decay next to 1, off by up to 2^-25 each token again
     most = 1e-6 + (sizes[1] * 2**-25 if w and {-17.0, -8.0} & {*w} else 0)
     for found, wanted, other in zip(results(operator, inputs), exact(which, inputs), plain, strict=True):
-        assert error(found, wanted) < most + 4 * error(other, wanted)
+        assert error(found, wanted, 1.0) < most + 4 * error(other, wanted, 1.0)
 
 
 @pytest.mark.parametrize("which", OPERATORS)
@@ -71,7 +58,7 @@ def test_any_sizes_and_decays_are_exact_to_a_millionth(which, sizes, w, seed):
 def test_a_single_token_without_gradients_is_the_same(which, N):
     inputs = made(which, 2, 1, 2, N)
     for found, wanted in zip(OPERATORS[which][0](*inputs), OPERATORS[which][1](*inputs), strict=True):
-        assert error(found, wanted.double()) < 1e-6
+        assert error(found, wanted, 1.0) < 1e-6
 
 
 @pytest.mark.parametrize("which", OPERATORS)

@@ -1,12 +1,11 @@
 """The RWKV-6 operator against reference numbers, and its two forms against each other."""
 
-import numpy as np
 import pytest
 import torch
 
 from rwkvpipe.kernel.wkv6 import wkv6, wkv6_reference
+from tests.kernel.operators import check_reference, error, results
 
-NAMES = ("r", "w", "k", "v", "u", "s0")
 CASES = ("typical", "t1", "t17n64", "extreme_decay")
 
 
@@ -19,38 +18,11 @@ def made(B, T, H, N, dtype=torch.float64, w=None):
     return [x.to(dtype).requires_grad_() for x in found]
 
 
-def results(operator, inputs):
-    """y, the last state and all gradients of a random mixture of both."""
-    inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    y, S = operator(*inputs)
-    stream = torch.Generator().manual_seed(1)
-    weights = [torch.randn(x.shape, generator=stream, dtype=torch.float64).to(x.dtype) for x in (y, S)]
-    (y * weights[0]).sum().add((S * weights[1]).sum()).backward()
-    return [y, S, *(x.grad for x in inputs)]
-
-
-def error(found, wanted, least=1e-9):
-    """Largest difference, as a share of the largest wanted value (of `least`, where that is smaller)."""
-    found, wanted = found.detach().double(), torch.as_tensor(wanted).detach().double()
-    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=least))
-
-
 @pytest.mark.parametrize("operator", [wkv6_reference, wkv6])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-11)])
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_are_the_reference_numbers(goldens, case, dtype, tolerance, operator):
-    golden = np.load(goldens / "rwkv" / "op_wkv6.npz")
-    inputs = [torch.tensor(golden[f"{case}/in/{name}"]).to(dtype) for name in NAMES]
-    inputs[-1] = inputs[-1].mT.contiguous()  # the numbers hold [key, value]
-    inputs = [x.requires_grad_() for x in inputs]
-    y, S = operator(*inputs)
-    pulls = [torch.tensor(golden[f"{case}/in/{name}"]) for name in ("gy", "gsT")]
-    (y * pulls[0]).sum().add((S.mT * pulls[1]).sum()).backward()
-    assert error(y, golden[f"{case}/out/y"]) < tolerance
-    assert error(S.mT, golden[f"{case}/out/sT"]) < tolerance
-    inputs[-1].grad = inputs[-1].grad.mT
-    for name, x in zip(NAMES, inputs, strict=True):
-        assert error(x.grad, golden[f"{case}/grad/{name}"]) < tolerance, name
+    check_reference(goldens, "wkv6", case, operator, dtype, tolerance)
 
 
 @pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 33, 131])

@@ -3,7 +3,6 @@
 import math
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,8 +10,8 @@ from hypothesis import strategies as st
 
 from rwkvpipe.kernel import build
 from rwkvpipe.kernel.wkv7 import wkv7, wkv7_reference
+from tests.kernel.operators import check_reference, error, results
 
-NAMES = ("r", "w", "k", "v", "a", "b", "s0")
 CASES = ("typical", "t1", "t16", "t17n64", "extreme_decay", "repeat_key", "unclamped")
 
 
@@ -36,35 +35,11 @@ def made(B, T, H, N, dtype=torch.float64, seed=0, w=None):
     return [x.to(dtype).requires_grad_() for x in found]
 
 
-def results(operator, inputs, seed=1):
-    """y, the last state and all gradients of a random mixture of both."""
-    inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    y, S = operator(*inputs)
-    stream = torch.Generator().manual_seed(seed)
-    weights = [torch.randn(x.shape, generator=stream, dtype=torch.float64).to(x.dtype) for x in (y, S)]
-    (y * weights[0]).sum().add((S * weights[1]).sum()).backward()
-    return [y, S, *(x.grad for x in inputs)]
-
-
-def error(found, wanted, least=1e-9):
-    """Largest difference, as a share of the largest wanted value (of `least`, where that is smaller)."""
-    found, wanted = found.detach().double(), torch.as_tensor(wanted).detach().double()
-    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=least))
-
-
 @pytest.mark.parametrize("operator", [wkv7_reference, wkv7, chunks])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-11)])
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_are_the_reference_numbers(goldens, case, dtype, tolerance, operator):
-    golden = np.load(goldens / "rwkv" / "op_wkv7.npz")
-    inputs = [torch.tensor(golden[f"{case}/in/{name}"]).to(dtype).requires_grad_() for name in NAMES]
-    y, S = operator(*inputs)
-    pulls = [torch.tensor(golden[f"{case}/in/{name}"]) for name in ("gy", "gsT")]
-    (y * pulls[0]).sum().add((S * pulls[1]).sum()).backward()
-    assert error(y, golden[f"{case}/out/y"]) < tolerance
-    assert error(S, golden[f"{case}/out/sT"]) < tolerance
-    for name, x in zip(NAMES, inputs, strict=True):
-        assert error(x.grad, golden[f"{case}/grad/{name}"]) < tolerance, name
+    check_reference(goldens, "wkv7", case, operator, dtype, tolerance)
 
 
 @pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 33, 131])
