@@ -141,6 +141,8 @@ def lr_at(config: TrainConfig, step: int) -> float:
     if config.schedule == "wsd":
         begin = max(begin, config.steps - round(config.decay * config.steps))
     fallen = _between((number - begin) / (config.steps - begin)) if config.steps > begin else 0.0
+    if not fallen:  # to the last digit that of `constant`, which wsd may go on from
+        return config.lr
     if config.schedule == "cosine":
         return last + (config.lr - last) * (0.5 + 0.5 * math.cos(math.pi * fallen))
     return last + (config.lr - last) * (1 - fallen)

@@ -137,6 +137,13 @@ def test_every_schedule_starts_above_zero_and_never_leaves_its_bounds(schedule, 
     assert all(0 <= rate <= 1e-3 for rate in rates)
 
 
+@pytest.mark.parametrize("last", [None, 0.0, 0.001])
+def test_until_it_falls_the_rate_of_wsd_is_that_of_constant_to_the_last_digit(last):
+    longer = TrainConfig(steps=12, warmup=1, lr=0.01, lr_final=last, schedule="wsd", decay=0.5)
+    shorter = TrainConfig(steps=6, warmup=1, lr=0.01, schedule="constant")
+    assert [lr_at(longer, step) for step in range(6)] == [lr_at(shorter, step) for step in range(6)]
+
+
 def test_wsd_stays_and_then_falls_linearly():
     config = TrainConfig(steps=100, warmup=10, lr=1.0, lr_final=0.0, schedule="wsd", decay=0.2)
     rates = [lr_at(config, n) for n in range(100)]
