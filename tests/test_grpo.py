@@ -16,7 +16,7 @@ from rwkvpipe.model.family import build
 from rwkvpipe.show.chart import curves
 from rwkvpipe.show.metrics import read_metrics
 from rwkvpipe.tokenizer.load import load_tokenizer
-from rwkvpipe.train import question, rollout
+from rwkvpipe.train import loop, question, rollout
 from rwkvpipe.train.question import Room
 from rwkvpipe.train.record import MEASURED
 from rwkvpipe.train.reference import Reference
@@ -335,6 +335,15 @@ async def likewise(completions):
 
 def breaks(completions):
     return completions[0] + 1
+
+def quoted(completions):
+    return ["1.5"] * len(completions)
+
+def vast(completions):
+    return [1e300 * n for n, _ in enumerate(completions)]
+
+def vaster(completions):
+    return [10**400] * len(completions)
 """
 
 
@@ -375,6 +384,10 @@ def test_a_reward_that_applies_to_nothing_is_in_no_number_and_an_async_one_is_wa
         ("other.py:short", ConfigError, "there is no file other.py"),
         ("judges.py:few", DataError, "judges.py:few returns 1 for 8 completions"),
         ("judges.py:words", DataError, "judges.py:words returns 'good' at 0, no number"),
+        ("judges.py:quoted", DataError, "judges.py:quoted returns '1.5' at 0, no number"),
+        ("judges.py:vast", DataError, r"judges.py:vast returns 1e\+300 at 1; a reward is at most"),
+        ("judges.py:vaster", DataError, r"judges.py:vaster returns 10{39} at 0; a reward is at most"),
+        ({"judges.py:short": 1e40}, DataError, "rollout.reward: a weighted sum is over 1e.30"),
         ("judges.py:breaks", DataError, r"judges.py:breaks raises TypeError at .*judges.py:\d+"),
         ("broken.py:f", DataError, r"broken.py:f raises SyntaxError at .*broken.py:1"),
     ],
@@ -387,6 +400,45 @@ def test_rewards_that_cannot_be_used_are_told_in_one_line(home, monkeypatch, nam
     with pytest.raises(error, match=said) as told:
         run(home, "a")
     assert "\n" not in str(told.value)
+
+
+DRAWN = """
+from __future__ import annotations
+import pickle, random
+from dataclasses import dataclass
+import numpy as np, torch
+
+made = []
+
+@dataclass
+class Grade:
+    value: float
+
+def by_lot(completions):
+    assert pickle.loads(pickle.dumps(by_lot)) is by_lot
+    made.append(len(completions))
+    return np.array([Grade(random.random() + np.random.rand() + float(torch.rand(()))).value for _ in completions])
+
+def counts(completions):
+    return [float(len(made))] * len(completions)
+"""
+
+
+def test_what_functions_draw_by_lot_is_the_same_after_a_stop_and_a_file_is_one_module(home, monkeypatch):
+    monkeypatch.chdir(home)
+    (home / "lots.py").write_text(DRAWN)
+    settings(home, rollout={"reward": {"lots.py:by_lot": 1.0, "lots.py:counts": 1.0}})
+    _, rows, kept = run(home, "whole")
+    again = [row["reward"] - row["rewards"]["lots.py:counts"] for row in kept]
+    assert len(set(again)) == len(again)
+    assert [row["rewards"]["lots.py:counts"] for row in kept][:: len(kept) // 4] == [1.0, 2.0, 3.0, 4.0]
+    settings(home, rollout={"reward": "lots.py:by_lot"})
+    whole = run(home, "alone")
+    with monkeypatch.context() as patch:
+        patch.setattr("rwkvpipe.train.loop._gradient", Break(loop._gradient, 2))
+        with pytest.raises(Stopped):
+            run(home, "cut")
+    assert run(home, "cut")[1:] == whole[1:]
 
 
 def test_bnpo_averages_parts_that_the_settings_name_and_no_others(home):

@@ -1,11 +1,18 @@
 """Functions in a Python file of the user's: found by name, and what goes wrong in them told in one line."""
 
+import hashlib
 import importlib.util
 import inspect
+import random
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
 
 from rwkvpipe.base.errors import ConfigError, DataError
 
@@ -30,14 +37,34 @@ def function(key: str, name: str) -> Callable:
     path, _, wanted = name.rpartition(":")
     if not Path(path).is_file():
         raise ConfigError(f"{key}: there is no file {path}; paths count from the folder of the call")
-    found = importlib.util.spec_from_file_location(f"own_{Path(path).stem}", path)
-    module = importlib.util.module_from_spec(found)
-    with theirs(key, name):
-        found.loader.exec_module(module)
-    own = getattr(module, wanted, None)
+    own = getattr(_module(key, name, path), wanted, None)
     if not callable(own):
         raise ConfigError(f"{key}: {path} has no function {wanted}; name one that it has")
     return own
+
+
+def _module(key: str, name: str, path: str) -> ModuleType:
+    """The file as a module that is known by a name of its own, once for all functions in it: dataclasses ask for it
+    there, and processes that are handed a function do."""
+    known = f"own_{hashlib.sha256(Path(path).resolve().as_posix().encode() + Path(path).read_bytes()).hexdigest()[:16]}"
+    if known not in sys.modules:
+        found = importlib.util.spec_from_file_location(known, path)
+        sys.modules[known] = importlib.util.module_from_spec(found)
+        try:
+            with theirs(key, name):
+                found.loader.exec_module(sys.modules[known])
+        except BaseException:
+            del sys.modules[known]
+            raise
+    return sys.modules[known]
+
+
+def draw_from(seed: int) -> None:
+    """What functions draw by `random`, `numpy.random` and torch comes from this seed: whoever goes on from a resume
+    point draws what was drawn without a stop."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def taken(own: Callable, every: dict) -> dict:

@@ -20,6 +20,7 @@ from rwkvpipe.train.own import columns, function, taken, theirs
 
 Grade = Callable[[dict, str], float | None]
 KEY = "rollout.reward"
+MOST = 1e30  # squares of sums of such are numbers still
 
 
 async def _awaited(given: dict[str, Awaitable]) -> dict[str, object]:
@@ -34,20 +35,24 @@ async def _awaited(given: dict[str, Awaitable]) -> dict[str, object]:
 
 def _checked(name: str, given: object, count: int) -> list[float]:
     """What a function of the user's returned, as numbers, NaN for None. Raises DataError for anything else."""
-    given = given.tolist() if isinstance(given, Tensor) else given
+    given = given.tolist() if hasattr(given, "tolist") else given  # a tensor, an array
     if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != count:
         shown = f"{len(given)}" if isinstance(given, Sequence) else type(given).__name__
         raise DataError(f"rollout.reward: {name} returns {shown} for {count} completions; a list of as many is needed")
     found = []
     for number, value in enumerate(given):
         try:
+            if isinstance(value, str):
+                raise TypeError
             found.append(math.nan if value is None else float(value))
         except (TypeError, ValueError):
             raise DataError(
                 f"rollout.reward: {name} returns {value!r:.40} at {number}, no number and no None"
             ) from None
-        if math.isinf(found[-1]):
-            raise DataError(f"rollout.reward: {name} returns {value} at {number}; an advantage of it is no number")
+        except OverflowError:
+            found.append(math.inf)
+        if abs(found[-1]) > MOST:
+            raise DataError(f"rollout.reward: {name} returns {value!s:.40} at {number}; a reward is at most {MOST:g}")
     return found
 
 
@@ -86,9 +91,15 @@ class Rewards:
         return [list(row) for row in zip(*grades_of, strict=True)]
 
     def total(self, grades: Tensor) -> Tensor:
-        """The weighted sum (N,) of the rewards (N, F) that apply; a completion to which none does stays NaN."""
+        """The weighted sum (N,) of the rewards (N, F) that apply; a completion to which none does stays NaN.
+
+        Raises DataError for one that is too large to be compared.
+        """
         weights = torch.tensor(list(self.weights.values()), dtype=torch.float64)
-        return (grades * weights).nansum(1).masked_fill(grades.isnan().all(1), torch.nan)
+        found = (grades * weights).nansum(1).masked_fill(grades.isnan().all(1), torch.nan)
+        if (found.abs() > MOST).any():
+            raise DataError(f"{KEY}: a weighted sum is over {MOST:g}; lower the weights")
+        return found
 
     def facts(self, grades: Tensor) -> dict[str, float]:
         """What there is to say of each reward over the completions it applies to; nothing of one that has none."""

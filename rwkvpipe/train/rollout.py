@@ -16,6 +16,7 @@ from rwkvpipe.tokenizer.load import Tokenizer
 from rwkvpipe.train.advantage import Bounds, advantages, normalised
 from rwkvpipe.train.hooks import Shaping
 from rwkvpipe.train.loop import step_seed
+from rwkvpipe.train.own import draw_from
 from rwkvpipe.train.policy import CLIPPED, Rollout, completion_logprobs, most_uncertain
 from rwkvpipe.train.question import Question, Room, drawn
 from rwkvpipe.train.record import Log
@@ -106,6 +107,7 @@ class Sampler:
         found = [Completion(**fields) for part in rank.gather(list(map(asdict, given))) for fields in part]
         found.sort(key=lambda completion: (completion.prompt, completion.sample))
         texts = ([asked[c.prompt].row for c in found], [asked[c.prompt].prompt for c in found])
+        draw_from(seed)
         shaped = rank.gather(self.shaping(*texts, found) if not rank.index else None)[0]
         found, counts, foreign = self.shaping.read(found, shaped)
         # one process grades for all: a function of the user's may draw lots
