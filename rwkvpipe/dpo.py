@@ -9,6 +9,7 @@ from rwkvpipe.base.config import DpoConfig
 from rwkvpipe.base.errors import run
 from rwkvpipe.data.batches import check_batch
 from rwkvpipe.infer.engine import load_vocabulary
+from rwkvpipe.tokenizer.load import files_of
 from rwkvpipe.train.loop import Hooks, fit
 from rwkvpipe.train.optim import whole_length
 from rwkvpipe.train.preference import Preferences, pair_batches, read_pairs, targets, tokens
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
         lambda first, carried: pair_batches(pairs, config, stage.seed, first),
         wanted.losses,
         config=config,
-        run=run_of(stage, [given.data], given.save_every),
+        run=run_of(stage, [given.data, *files_of(given.tokenizer)], given.save_every),
         hooks=Hooks(measures=wanted.measures, tokens=tokens, targets=targets, read=read),
     )
     finish(stage, metrics)

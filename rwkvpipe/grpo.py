@@ -11,6 +11,7 @@ from rwkvpipe.data.batches import check_batch
 from rwkvpipe.infer.engine import load_vocabulary
 from rwkvpipe.tasks.answer import PROMPT, Answer
 from rwkvpipe.tasks.registry import grader
+from rwkvpipe.tokenizer.load import files_of
 from rwkvpipe.train.loop import Hooks, fit
 from rwkvpipe.train.optim import whole_length
 from rwkvpipe.train.policy import Rollout, grpo_losses
@@ -47,7 +48,8 @@ def main(argv: list[str] | None = None) -> None:
         report=sampler.parts.append, rank=stage.rank,
     )  # fmt: skip
     hooks = Hooks(measures=sampler.measures, carry=sampler.carry, tokens=_tokens, targets=_targets, read=sampler.read)
-    where = run_of(stage, [given.data, *map(Path, settings.rollout.files)], given.save_every)
+    inputs = [given.data, *map(Path, settings.rollout.files), *files_of(given.tokenizer)]
+    where = run_of(stage, inputs, given.save_every)
     metrics = fit(stage.model, sampler.batches, losses, config=config, run=where, hooks=hooks)
     write_jsonl(stage.out.parent / "rollouts.jsonl", sampler.log.rows())
     finish(stage, metrics)

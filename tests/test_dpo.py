@@ -7,9 +7,10 @@ import torch
 
 from rwkvpipe import dpo, merge, questions
 from rwkvpipe.base.config import RwkvConfig
-from rwkvpipe.base.errors import ConfigError, DataError
+from rwkvpipe.base.errors import ConfigError, DataError, Stopped
 from rwkvpipe.base.files import read_jsonl, write_json, write_jsonl
 from rwkvpipe.model.family import build
+from rwkvpipe.train import loop
 from rwkvpipe.weights import store
 
 MODEL = RwkvConfig(n_layer=2, n_embd=32, head_size=16, vocab_size=256)
@@ -31,13 +32,13 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(home, name, *, micro_batch=4, train=None, **changes):
+def run(home, name, *, micro_batch=4, train=None, tokenizer="bytes", **changes):
     value = {"kind": "dpo", "seed": 3, "train": {"steps": 12, "ctx_len": 16, "batch": 4, "lr": 0.003} | (train or {})}
     value["train"] |= {"warmup": 1, "log_every": 1}
     write_json(home / "settings.json", value | changes)
     out = home / name / ("adapter.safetensors" if {"lora", "state"} & changes.keys() else "model.safetensors")
     dpo.main([
-        str(home / "settings.json"), "--model", str(home / "start.safetensors"), "--tokenizer", "bytes",
+        str(home / "settings.json"), "--model", str(home / "start.safetensors"), "--tokenizer", str(tokenizer),
         "--data", str(home / "pairs.jsonl"), "--micro-batch", str(micro_batch), "--out", str(out),
     ])  # fmt: skip
     return store.read_tensors(out)[0], list(read_jsonl(home / name / "metrics.jsonl"))
@@ -60,6 +61,28 @@ def test_the_micro_batch_decides_nothing(home, micro_batch):
     wanted = run(home, "a", train={"steps": 3})[0]
     for name, value in run(home, "b", micro_batch=micro_batch, train={"steps": 3})[0].items():
         torch.testing.assert_close(value, wanted[name], atol=1e-6, rtol=1e-5)
+
+
+def test_nothing_goes_on_with_another_vocabulary(home, monkeypatch):
+    def words(number):
+        return "".join(f"{(place * number) % 101 + 1} {chr(place)!r} 1\n" for place in range(32, 127))
+
+    (home / "words").mkdir()
+    file, gradient, left = home / "words/vocab.txt", loop._gradient, [5]
+
+    def stopped(*given):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return gradient(*given)
+
+    file.write_text(words(1))
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(loop, "_gradient", stopped)
+        run(home, "cut", tokenizer=home / "words")
+    file.write_text(words(7))
+    again, wanted = run(home, "cut", tokenizer=home / "words"), run(home, "whole", tokenizer=home / "words")
+    assert all(torch.equal(value, again[0][name]) for name, value in wanted[0].items())
 
 
 def test_every_setting_of_its_own_changes_what_is_learned(home):

@@ -113,6 +113,15 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return _read(described if isinstance(described, dict) else {}, file.parent, file)
 
 
+def files_of(path: str | Path) -> list[Path]:
+    """The files that `load_tokenizer` may read of a tokenizer; none of one that is known by name."""
+    if Path(path).is_file():
+        path = Path(path)
+        return [path, *files_of(path.parent)] if path.suffix == ".json" else [path]
+    found = (Path(path) / name for name in ("tokenizer.json", MERGES, *HUB))
+    return [file for file in found if file.is_file()]
+
+
 def save_tokenizer(folder: str | Path, tokenizer: Tokenizer) -> None:
     """Write tokenizer.json and what belongs beside it, from which `load_tokenizer` makes an equal tokenizer."""
     folder = Path(folder)
