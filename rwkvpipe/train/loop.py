@@ -299,6 +299,7 @@ class _Training:
 
     def gradient(self, batch: Any, losses: Callable) -> tuple[float, float]:
         """Gradients of a step, in fp16 by the first factor that overflows nothing, if there is one."""
+        began = vars(self.scaler).copy()
         while True:
             torch.manual_seed(step_seed(self.run.seed, self.progress.step))
             found = losses(self.model, batch), self.config.clip, self.run.rank, self.stops, self.scaler.size
@@ -307,6 +308,7 @@ class _Training:
                 self.scaler.settle(self.config.precision)
                 return loss, norm
             if not self.scaler.lower():
+                self.scaler = Scaler(**began)  # it is not the factor's fault
                 return loss, norm
             self.hooks.measures()  # those of a step that does not count
 

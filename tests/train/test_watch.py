@@ -68,6 +68,11 @@ def test_a_bad_step_stops_and_is_named_with_what_it_read(tmp_path, factor, said)
         run(tmp_path, factors={4: factor}, watch={"spike": 10})
 
 
+def test_a_skipped_step_does_not_leave_fp16_without_its_factor(tmp_path):
+    run(tmp_path, factors={4: math.nan}, precision="fp16", watch={"bad": "skip"})
+    assert checkpoint.latest(tmp_path, "mark 12 cosine").notes["scaler"]["size"] == 65536
+
+
 def test_a_run_of_which_every_step_is_skipped_makes_nothing(tmp_path):
     for _ in range(2):  # and says so again
         with pytest.raises(PipeError, match="^all 12 steps were skipped: no weight was moved"):
