@@ -257,6 +257,8 @@ def grpo_losses(
     """
 
     def losses(model: nn.Module, rollout: Rollout) -> Iterator[Tensor]:
+        if not rollout.mask.any():  # in lockstep, too: gradients of 0 would let the moments go on moving weights
+            return
         device = device_of(model)
         taught = float(counted(rollout).sum())
         share = Share(len(rollout.ids), float(rollout.mask.sum()), config.sampling.max_tokens, taught)

@@ -16,13 +16,14 @@ import pytest
 import torch
 
 from rwkvpipe import dpo, grpo, pretrain, sft
-from rwkvpipe.base.config import RwkvConfig, Settings
+from rwkvpipe.base.config import RolloutConfig, RwkvConfig, Settings
 from rwkvpipe.base.errors import ConfigError
 from rwkvpipe.base.files import write_json, write_jsonl
 from rwkvpipe.data.binidx import BinidxWriter
 from rwkvpipe.model.family import build
 from rwkvpipe.train import dist
 from rwkvpipe.train.dist import Rank
+from rwkvpipe.train.policy import Rollout, grpo_losses
 from rwkvpipe.train.record import MEASURED
 from rwkvpipe.weights import store
 
@@ -337,6 +338,15 @@ def test_an_environment_at_odds_is_refused(monkeypatch):
         monkeypatch.setenv("RANK", index)
         with pytest.raises(ConfigError, match=line):
             dist.start()
+
+
+@pytest.mark.parametrize("lockstep", [False, True])
+def test_a_rollout_in_which_nothing_counts_makes_no_gradient(lockstep):
+    model = build(RwkvConfig(n_layer=1, n_embd=32, head_size=16, vocab_size=20))
+    nothing, first = torch.zeros(4, 3), torch.full((4,), 2)
+    rollout = Rollout(torch.ones(4, 5, dtype=torch.long), first, nothing, torch.ones(4), nothing)
+    losses = grpo_losses(RolloutConfig(), 2, rank=Rank(0, 2, torch.device("cpu"), lockstep=lockstep))
+    assert list(losses(model, rollout)) == []  # gradients of 0 would let the moments go on moving weights
 
 
 def test_rows_are_shared_out_and_none_is_left():
