@@ -24,7 +24,7 @@ class TrainConfig(Strict):
     lr: Positive = 6e-4
     """Highest learning rate."""
     lr_final: NotNegative | None = None
-    """Rate at the end; left out, a tenth of lr."""
+    """Rate at the end; left out, a tenth of lr. Not for constant."""
     schedule: Literal["cosine", "linear", "constant", "wsd", "rwkv", "rwkv_exp", "rwkv_mean"] = "cosine"
     """How the rate falls: wsd stays at lr, then falls linearly over the last `decay` of the steps; rwkv is
     RWKV-LM's cosine, counted from 0 in steps, or in tokens where `tokens` says how long, and warming up from a
@@ -38,8 +38,8 @@ class TrainConfig(Strict):
     restart of RWKV-LM: rates and rows go on behind them, and the rate warms up again."""
     warmup: Whole = 10
     """Steps over which the rate rises to lr."""
-    decay: Share = 0.2
-    """Share of the steps in which wsd falls."""
+    decay: Share | None = None
+    """wsd: share of the steps in which it falls; left out, 0.2."""
     weight_decay: NotNegative = 0.001
     """Decoupled decay of the `.weight` matrices."""
     weight_decay_final: Positive | None = None
@@ -87,6 +87,12 @@ class TrainConfig(Strict):
         if (self.watch.best or self.watch.patience) and not self.valid_every:
             raise ValueError("watch.best and watch.patience look at the held-out loss: give valid_every, too")
         self._as_rwkv_lm()
+        if self.decay is not None and self.schedule != "wsd":
+            raise ValueError(f"decay belongs to schedule wsd, this is {self.schedule}")
+        if self.lr_final not in (None, self.lr) and self.schedule == "constant":
+            raise ValueError("lr_final: schedule constant never falls; choose wsd, or leave it out")
+        if self.chunk is not None and self.chunk >= self.ctx_len:
+            raise ValueError(f"chunk: {self.chunk} tokens are whole rows of ctx_len {self.ctx_len}; lower it")
         if self.bptt is not None and self.chunk is None:
             raise ValueError("bptt says how gradients cross chunks: give chunk, too")
         if self.rows in ("documents", "packed") and self.order == "magic":

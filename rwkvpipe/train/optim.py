@@ -98,6 +98,11 @@ def _last(config: TrainConfig) -> float:
     return config.lr / 10 if config.lr_final is None else config.lr_final
 
 
+def _falling(config: TrainConfig) -> int:
+    """The last steps, in which the rate of wsd falls."""
+    return round((0.2 if config.decay is None else config.decay) * config.steps)
+
+
 def _rwkv_lm(config: TrainConfig) -> RwkvLmSchedule:
     """RWKV-LM's schedule of a stage: a cosine of its tokens (or, if not given, steps), exponential, or their mean."""
     whole = config.steps + config.begun
@@ -139,7 +144,7 @@ def lr_at(config: TrainConfig, step: int) -> float:
         return config.lr
     begin = config.warmup
     if config.schedule == "wsd":
-        begin = max(begin, config.steps - round(config.decay * config.steps))
+        begin = max(begin, config.steps - _falling(config))
     fallen = _between((number - begin) / (config.steps - begin)) if config.steps > begin else 0.0
     if not fallen:  # to the last digit that of `constant`, which wsd may go on from
         return config.lr
@@ -152,7 +157,7 @@ def same_until(config: TrainConfig) -> int:
     """The step up to which rates do not depend on how long training goes on: 0 for schedules that fall all along."""
     if config.schedule == "constant":
         return config.steps
-    return max(config.warmup, config.steps - round(config.decay * config.steps)) if config.schedule == "wsd" else 0
+    return max(config.warmup, config.steps - _falling(config)) if config.schedule == "wsd" else 0
 
 
 def _rule(name: str, tensor: torch.Tensor, weight_decay: float) -> tuple[float, float]:
