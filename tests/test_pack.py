@@ -156,6 +156,11 @@ def test_empty_documents_are_left_out_and_counted(tmp_path, caplog):
     assert texts(train) == ["x"] and about["empty"] == 1 and "1 empty documents left out" in caplog.text
     with pytest.raises(DataError, match="no documents to train on .1 empty"):
         run(tmp_path, rows(tmp_path / "a.jsonl", {"text": ""}))
+    train, about = run(tmp_path, rows(tmp_path / "a.jsonl", {"text": []}, {"text": [3]}), tokenizer=IntegerTokenizer(9))
+    assert train.tokens(0, len(train)).tolist() == [4, 0] and about["empty"] == 1 and about["documents"] == 1
+    np.savez(tmp_path / "a.npz", values=np.arange(3), lengths=[0, 3, 0])
+    train, about = run(tmp_path, tmp_path / "a.npz", tokenizer=IntegerTokenizer(9), format="array")
+    assert train.tokens(0, len(train)).tolist() == [1, 2, 3, 0] and about["empty"] == 2
 
 
 def test_a_blank_line_in_an_answer_is_spoken_of(tmp_path, caplog):

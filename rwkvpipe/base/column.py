@@ -126,7 +126,7 @@ class Columns:
         before, here = self.fans[depth - 1] if depth else (), self.fans[depth]
         items = _at(value, here[len(before) : -1])
         if not isinstance(items, list):
-            shown = "missing" if items is MISSING else f"a {type(items).__name__}"
+            shown = "missing" if items is MISSING else "null" if items is None else f"a {type(items).__name__}"
             raise DataError(f"{where}: `{written(here)}` needs a list, which is {shown}; mend columns, or the row")
         last = depth + 1 == len(self.fans)
         for item in items:

@@ -204,7 +204,7 @@ class Filling:
 
     def add(self, document: Document) -> None:
         """A document."""
-        if document.text == "":
+        if document.text == "" or (document.ids is not None and not len(document.ids)):
             self.counts["empty"] += 1
             return
         try:

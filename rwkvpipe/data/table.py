@@ -22,6 +22,8 @@ BATCH = 1 << 20  # bytes of a table that become rows at once
 GROUP = 256 << 20  # bytes of the needed columns of a row group at most
 OBJECT = 1 << 26  # bytes of one JSON object at most that is read whole
 Raw = bytes | dict | DataError | Any
+# what pyarrow raises for values that Python has none for: texts that are no UTF-8, a date of the year 60,000
+UNTOLD = (ValueError, OverflowError, NotImplementedError)
 
 
 def row_of(raw: Raw, place: Place) -> dict:
@@ -82,8 +84,10 @@ def _foreign(path: str) -> Iterator[None]:
 
 
 def _chosen(path: str, names: list[str], needed: Set[str] | None) -> list[str]:
-    """The needed columns that there are. Raises DataError when there is none."""
+    """The needed columns that there are. Raises DataError when there is none, or one twice."""
     found = [name for name in names if needed is None or name in needed]
+    if twice := [name for number, name in enumerate(found) if name in found[:number]]:
+        raise DataError(f"{path}: has two columns called {twice[0]}; rename or remove one")
     if not found and needed:
         raise DataError(
             f"{path}: none of the columns {', '.join(sorted(needed))}; it has {', '.join(names) or 'none'}"
@@ -175,13 +179,11 @@ def raw_rows(unit: Unit, needed: Set[str] | None, fan: str | None = None) -> Ite
 
 
 def _arrow_rows(unit: Unit, needed: Set[str] | None) -> Iterator[tuple[Place, Raw]]:
-    import pyarrow
-
     number = 0
     for part in arrow_batches(unit, needed):
         try:
             rows = part.to_pylist()
-        except (UnicodeDecodeError, pyarrow.ArrowInvalid):
+        except UNTOLD:
             rows = chain.from_iterable(one_row(part.slice(i, 1)) for i in range(part.num_rows))
         for row in rows:
             number += 1
@@ -191,12 +193,11 @@ def _arrow_rows(unit: Unit, needed: Set[str] | None) -> Iterator[tuple[Place, Ra
 
 def one_row(row) -> list:
     """A row of a batch, alone in it, or a text that says what is wrong with it."""
-    import pyarrow
-
     try:
         return row.to_pylist()
-    except (UnicodeDecodeError, pyarrow.ArrowInvalid) as error:
-        return [f"not UTF-8 ({error}); write the column again"]
+    except UNTOLD as error:
+        what = "not UTF-8" if "utf" in str(error).lower() else "a value that cannot be read"
+        return [f"{what} ({error}); write the column again"]
 
 
 def arrow_batches(unit: Unit, needed: Set[str] | None) -> Iterator[Any]:

@@ -54,7 +54,7 @@ def test_items_of_nested_lists_become_records_that_share_what_is_above_them():
 def test_records_are_numbered_and_a_list_that_is_none_is_named():
     places = [str(where) for where, _ in Columns({"text": "a[*]"}).records({"a": [1, 2]}, "f:1")]
     assert places == ["f:1: record 1", "f:1: record 2"]
-    for row, shown in (({}, "missing"), ({"a": "x"}, "a str")):
+    for row, shown in (({}, "missing"), ({"a": "x"}, "a str"), ({"a": None}, "null")):
         with pytest.raises(DataError, match=rf"f:1: `a\[\*\]` needs a list, which is {shown}"):
             records({"text": "a[*].b"}, row)
 

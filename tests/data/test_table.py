@@ -98,6 +98,35 @@ def test_every_line_lies_in_one_unit_wherever_files_are_cut(tmp_path_factory, fo
         assert read(path) == whole
 
 
+def two(kind, path):
+    content = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"]), pa.array([1])], names=["text", "text", "n"])
+    if kind == "parquet":
+        pq.write_table(content, path)
+    else:
+        with (pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file)(str(path), content.schema) as sink:
+            sink.write_table(content)
+
+
+@pytest.mark.parametrize("name", ["parquet", "arrow", "stream"])
+def test_two_columns_of_one_name_are_refused_where_that_is_needed(tmp_path, name):
+    two(name, tmp_path / name)
+    for needed in (NEEDED, None):
+        with pytest.raises(DataError, match=rf"{name}: has two columns called text; rename or remove one"):
+            read(tmp_path / name, needed)
+    assert read(tmp_path / name, {"n"})[0][1] == {"n": 1}
+
+
+def test_a_value_that_python_has_none_for_is_a_bad_row(tmp_path):
+    twice = pa.StructArray.from_arrays([pa.array(["a", "b"]), pa.array(["c", "d"])], names=["x", "x"])
+    for column, bad in ((twice, (0, 1)), (pa.array([0, 10**18], pa.timestamp("s")), (1,))):
+        with pa.ipc.new_file(str(tmp_path / "a"), pa.schema([("text", column.type)])) as sink:
+            sink.write_table(pa.Table.from_arrays([column], names=["text"]))
+        units = table_units(str(tmp_path / "a"), "arrow", "", NEEDED)
+        found = [raw for unit in units for _, raw in raw_rows(unit, NEEDED)]
+        for number, raw in enumerate(found):
+            assert (f"a: row {number + 1}: a value that cannot be read (" in str(raw)) == (number in bad)
+
+
 def test_damage_is_named(tmp_path):
     lots = random.Random(3)
     for name in ("gz", "zst", "parquet", "arrow", "stream"):
