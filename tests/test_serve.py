@@ -266,6 +266,16 @@ def test_other_addresses_methods_and_kinds_are_told_so(home):
     assert post(home, b"{}", Host="elsewhere.example")[0] == 400
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_form_that_leads_nowhere_is_the_request_s_own_fault(home, client, stream):
+    pytest.importorskip("llguidance")
+    asked = {"model": "tiny", "prompt": "q", "guided_json": {"$ref": "#"}, "stream": stream}
+    status, data, _ = post(home, json.dumps(asked), "/v1/completions")
+    assert status == (200 if stream else 400)  # a stream has begun by then
+    assert "went too far" in json.loads(data.removeprefix(b"data: "))["error"]["message"]
+    assert client.completions.create(model="tiny", prompt="q", max_tokens=2).usage.completion_tokens == 2
+
+
 def test_a_server_is_stopped_by_a_signal_while_it_writes(tmp_path):
     network = model()
     store.write(tmp_path / "m.safetensors", network.config, network.state_dict())

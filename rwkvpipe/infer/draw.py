@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rwkvpipe.base.config import SamplingConfig
-from rwkvpipe.infer.sampling import inverse, sample
+from rwkvpipe.infer.sampling import COLDEST, inverse, sample
 from rwkvpipe.kernel import build
 
 
@@ -56,7 +56,7 @@ def choose(asked: Asked, config: SamplingConfig) -> tuple[Tensor, Tensor]:
     """Ids (R,) and their log-probabilities (R,)."""
     if build.native(asked.logits):
         return _native(asked, config)
-    logits, heat = asked.logits, config.temperature or 1.0
+    logits, heat = asked.logits, max(config.temperature, COLDEST) if config.temperature else 1.0
     if asked.barred is not None:
         logits = logits.index_fill(-1, asked.barred, -torch.inf)
     ids = sample(logits, config, asked.counts, asked.draws, seen=asked.seen)

@@ -159,6 +159,7 @@ class Engine:
             if piece := decoder.decode(data[sent:]):
                 yield piece
             sent, done = len(data), slots.step()
+        done[0].completion()  # raises what went wrong
         yield decoder.decode(done[0].written()[sent:], final=True)
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[float]:

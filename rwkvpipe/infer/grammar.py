@@ -68,7 +68,7 @@ class Grammar:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            said = " ".join(self._matcher.get_error().split())
+            said = " ".join(self._matcher.get_error().partition("<state>")[0].split())
             raise ConfigError(f"sampling: what the text must follow went too far: {said[:300]}")
 
     @property

@@ -81,6 +81,7 @@ class Row:
         self.told: list[tuple[float, list[tuple[int, float]]]] = []  # plain log-probability, and the likeliest ids
         self.data = bytearray()
         self.finish: str | None = None
+        self.error: ConfigError | None = None
         self._lot = Lot(sampling.seed, job.prompt, job.sample)
         self._draws: list[float] = []
 
@@ -91,10 +92,13 @@ class Row:
         return self._draws.pop()
 
     def allowed(self) -> Sequence[int] | np.ndarray | None:
-        """Ids that may come next, where the choice is limited."""
-        if self.grammar is not None:
-            return self.grammar.ids
-        return None if self.choices is None else self.node.ids
+        """Ids that may come next, where the choice is limited. Raises ConfigError where nothing may."""
+        if self.grammar is None and self.choices is None:
+            return None
+        found = self.node.ids if self.grammar is None else self.grammar.ids
+        if not np.setdiff1d(found, self.job.sampling.ban).size:
+            raise ConfigError("sampling: no token of the vocabulary goes on with what the text may be; change it")
+        return found
 
     def add(self, number: int, logprob: float) -> bool:
         """Take the next id; whether the text is over with it. Raises WeightsError for logits that are no numbers."""
@@ -107,14 +111,11 @@ class Row:
             return True
         before = len(self.data)
         self.data = self.words.grown(self.data, self.ids)
-        found = [self.data.find(stop, max(0, before - len(stop) + 1)) for stop in self.stops]
-        if ends := [place for place in found if place >= 0]:
-            del self.data[min(ends) :]
+        if (place := self._stopped(before)) is not None:
+            del self.data[place:]
             self.finish = "stop"
         elif self.grammar is not None:
-            self.grammar.take(number)
-            if self.grammar.over:
-                self.finish = "stop"
+            self._follow(number)
         elif self.choices is not None:
             self.node = self.node.after(self.data[before:])
             if self.choices.over(self.node):
@@ -122,6 +123,25 @@ class Row:
         if self.finish is None and len(self.ids) >= self.job.sampling.max_tokens:
             self.finish = "length"
         return self.finish is not None
+
+    def _stopped(self, before: int) -> int | None:
+        """Where the stop text begins that was whole first, byte by byte; of those whole at once the longest."""
+        found = [(self.data.find(stop, max(0, before - len(stop) + 1)), len(stop)) for stop in self.stops]
+        ends = [(place + length, place) for place, length in found if place >= 0]
+        return min(ends)[1] if ends else None
+
+    def _follow(self, number: int) -> None:
+        """Go on in the grammar by one id."""
+        try:
+            self.grammar.take(number)
+            if self.grammar.over:
+                self.finish = "stop"
+        except ConfigError as error:
+            self.fail(error)
+
+    def fail(self, error: ConfigError) -> None:
+        """End a text whose own settings leave no way on; those beside it are none the worse for it."""
+        self.error, self.finish = error, "error"
 
     def written(self) -> bytes:
         """What no stop text can take back any more."""
@@ -134,6 +154,8 @@ class Row:
         return bytes(self.data[: len(self.data) - held])
 
     def completion(self) -> Completion:
-        """The text that is over."""
+        """The text that is over. Raises what ended it where that was its own settings."""
+        if self.error is not None:
+            raise self.error
         text = self.data.decode("utf-8", "replace")
         return Completion(self.job.prompt, self.job.sample, self.ids, text, self.logprobs, self.finish or "length")

@@ -17,6 +17,7 @@ from rwkvpipe.base.config import SamplingConfig
 
 UNIT = 40
 LEAST = -UNIT - 2  # what is lighter than 2^-42 of the likeliest weighs nothing
+COLDEST = 2.0**-100  # of temperatures above 0: logits over it are still numbers in fp32
 LOG2E = 1.4426950408889634
 # of 2^f, |f| <= 1/2, the highest first: 3e-9 of the value
 POWERS = (
@@ -73,7 +74,7 @@ def penalise(logits: Tensor, counts: Tensor | None, config: SamplingConfig, *, s
 
 def inverse(config: SamplingConfig) -> float:
     """1 / temperature."""
-    return min(1 / config.temperature, 2.0**100)
+    return 1 / max(config.temperature, COLDEST)
 
 
 def weigh(powers: Tensor) -> Tensor:

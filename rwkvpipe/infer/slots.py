@@ -124,11 +124,13 @@ class Slots:
             self.table["seen"][spots] = True
         numbers, values, over = chosen.tolist(), values.tolist(), []
         for n, (place, row) in enumerate(zip(places, rows, strict=True)):
-            if row.job.top is not None:
-                row.told.append(self._alternatives(logits[n], numbers[n], row.job.top))
-            if row.add(numbers[n], values[n]):
+            if row.error is None:
+                if row.job.top is not None:
+                    row.told.append(self._alternatives(logits[n], numbers[n], row.job.top))
+                row.add(numbers[n], values[n])
+            if row.finish is not None:
                 over.append(row)
-                if self.kept is not None:  # the last id was not read any more
+                if self.kept is not None and row.error is None:  # the last id was not read any more
                     self.kept.add([*row.job.ids, *row.ids[:-1]], self.state.take([place]))
                 self.rows[place] = None
         return over
@@ -163,11 +165,15 @@ class Slots:
         return torch.cat(chosen)[back], torch.cat(values)[back]
 
     def _limited(self, rows: list[Row], logits: Tensor) -> Tensor:
-        """Logits with -inf at all that a row's choices rule out. Raises ConfigError where nothing is left."""
-        limits = {n: allowed for n, row in enumerate(rows) if (allowed := row.allowed()) is not None}
-        for n, allowed in limits.items():
-            if not np.setdiff1d(allowed, rows[n].job.sampling.ban).size:
-                raise ConfigError("sampling: no token of the vocabulary goes on with what the text may be; change it")
+        """Logits with -inf at all that a row's choices rule out; a row to which nothing is left fails."""
+        for n, row in enumerate(rows):
+            try:
+                allowed = row.allowed()
+            except ConfigError as error:
+                row.fail(error)
+                continue
+            if allowed is None:
+                continue
             here = torch.as_tensor(allowed, device=self.device)
             kept = logits[n, here]
             logits = logits.index_fill(0, torch.tensor([n], device=self.device), -torch.inf)

@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from rwkvpipe.base.errors import DataError, PipeError
+from rwkvpipe.base.errors import ConfigError, DataError, PipeError
 from rwkvpipe.base.files import parse_json
 from rwkvpipe.web.asked import Asked, House, Refused
 from rwkvpipe.web.desk import Closed, Desk, Event, Full, Order
@@ -104,7 +104,7 @@ class Service:
             while not answer.over:
                 event = await news.get()
                 if event.error is not None:
-                    yield b"data: %s\n\n" % json.dumps(Refused(503, str(event.error)).body()).encode()
+                    yield b"data: %s\n\n" % json.dumps(_problem(event.error).body()).encode()
                     return
                 for piece in answer.take(event):
                     yield b"data: %s\n\n" % json.dumps(piece).encode()
@@ -124,12 +124,17 @@ class Service:
                     event.cancel()
                     return Response(status_code=499)  # nobody reads it
                 if event.result().error is not None:
-                    raise Refused(503, str(event.result().error))
+                    raise _problem(event.result().error)
                 answer.choices[event.result().index].take(event.result())
             return said(answer.whole())
         finally:
             gone.cancel()
             self.desk.give_up(order)
+
+
+def _problem(error: PipeError) -> Refused:
+    """What ended an answer: the request's own settings, or the server."""
+    return Refused(400 if isinstance(error, ConfigError) else 503, str(error))
 
 
 async def _gone(request: Request) -> None:

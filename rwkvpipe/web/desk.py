@@ -206,7 +206,13 @@ class Desk:
     def _tell(self, done: Sequence[Row]) -> None:
         """News of every row to whom it belongs."""
         for row in [*filter(None, self.slots.rows), *done]:
-            text, data = self.texts[row], row.written()
+            text = self.texts[row]
+            if row.error is not None:  # that of its own settings: nobody else's
+                del self.texts[row]
+                self.give_up(text.order)
+                text.order.listen(Event(text.index, error=row.error))
+                continue
+            data = row.written()
             new = range(text.ids_told, len(row.ids))
             tokens = [Token(row.ids[n], *(row.told[n] if row.told else ())) for n in new]
             if not new and row.finish is None:

@@ -224,6 +224,19 @@ def test_logits_that_are_no_numbers_have_log_probabilities_that_are_none(nativel
     assert bool(((ids >= 0) & (ids < 70)).all())
 
 
+@pytest.mark.parametrize("natively", [pytest.param(True, marks=needs_native), False])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-30, 1e30, 1e300])
+def test_any_temperature_above_0_gives_an_id_and_a_number(natively, temperature, monkeypatch):
+    if not natively:
+        monkeypatch.setattr(build, "native", lambda *tensors: None)
+    asked = drawn(2, 90, 3.0, 1)
+    ids, logprobs = choose(
+        Asked(asked.logits, asked.logits, None, asked.draws), SamplingConfig(temperature=temperature)
+    )
+    assert logprobs.isfinite().all()
+    assert temperature > 1 or torch.equal(ids, asked.logits.argmax(-1))
+
+
 @needs_native
 @example(V=64)
 @example(V=17)

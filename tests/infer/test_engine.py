@@ -8,6 +8,8 @@ from rwkvpipe.base.config import RwkvConfig, SamplingConfig
 from rwkvpipe.base.errors import ConfigError, DataError, WeightsError
 from rwkvpipe.infer import progress
 from rwkvpipe.infer.engine import Engine
+from rwkvpipe.infer.row import Job, Row
+from rwkvpipe.infer.words import Words
 from rwkvpipe.model.family import build, detect
 from rwkvpipe.tokenizer.byte import ByteTokenizer
 from rwkvpipe.tokenizer.integer import IntegerTokenizer
@@ -156,6 +158,17 @@ def test_a_stop_text_inside_a_longer_token_or_over_several_is_found():
         sampling = SamplingConfig(temperature=0.0, bias=bias, max_tokens=9)
         (one,) = Engine(network, tokenizer, 2).generate(["q"], sampling)
         assert (one.text, one.ids, one.finish) == (text, ids, "stop")
+
+
+@pytest.mark.parametrize("ids", [[258], [byte + 1 for byte in b"xabcdy"]])
+def test_of_several_stop_texts_the_one_that_is_whole_first_ends_the_text_whatever_the_tokens_are(ids):
+    class Tokens(ByteTokenizer):
+        def decode_bytes(self, ids):
+            return b"".join(b"xabcdy" if n == 258 else bytes([n - 1]) for n in ids)
+
+    row = Row(Job(0, 0, [1], SamplingConfig(stop=("abcd", "bc", "c")), None, None, 0), Words(Tokens(0), 259))
+    assert any(row.add(n, -1.0) for n in ids)
+    assert row.completion().text == "xa"
 
 
 def test_the_id_that_ends_documents_ends_at_once_and_writes_nothing(network):

@@ -87,6 +87,17 @@ def test_what_is_no_grammar_is_refused_in_one_line(rules, said):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "schema", [{"$ref": "#"}, {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}]
+)
+def test_what_has_no_end_is_told_where_it_is_found_out(schema):
+    with pytest.raises(ConfigError, match="went too far: [^<]+$") as caught:
+        written("bytes", json_schema=schema)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="went too far"):
+        list(engine("bytes").stream("once", SamplingConfig(json_schema=schema)))
+
+
 def test_two_forms_at_once_are_refused():
     with pytest.raises(ValueError, match="give one of them"):
         SamplingConfig(regex="a", choices=("b",))

@@ -126,6 +126,20 @@ def test_settings_that_cannot_be_are_refused_when_asked(desk):
         Client(desk, ["a"], SamplingConfig(choices=("",)))
 
 
+def test_a_text_that_cannot_go_on_ends_alone(desk):
+    """`yes` may begin, and then the ban leaves nothing: once that was the end of the server."""
+    stuck, beside = SamplingConfig(choices=("yes",), ban=(ord("e") + 1,)), Client(desk, ["b"], SETTINGS[0])
+    clients = [Client(desk, ["a"], stuck, 2), Client(desk, ["a"], stuck.model_copy(update={"ban": (ord("y") + 1,)}))]
+    desk.gate.open.set()
+    for client in clients:
+        assert client.done.wait(LONG)
+        assert isinstance(client.error, ConfigError) and "no token of the vocabulary" in str(client.error)
+        assert client.order not in desk.orders
+    assert beside.done.wait(LONG)
+    assert not beside.error
+    assert Client(desk, ["c"], SETTINGS[1]).done.wait(LONG)
+
+
 def test_a_desk_that_closes_tells_those_who_wait(desk):
     client = Client(desk, ["a"], SamplingConfig(max_tokens=2**20, stop=(), ban=(0,)), 8)
     assert client.first.wait(LONG)
