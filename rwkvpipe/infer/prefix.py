@@ -98,5 +98,10 @@ class States:
         self.kept[best] = state
         return len(best), state
 
+    def alike(self, ids: Sequence[int]) -> int:
+        """How many tokens a text has in common with the beginning of one that is known; one at least is left to it."""
+        text = tuple(ids)
+        return max((common(text, key) for key in self.kept if key[:LEAST] == text[:LEAST]), default=0)
+
     def __iter__(self) -> Iterator[tuple[int, ...]]:
         return iter(self.kept)

@@ -21,8 +21,8 @@ class Choice:
     """Ask by `prompt`, which holds {question}; the row of a question has `question`, `options` and the right one.
 
     Which is right says `label` (its place from 0, or a letter from A), or else `answer` (its text). The options come
-    after the prompt, a space before each. The largest sum of log-probabilities decides; what a mean over tokens or
-    bytes would decide is reported beside it.
+    after the prompt, a space before each. The largest sum of log-probabilities decides; what a mean over tokens,
+    characters (`acc_norm` of lm-evaluation-harness) or bytes would decide is reported beside it.
     """
 
     better = "higher"
@@ -97,6 +97,7 @@ class Choice:
             raise DataError(f"{len(sums)} options were weighed, the question has {len(options)}; run bench again")
         gold, chosen = self.gold(question), best(sums)
         by_token = best([value / max(n, 1) for value, n in zip(sums, tokens, strict=True)])
+        by_character = best([value / len(option) for value, option in zip(sums, options, strict=True)])
         by_byte = best([value / len(option.encode()) for value, option in zip(sums, options, strict=True)])
         return {
             "question": question["question"],
@@ -106,12 +107,14 @@ class Choice:
             "logprobs": sums,
             "correct": self.grade(question, sums),
             "correct_by_token": float(by_token == gold),
+            "correct_by_character": float(by_character == gold),
             "correct_by_byte": float(by_byte == gold),
         }
 
     def summary(self, marked: Sequence[dict]) -> dict:
         """Share of right choices with its interval; what choosing at random and other ways to choose would give."""
         score, low, high = mean_with_interval([row["correct"] for row in marked])
-        mean = {name: sum(row[f"correct_{name}"] for row in marked) / len(marked) for name in ("by_token", "by_byte")}
+        ways = ("by_token", "by_character", "by_byte")
+        mean = {name: sum(row[f"correct_{name}"] for row in marked) / len(marked) for name in ways}
         chance = sum(1 / len(row["options"]) for row in marked) / len(marked)
         return {"score": score, "low": low, "high": high, "chance": chance, **mean}

@@ -10,7 +10,7 @@ import torch
 from rwkvpipe.base.config import SamplingConfig
 from rwkvpipe.base.errors import ConfigError, PipeError
 from rwkvpipe.infer.engine import Engine
-from rwkvpipe.infer.prefix import States
+from rwkvpipe.infer.prefix import SAVED, States
 from rwkvpipe.infer.reading import SLACK
 from rwkvpipe.infer.row import Job, Row
 from rwkvpipe.model.layers import State
@@ -184,14 +184,23 @@ class Desk:
         return group
 
     def _begin(self, prompts: list[list[int]]) -> Generator:
-        """Read prompts on from what is known of them."""
+        """Read prompts on from what is known of them. What one has in common with an earlier text is kept, too."""
         found = [self.kept.find(ids) for ids in prompts]
-        state = self.engine.model.start(len(prompts), self.slots.device)
+        state, starts = self.engine.model.start(len(prompts), self.slots.device), [length for length, _ in found]
         for row, (_, known) in enumerate(found):
             if known is not None:
                 state.put([row], known)
-        rests = [ids[length:] for ids, (length, _) in zip(prompts, found, strict=True)]
-        return self.engine.reader.chunks(rests, state)
+        depths = [self.kept.alike(ids) for ids in prompts]
+        turns = [max(a, b if b - a >= SAVED else 0) for a, b in zip(starts, depths, strict=True)]
+        if turns != starts:
+            heads = [ids[a:b] for ids, a, b in zip(prompts, starts, turns, strict=True)]
+            _, state = yield from self.engine.reader.chunks(heads, state)
+            for row, (ids, head, turn) in enumerate(zip(prompts, heads, turns, strict=True)):
+                if head:
+                    self.kept.add(ids[:turn], state.take([row]))
+            yield
+        rests = [ids[turn:] for ids, turn in zip(prompts, turns, strict=True)]
+        return (yield from self.engine.reader.chunks(rests, state))
 
     def _made_ready(self, group: list[tuple[Order, int]], logits: torch.Tensor, state: State) -> None:
         for row, (order, n) in enumerate(group):

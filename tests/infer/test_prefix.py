@@ -107,6 +107,15 @@ def test_a_talk_that_goes_on_reads_only_what_is_new(network, monkeypatch):
         assert read[0] < 40
 
 
+def test_what_is_in_common_with_known_texts_is_found():
+    kept, state = States(), State([torch.zeros(1, 4)], [torch.zeros(1, 1, 4, 4)], [torch.zeros(1, 4)])
+    kept.add(range(40), state)
+    kept.add([*range(30), 7, 7], state)
+    assert kept.alike([*range(35), 9]) == 35
+    assert kept.alike(list(range(30))) == 29  # a token at least is left to read
+    assert kept.alike([5, *range(1, 40)]) == 0
+
+
 def test_the_oldest_states_go_first():
     def state() -> State:
         return State([torch.zeros(1, 4)], [torch.zeros(1, 1, 4, 4)], [torch.zeros(1, 4)])

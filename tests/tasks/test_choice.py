@@ -33,7 +33,8 @@ def test_reference_scores_agree(goldens):
         answer = {"logprobs": row["loglikelihoods"], "tokens": [1] * len(row["choices"])}
         marked = Choice().mark(question, answer)
         assert marked["answer"] == row["choices"][row["pred"]]
-        assert (marked["correct"], marked["correct_by_byte"]) == (row["acc"], row["acc_bytes"])
+        found = [marked[name] for name in ("correct", "correct_by_character", "correct_by_byte")]
+        assert found == [row["acc"], row["acc_norm"], row["acc_bytes"]]
         assert Choice().grade(question, row["loglikelihoods"]) == row["acc"]
 
 

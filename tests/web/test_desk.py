@@ -163,6 +163,33 @@ def test_an_engine_that_fails_tells_those_who_wait():
         Client(desk, ["a"], SETTINGS[1])
 
 
+def test_a_header_that_clients_share_is_read_twice_at_most():
+    """The second to come shows how far it goes, from then on only what follows is read; the texts stay the same."""
+    desk, read = Desk(engine(3), 5), []
+    prompts = ["Be kind, and say what you know of it. " * 8 + f"Question {n}: why?" for n in (3, 14, 15, 92)]
+    wanted = {c.prompt: c.text for c in engine(1).generate(prompts, SETTINGS[1])}
+    plain = desk.engine.model.features
+
+    def features(ids, state=None, lengths=None):
+        read.append(ids.numel() if lengths is None else int(lengths.sum()))
+        return plain(ids, state, lengths)
+
+    desk.engine.model.features = features
+    for n, prompt in enumerate(prompts):
+        read.clear()
+        client = Client(desk, [prompt], SETTINGS[1])
+        while not client.done.is_set():
+            desk._turn()
+        assert client.texts[0].decode("utf-8", "replace") == wanted[n]
+        assert sum(read) == len(prompt) if n < 2 else sum(read) < 30
+    read.clear()
+    client = Client(desk, prompts[:3], SETTINGS[1])  # one of them known whole, but for a token
+    while not client.done.is_set():
+        desk._turn()
+    assert [client.texts[n].decode("utf-8", "replace") for n in range(3)] == [wanted[n] for n in range(3)]
+    assert sum(read) < 60
+
+
 def test_a_long_prompt_does_not_hold_up_short_ones(monkeypatch):
     monkeypatch.setattr(reading, "CHUNK", 4)
     desk = Desk(engine(3), 5)
