@@ -82,16 +82,24 @@ class Engine:
         return words(self.tokenizer, self.model.config.vocab_size)
 
     def begin(self, text: str | Sequence[int]) -> list[int]:
-        """Ids of a text (or they themselves) to go on from; without any, the id that ends documents stands before."""
-        if not isinstance(text, str):
-            return list(text)
+        """Ids of a text (or they themselves) to go on from; without any, the id that ends documents stands before.
+
+        Raises DataError for ids that the model lacks.
+        """
+        ids = self._ids(text) if isinstance(text, str) else list(text)
+        size = self.model.config.vocab_size
+        if odd := [number for number in ids if not 0 <= number < size]:
+            raise DataError(f"a prompt: there is no id {odd[0]}; the model has 0 to {size - 1}")
+        if not ids and self.tokenizer.eos is None:
+            raise DataError("an empty prompt: this tokenizer has no id that begins a document; give it some text")
+        return ids or [self.tokenizer.eos]
+
+    def _ids(self, text: str) -> list[int]:
         parts = re.split("|".join(f"({re.escape(word)})" for word in self.special), text) if self.special else [text]
         ids = []
         for part in filter(None, parts):
             ids += [self.special[part]] if part in self.special else self.tokenizer.encode(part)
-        if not ids and self.tokenizer.eos is None:
-            raise DataError("an empty prompt: this tokenizer has no id that begins a document; give it some text")
-        return ids or [self.tokenizer.eos]
+        return ids
 
     def slots(self, rows: int, kept: States | None = None) -> Slots:
         """Room for `rows` texts to be written side by side."""

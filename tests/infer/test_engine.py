@@ -187,6 +187,15 @@ def test_a_prompt_may_be_given_as_ids(network):
     assert completions(network, sampling, 4, ids) == completions(network, sampling, 4, PROMPTS[:3])
 
 
+def test_ids_as_a_prompt_are_the_models_and_none_begin_a_document(network):
+    sampling = SamplingConfig(temperature=0.0, max_tokens=5, stop=())
+    (empty,), (begun,) = (list(engine(network).generate([ids], sampling)) for ids in ([], [0]))
+    assert empty == begun
+    for odd in (257, -1):
+        with pytest.raises(DataError, match=f"there is no id {odd}; the model has 0 to 256"):
+            list(engine(network).generate([[5, odd]], sampling))
+
+
 def test_ids_that_stand_for_nothing_never_come():
     network, tokenizer = model(300), TrieTokenizer({5: b"a", 9: b"b"})
     (one,) = Engine(network, tokenizer, 1).generate(["ab"], SamplingConfig(temperature=5.0, max_tokens=60, stop=()))
