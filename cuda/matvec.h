@@ -1,19 +1,19 @@
 // Products of matrices (out, in) with rows of x, few or many: to[r][o] = sum over k of matrix[o][k] x[r][k].
 //
 // Each number is one sum, its products added in the order of k (by lanes where the matrix lies by ROWS), so that a row
-// has the same bits whatever rows are beside it, and however many threads there are.
+// has the same bits whatever rows are beside it, and however many threads there are. Where the matrix is of INT8, x is
+// rounded to whole numbers, too (fixed.h), and the products of BLOCK of them are added exactly.
 #pragma once
 
+#include "fixed.h"
 #include "threads.h"
 #include "vector.h"
 
 #include <algorithm>
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 // How a matrix lies: ROWS is fp32, a row after the other. The others lie in panels of 16 rows: 16 numbers for each k,
-// side by side, so that what is read is added as it comes. Rows that fill up the last panel are never stored.
+// or for INT8 16 pairs for every two, side by side, so that what is read is added as it comes. What fills up the last
+// panel and the last pair is never stored.
 enum Kind { ROWS, FP32, BF16, INT8 };
 constexpr int PANEL = 16, SPAN = PANEL / WIDTH;
 
@@ -22,6 +22,7 @@ struct Matrix {
     const float *scale;  // of each row, for INT8
     int64_t out, in;
     Kind kind;
+    int64_t words() const { return kind == INT8 ? (in + 1) / 2 : in; }  // of a row of x
 };
 
 // rows side by side; those that are multiplied by a matrix in ROWS are filled up with zeros to whole vectors
@@ -29,6 +30,14 @@ struct Room {
     float *start;
     int64_t step;
     float *operator[](int64_t row) const { return start + row * step; }
+};
+
+// rows of x as a matrix multiplies them: numbers, or for INT8 pairs of whole ones and what each BLOCK is times
+struct Asked {
+    const float *start;
+    int64_t step;
+    const float *by;
+    int64_t by_step;
 };
 
 namespace product {
@@ -49,75 +58,92 @@ constexpr int TALL = 3, AT_8 = 1, AT_4 = 1, AT_2 = 1, AT_1 = 2;
 constexpr int64_t TOGETHER = 8;  // panels that all rows of x meet before the next ones
 
 typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
-typedef int8_t Bytes __attribute__((vector_size(WIDTH), aligned(1), may_alias));
-typedef int16_t Shorts __attribute__((vector_size(2 * WIDTH)));
 
-// numbers of a matrix as vectors of floats
-struct Wide {
+// sums of products of floats, a word of x each
+struct Floats {
+    typedef Vec Sum;
+    static constexpr int64_t EACH = 1;  // numbers of a matrix's row that meet a word of x
+    static Vec begun(Vec before) { return before; }
+    static Vec spread(const float *x) { return all(*x); }
+    static Vec added(Vec sum, Vec w, Vec x) { return sum + w * x; }
+};
+
+// numbers of a matrix as vectors of words that are multiplied
+struct Wide : Floats {
     typedef float Number;
     static Vec at(const float *p) { return load(p); }
 };
-struct Half {
+struct Half : Floats {
     typedef uint16_t Number;
     static Vec at(const uint16_t *p) {
         return (Vec)(__builtin_convertvector(*reinterpret_cast<const Halves *>(p), Ints) << 16);
     }
 };
-struct Byte {
+struct Pair {
     typedef int8_t Number;
-    static Vec at(const int8_t *p) {
-#if defined(__AVX512F__)
-        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
-#elif defined(__AVX2__)
-        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))));
-#else
-        // by way of 16 bits: in one step compilers take the bytes apart
-        const Shorts wider = __builtin_convertvector(*reinterpret_cast<const Bytes *>(p), Shorts);
-        return __builtin_convertvector(__builtin_convertvector(wider, Ints), Vec);
-#endif
-    }
+    typedef Ints Sum;
+    static constexpr int64_t EACH = 2;
+    static Vec at(const int8_t *p) { return (Vec)fixed::widened(p); }
+    static Ints begun(Vec) { return Ints{}; }
+    static Ints spread(const float *x) { return *reinterpret_cast<const fixed::Word *>(x) + Ints{}; }
+    static Ints added(Ints sum, Vec w, Ints x) { return fixed::dot(sum, (fixed::Shorts)w, (fixed::Shorts)x); }
 };
 
-// what a kernel multiplies: `count` numbers of each of ROWS rows of x with some panels, `apart` numbers from each other
+// what becomes of a sum of whole numbers, times what they are times, and of one of floats
+inline Vec ended(Ints sum, Vec before, float by) {
+    return fixed::joined(before, __builtin_convertvector(sum, Vec), all(by));
+}
+inline Vec ended(Vec sum, Vec, float) { return sum; }
+
+// what a kernel multiplies: `count` words of each of ROWS rows of x with some panels, `apart` numbers from each other
 template <class Number>
 struct Piece {
     const Number *w;
     int64_t apart, count;
     const float *x;
     int64_t x_step;
+    const float *by;
+    int64_t by_step;
     float *to;
     int64_t to_step, room;  // outputs that there are from here on
     const float *scale;     // or null: to be multiplied later, or never
-    bool onward;            // whether `to` has the sums of the numbers before these
+    int64_t before;         // words before these, of which `to` has the sums
 };
 
 template <int PANELS, int ROWS_OF_X, class Form>
 void panels(const Piece<typename Form::Number> &p) {
     typedef typename Form::Number Number;
-    constexpr int64_t LINE = 64 / (PANEL * sizeof(Number)), FAR = AHEAD / sizeof(Number);
+    constexpr int64_t DENSE = PANEL * Form::EACH;  // numbers for a word of x
+    constexpr int64_t LINE = 64 / (DENSE * sizeof(Number)), FAR = AHEAD / sizeof(Number);
     constexpr int VECTORS = PANELS * SPAN;
-    Vec found[ROWS_OF_X][VECTORS];
+    typename Form::Sum found[ROWS_OF_X][VECTORS];
+    const auto before = [&p](int r, int i) {
+        return p.before ? load_some(p.to + r * p.to_step + i * WIDTH, p.room - i * WIDTH) : Vec{};
+    };
+#pragma GCC unroll 32
     for (int r = 0; r < ROWS_OF_X; r++)
-        for (int i = 0; i < VECTORS; i++)
-            found[r][i] = p.onward ? load_some(p.to + r * p.to_step + i * WIDTH, p.room - i * WIDTH) : Vec{};
+#pragma GCC unroll 32
+        for (int i = 0; i < VECTORS; i++) found[r][i] = typename Form::Sum{};
     const Number *w = p.w;
     const float *x = p.x;
     const auto add = [&](int64_t k) {
         Vec w_[VECTORS];
 #pragma GCC unroll 32
-        for (int i = 0; i < VECTORS; i++) w_[i] = Form::at(w + i / SPAN * p.apart + k * PANEL + i % SPAN * WIDTH);
+        for (int i = 0; i < VECTORS; i++)
+            w_[i] = Form::at(w + i / SPAN * p.apart + k * DENSE + i % SPAN * WIDTH * Form::EACH);
 #pragma GCC unroll 32
         for (int r = 0; r < ROWS_OF_X; r++) {
-            const Vec x_ = all(x[r * p.x_step + k]);
+            const auto x_ = Form::spread(x + r * p.x_step + k);
 #pragma GCC unroll 32
-            for (int i = 0; i < VECTORS; i++) found[r][i] += w_[i] * x_;
+            for (int i = 0; i < VECTORS; i++) found[r][i] = Form::added(found[r][i], w_[i], x_);
         }
     };
     int64_t k = 0;
     for (; k + LINE <= p.count; k += LINE) {
         if (ROWS_OF_X < TALL) {
             // beyond its end a panel goes on where the one that takes its place begins
-            const Number *soon = w + k * PANEL + FAR + (k * PANEL + FAR < p.apart ? 0 : (PANELS - 1) * p.apart);
+            const int64_t far = (p.before + k) * DENSE + FAR;
+            const Number *soon = w + k * DENSE + FAR + (far < p.apart ? 0 : (PANELS - 1) * p.apart);
             for (int i = 0; i < PANELS; i++) __builtin_prefetch(soon + i * p.apart);
         }
 #pragma GCC unroll 4
@@ -128,9 +154,24 @@ void panels(const Piece<typename Form::Number> &p) {
         for (int i = 0; i < VECTORS; i++) {
             const int64_t left = p.room - i * WIDTH;
             if (left <= 0) break;
-            const Vec y = p.scale ? found[r][i] * load_some(p.scale + i * WIDTH, left) : found[r][i];
+            const Vec x = ended(found[r][i], before(r, i), p.by ? p.by[r * p.by_step] : 0);
+            const Vec y = p.scale ? x * load_some(p.scale + i * WIDTH, left) : x;
             store_some(p.to + r * p.to_step + i * WIDTH, y, left);
         }
+    }
+}
+
+// all words of x: floats at once, whole numbers by blocks
+template <int PANELS, int ROWS_OF_X, class Form>
+void along(const Piece<typename Form::Number> &p) {
+    if constexpr (Form::EACH == 1) return panels<PANELS, ROWS_OF_X, Form>(p);
+    constexpr int64_t WORDS = fixed::BLOCK / Form::EACH;
+    for (int64_t k = 0; k < p.count; k += WORDS) {
+        auto q = p;
+        q.w += k * PANEL * Form::EACH, q.x += k, q.by += k / WORDS;
+        q.count = std::min(WORDS, p.count - k), q.before = k;
+        if (k + WORDS < p.count) q.scale = nullptr;
+        panels<PANELS, ROWS_OF_X, Form>(q);
     }
 }
 
@@ -140,14 +181,14 @@ void across(Piece<typename Form::Number> p, int64_t count) {
         p.w += n * p.apart, p.to += n * PANEL, p.room -= n * PANEL;
         if (p.scale) p.scale += n * PANEL;
     };
-    for (; count >= PANELS; count -= PANELS, next(PANELS)) panels<PANELS, ROWS_OF_X, Form>(p);
+    for (; count >= PANELS; count -= PANELS, next(PANELS)) along<PANELS, ROWS_OF_X, Form>(p);
     if (PANELS > 1 && count) across<(PANELS + 1) / 2, ROWS_OF_X, Form>(p, count);
 }
 
 // `count` panels times `rows` rows of x
 template <class Form>
 void down(Piece<typename Form::Number> p, int64_t count, int64_t rows) {
-    const auto next = [&](int64_t n) { p.x += n * p.x_step, p.to += n * p.to_step, rows -= n; };
+    const auto next = [&](int64_t n) { p.x += n * p.x_step, p.by += n * p.by_step, p.to += n * p.to_step, rows -= n; };
     for (; rows >= TALL; next(TALL)) across<AT_8, TALL, Form>(p, count);
     if (TALL > 8)
         for (; rows >= 8; next(8)) across<AT_8, 8, Form>(p, count);
@@ -159,13 +200,14 @@ void down(Piece<typename Form::Number> p, int64_t count, int64_t rows) {
 
 // the outputs from `begin` to `end`, both at a panel's border but for the last
 template <class Form>
-void part(const Matrix &m, int64_t begin, int64_t end, int64_t rows, const Room &x, const Room &to) {
-    const int64_t apart = m.in * PANEL;
+void part(const Matrix &m, int64_t begin, int64_t end, int64_t rows, const Asked &x, const Room &to) {
+    const int64_t apart = m.words() * PANEL * Form::EACH;
     for (int64_t o = begin; o < end; o += TOGETHER * PANEL) {
         const auto *w = static_cast<const typename Form::Number *>(m.data) + o / PANEL * apart;
         const float *scale = m.scale ? m.scale + o : nullptr;
         const int64_t count = std::min(TOGETHER, (end - o + PANEL - 1) / PANEL);
-        down<Form>({w, apart, m.in, x.start, x.step, to.start + o, to.step, end - o, scale, false}, count, rows);
+        down<Form>({w, apart, m.words(), x.start, x.step, x.by, x.by_step, to.start + o, to.step, end - o, scale, 0},
+                   count, rows);
     }
 }
 

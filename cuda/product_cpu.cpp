@@ -11,9 +11,22 @@ using namespace product;
 constexpr int64_t MANY = 16;  // rows that make it worth to lay them, and the matrix as floats, side by side
 
 template <class Form>
-void many(const Matrix &m, int64_t rows, int threads, const float *x, float *to) {
-    const tiles::Kept<Form> second = {static_cast<const typename Form::Number *>(m.data), m.in};
-    tiles::multiply({x, m.in, false}, second, {rows, m.out, m.in}, threads, to, m.scale, false);
+void many(const Matrix &m, int64_t rows, int threads, const Asked &x, float *to) {
+    const tiles::Kept<Form> second = {static_cast<const typename Form::Number *>(m.data), m.words()};
+    const tiles::Sizes sizes = {rows, m.out, m.words()};
+    tiles::multiply({x.start, x.step, false}, second, sizes, threads, to, m.scale, false, {x.by, x.by_step});
+}
+
+// rows of x as a matrix multiplies them, rounded where it is in whole numbers
+Asked asked(const Matrix &m, int64_t rows, int threads, const Room &x) {
+    if (m.kind != INT8) return {x.start, x.step, nullptr, 0};
+    const int64_t words = m.words(), blocks = fixed::blocks(m.in);
+    float *start = scratch(rows * (words + blocks), ASKED), *by = start + rows * words;
+    share((rows + MANY - 1) / MANY, rows * m.in < LARGE ? 1 : threads, [&](int64_t n) {
+        for (int64_t r = n * MANY; r < std::min(rows, (n + 1) * MANY); r++)
+            fixed::rounded(x[r], m.in, reinterpret_cast<int16_t *>(start + r * words), by + r * blocks);
+    });
+    return {start, words, by, blocks};
 }
 
 }  // namespace
@@ -21,13 +34,14 @@ void many(const Matrix &m, int64_t rows, int threads, const float *x, float *to)
 void times(const Matrix &m, int64_t rows, int threads, const Room &x, const Room &to) {
     const int64_t pieces = std::max<int64_t>(1, std::min<int64_t>(threads, m.out * m.in / LARGE));
     const int64_t size = (m.out / pieces + PANEL) / PANEL * PANEL;
+    const Asked of = asked(m, rows, threads, x);
     share((m.out + size - 1) / size, threads, [&](int64_t n) {
         const int64_t begin = n * size, end = std::min(m.out, begin + size);
         switch (m.kind) {
             case ROWS: return by_rows(m, begin, end, rows, x, to);
-            case FP32: return part<Wide>(m, begin, end, rows, x, to);
-            case BF16: return part<Half>(m, begin, end, rows, x, to);
-            case INT8: return part<Byte>(m, begin, end, rows, x, to);
+            case FP32: return part<Wide>(m, begin, end, rows, of, to);
+            case BF16: return part<Half>(m, begin, end, rows, of, to);
+            case INT8: return part<Pair>(m, begin, end, rows, of, to);
         }
     });
 }
@@ -39,10 +53,11 @@ extern "C" {
 void panels_times(const int64_t *s, int threads, const void *const *data, const float *scale, float *x, float *to) {
     const Matrix m = {data[0], scale, s[1], s[2], static_cast<Kind>(s[3])};
     if (s[0] < MANY) return times(m, s[0], threads, {x, m.in}, {to, m.out});
+    const Asked of = asked(m, s[0], threads, {x, m.in});
     switch (m.kind) {
-        case BF16: return many<Half>(m, s[0], threads, x, to);
-        case INT8: return many<Byte>(m, s[0], threads, x, to);
-        default: return many<Wide>(m, s[0], threads, x, to);
+        case BF16: return many<Half>(m, s[0], threads, of, to);
+        case INT8: return many<Pair>(m, s[0], threads, of, to);
+        default: return many<Wide>(m, s[0], threads, of, to);
     }
 }
 

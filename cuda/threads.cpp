@@ -91,8 +91,9 @@ void share(int64_t count, int threads, const std::function<void(int64_t)> &work)
     found->one_job.unlock();
 }
 
-float *scratch(int64_t n) {
-    static thread_local Room room;
+float *scratch(int64_t n, Purpose what) {
+    static thread_local Room rooms[ASKED + 1];
+    Room &room = rooms[what];
     if (room.size < n) {
         std::free(room.start);
         room.size = 0;

@@ -9,5 +9,7 @@
 // depend on who computes it.
 void share(int64_t count, int threads, const std::function<void(int64_t)> &work);
 
-// Room for n floats, at a cache line's start, that this thread keeps for its next call. What is in it is undefined.
-float *scratch(int64_t n);
+// Room for n floats, at a cache line's start, that this thread keeps for its next call of the same purpose. What is in
+// it is undefined. ASKED is what a product makes of its rows of x.
+enum Purpose { WORK, ASKED };
+float *scratch(int64_t n, Purpose what = WORK);

@@ -21,8 +21,10 @@ SOURCES = Path(__file__).resolve().parents[1] / "cuda"
 TRACKED_FILES = ["../cuda/*.cpp", "../cuda/*.h"]
 COMMON = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
 # what a processor can do, as torch calls it: what the compiler may use
+AVX512 = ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx2", "-mfma")
 X86 = {
-    "AVX512": ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx2", "-mfma"),
+    "AVX512-VNNI": (*AVX512, "-mavx512vnni"),
+    "AVX512": AVX512,
     "AVX2": ("-mavx2", "-mfma"),
     "DEFAULT": (),
 }
@@ -39,6 +41,8 @@ def levels() -> dict[str, tuple[str, ...]]:
 def level() -> str:
     """The best of `levels` that this processor has (ATEN_CPU_CAPABILITY can ask torch, and so us, for less)."""
     found = torch.backends.cpu.get_cpu_capability()
+    if found == "AVX512" and torch.cpu._is_vnni_supported():
+        found = "AVX512-VNNI"
     return next((each for each in levels() if found.startswith(each)), list(levels())[-1])
 
 

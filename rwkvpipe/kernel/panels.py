@@ -1,7 +1,8 @@
 """Matrices that nobody trains, as native code reads them fastest, in fp32 or fewer bits; and products with them.
 
-A matrix (out, in) lies in panels of 16 rows: (panels, in, 16), the last one filled up with zeros. A product of many
-rows has the bits of a product of each alone, whatever the matrix is kept in (`cuda/matvec.h`).
+A matrix (out, in) lies in panels of 16 rows, of each in turn one number, or in int8 two: (panels, in, 16, 1) or
+(panels, in / 2, 16, 2), filled up with zeros. A product of many rows has the bits of a product of each alone, whatever
+the matrix is kept in (`cuda/matvec.h`). With int8 native code reads x in 16 bits, too (`cuda/fixed.h`).
 """
 
 import mmap
@@ -17,6 +18,7 @@ from rwkvpipe.kernel.rounding import from_int8, to_int8
 
 KINDS = ("fp32", "bf16", "int8")
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+EACH = {"fp32": 1, "bf16": 1, "int8": 2}  # numbers of a row that lie side by side
 WIDE = 16  # rows of a panel
 PAGE = 1 << 21  # bytes of a large page
 LINE = 64  # bytes that memory is read in
@@ -24,11 +26,12 @@ PART = 1 << 24  # numbers that are in fp32 at a time where they are kept in fewe
 
 
 class Panels(NamedTuple):
-    """A matrix (out, in): data (panels, in, 16), for int8 the scale of each row (out,), and how many rows there are."""
+    """A matrix (out, width): data (panels, words, 16, each), and for int8 the scale of each row (out,)."""
 
     data: Tensor
     scale: Tensor | None
     out: int
+    width: int
 
     @property
     def kind(self) -> str:
@@ -40,7 +43,8 @@ class Shelf:
     """Room for the panels of a model's matrices, in large pages where the system has them: read a tenth faster so."""
 
     def __init__(self, sizes: list[tuple[int, int]], kind: str):
-        size = sum(-(-out // WIDE) * WIDE * width * TYPES[kind].itemsize + LINE for out, width in sizes)
+        words = [-(-out // WIDE) * WIDE * -(-width // EACH[kind]) for out, width in sizes]
+        size = sum(count * EACH[kind] * TYPES[kind].itemsize + LINE for count in words)
         place = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             place.madvise(mmap.MADV_HUGEPAGE)
@@ -66,26 +70,27 @@ def pack(matrix: Tensor, kind: str, shelf: Shelf | None = None) -> Panels:
         matrix = matrix.bfloat16()
     if kind == "int8":
         matrix, scale = to_int8(matrix)
-    shape = (-(-out // WIDE), width, WIDE)
+    each = EACH[kind]
+    shape = (-(-out // WIDE), -(-width // each), WIDE, each)
     data = matrix.new_empty(shape) if shelf is None else shelf.take(shape, matrix.dtype)
-    whole = out - out % WIDE
-    data[: whole // WIDE] = matrix[:whole].view(-1, WIDE, width).mT
+    matrix, whole = F.pad(matrix, (0, -width % each)), out - out % WIDE
+    data[: whole // WIDE] = matrix[:whole].view(-1, WIDE, *shape[1::2]).transpose(1, 2)
     if whole < out:
-        data[-1] = F.pad(matrix[whole:], (0, 0, 0, WIDE - (out - whole))).mT
-    return Panels(data, scale, out)
+        data[-1] = F.pad(matrix[whole:], (0, 0, 0, WIDE - (out - whole))).view(WIDE, *shape[1::2]).transpose(0, 1)
+    return Panels(data, scale, out, width)
 
 
 def unpack(panels: Panels) -> Tensor:
     """The rounded matrix (out, in), in fp32."""
-    data, scale, out = panels
-    rows = data.mT.reshape(-1, data.shape[1])[:out]
+    data, scale, out, width = panels
+    rows = data.transpose(1, 2).flatten(2).flatten(0, 1)[:out, :width]
     return rows.float() if scale is None else from_int8(rows, scale)
 
 
 def times(x: Tensor, panels: Panels) -> Tensor:
     """(..., in) to (..., out), in fp32. Raises ValueError where x is of another width."""
-    if x.shape[-1] != panels.data.shape[1]:
-        raise ValueError(f"x is {tuple(x.shape)}; the matrix is ({panels.out}, {panels.data.shape[1]})")
+    if x.shape[-1] != panels.width:
+        raise ValueError(f"x is {tuple(x.shape)}; the matrix is ({panels.out}, {panels.width})")
     if build.native(x, panels.data.new_empty(0, dtype=torch.float32)) is None:
         return torch.cat([F.linear(x, unpack(part)) for part in _parts(panels)], -1)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
@@ -97,7 +102,7 @@ def times(x: Tensor, panels: Panels) -> Tensor:
 
 def _parts(panels: Panels) -> Iterator[Panels]:
     """The matrix a part at a time."""
-    step = max(1, PART // (WIDE * panels.data.shape[1]))
+    step = max(1, PART // (WIDE * panels.width))
     for first, data in enumerate(panels.data.split(step)):
         begin, end = first * step * WIDE, min(panels.out, (first + 1) * step * WIDE)
-        yield Panels(data, None if panels.scale is None else panels.scale[begin:end], end - begin)
+        yield Panels(data, None if panels.scale is None else panels.scale[begin:end], end - begin, panels.width)

@@ -115,7 +115,8 @@ def test_fewer_bits_are_those_of_the_rounded_matrices(kind, sizes):
                 rounded = unpack(pack(tensor.mT if low else tensor, kind))
                 tensor.copy_(rounded.mT if low else rounded)
     wanted = reference(model, ids)[0]
-    assert float((found - wanted).abs().max()) < 2e-5 * max(1.0, float(wanted.abs().max()))
+    within = 5e-4 if kind == "int8" else 2e-5  # with int8 what matrices read is rounded, too
+    assert float((found - wanted).abs().max()) < within * max(1.0, float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize("sizes", [{}, *OLD.values()], ids=["rwkv7", *OLD])

@@ -19,6 +19,7 @@ from rwkvpipe.weights.lora import inject
 
 FAMILIES = ["rwkv5", "rwkv6", "rwkv7"]
 KINDS = {"fp32": 4, "bf16": 2, "int8": 1}  # bytes of a number
+WITHIN = {"fp32": 2e-5, "bf16": 2e-5, "int8": 5e-4}  # with int8 native code rounds what matrices read, too
 
 
 def made(family="rwkv7", **sizes):
@@ -52,8 +53,8 @@ def test_what_is_read_and_what_is_written_see_the_same_numbers(family, kind):
             else:
                 logits, state = model(ids[:, t : t + 1], state)
                 found.append(logits[:, 0])
-    assert torch.allclose(torch.stack(found, 1), wanted, atol=2e-5 * float(wanted.abs().max()), rtol=0)
-    assert torch.allclose(state.wkv[1], after.wkv[1], atol=2e-5 * float(after.wkv[1].abs().max()), rtol=0)
+    assert torch.allclose(torch.stack(found, 1), wanted, atol=WITHIN[kind] * float(wanted.abs().max()), rtol=0)
+    assert torch.allclose(state.wkv[1], after.wkv[1], atol=WITHIN[kind] * float(after.wkv[1].abs().max()), rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -69,7 +70,7 @@ def test_the_whole_computes_with_the_rounded_matrices(family, kind):
                 rounded = unpack(model.packed[layer])
                 value.copy_(rounded.mT if packed.LOW.fullmatch(layer) else rounded)
         wanted, whole = other(ids)[0], made(family)(ids)[0]
-        assert torch.allclose(model(ids)[0], wanted, atol=2e-5 * float(wanted.abs().max()), rtol=0)
+        assert torch.allclose(model(ids)[0], wanted, atol=WITHIN[kind] * float(wanted.abs().max()), rtol=0)
         assert kind == "fp32" or not torch.allclose(model(ids)[0], whole, atol=1e-3 * float(whole.abs().max()), rtol=0)
 
 
@@ -84,7 +85,7 @@ def test_no_copy_in_fp32_stays(kind, size):
     slots = engine.slots(2)
     low = size_of(x for name, kept in model.packed.items() if packed.LOW.fullmatch(name) for x in kept[:2])
     large_ones = [kept for name, kept in model.packed.items() if not packed.LOW.fullmatch(name)]
-    beside = sum(kept.data.shape[1] * (-kept.out % WIDE) * size for kept in large_ones)  # what fills up the last panels
+    beside = sum(kept.width * (-kept.out % WIDE) * size for kept in large_ones)  # what fills up the last panels
     beside += sum(4 * kept.out for kept in large_ones if kind == "int8")
     held = size_of(model.parameters()) + size_of(x for kept in model.packed.values() for x in kept[:2])
     assert held == whole - (4 - size) * large + low + beside

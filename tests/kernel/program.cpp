@@ -73,7 +73,7 @@ void operators(int64_t B, int64_t T, int64_t H, int64_t N) {
     std::apply(loss_rows, std::tuple{rows, 2, r, chosen.data(), real.data(), 0.5f, 0.1f, made(B * T)});
 }
 
-// zeros as they are kept in a kind: rows, or panels of 16 of them, with a scale for each row of int8
+// zeros as they are kept in a kind: rows, or panels of 16 of them, in pairs with a scale for each row of int8
 template <class Number>
 struct Matrices {
     int64_t kind;
@@ -82,7 +82,7 @@ struct Matrices {
     std::vector<const float *> scales;
 
     void operator()(int64_t out, int64_t in) {
-        numbers.emplace_back(new Number[(kind ? (out + 15) / 16 * 16 : out) * in]());
+        numbers.emplace_back(new Number[(kind ? (out + 15) / 16 * 16 : out) * (kind == 3 ? (in + 1) / 2 * 2 : in)]());
         plain(numbers.back().get(), kind == 3 ? made(out) : nullptr);
     }
     void plain(const void *place, const float *scale = nullptr) { places.push_back(place), scales.push_back(scale); }

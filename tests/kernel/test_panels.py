@@ -19,10 +19,12 @@ def drawn(*shape, seed=0):
 def test_what_was_packed_comes_back_rounded(shape, kind):
     matrix = drawn(*shape)
     kept = pack(matrix, kind)
-    assert kept.kind == kind and kept.data.shape == (-(-shape[0] // 16), shape[1], 16)
+    each = 2 if kind == "int8" else 1
+    assert kept.kind == kind and kept.data.shape == (-(-shape[0] // 16), -(-shape[1] // each), 16, each)
     error = {"fp32": 0.0, "bf16": 2**-8, "int8": 0.51 / 127}[kind]
     assert bool(((unpack(kept) - matrix).abs() <= error * matrix.abs().amax(1, keepdim=True)).all())
     assert int(kept.data[-1, :, (shape[0] - 1) % 16 + 1 :].count_nonzero()) == 0
+    assert shape[1] % each == 0 or int(kept.data[:, -1, :, -1].count_nonzero()) == 0
 
 
 @pytest.mark.parametrize("native", [pytest.param(True, marks=needs_native), False])
@@ -38,7 +40,47 @@ def test_products_are_those_of_fp64(shape, kind, native, monkeypatch):
         wanted = x.double() @ unpack(kept).double().mT
         assert times(x, kept).shape == wanted.shape
         most = x.double().abs() @ unpack(kept).double().abs().mT
+        if native and kind == "int8" and x.numel():  # x is rounded: its largest numbers are 32767
+            most = most + 0.26 / 32767 / 1e-6 * x.abs().amax(-1, keepdim=True) * unpack(kept).abs().sum(1)
         assert bool(((times(x, kept) - wanted).abs() <= 2e-6 * most).all())
+
+
+@needs_native
+def test_rounding_x_for_int8_costs_nothing_beside_rounding_the_matrix():
+    matrix, x = drawn(257, 1800), drawn(40, 1800, seed=1) * torch.logspace(-3, 3, 40)[:, None]
+    kept = pack(matrix, "int8")
+    exact, rounded = x.double() @ matrix.double().mT, x.double() @ unpack(kept).double().mT
+    for rows in (40, 7):
+        error = (times(x[:rows], kept) - rounded[:rows]).norm(dim=1)
+        assert bool((error <= 0.01 * (rounded - exact)[:rows].norm(dim=1)).all())
+
+
+@needs_native
+def test_whole_numbers_are_multiplied_exactly_and_what_is_not_finite_stays_in_its_row():
+    draw = torch.Generator().manual_seed(3)
+    matrix = torch.randint(-127, 128, (20, 700), generator=draw).float()
+    matrix[:, 0] = 127
+    x = torch.randint(-32767, 32768, (30, 700), generator=draw).float()
+    x[:, 0] = x[:, -1] = 32767
+    kept = pack(matrix, "int8")
+    parts = [x[:, n].double() @ matrix[:, n].double().mT for n in (slice(512), slice(512, None))]
+    assert torch.equal(times(x, kept), parts[0].float() + parts[1].float())
+    wanted = times(x, kept)
+    x[3, 4], x[28, 600], x[29, 600], x[7] = torch.inf, torch.nan, -torch.inf, 1e-39
+    for rows in (30, 5):
+        found = times(x[:rows], kept)
+        bad = found.isnan().all(1)
+        assert bad.nonzero().flatten().tolist() == [n for n in (3, 28, 29) if n < rows]
+        good = ~bad & (torch.arange(rows) != 7)
+        assert torch.equal(found[good], wanted[:rows][good])
+    assert bool((times(x, kept)[7].abs() < 1e-30).all())
+
+
+@needs_native
+def test_the_largest_sums_of_whole_numbers_do_not_overflow():
+    kept = pack(torch.full((16, 1024), 3.0), "int8")
+    for rows in (1, 40):
+        assert torch.allclose(times(torch.full((rows, 1024), -5.0), kept), torch.tensor(-15.0 * 1024), rtol=1e-6)
 
 
 @needs_native
