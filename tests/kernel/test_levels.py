@@ -94,7 +94,7 @@ def test_chances_have_the_bits_of_pytorchs(level, order):
 
 @needs_native
 def test_products_of_int8_have_the_same_bits_at_all_levels_with_such_vectors(monkeypatch):
-    """Whole numbers are added exactly; without a product with a sum in one, a number in the middle is rounded otherwise."""
+    """Whole numbers are added exactly; without a product with a sum in one, a middle one is rounded otherwise."""
     draw, found = torch.Generator().manual_seed(0), {}
     kept, x = pack(torch.randn(70, 1301, generator=draw), "int8"), torch.randn(33, 1301, generator=draw)
     for which in LESSER:
