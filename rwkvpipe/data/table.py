@@ -23,7 +23,7 @@ GROUP = 256 << 20  # bytes of the needed columns of a row group at most
 OBJECT = 1 << 26  # bytes of one JSON object at most that is read whole
 Raw = bytes | dict | DataError | Any
 # what pyarrow raises for values that Python has none for: texts that are no UTF-8, a date of the year 60,000
-UNTOLD = (ValueError, OverflowError, NotImplementedError)
+UNTOLD = (ValueError, OverflowError, RuntimeError)
 
 
 def row_of(raw: Raw, place: Place) -> dict:
