@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rwkvpipe import pack, vocab
-from rwkvpipe.base import growing
+from rwkvpipe.base import growing, pace
 from rwkvpipe.base.errors import ConfigError, DataError
 from rwkvpipe.base.files import digest
 from rwkvpipe.data import marks, packing, table
@@ -465,6 +465,15 @@ def test_one_line_without_end_takes_linear_time_and_is_whole(tmp_path):
     for text in ("a" * 1_500_000, "QUJD" * 300_000, "\u4e2d" * 400_000):
         train, _ = run(tmp_path, rows(tmp_path / "a.jsonl", {"text": text}, {"text": "end"}))
         assert texts(train) == [text, "end"]
+
+
+def test_a_long_text_says_how_far_it_is(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(pace, "EVERY", -1.0)
+    (tmp_path / "a.txt").write_text("word " * 1_500_000)
+    run(tmp_path, tmp_path / "a.txt")
+    for what in ("its digest: 1 of 8 MB, ", "read: 1 of 8 MB, "):
+        assert f"a.txt: {what}" in caplog.text
 
 
 def test_a_pair_is_used_where_it_lies(tmp_path):

@@ -78,7 +78,7 @@ def blocks(unit: Unit, name: str) -> Iterator[Block]:
 
 def _of_lines(unit: Unit, name: str) -> Iterator[Block]:
     none = np.zeros(0, dtype=np.uint8)
-    with opened(unit.path, unit.packed) as file:
+    with opened(unit.path, unit.packed, whole=unit.whole) as file:
         for before, found in lines.blocks(unit, file):
             if isinstance(found, DataError):
                 block = _Error(unit, none, np.array([before + 1]), np.array([-1]), np.array([-1]))

@@ -56,7 +56,7 @@ def text_blocks(path: str | Path, packed: str = "") -> Iterator[bytes]:
     Raises DataError naming the line.
     """
     tail, place, lines = b"", 0, 0
-    with opened(path, packed) as file:
+    with opened(path, packed, whole=True) as file:
         while piece := file.read(BLOCK):
             data = tail + piece
             if not place and len(data) >= len(BOM):

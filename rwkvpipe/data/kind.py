@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import BinaryIO
 
 from rwkvpipe.base.errors import DataError, PipeError
 from rwkvpipe.base.files import parse_json
+from rwkvpipe.base.pace import Pace
 
 BOM = b"\xef\xbb\xbf"
 STARTS = {
@@ -29,21 +31,37 @@ LOOK = 1 << 16  # bytes that are looked at
 TABLES = ("lines", "list", "object", "parquet", "arrow", "stream")
 
 
-@contextmanager
-def opened(path: str | Path, packed: str) -> Iterator[BinaryIO]:
-    """A file's bytes, unpacked. Raises DataError when it is cut short or damaged."""
-    try:
-        if packed == "gz":
-            with gzip.open(path, "rb") as file:
-                yield file
-        elif packed == "zst":
-            import pyarrow
+class _Told(io.FileIO):
+    """A file that says, now and then, how far it is read."""
 
-            # several frames may follow each other, as in files that grow
-            with pyarrow.input_stream(str(path), compression="zstd", buffer_size=1 << 20) as stream:
-                yield io.BufferedReader(stream, 1 << 20)
-        else:
-            with open(path, "rb", buffering=1 << 18) as file:
+    def __init__(self, path: str | Path):
+        super().__init__(path)
+        self.pace = Pace(f"{path}: read", os.fstat(self.fileno()).st_size)
+
+    def readinto(self, room) -> int | None:
+        found = super().readinto(room)
+        self.pace.at(self.tell())
+        return found
+
+
+@contextmanager
+def opened(path: str | Path, packed: str, *, whole: bool = False) -> Iterator[BinaryIO]:
+    """A file's bytes, unpacked; where they are read as a `whole`, it is said how far that is.
+
+    Raises DataError when it is cut short or damaged.
+    """
+    try:
+        with _Told(path) if whole else open(path, "rb", buffering=0) as raw, io.BufferedReader(raw, 1 << 18) as file:
+            if packed == "gz":
+                with gzip.open(file, "rb") as unpacked:
+                    yield unpacked
+            elif packed == "zst":
+                import pyarrow
+
+                # several frames may follow each other, as in files that grow
+                with pyarrow.input_stream(file, compression="zstd", buffer_size=1 << 20) as stream:
+                    yield io.BufferedReader(stream, 1 << 20)
+            else:
                 yield file
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: cut short or damaged ({error}); copy or pack it again") from None

@@ -12,6 +12,7 @@ from typing import Any
 
 from rwkvpipe.base.errors import DataError
 from rwkvpipe.base.files import parse_json
+from rwkvpipe.base.pace import Pace
 from rwkvpipe.data.items import list_rows, object_rows, other_members
 from rwkvpipe.data.kind import opened
 from rwkvpipe.data.lines import lines
@@ -158,12 +159,12 @@ def raw_rows(unit: Unit, needed: Set[str] | None, fan: str | None = None) -> Ite
     if unit.kind == "object" and fan is not None:
         others = {}
         if needed is None or needed - {fan}:
-            with opened(unit.path, unit.packed) as file:
+            with opened(unit.path, unit.packed, whole=True) as file:
                 others = other_members(unit, file, fan, needed)
-        with opened(unit.path, unit.packed) as file:
+        with opened(unit.path, unit.packed, whole=unit.whole) as file:
             yield from object_rows(unit, file, fan, others)
         return
-    with opened(unit.path, unit.packed) as file:
+    with opened(unit.path, unit.packed, whole=unit.whole) as file:
         if unit.kind == "lines":
             yield from lines(unit, file)
         elif unit.kind == "list":
@@ -224,9 +225,12 @@ def _batches(unit: Unit, needed: Set[str] | None) -> Iterator[Any]:
         return
     with pyarrow.memory_map(unit.path) as source, _arrow(source, unit.kind, unit.path, needed) as file:
         found = iter(file) if unit.kind == "stream" else map(file.get_batch, range(unit.start, unit.stop))
+        pace = Pace(f"{unit.path}: read", unit.weight)
         for batch in found:
             _sound(batch)
             yield batch
+            if unit.kind == "stream":  # which is one piece of work
+                pace.at(source.tell())
 
 
 def _sound(batch) -> None:

@@ -1,8 +1,11 @@
 """A piece of work: a file or a range of it, which can be read by itself; and the places in it, for errors."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from functools import cached_property
+
+from rwkvpipe.base.pace import Pace
 
 BLOCK = 1 << 20
 
@@ -23,6 +26,11 @@ class Unit:
     first: int = 0
     weight: int = 0  # bytes of the file, for progress
     lines: int | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of a file."""
+        return self.stop is None
 
     @cached_property
     def lines_before(self) -> int:
@@ -55,6 +63,7 @@ def survey(path: str, borders: list[int]) -> tuple[str, list[int]]:
     """sha256 of a file in hex, and how many lines end before each of some places in it, which ascend."""
     found, lines, place, hashed = [], 0, 0, hashlib.sha256()
     with open(path, "rb") as file:
+        pace = Pace(f"{path}: its digest", os.fstat(file.fileno()).st_size)
         for border in [*borders, None]:
             while border is None or place < border:
                 block = file.read(BLOCK if border is None else min(BLOCK, border - place))
@@ -63,6 +72,7 @@ def survey(path: str, borders: list[int]) -> tuple[str, list[int]]:
                 place += len(block)
                 lines += block.count(b"\n")
                 hashed.update(block)
+                pace.at(place)
             if border is not None:
                 found.append(lines)
     return hashed.hexdigest(), found

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rwkvpipe.base import pace
 from rwkvpipe.base.errors import DataError
 from rwkvpipe.data import items, lines, table
 from rwkvpipe.data.kind import kind_of
@@ -197,6 +198,15 @@ def test_a_table_whose_texts_are_no_utf8_names_the_row(tmp_path):
     found = [raw for unit in units for _, raw in raw_rows(unit, NEEDED)]
     assert found[0] == {"text": "ok"} and found[2] == {"text": "end"}
     assert f"{tmp_path}/a: row 2: not UTF-8" in str(found[1])
+
+
+@pytest.mark.parametrize("name", ["gz", "zst", "list", "stream", "lines"])
+def test_what_is_one_piece_of_work_says_how_far_it_is(tmp_path, name, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(pace, "EVERY", -1.0)
+    MAKE[name](tmp_path / name)
+    assert len(read(tmp_path / name)) >= 50
+    assert (f"{tmp_path}/{name}: read: 0 of 0 MB, " in caplog.text) == (name != "lines")  # which is several
 
 
 @pytest.mark.parametrize("indent", [None, 1])
