@@ -15,7 +15,6 @@ from rwkvpipe.base.partial import Partial, mark
 from rwkvpipe.base.strict import check, check_json
 from rwkvpipe.infer.engine import Engine, load_vocabulary
 from rwkvpipe.infer.layout import TEMPLATE, Layout, find_layout
-from rwkvpipe.infer.prefix import States
 from rwkvpipe.infer.prompts import read_prompts
 from rwkvpipe.kernel.panels import KINDS
 from rwkvpipe.tokenizer.chat import MODES
@@ -109,7 +108,7 @@ def write(engine: Engine, given: argparse.Namespace, prompts: list[str], samplin
 def talk(engine: Engine, sampling: SamplingConfig, layout: Layout) -> None:
     """Answer line after line; of a talk that goes on only what is new is read."""
     messages: list[dict] = []
-    kept, turn = States(), 0
+    kept, turn = engine.states(), 0
     for words in _lines():
         if words == "/new":
             messages = []

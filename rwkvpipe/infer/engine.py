@@ -11,9 +11,9 @@ from torch import nn
 
 from rwkvpipe.base.config import SamplingConfig
 from rwkvpipe.base.errors import ConfigError, DataError
-from rwkvpipe.infer.memory import check_rows
+from rwkvpipe.infer.memory import check_rows, spare_bytes
 from rwkvpipe.infer.packed import keep
-from rwkvpipe.infer.prefix import States
+from rwkvpipe.infer.prefix import KEPT, States
 from rwkvpipe.infer.progress import Progress
 from rwkvpipe.infer.reading import CHUNK, LOGITS, Reader
 from rwkvpipe.infer.row import Completion, Job
@@ -104,6 +104,11 @@ class Engine:
     def slots(self, rows: int, kept: States | None = None) -> Slots:
         """Room for `rows` texts to be written side by side."""
         return Slots(self.model, self.words, rows, kept)
+
+    def states(self) -> States:
+        """Room for states of texts that others may go on from, as far as the rows leave memory for it."""
+        spare = spare_bytes(self.model.config, self.rows, self.reader.device, chunk=CHUNK, logits=LOGITS)
+        return States() if spare is None else States(min(KEPT, spare))
 
     def generate(
         self,

@@ -52,16 +52,27 @@ def free_bytes(device: torch.device) -> int | None:
     return min(found, default=None)
 
 
+def _taken(config: RwkvConfig, rows: int, device: torch.device, chunk: int, logits: int) -> int:
+    """Bytes that so many rows take, and what weighs texts beside them."""
+    each = row_bytes(config, chunk, COPIES + RECORDED * (device.type == "cuda"))
+    return rows * each + SCORED * min(rows * chunk * config.vocab_size, logits)
+
+
+def spare_bytes(config: RwkvConfig, rows: int, device: torch.device, *, chunk: int, logits: int) -> int | None:
+    """Bytes that are left beside so many rows; None where the system does not say."""
+    free = free_bytes(device)
+    return None if free is None else max(0, free - _taken(config, rows, device, chunk, logits))
+
+
 def check_rows(config: RwkvConfig, rows: int, device: torch.device, *, chunk: int, logits: int) -> None:
     """Raise ConfigError, naming how many rows would do, for more of them than there is memory for."""
     each = row_bytes(config, chunk, COPIES + RECORDED * (device.type == "cuda"))
-    free = free_bytes(device)
-    beside = SCORED * min(rows * chunk * config.vocab_size, logits)
-    if free is None or rows * each + beside <= free:
+    free, taken = free_bytes(device), _taken(config, rows, device, chunk, logits)
+    if free is None or taken <= free:
         return
     most = (free - SCORED * min(chunk * config.vocab_size, logits)) // each
     way = f"{most} would do" if most > 0 else "not even one would do; free some, or take a smaller model"
     raise ConfigError(
-        f"rows: {rows} texts at a time take about {(rows * each + beside) / 1e9:.1f} GB of memory,"
+        f"rows: {rows} texts at a time take about {taken / 1e9:.1f} GB of memory,"
         f" {free / 1e9:.1f} GB are free; {way} (--rows, in a profile rows)"
     )

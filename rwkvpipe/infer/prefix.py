@@ -9,6 +9,7 @@ from rwkvpipe.model.layers import State
 
 SAVED = 64  # tokens that reading a beginning apart must save
 LEAST = 16  # tokens that it must have
+KEPT = 1 << 28  # bytes of states that are kept at most
 
 
 @dataclass
@@ -66,7 +67,7 @@ def headers(texts: Sequence[list[int]]) -> Header:
 class States:
     """States after texts that were read, the newest `limit` bytes of them, for texts that go on from there."""
 
-    def __init__(self, limit: int = 1 << 28):
+    def __init__(self, limit: int = KEPT):
         self.limit, self.size = limit, 0
         self.kept: dict[tuple[int, ...], State] = {}
 

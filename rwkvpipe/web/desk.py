@@ -10,7 +10,7 @@ import torch
 from rwkvpipe.base.config import SamplingConfig
 from rwkvpipe.base.errors import ConfigError, PipeError
 from rwkvpipe.infer.engine import Engine
-from rwkvpipe.infer.prefix import SAVED, States
+from rwkvpipe.infer.prefix import SAVED
 from rwkvpipe.infer.reading import SLACK
 from rwkvpipe.infer.row import Job, Row
 from rwkvpipe.model.layers import State
@@ -74,8 +74,8 @@ class _Text:
 class Desk:
     """Takes orders from any thread; `run` writes them until `close`."""
 
-    def __init__(self, engine: Engine, waiting: int, kept: States | None = None):
-        self.engine, self.waiting, self.kept = engine, waiting, States() if kept is None else kept
+    def __init__(self, engine: Engine, waiting: int):
+        self.engine, self.waiting, self.kept = engine, waiting, engine.states()
         self.slots = engine.slots(engine.rows, self.kept)
         self.change = threading.Condition()
         self.queue: deque[tuple[Order, int]] = deque()  # prompts that wait to be read

@@ -7,6 +7,7 @@ from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.base.errors import ConfigError
 from rwkvpipe.infer import memory
 from rwkvpipe.infer.engine import Engine
+from rwkvpipe.infer.prefix import KEPT
 from rwkvpipe.model.family import build, complete
 from rwkvpipe.model.layers import State
 from rwkvpipe.tokenizer.byte import ByteTokenizer
@@ -37,6 +38,18 @@ def test_too_many_rows_are_refused_and_enough_are_named(monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 10)
     with pytest.raises(ConfigError, match="not even one would do"):
         Engine(network, ByteTokenizer(1), 1)
+
+
+def test_states_that_are_kept_get_what_the_rows_leave(monkeypatch):
+    network = build(RwkvConfig(n_layer=2, n_embd=32, head_size=16, vocab_size=257))
+    for free, least, most in ((100 << 20, 1, 99 << 20), (None, KEPT, KEPT), (1 << 40, KEPT, KEPT)):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+        engine = Engine(network, ByteTokenizer(1), 3)
+        assert least <= engine.states().limit <= most
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10)  # by now others have taken it
+    kept = engine.states()
+    kept.add([1, 2], engine.reader.read([[1, 2]])[1])
+    assert not list(kept) and kept.size == 0
 
 
 def test_on_a_card_graphs_have_states_of_their_own(monkeypatch):
