@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import io
 import logging
 import os
 import re
@@ -200,6 +201,8 @@ def run(main: Callable[[], int | None]) -> None:
         return status
 
     start_logging()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a letter that the terminal does not have becomes a question mark
     for number in STOPS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and shells ask for jobs in the background
             signal.signal(number, _on_stop)
