@@ -329,3 +329,13 @@ def test_a_bad_step_is_told_with_the_documents_it_read(home):
     settings(home, steps=9, lr=3.0, watch={"spike": 1.0001})
     with pytest.raises(PipeError, match=r"step \d: the norm of .*\(it read documents [\d, ]+ of .*corpus"):
         run(home, "a")
+
+
+def test_a_held_out_loss_of_nothing_is_refused(home):
+    for file in (home / "corpus").glob("valid.*"):
+        file.unlink()
+    settings(home)
+    assert "valid_loss" not in run(home, "a")[1][-1]
+    settings(home, valid_every=4)
+    with pytest.raises(DataError, match="has no held-out part, whose loss train.valid_every asks for"):
+        run(home, "b")

@@ -89,8 +89,10 @@ def train(
     valid = [file for folder in folders for file in _files(folder, "valid", masked)]
     parts = [Binidx(folder / "valid", rows) for folder in folders if _files(folder, "valid", masked)]
     validate = held_out_loss(parts, config, micro_batch, masked=masked, rank=stage.rank) if parts else None
-    if config.watch.best and validate is None:
-        raise DataError(f"{folders[0]}: has no held-out part, by whose loss watch.best tells; pack it with valid")
+    if config.valid_every and validate is None:
+        raise DataError(
+            f"{folders[0]}: has no held-out part, whose loss train.valid_every asks for; pack it with valid"
+        )
     counts = left_of(data, config, masked=masked)
     resumed = any(stage.folder.glob("step-*.json"))
     before = config.begun  # steps of another training, whose rows are not read again
