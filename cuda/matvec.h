@@ -43,7 +43,7 @@ struct Asked {
 namespace product {
 
 constexpr int64_t LARGE = 1 << 18;  // numbers of a matrix that are worth another thread
-constexpr int64_t AHEAD = 1024;     // bytes that are asked for before they are needed
+constexpr int64_t AHEAD = 4096;     // bytes that are asked for before they are needed
 
 // rows of x, and panels, whose sums the registers have room for
 #if defined(__AVX512F__)
@@ -76,7 +76,15 @@ struct Wide : Floats {
 struct Half : Floats {
     typedef uint16_t Number;
     static Vec at(const uint16_t *p) {
+#if defined(__AVX512F__)
+        const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
+        return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+#elif defined(__AVX2__)
+        const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
+        return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+#else
         return (Vec)(__builtin_convertvector(*reinterpret_cast<const Halves *>(p), Ints) << 16);
+#endif
     }
 };
 struct Pair {
