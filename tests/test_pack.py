@@ -1,5 +1,6 @@
 """A packed corpus holds every document once, in whole files, and says what is in it."""
 
+import gzip
 import json
 import os
 import random
@@ -15,7 +16,7 @@ from rwkvpipe import pack, vocab
 from rwkvpipe.base import growing, pace
 from rwkvpipe.base.errors import ConfigError, DataError
 from rwkvpipe.base.files import digest
-from rwkvpipe.data import marks, packing, table
+from rwkvpipe.data import marks, packing, parcel, table
 from rwkvpipe.data.binidx import Binidx, BinidxWriter
 from rwkvpipe.data.lines import LARGE
 from rwkvpipe.data.synthetic import generate
@@ -116,6 +117,28 @@ def test_weights_of_messages_reach_their_tokens_and_others_are_a_byte_each(tmp_p
         learned += np.count_nonzero(data.mask(0, len(data)))
     assert sum(about[part]["learned"] for part in ("train", "valid")) == learned
     assert sum(about[part]["documents"] for part in ("train", "valid")) == 30
+
+
+@pytest.mark.parametrize("duplicates", ["keep", "drop"])
+def test_marks_of_one_long_piece_of_work_wait_in_a_file(tmp_path, monkeypatch, duplicates):
+    """A packed file is one piece, however many talks are in it; weights come late, so marks before them are bytes."""
+
+    def talk(n):
+        said = {"role": "assistant", "content": f"{n} " * (n + 1), **({"weight": 0.5} if n > 40 else {})}
+        return {"messages": [{"role": "user", "content": f"{n % 50}?"}, said]}
+
+    lines = [json.dumps(talk(n % 55)) for n in range(60)]
+    (tmp_path / "a.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    made, taken = [], []
+    monkeypatch.setattr(packing, "array_of", lambda *given: taken.append(given[0]) or parcel.array_of(*given))
+    for spill, block in ((1 << 30, 1 << 20), (100, 7)):
+        monkeypatch.setattr(parcel, "SPILL", spill)
+        monkeypatch.setattr(packing, "BLOCK", block)
+        monkeypatch.setattr(parcel, "BLOCK", block)
+        run(tmp_path, tmp_path / "a.gz", format="chat", valid=0.3, duplicates=duplicates)
+        assert len(taken) == (0 if spill > 100 else 2)
+        made.append(contents(tmp_path / "out"))
+    assert made[0] == made[1] and len(made[0]["train.mask"]) == 2 * len(made[0]["train.bin"])
 
 
 def test_the_seed_decides_what_is_made(tmp_path):

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from rwkvpipe.base.pace import Pace
 from rwkvpipe.data.binidx import write_index
 from rwkvpipe.data.card import Card, Seen, count_parcel, kept
 from rwkvpipe.data.marks import RUN, narrowed, runs, widened
-from rwkvpipe.data.parcel import PARTS, Parcel, Part
+from rwkvpipe.data.parcel import PARTS, Parcel, Part, array_of
 
 log = logging.getLogger("rwkvpipe")
 
@@ -47,7 +48,8 @@ class Packing:
         """Append a parcel."""
         for error in parcel.errors:
             self.files.append("skipped.jsonl", (canonical({"error": error}) + "\n").encode("utf-8", "backslashreplace"))
-        for name, part in parcel.parts.items():
+        for name, given in parcel.parts.items():
+            part = replace(given, marks=array_of(given.marks, given.kind)) if isinstance(given.marks, Path) else given
             fresh = self.seen.fresh(part.digests)
             self.files.append("digests", part.digests[fresh].tobytes())
             self.card.counts["duplicates"] += int((~fresh).sum())
@@ -57,9 +59,12 @@ class Packing:
             part = kept(part, wanted)
             self.files.append(f"{name}.sizes", part.sizes.tobytes())
             if part.marks is not None:
-                # what weighs other than 1 is kept beside them until all are there
-                self.files.append(f"{name}.weights", runs(part.marks, self.card.parts[name]["tokens"]).tobytes())
-                self.files.append(f"{name}.mask", narrowed(part.marks).data)
+                for first in range(0, len(part.marks), BLOCK):
+                    some = part.marks[first : first + BLOCK]
+                    # what weighs other than 1 is kept beside them until all are there
+                    told = runs(some, self.card.parts[name]["tokens"] + first)
+                    self.files.append(f"{name}.weights", told.tobytes())
+                    self.files.append(f"{name}.mask", narrowed(some).data)
             self.card.add(name, part)
         count_parcel(self.card, parcel)
         self.done += 1

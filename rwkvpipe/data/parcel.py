@@ -28,22 +28,24 @@ from rwkvpipe.tokenizer.load import Tokenizer
 
 PARTS = ("train", "valid")
 TOP = 10  # longest documents that are told of
-SPILL = 8 << 20  # bytes of tokens of a parcel that are held at most
+SPILL = 8 << 20  # bytes of tokens, or of marks, of a parcel that are held at most
+BYTE = np.dtype(np.uint8)
 
 
 @dataclass
 class Part:
-    """Documents of one of the two parts: tokens (n,), marks (n,) or None, and of each document what is counted.
+    """Documents of one of the two parts: tokens (n,), marks (n,) of a `kind` or None, and what is counted of each.
 
-    Many tokens are in a file, for who takes them over.
+    Many tokens, and many marks, are in a file, for who takes them over.
     """
 
     tokens: np.ndarray | Path
-    marks: np.ndarray | None
+    marks: np.ndarray | Path | None
     sizes: np.ndarray
     digests: np.ndarray
     widths: np.ndarray
     longest: dict[int, tuple[int, str]] = field(default_factory=dict)  # number: (order among all of the parcel, where)
+    kind: np.dtype = BYTE
 
 
 @dataclass
@@ -56,15 +58,24 @@ class Parcel:
     weight: int = 0
 
 
+def array_of(found: bytearray | Path, dtype: np.dtype) -> np.ndarray:
+    """What a spool took; of a file, which loses its name, it is mapped."""
+    if not isinstance(found, Path):
+        return np.frombuffer(found, dtype)
+    data = np.memmap(found, dtype, "r")
+    found.unlink()
+    return data
+
+
 class _Heap:
     """Tokens of documents as they come."""
 
     def __init__(self, dtype: np.dtype, room: Path | None):
         self.dtype = dtype
-        self.tokens, self.marks = Spool(room, SPILL), Spool(None, 0)
+        self.room, self.tokens, self.marks = room, Spool(room, SPILL), Spool(room, SPILL)
         self.sizes, self.digests, self.widths = array("i"), array("Q"), array("q")
         self.longest: list[tuple[int, int, int, object]] = []  # size, minus the order, number, where
-        self.kind = np.dtype(np.uint8)  # of marks
+        self.kind = BYTE  # of marks
 
     def add(self, document: Document, order: int, pieces: Iterable[tuple[np.ndarray, np.ndarray | None]]) -> None:
         """A document by its tokens and marks. Raises DataError, and then has not added it."""
@@ -92,9 +103,10 @@ class _Heap:
     def _add_marks(self, found: np.ndarray) -> None:
         """Marks of a document in one dtype with those before it; all become weights with the first that are."""
         if found.dtype == WEIGHT and self.kind != WEIGHT:
-            held, self.kind = weights(np.frombuffer(self.marks.taken(), np.uint8)), WEIGHT
-            self.marks = Spool(None, 0)
-            self.marks.write(held.data)
+            held, self.kind = array_of(self.marks.taken(), BYTE), WEIGHT
+            self.marks = Spool(self.room, SPILL)
+            for first in range(0, len(held), BLOCK):
+                self.marks.write(weights(held[first : first + BLOCK]).data)
         self.marks.write((weights(found) if self.kind == WEIGHT else found).data)
 
     def add_all(self, ids: np.ndarray, sizes: np.ndarray, rows: np.ndarray, order: np.ndarray, block: Block) -> None:
@@ -120,14 +132,15 @@ class _Heap:
 
     def part(self, masked: bool) -> Part:
         """All of them."""
-        tokens = self.tokens.taken()
+        tokens, found = self.tokens.taken(), self.marks.taken() if masked else None
         return Part(
             tokens if isinstance(tokens, Path) else np.frombuffer(tokens, self.dtype),
-            np.frombuffer(self.marks.taken(), self.kind) if masked else None,
+            found if isinstance(found, Path) or not masked else np.frombuffer(found, self.kind),
             np.asarray(self.sizes, dtype="<i4"),
             np.asarray(self.digests, dtype="<u8"),
             np.asarray(self.widths, dtype="<i8"),
             {number: (-order, str(origin)) for _, order, number, origin in self.longest},
+            self.kind,
         )
 
 
