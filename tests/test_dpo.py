@@ -7,7 +7,7 @@ import torch
 
 from rwkvpipe import dpo, merge, questions
 from rwkvpipe.base.config import RwkvConfig
-from rwkvpipe.base.errors import ConfigError, DataError, Stopped
+from rwkvpipe.base.errors import ConfigError, DataError, PipeError, Stopped
 from rwkvpipe.base.files import read_jsonl, write_json, write_jsonl
 from rwkvpipe.model.family import build
 from rwkvpipe.train import loop
@@ -90,6 +90,12 @@ def test_every_setting_of_its_own_changes_what_is_learned(home):
     for own in ({}, {"beta": 0.5}, {"smoothing": 0.2}, {"loss": "ipo"}):
         seen.append(run(home, f"{len(seen)}", train={"steps": 3}, dpo=own)[0]["head.weight"])
     assert all(not torch.equal(a, b) for n, a in enumerate(seen) for b in seen[:n])
+
+
+def test_weights_that_the_last_step_made_useless_are_not_written(home):
+    with pytest.raises(PipeError, match=r"^the last step left NaN or infinity in \S+, so nothing is made"):
+        run(home, "a", train={"steps": 1, "warmup": 0, "lr": 3e38, "clip": 1e9})
+    assert not (home / "a/model.safetensors").exists()
 
 
 def test_pairs_that_cannot_be_used_are_told_in_one_line(home):

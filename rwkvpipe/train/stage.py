@@ -8,10 +8,11 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from rwkvpipe.base.config import LoraConfig, RolloutConfig, Settings, read_settings
-from rwkvpipe.base.errors import ConfigError, Parser, new_file
+from rwkvpipe.base.errors import ConfigError, Parser, PipeError, new_file
 from rwkvpipe.base.files import canonical, digest, write_jsonl
 from rwkvpipe.train import checkpoint, dist
 from rwkvpipe.train.eightbit import check_optimizer
@@ -158,13 +159,16 @@ def finish(stage: Stage, metrics: Log) -> None:
     """Write metrics.jsonl, then the model or the adapter; resume points have served and go.
 
     They stay where the one who asked is gone: the next one may begin by deleting results that it saw nobody finish, as
-    Snakemake does, and then makes them from the last point.
+    Snakemake does, and then makes them from the last point. Raises PipeError where the last step, behind which no loss
+    was measured, made weights that are no numbers.
     """
     parted(stage.model)
     apart = stage.settings.apart
     tensors = whole(lora.trained(stage.model) if apart else stage.model.state_dict(), stage.rank)
     if stage.rank.index:  # the first one writes
         return
+    if odd := next((name for name, value in tensors.items() if not torch.isfinite(value).all()), None):
+        raise PipeError(f"the last step left NaN or infinity in {odd}, so nothing is made; lower train.lr")
     write_jsonl(stage.out.parent / "metrics.jsonl", metrics.rows())
     write_product(stage, stage.out, tensors)
     log.info("wrote %s", stage.out)
