@@ -12,6 +12,7 @@ from rwkvpipe.base.errors import DataError
 from rwkvpipe.base.files import read_jsonl
 
 NEEDED = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "seconds")
+TAUGHT = ("loss", "grad_norm")  # what a line lacks whose steps were all skipped
 
 
 class Metrics:
@@ -74,7 +75,8 @@ def read_metrics(path: str | Path) -> Metrics:
         raise DataError(f"{path}: there is no such file; give the metrics.jsonl that a training stage wrote")
     rows: list[dict] = []
     for number, row in zip(line_numbers(path), read_jsonl(path), strict=True):
-        missing = next((name for name in NEEDED if name not in row), None)
+        needed = [name for name in NEEDED if not (row.get("skipped") and name in TAUGHT)]
+        missing = next((name for name in needed if name not in row), None)
         if missing:
             raise DataError(f"{path}:{number}: {missing} is missing; this is no line of training metrics")
         for name, value in row.items():
@@ -85,4 +87,6 @@ def read_metrics(path: str | Path) -> Metrics:
         rows.append(row)
     if not rows:
         raise DataError(f"{path}:1: the file is empty; train the stage again")
+    if not any("loss" in row for row in rows):
+        raise DataError(f"{path}:1: every step was skipped; lower train.lr, and train the stage again")
     return Metrics(rows)

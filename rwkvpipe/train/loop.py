@@ -2,11 +2,8 @@
 
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from rwkvpipe.train.optim import AdamW, adamw, decay_at, lr_at, same_until, set_
 from rwkvpipe.train.precision import Scaler
 from rwkvpipe.train.record import Log, Progress
 from rwkvpipe.train.sharding import part_of, parted, pieces, watched, whole
+from rwkvpipe.train.stop import Stops, held
 from rwkvpipe.train.tracker import Trackers
 from rwkvpipe.weights.store import write_tensors
 
@@ -73,28 +71,6 @@ class Hooks:
     """What the batch of a step was made of, in words."""
 
 
-@contextmanager
-def held(*, stopping: bool = False) -> Iterator[None]:
-    """Stop signals wait until the end of the block: weights are never caught between two steps.
-
-    To a process that is `stopping` anyway they say nothing new.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    for number in before:
-        signal.signal(number, lambda got, frame: came.append(got))
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-        if came and not stopping:
-            signal.raise_signal(came[0])
-
-
 def step_seed(seed: int, step: int) -> int:
     """The seed of what is drawn by lot in one step: a function of the run's seed and the step, nothing else."""
     return (seed * 1_000_003 + step) % 2**63
@@ -133,30 +109,8 @@ def _unpack(model: nn.Module, optimizer: AdamW, tensors: Mapping[str, Tensor]) -
     return {name.removeprefix("carry/"): tensors[name] for name in tensors if name.startswith("carry/")}
 
 
-@dataclass
-class _Stops:
-    """Whether a stop signal came. Processes that train together note it, and all stop after the same step."""
-
-    came: bool = False
-    agreed: bool = False
-
-    def _note(self, number: int, frame) -> None:
-        self.came = True
-
-    @contextmanager
-    def noted(self, rank: Rank) -> Iterator[None]:
-        """Signals are noted inside the block; a process that trains alone is stopped by them at once."""
-        numbers = () if rank.count == 1 else (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = {number: signal.signal(number, self._note) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
 def _gradient(
-    model: nn.Module, losses: Iterator[Tensor], clip: float, rank: Rank, stops: _Stops, scale: float
+    model: nn.Module, losses: Iterator[Tensor], clip: float, rank: Rank, stops: Stops, scale: float
 ) -> tuple[float, float]:
     """Gradients of one step, clipped: (loss, norm before the clip)."""
     parted(model)
@@ -183,9 +137,10 @@ def _say(progress: Progress, row: dict, config: TrainConfig, spent: float, first
     """One line for people: where training stands and how long it will take."""
     left = spent / max(progress.step - first, 1) * (config.steps - progress.step)
     extra = "".join(f"  {name} {row[name]:.4f}" for name in ("valid_loss", "mean_reward") if name in row)
+    loss = f"loss {row['loss']:.4f}" if "loss" in row else "skipped"
     log.info(
-        "step %d/%d  loss %.4f%s  lr %.2e  %s tokens/s  %d:%02d left",
-        progress.step, config.steps, row["loss"], extra, row["lr"],
+        "step %d/%d  %s%s  lr %.2e  %s tokens/s  %d:%02d left",
+        progress.step, config.steps, loss, extra, row["lr"],
         f"{row['tokens_per_second']:,.0f}", left // 60, left % 60,
     )  # fmt: skip
 
@@ -199,7 +154,7 @@ class _Training:
         self.progress = Progress()
         self.scaler = Scaler.of(config.precision)
         self.log = Log(run.folder / "log.jsonl", run.rank)
-        self.stops = _Stops()
+        self.stops = Stops()
         self.saved = 0
         self.products = "torch"
         self.stem = checkpoint.Stem(run.stem, same_until(config) if run.stem else 0, config.steps, config.schedule)
@@ -331,7 +286,7 @@ class _Training:
         last = number == config.steps
         valid = self.hooks.validate and (last or (config.valid_every and number % config.valid_every == 0))
         due = valid or last or number == 1 or number % config.log_every == 0
-        if not due or not self.progress.sums:
+        if not due or self.progress.lined == number:
             return None
         held_out = {"valid_loss": self.hooks.validate(self.model)} if valid else {}
         if held_out and not math.isfinite(held_out["valid_loss"]):
@@ -390,7 +345,7 @@ def fit(
         raise Stopped(f"stopped after step {done} of {config.steps}; the same command goes on from there") from None
     finally:
         run.trackers.close()
-    if config.watch.bad == "skip" and not run.rank.index and not training.log.rows():
+    if config.watch.bad == "skip" and not run.rank.index and not any("loss" in row for row in training.log.rows()):
         raise PipeError(
             f"all {config.steps} steps were skipped: no weight was moved, so nothing is made; lower train.lr"
         )

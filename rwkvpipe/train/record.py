@@ -71,6 +71,11 @@ def _none() -> dict[str, float]:
     return {"steps": 0, "tokens": 0, "targets": 0, "seconds": 0.0, "skipped": 0}
 
 
+def _some(means: dict[str, float], name: str) -> dict[str, float]:
+    """What is told under a name, taken out of the means; nothing where there is none."""
+    return {name: means.pop(name)} if name in means else {}
+
+
 @dataclass
 class Progress:
     """What has been done: the step, the held-out losses, and sums since the last line of metrics."""
@@ -115,12 +120,15 @@ class Progress:
         self.since = {name: self.since[name] + more[name] for name in self.since}
 
     def row(self, rate: float) -> dict:
-        """A line of metrics: means since the last one, which are then forgotten."""
+        """A line of metrics: means since the last one, which are then forgotten.
+
+        Where every step since then was skipped, there is no loss and no norm of the gradient.
+        """
         since = self.since
         means = {name: value / self.times[name] for name, value in self.sums.items()}
         speed = since["tokens"] / max(since["seconds"], 1e-9)
-        head = {"step": self.step, "tokens": self.tokens, "loss": means.pop("loss"), "lr": rate}
-        head |= {"grad_norm": means.pop("grad_norm"), "tokens_per_second": round(speed, 1)}
+        head = {"step": self.step, "tokens": self.tokens} | _some(means, "loss") | {"lr": rate} | _some(means, "grad_norm")
+        head |= {"tokens_per_second": round(speed, 1)}
         head |= {"seconds": round(self.seconds, 3), "target_fraction": since["targets"] / max(since["tokens"], 1)}
         head |= {"memory_mb": round(memory(), 1)} | ({"skipped": since["skipped"]} if since["skipped"] else {})
         self.sums, self.times, self.since, self.lined = {}, {}, _none(), self.step

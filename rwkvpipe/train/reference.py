@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rwkvpipe.train.loop import held
+from rwkvpipe.train.stop import held
 from rwkvpipe.train.sharding import local, part_of, parted
 from rwkvpipe.train.stage import Stage
 

@@ -16,10 +16,11 @@ from rwkvpipe.base.errors import ConfigError, Parser, PipeError, new_file
 from rwkvpipe.base.files import canonical, digest, write_jsonl
 from rwkvpipe.train import checkpoint, dist
 from rwkvpipe.train.eightbit import check_optimizer
-from rwkvpipe.train.loop import Run, best_file, held
+from rwkvpipe.train.loop import Run, best_file
 from rwkvpipe.train.precision import check_precision
 from rwkvpipe.train.record import Log
 from rwkvpipe.train.sharding import gathered, hollow, parted, shard, whole
+from rwkvpipe.train.stop import held
 from rwkvpipe.train.tracker import Trackers, add_trackers
 from rwkvpipe.weights import lora, store
 from rwkvpipe.weights.states import tune_states

@@ -1,5 +1,6 @@
 """The best weights are kept, patience ends, bad steps are named, and a longer run goes on where a shorter one ended."""
 
+import json
 import logging
 import math
 import re
@@ -12,6 +13,7 @@ from torch import nn
 
 from rwkvpipe.base.config import TrainConfig
 from rwkvpipe.base.errors import PipeError, Stopped
+from rwkvpipe.show.metrics import read_metrics
 from rwkvpipe.train import checkpoint
 from rwkvpipe.train.loop import Hooks, Run, best_file, fit
 from rwkvpipe.train.record import MEASURED
@@ -100,6 +102,30 @@ def test_a_skipped_step_moves_nothing_and_is_counted(tmp_path, caplog):
         run(tmp_path / "b", factors={4: math.nan, 7: 1e6}, watch={"spike": 10, "bad": "skip"}, stop_at=6)
     again, second, first = run(tmp_path / "b", factors={4: math.nan, 7: 1e6}, watch={"spike": 10, "bad": "skip"})
     assert first == 6 and torch.equal(whole, again) and timeless(log) == timeless(second)
+
+
+def test_a_line_that_is_due_at_a_skipped_step_is_written_with_its_held_out_loss(tmp_path):
+    """All since the line before were skipped, the first and the last one, too: there is no loss to tell."""
+    wrong = dict.fromkeys((0, 3, 4, 5, 10, 11), math.nan)
+    asked = {"factors": wrong, "valid": valley, "valid_every": 6, "watch": {"bad": "skip", "best": True}}
+    whole, log, _ = run(tmp_path / "a", log_every=3, **asked)
+    rows = {row["step"]: row for row in log.rows()}
+    assert list(rows) == [1, 3, 6, 9, 12]
+    assert [row.get("skipped") for row in rows.values()] == [1, None, 3, None, 2]
+    assert [step for step, row in rows.items() if "loss" in row and "grad_norm" in row] == [3, 9, 12]
+    assert rows[1].keys() & {"loss", "grad_norm", "valid_loss"} == set() and rows[1]["tokens"] == 4
+    assert [step for step, row in rows.items() if "valid_loss" in row] == [6, 12] and log.best_step in (6, 12)
+    kept = read_tensors(best_file(tmp_path / "a", log.best_step))[0]["body.weight"]
+    assert rows[log.best_step]["valid_loss"] == min(row["valid_loss"] for row in rows.values() if "valid_loss" in row)
+    assert torch.equal(kept, whole) == (log.best_step == 12)
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("".join(f"{json.dumps(row)}\n" for row in log.rows()))
+    assert list(read_metrics(metrics).column("loss")[0]) == [3, 9, 12]
+    for stop_at in (1, 5, 6, 11):
+        with pytest.raises(Stopped):
+            run(tmp_path / f"{stop_at}", log_every=3, stop_at=stop_at, **asked)
+        again, second, _ = run(tmp_path / f"{stop_at}", log_every=3, **asked)
+        assert torch.equal(again, whole) and timeless(second) == timeless(log) and second.best_step == log.best_step
 
 
 @pytest.mark.parametrize("bad", ["stop", "skip"])
