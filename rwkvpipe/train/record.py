@@ -127,7 +127,9 @@ class Progress:
         since = self.since
         means = {name: value / self.times[name] for name, value in self.sums.items()}
         speed = since["tokens"] / max(since["seconds"], 1e-9)
-        head = {"step": self.step, "tokens": self.tokens} | _some(means, "loss") | {"lr": rate} | _some(means, "grad_norm")
+        head = (
+            {"step": self.step, "tokens": self.tokens} | _some(means, "loss") | {"lr": rate} | _some(means, "grad_norm")
+        )
         head |= {"tokens_per_second": round(speed, 1)}
         head |= {"seconds": round(self.seconds, 3), "target_fraction": since["targets"] / max(since["tokens"], 1)}
         head |= {"memory_mb": round(memory(), 1)} | ({"skipped": since["skipped"]} if since["skipped"] else {})

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from rwkvpipe.train.stop import held
 from rwkvpipe.train.sharding import local, part_of, parted
 from rwkvpipe.train.stage import Stage
+from rwkvpipe.train.stop import held
 
 HEAD = "reference_model/"  # of its tensors in a resume point
 MIXUP = 0.6
