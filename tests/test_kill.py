@@ -223,8 +223,11 @@ def ground(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("ground")
     model = build(RwkvConfig(n_layer=2, n_embd=32, head_size=16, vocab_size=257))
     model.initialise(0)
+    stream = torch.Generator().manual_seed(1)
     with torch.no_grad():
         model.head.weight.mul_(0.3)
+        for value in model.parameters():  # a new model's matrices of zeros hide whole adapters
+            value.add_(0.05 * torch.randn(value.shape, generator=stream))
     store.write(home / "start.safetensors", model.config, model.state_dict())
     asked = LoraConfig(rank=2)
     inject(model, asked)
@@ -251,7 +254,7 @@ def words(ground: Path, case: str, out: Path) -> tuple[str, list]:
     if asked := (STAGES | EVERY).get(case):
         apart = "lora" in asked or "state" in asked
         result = out / ("adapter.safetensors" if apart else "model.safetensors")
-        end = ["--micro-batch", 3, "--save-every", 3, "--out", result]
+        end = ["--micro-batch", 3, "--save-every", 3 if case in STAGES else 1, "--out", result]
         kind = asked["kind"]
         data = {"pretrain": ground / "texts", "sft": ground / "talks", "grpo": ground / "q.jsonl"}
         data = (data | {"dpo": ground / "pairs.jsonl"})[kind]
@@ -358,8 +361,8 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(cases, tmp_path, nam
 @pytest.mark.parametrize("name", EVERY)
 def test_every_kind_of_stage_and_adapter_killed_ends_in_the_same_bytes(cases, tmp_path, capsys, name):
     case = cases(name)
-    for part in range(2):
-        moment = case.moment(part, 2)
+    for part in range(3):
+        moment = case.moment(part, 3)
         killed = case.run(tmp_path / f"{part}", events=[moment])
         assert killed["status"] == -signal.SIGKILL, killed["said"]
         case.same(tmp_path / f"{part}", moment)
