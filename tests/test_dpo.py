@@ -56,10 +56,11 @@ def test_what_is_preferred_becomes_likelier(home, changes):
         merge.main([*words, "--out", str(home / "merged.safetensors")])
 
 
+@pytest.mark.parametrize("changes", [{}, {"lora": {"rank": 4, "dropout": 0.3}}], ids=["whole", "dropout"])
 @pytest.mark.parametrize("micro_batch", [1, 3, 8])
-def test_the_micro_batch_decides_nothing(home, micro_batch):
-    wanted = run(home, "a", train={"steps": 3})[0]
-    for name, value in run(home, "b", micro_batch=micro_batch, train={"steps": 3})[0].items():
+def test_the_micro_batch_decides_nothing(home, micro_batch, changes):
+    wanted = run(home, "a", train={"steps": 3}, **changes)[0]
+    for name, value in run(home, "b", micro_batch=micro_batch, train={"steps": 3}, **changes)[0].items():
         torch.testing.assert_close(value, wanted[name], atol=1e-6, rtol=1e-5)
 
 

@@ -13,19 +13,12 @@ from torch import Tensor, nn
 
 from rwkvpipe.base.config import RolloutConfig
 from rwkvpipe.train.dist import ALONE, Rank
+from rwkvpipe.train.likelihood import likelihood, scattered
 from rwkvpipe.train.loss import device_of
 from rwkvpipe.train.precision import arithmetic
 
 EPSILON, SOFT, GAMMA = 0.2, (1.0, 1.05), (2.0, 3.0, 3.0, 2.0)
 CLIPPED = ("clip_ratio/low_mean", "clip_ratio/high_mean")  # tokens whose ratio was clipped, as they are reported
-
-
-def token_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature) at `ids`: (..., T) fp32 from logits (..., T, V) of any dtype, ids (..., T)."""
-    wide = _wide(logits)
-    if temperature != 1.0:
-        wide = wide / temperature
-    return wide.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - wide.logsumexp(-1)
 
 
 @dataclass(frozen=True)
@@ -69,56 +62,30 @@ class Rollout:
         return replace(self, **moved)
 
 
-class _Entropy(torch.autograd.Function):
-    """Keeps the logits alone for the backward, which are kept anyway."""
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, temperature: float) -> Tensor:
-        ctx.save_for_backward(logits)
-        ctx.temperature = temperature
-        found = (_wide(logits) / temperature).log_softmax(-1)
-        return -(found.exp() * found).sum(-1)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        (logits,) = ctx.saved_tensors
-        found = (_wide(logits) / ctx.temperature).log_softmax(-1)
-        share = found.exp()
-        entropy = -(share * found).sum(-1, keepdim=True)
-        # dH / dz = -p (log p + H)
-        return (-share * (found + entropy) * (grad / ctx.temperature).unsqueeze(-1)).to(logits.dtype), None
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy of softmax(logits / temperature) in nats: (..., T) from logits (..., T, V)."""
-    return _Entropy.apply(logits, temperature)
-
-
 def completion_logprobs(
     model: nn.Module, rollout: Rollout, temperature: float, precision: str = "fp32", told: list[Tensor] | None = None
 ) -> Tensor:
     """Log-probabilities (R, C) of the completions' tokens, 0 where the mask is 0; padding enters no state used.
 
-    Row by row the result is that of the row alone: positions after a row's last token are never gathered. `told` is
-    given the entropies (R, C) where these tokens were drawn.
+    Row by row the result is that of the row alone: only what the mask counts is looked up, some of it at a time.
+    `told` is given the entropies (R, C) where these tokens were drawn.
     """
+    counts = rollout.mask != 0
     with arithmetic(precision, rollout.ids.device):
         features, _ = model.features(rollout.ids[:, :-1])  # (R, T - 1, D)
-        # token first + j is predicted at position first + j - 1
-        steps = torch.arange(rollout.mask.shape[1], device=rollout.ids.device)
-        places = (rollout.first[:, None] + steps - 1).clamp(max=features.shape[1] - 1)  # (R, C)
-        wanted = features.gather(1, places[..., None].expand(-1, -1, features.shape[-1]))  # (R, C, D)
-        logits = model.logits(wanted)
-    tokens = rollout.ids.gather(1, (places + 1).clamp(max=rollout.ids.shape[1] - 1))
-    if told is not None:  # row by row: it is as large as the logits
-        rows = torch.stack([token_entropy(row, temperature) for row in logits])
-        told.append(torch.where(rollout.mask != 0, rows, 0.0))
-    found = token_logprobs(logits, tokens, temperature)
-    return torch.where(rollout.mask != 0, found, 0.0)
+    # token first + j is predicted at position first + j - 1
+    steps = torch.arange(rollout.mask.shape[1], device=rollout.ids.device)
+    places = (rollout.first[:, None] + steps - 1).clamp(max=features.shape[1] - 1)  # (R, C)
+    tokens = rollout.ids.gather(1, places + 1)
+    chosen = counts.clone()
+    chosen[0, 0] |= ~counts.any()  # who has to make a pass makes one through the head, too
+    rows = chosen.nonzero()[:, 0]
+    given = features[rows, places[chosen]], tokens[chosen]
+    asked = {"temperature": temperature, "precision": precision, "uncertain": told is not None}
+    found, entropy = likelihood(model, *given, **asked)
+    if told is not None:
+        told.append(torch.where(counts, scattered(entropy, chosen), 0.0))
+    return torch.where(counts, scattered(found, chosen), 0.0)
 
 
 def most_uncertain(entropy: Tensor, mask: Tensor, share: float) -> Tensor:

@@ -13,11 +13,12 @@ from rwkvpipe.base.errors import DataError
 from rwkvpipe.base.files import read_jsonl
 from rwkvpipe.data.pair import Ids, encoded, pair
 from rwkvpipe.tokenizer.load import Tokenizer
+from rwkvpipe.train.likelihood import likelihood, scattered
 from rwkvpipe.train.loss import device_of
-from rwkvpipe.train.policy import token_logprobs
 from rwkvpipe.train.precision import arithmetic
 from rwkvpipe.train.question import drawn
 from rwkvpipe.train.stage import Stage
+from rwkvpipe.weights.lora import row_dropout
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,12 @@ def pair_batches(pairs: list[tuple[Ids, Ids]], config: TrainConfig, seed: int, f
 
 
 def answer_logprobs(model: nn.Module, pairs: Pairs, precision: str) -> Tensor:
-    """Log-probabilities (R, T - 1) of the answers' tokens, 0 elsewhere; only their logits are made."""
+    """Log-probabilities (R, T - 1) of the answers' tokens, 0 elsewhere; only their logits are made, some at a time."""
     chosen = pairs.mask[:, 1:] != 0
     with arithmetic(precision, pairs.ids.device):
         features, _ = model.features(pairs.ids[:, :-1])  # (R, T - 1, D)
-        logits = model.logits(features[chosen])  # (answers' tokens, V)
-    found = token_logprobs(logits, pairs.ids[:, 1:][chosen])
-    return features.new_zeros(chosen.shape, dtype=found.dtype).masked_scatter(chosen, found)
+    found, _ = likelihood(model, features[chosen], pairs.ids[:, 1:][chosen], precision=precision)
+    return scattered(found, chosen)
 
 
 def preference_loss(new: Tensor, old: Tensor, lengths: Tensor, config: DpoConfig) -> tuple[Tensor, dict[str, Tensor]]:
@@ -116,11 +116,12 @@ class Preferences:
             rows = batch.rows(slice(0, 2) if idle else slice(2 * part.start, 2 * part.stop), device_of(model))
             with torch.no_grad(), self.stage.begun() as start:
                 old = answer_logprobs(start, rows, self.precision).sum(1)
-            new = answer_logprobs(model, rows, self.precision).sum(1)
-            loss, told = preference_loss(new, old, rows.mask[:, 1:].sum(1), self.config)
-            share = 0 if idle else 1 / pairs
-            self.parts.append({name: float(value.sum()) * share for name, value in told.items()})
-            yield loss.sum() * share
+            with row_dropout(model, 2 * part.start):
+                new = answer_logprobs(model, rows, self.precision).sum(1)
+                loss, told = preference_loss(new, old, rows.mask[:, 1:].sum(1), self.config)
+                share = 0 if idle else 1 / pairs
+                self.parts.append({name: float(value.sum()) * share for name, value in told.items()})
+                yield loss.sum() * share
 
     def measures(self) -> dict[str, float]:
         """Means over the pairs of the step just made: rewards of both answers, their margin, how often it is right."""

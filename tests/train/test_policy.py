@@ -11,15 +11,8 @@ import torch
 from rwkvpipe.base.config import RolloutConfig, SamplingConfig
 from rwkvpipe.base.errors import ConfigError
 from rwkvpipe.train.advantage import Bounds, advantages, normalised
-from rwkvpipe.train.policy import (
-    Rollout,
-    Share,
-    by_parts,
-    most_uncertain,
-    policy_loss,
-    token_entropy,
-    token_logprobs,
-)
+from rwkvpipe.train.likelihood import token_entropy, token_logprobs
+from rwkvpipe.train.policy import Rollout, Share, by_parts, most_uncertain, policy_loss
 from rwkvpipe.train.reward import Rewards
 
 
