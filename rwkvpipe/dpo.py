@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
         lambda first, carried: pair_batches(pairs, config, stage.seed, first),
         wanted.losses,
         config=config,
-        run=run_of(stage, [given.data, *files_of(given.tokenizer)], given.save_every),
+        run=run_of(stage, [given.data, *files_of(given.tokenizer)]),
         hooks=Hooks(measures=wanted.measures, tokens=tokens, targets=targets, read=read),
     )
     finish(stage, metrics)

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     hooks = Hooks(measures=sampler.measures, carry=sampler.carry, tokens=_tokens, targets=_targets, read=sampler.read)
     inputs = [given.data, *map(Path, settings.rollout.files), *files_of(given.tokenizer)]
-    where = run_of(stage, inputs, given.save_every)
+    where = run_of(stage, inputs)
     metrics = fit(stage.model, sampler.batches, losses, config=config, run=where, hooks=hooks)
     write_jsonl(stage.out.parent / "rollouts.jsonl", sampler.log.rows())
     finish(stage, metrics)

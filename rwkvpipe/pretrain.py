@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders of packed corpora, as mixed")
     given = parser.parse_args(argv)
     stage = open_stage(given, kind="pretrain")
-    train(stage, given.data, token_batches, micro_batch=given.micro_batch, save_every=given.save_every)
+    train(stage, given.data, token_batches, micro_batch=given.micro_batch)
 
 
 if __name__ == "__main__":

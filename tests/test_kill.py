@@ -302,8 +302,9 @@ class Case:
         self.wanted, self.moments, self.seconds = harvest(folder / "whole"), int(whole["told"][0]), whole["seconds"]
         self.lots = random.Random(name)
 
-    def run(self, out: Path, **how) -> dict:
-        return self.server.run(*words(self.ground, self.name, out), self.folder / "log", **how)
+    def run(self, out: Path, *more: object, **how) -> dict:
+        verb, given = words(self.ground, self.name, out)
+        return self.server.run(verb, [*given, *more], self.folder / "log", **how)
 
     def moment(self, part: int = 0, parts: int = 1) -> int:
         """A random moment within one of `parts` equal parts of the run."""
@@ -408,6 +409,20 @@ def test_a_damaged_newest_point_falls_back_to_the_one_before_and_says_so(cases, 
     said = case.same(tmp_path, damage)
     assert "damaged" in said and f"resume point {newest.stem} is removed" in said
     assert f"going on after step {int(points[-2].stem[5:])} of" in said
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_as_many_points_are_kept_as_asked_for_and_each_of_them_serves(cases, tmp_path, keep):
+    case = cases("pretrain")
+    stopped = case.run(tmp_path, "--keep", keep, events=[int(0.85 * case.moments)], signal=signal.SIGTERM)
+    assert stopped["status"] == 75, stopped["said"]
+    points = sorted((tmp_path / "checkpoints").glob("step-*.safetensors"))
+    assert len(points) == keep and len({*(tmp_path / "checkpoints").glob("step-*.json")}) == keep
+    for point in points[1:]:
+        point.write_bytes(point.read_bytes()[:100])
+    said = case.same(tmp_path, keep)
+    assert said.count("is removed; going back") == keep - 1
+    assert f"going on after step {int(points[0].stem[5:])} of" in said
 
 
 @contextmanager

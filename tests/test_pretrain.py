@@ -198,7 +198,7 @@ def test_hardware_numbers_below_one_are_refused(home):
 def test_other_weights_start_again(home, monkeypatch):
     settings(home)
     whole = run(home, "whole")
-    monkeypatch.setattr(loop.checkpoint, "prune", lambda folder, stem: (_ for _ in ()).throw(ZeroDivisionError))
+    monkeypatch.setattr(loop.checkpoint, "prune", lambda folder, keep, stem: (_ for _ in ()).throw(ZeroDivisionError))
     with pytest.raises(ZeroDivisionError):
         run(home, "cut")
     monkeypatch.undo()

@@ -60,9 +60,7 @@ def left_of(data: Mix, config: TrainConfig, *, masked: bool) -> dict[str, float]
     return {f"documents_{name}": sum(each[name] for each in found) for name in ("cut", "left_out")}
 
 
-def train(
-    stage: Stage, folders: Sequence[Path], batches: Callable[..., Iterator], *, micro_batch: int, save_every: int
-) -> None:
+def train(stage: Stage, folders: Sequence[Path], batches: Callable[..., Iterator], *, micro_batch: int) -> None:
     """Train on packed corpora and write the results; `batches` is one of data.batches' `*_batches`.
 
     Raises DataError when the corpus does not fit, ConfigError when `micro_batch` is below 1.
@@ -102,7 +100,7 @@ def train(
         lambda first, carried: stream if stream and not first else batches(data, config, ALONE, before + first),
         (lm_losses if config.chunk is None else chunked_lm_losses)(micro_batch, config, stage.rank),
         config=config,
-        run=run_of(stage, inputs + valid, save_every),
+        run=run_of(stage, inputs + valid),
         hooks=Hooks(
             validate, lambda: counts, read=lambda step: documents_of(data, config, before + step, masked=masked)
         ),

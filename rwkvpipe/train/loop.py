@@ -41,6 +41,8 @@ class Run:
     stem: str = ""
     """The same mark for runs that differ in their length and in how they end."""
     trackers: Trackers = field(default_factory=Trackers)
+    keep: int = 2
+    """How many resume points stay."""
 
 
 def _count(batch: Any) -> int:
@@ -213,7 +215,7 @@ class _Training:
         except DataError:  # the folder vanished, and was made anew for a point that would outlive its lines
             checkpoint.clear(self.run.folder)
             raise
-        checkpoint.prune(self.run.folder, stem=self.stem)
+        checkpoint.prune(self.run.folder, self.run.keep, self.stem)
         self.saved = self.progress.step
 
     def parts(self) -> list[dict[str, str]]:

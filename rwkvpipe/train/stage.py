@@ -40,6 +40,10 @@ class Stage:
     """sha256 of the weights it starts from."""
     track: tuple[str, ...] = ()
     """Programs that are told the metrics."""
+    save_every: int = 100
+    """Steps between resume points."""
+    keep: int = 2
+    """How many of them stay."""
     start: nn.Module | None = None
     """A copy of the model, where it is compared with what it began as and no adapter can be taken off."""
     writer: nn.Module | None = None
@@ -82,6 +86,7 @@ def stage_parser(kind: str, about: str) -> Parser:
     parser.add_argument("--model", required=True, help="the weights it starts from")
     parser.add_argument("--micro-batch", type=int, default=8, help="rows at a time; decides memory, no result")
     parser.add_argument("--save-every", type=int, default=100, help="steps between resume points")
+    parser.add_argument("--keep", type=int, default=2, help="how many resume points stay, the newest")
     parser.add_argument("--recompute", action="store_true", help="compute blocks again in the backward; spares memory")
     cut = "cut the model among the processes: ZeRO-2, ZeRO-3"
     parser.add_argument("--shard", choices=["gradients", "weights"], help=cut)
@@ -98,6 +103,10 @@ def open_stage(given: argparse.Namespace, *, kind: str) -> Stage:
     settings, model = given.settings, given.model
     if given.micro_batch < 1:
         raise ConfigError(f"--micro-batch: {given.micro_batch} rows at a time; 1 is the least")
+    if given.save_every < 1:
+        raise ConfigError(f"--save-every: {given.save_every} steps between resume points; 1 is the least")
+    if given.keep < 1:
+        raise ConfigError(f"--keep: {given.keep} resume points stay; 1 is the least")
     asked = read_settings(settings)
     if asked.kind != kind:
         raise ConfigError(f"{settings}: kind is {asked.kind}; run `python -m rwkvpipe.{asked.kind}` with it")
@@ -110,7 +119,8 @@ def open_stage(given: argparse.Namespace, *, kind: str) -> Stage:
     rounds = asked.lora is not None and asked.lora.quantise is not None
     network = store.load_model(model, "cpu" if rounds else rank.device)  # so that the device never holds what is not
     network.recompute = given.recompute
-    stage = Stage(asked, network, rank, Path(given.out), base, tuple(given.track))
+    told = {"track": tuple(given.track), "save_every": given.save_every, "keep": given.keep}
+    stage = Stage(asked, network, rank, Path(given.out), base, **told)
     if asked.lora is not None:
         lora.inject(network, asked.lora, stage.seed)
         network.to(rank.device)
@@ -137,15 +147,13 @@ def _copied(asked: Settings, network: nn.Module) -> nn.Module | None:
     return copy.deepcopy(network).eval().requires_grad_(False) if compared and not asked.apart else None
 
 
-def run_of(stage: Stage, inputs: list[Path], save_every: int) -> Run:
+def run_of(stage: Stage, inputs: list[Path]) -> Run:
     """Where and how the stage keeps resume points; they are bound to settings, weights and the bytes of `inputs`."""
-    if save_every < 1:
-        raise ConfigError(f"--save-every: {save_every} steps between resume points; 1 is the least")
     asked, made_of = stage.settings.model_dump(mode="json"), [stage.base, *(digest(p) for p in inputs)]
     mark, stem = checkpoint.fingerprint(asked, made_of), checkpoint.fingerprint(_endless(asked), made_of)
     names = () if stage.rank.index else stage.track
     trackers = Trackers(names, folder=stage.out.parent, mark=mark, config=asked)
-    return Run(stage.folder, mark, save_every, stage.seed, stage.rank, stem, trackers)
+    return Run(stage.folder, mark, stage.save_every, stage.seed, stage.rank, stem, trackers, stage.keep)
 
 
 def _endless(asked: dict) -> dict:

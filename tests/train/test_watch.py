@@ -51,11 +51,11 @@ class Stream:
         yield model.body(batch.x).square().mean() * self.factors.get(batch.step, 1.0)
 
 
-def run(folder, *, factors=None, stop_at=-1, stem="stem", valid=None, **changes):
+def run(folder, *, factors=None, stop_at=-1, stem="stem", valid=None, keep=2, **changes):
     model, stream = Toy(), Stream(factors or {}, stop_at)
     config = TrainConfig(**(CONFIG | changes))
     hooks = Hooks(valid and (lambda model: valid(model)), read=lambda step: f"document {step}")
-    where = Run(folder, f"mark {config.steps} {config.schedule}", 5, 7, stem=stem)
+    where = Run(folder, f"mark {config.steps} {config.schedule}", 5, 7, stem=stem, keep=keep)
     log = fit(model, stream, stream.losses, config=config, run=where, hooks=hooks)
     return model.body.weight.detach(), log, stream.first
 
@@ -162,6 +162,19 @@ def test_the_best_weights_are_kept_and_patience_ends(tmp_path, caplog):
         again, second, _ = run(tmp_path / f"{stop_at}", valid=valley, **BEST)
         assert torch.equal(again, last) and timeless(second) == timeless(log) and second.best_step == log.best_step
         assert torch.equal(kept, read_tensors(best_file(tmp_path / f"{stop_at}", log.best_step))[0]["body.weight"])
+
+
+@pytest.mark.parametrize("keep", [1, 2, 4])
+def test_the_newest_points_are_kept_and_the_weights_of_the_best(tmp_path, keep):
+    """Also such as only older points name: a run that falls back to one of them needs them."""
+    asked = BEST | {"watch": {"best": True}, "keep": keep}
+    with pytest.raises(Stopped):
+        run(tmp_path, valid=valley, stop_at=33, stem="", **asked)
+    assert [int(path.stem[5:]) for path in sorted(tmp_path.glob("step-*.json"))] == [33, *range(30, 0, -5)][:keep][::-1]
+    best = checkpoint.noted(tmp_path, "best_step")
+    assert {best_file(tmp_path, step) for step in best} == set(tmp_path.glob("best-*.safetensors"))
+    run(tmp_path, valid=valley, stem="", **asked)
+    assert len(list(tmp_path.glob("step-*.json"))) == keep
 
 
 def finished(folder, **changes):

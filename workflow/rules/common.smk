@@ -178,7 +178,8 @@ def adapter_given(wildcards):
 
 # a function of threads is not tracked by Snakemake: these settings decide no result
 def knobs(wildcards, threads):
-    words = ["--save-every", settled.checkpoints.every, *(word for name in settled.track for word in ("--track", name))]
+    words = ["--save-every", settled.checkpoints.every, "--keep", settled.checkpoints.keep]
+    words += [word for name in settled.track for word in ("--track", name)]
     words += ["--recompute"] if settled.memory.recompute else []
     return [*words, *(["--shard", settled.memory.shard] if settled.memory.shard else [])]
 
