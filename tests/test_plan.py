@@ -156,7 +156,8 @@ def test_settings_hold_what_decides_the_stage_and_nothing_else(plan):
 
 
 def test_settings_do_not_change_with_benchmarks_or_checkpoints(plan):
-    for path, value in (("stages.base.bench", []), ("checkpoints.every", 1), ("checkpoints.keep", 9), ("stages.base.name", "first")):
+    checkpoints = ("checkpoints.every", 1), ("checkpoints.keep", 9)
+    for path, value in (("stages.base.bench", []), *checkpoints, ("stages.base.name", "first")):
         if path.endswith("name"):
             continue
         assert Plan(parse(changed(path, value), "c")).settings("base") == plan.settings("base")
