@@ -22,6 +22,7 @@ from rwkvpipe.base.sources import pairs_of
 from rwkvpipe.base.strict import check_json
 from rwkvpipe.data.document import Document
 from rwkvpipe.data.given import adopt
+from rwkvpipe.data.label import settled
 from rwkvpipe.data.packing import WORK, Packing, tell
 from rwkvpipe.data.parcel import Packer, Parcel, Task, limited, loose
 from rwkvpipe.data.synthetic import generate
@@ -166,6 +167,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     if max(len(files), len(valid)) > 1:
         raise ConfigError(f"{files[1]}: one path, please: a folder or a glob means many files")
+    if spec.eod and tokenizer.eos is None:
+        raise ConfigError(f"--spec: eod: {given.tokenizer} knows no id that ends texts; leave eod out")
+    spec = settled(spec, [*files, *valid])
     room = given.out.resolve() / WORK
     task = Task(spec, load, room)
     task.packer = Packer(spec, tokenizer, room)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import os
 import random
 import subprocess
@@ -16,7 +17,7 @@ from rwkvpipe import pack, vocab
 from rwkvpipe.base import growing, pace
 from rwkvpipe.base.errors import ConfigError, DataError
 from rwkvpipe.base.files import digest
-from rwkvpipe.data import marks, packing, parcel, table
+from rwkvpipe.data import label, marks, packing, parcel, table
 from rwkvpipe.data.binidx import Binidx, BinidxWriter
 from rwkvpipe.data.lines import LARGE
 from rwkvpipe.data.synthetic import generate
@@ -55,6 +56,60 @@ def test_each_document_lies_in_one_of_the_two_parts(tmp_path):
     assert train.tokens(len(train) - 1, 1).tolist() == [0]
     assert about["vocab_size"] == 257 and about["documents"] == 200 and about["format"] == "text"
     assert about["tokens"] == len(train) + len(valid) and about["train"]["tokens"] == len(train)
+
+
+SAME = [{"input_ids": [n, n + 1, 9], "labels": [-100, n + 1, 9]} for n in range(20, 60)]
+NEXT = [{"input_ids": [n, n + 1], "labels": [n + 1, 9]} for n in range(20, 60)]
+BOTH = {"input_ids": [8, 8, 8], "labels": [8, 8, 8]}
+LAST = {"input_ids": [3, 4, 5], "labels": [-100, -100, 5]}  # what comes behind the last id, nobody knows
+
+
+@pytest.mark.parametrize(
+    "given, learned, said",
+    [
+        ([BOTH, LAST, *SAME], ([8, 8, 8], [1, 1, 1], [3, 4, 5], [0, 0, 1]), "labels are those of the same positions"),
+        ([BOTH, LAST, *NEXT], ([8, 8, 8, 8], [0, 1, 1, 1], [3, 4, 5, 5], [0, 0, 0, 1]), "those of the next positions"),
+        ([BOTH, LAST], ([8, 8, 8], [1, 1, 1], [3, 4, 5], [0, 0, 1]), "same positions: rows fit the next ones as well"),
+    ],
+)
+def test_what_labels_belong_to_is_asked_of_the_corpus_not_of_a_row(tmp_path, caplog, given, learned, said):
+    with caplog.at_level(logging.INFO, logger="rwkvpipe"):
+        data, _ = run(tmp_path, rows(tmp_path / "a.jsonl", *given), format="chat")
+    assert said in caplog.text
+    found = []
+    for start, end in data.documents[:2]:
+        found += [data.tokens(start, end - start).tolist(), data.mask(start, end - start).tolist()]
+    assert tuple(found) == learned
+
+
+def test_rows_that_speak_against_the_others_are_refused_by_name(tmp_path):
+    mixed = rows(tmp_path / "a.jsonl", *SAME[:20], *NEXT[:1], *SAME[20:])
+    wanted = r"a.jsonl:21: `labels` are those of the next positions, and in 40 of 41 rows those of the same positions;"
+    with pytest.raises(DataError, match=wanted):
+        run(tmp_path, mixed, format="chat")
+    with pytest.raises(DataError, match=r"a.jsonl:21: .*\(labels: internal\)"):
+        run(tmp_path, mixed, format="chat", labels="internal")
+    data, about = run(tmp_path, mixed, format="chat", labels="internal", on_error="skip")
+    assert len(data.documents) == 40
+    few = rows(tmp_path / "b.jsonl", *SAME * 3, *NEXT[:1])  # less than one of a hundred
+    with pytest.raises(DataError, match=r"b.jsonl:121: .*\(labels: internal\)"):
+        run(tmp_path, few, format="chat")
+    assert len(run(tmp_path, few, format="chat", on_error="skip")[0].documents) == 120
+
+
+def test_ids_behind_thousands_of_talks_are_each_judged_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(label, "SEEN", 5)
+    talks = [{"question": f"{n}?", "answer": "a"} for n in range(6)]
+    data, _ = run(tmp_path, rows(tmp_path / "a.jsonl", *talks, *SAME[:2], *NEXT[:2]), format="chat")
+    assert len(data.documents) == 10
+
+
+def test_an_end_that_the_vocabulary_does_not_know_is_refused(tmp_path):
+    given = rows(tmp_path / "a.jsonl", {"question": "Hi", "answer": "Ho"})
+    with pytest.raises(ConfigError, match="eod: .*tokenizer knows no id that ends texts; leave eod out"):
+        run(tmp_path, given, format="chat", eod=True, tokenizer=ByteTokenizer(0))
+    data, _ = run(tmp_path, given, format="chat", eod=True)
+    assert data.tokens(len(data) - 1, 1).tolist() == [0] and data.mask(len(data) - 1, 1).tolist() == [1]
 
 
 def test_equal_documents_fall_on_the_same_side(tmp_path):

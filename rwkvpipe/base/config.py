@@ -265,8 +265,8 @@ class CheckpointConfig(Strict):
     every: Count = 100
     """Steps between them."""
     keep: Count = 2
-    """How many are kept, the newest; a damaged one is passed over for the one before. The weights of the lowest held-out
-    loss that they name are kept beside them."""
+    """How many are kept, the newest; a damaged one is passed over for the one before. The weights of the lowest
+    held-out loss that they name are kept beside them."""
 
 
 class MemoryConfig(Strict):

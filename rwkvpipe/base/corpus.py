@@ -68,10 +68,10 @@ class CorpusConfig(Strict):
     replies: Literal["all", "last"] = "all"
     """chat: whether all that the assistant says is learned, or its last turn alone."""
     eod: bool = False
-    """chat: end every talk with the id that ends texts, learned, too."""
+    """chat: end every talk with the id that ends texts, learned, too; refused where the vocabulary has none."""
     labels: Literal["auto", "internal", "preshifted"] = "auto"
-    """chat: whether labels of tokenised rows are those of the same positions or of the next ones; auto: each row
-    shows it."""
+    """chat: whether labels of tokenised rows are those of the same positions or of the next ones; auto: the first
+    thousand rows show it, and those that fit both say nothing."""
     pairing: Literal["rows", "split", "copy"] = "rows"
     """seq2seq: rows hold both sides; or a text is divided, by lot between a quarter and three quarters (split), or
     stands on both sides (copy)."""

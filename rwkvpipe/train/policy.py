@@ -240,7 +240,7 @@ def grpo_losses(
             new = completion_logprobs(model, part, config.sampling.temperature, precision, told)
             loss, measures = policy_loss(new, part, config, share=share, entropy=told[0] if told else None)
             if report is not None:
-                report(measures)
+                report(measures | {"train_loss": float(loss.detach())})
             yield loss
 
     return losses

@@ -81,15 +81,15 @@ class Sampler:
     def measures(self) -> dict[str, float]:
         """Numbers of the step just made."""
         clipped = () if self.config.loss in UNCLIPPED else CLIPPED
-        names = ["tokens", *clipped, *(["kl_div"] if self.config.beta > 0 else [])]
+        names = ["tokens", "train_loss", *clipped, *(["kl_div"] if self.config.beta > 0 else [])]
         sums = self.stage.rank.total(*(sum(part[name] for part in self.parts) for name in names))
         self.parts.clear()
         found = dict(zip(names, sums, strict=True))
-        tokens = max(found.pop("tokens"), 1)
+        tokens, loss = max(found.pop("tokens"), 1), found.pop("train_loss")
         shares = {name: value / tokens for name, value in found.items()}
         if clipped:
             shares["clip_ratio"] = shares["clip_ratio/region_mean"] = sum(shares[name] for name in clipped)
-        return self.facts | shares
+        return {"train_loss": loss} | self.facts | shares
 
     def sample(self, step: int) -> Rollout:
         """Ask, answer, grade: the rollout that starts at `step`."""
