@@ -152,7 +152,9 @@ def test_metrics_name_what_happened(home):
     wanted |= {f"clip_ratio/{side}_mean" for side in ("region", "low", "high")}
     wanted |= {f"completions/{kind}_length" for kind in ("mean", "min", "max")}
     wanted |= {f"{name}/{kind}" for name in ("reward", "rewards/answer") for kind in ("mean", "std", "min", "max")}
-    assert rows[0].keys() >= wanted
+    assert rows[0].keys() >= wanted | {"train_loss"}
+    for row in rows:
+        assert row["train_loss"] == pytest.approx(row["loss"], abs=1e-6) and len(rows) == 4
     assert rows[0]["kl_div"] == 0
     assert rows[-1]["kl_div"] > 0
     assert max(row["sampler_gap"] for row in rows) < 1e-4
@@ -206,6 +208,28 @@ def test_a_prompt_that_leaves_no_room_is_cut_in_sampling_and_learning_alike(home
         assert {line["prompt"] for line in told} <= {"12=", "34567=", "123456", "98765="}
         assert max(row["sampler_gap_largest"] for row in rows) < 1e-4
         assert f"more than 6 tokens leave no room: 1 are cut, their {long} is kept" in caplog.text
+
+
+def test_states_are_tuned_by_prompts_of_which_the_end_alone_is_read(home):
+    """The tuned state stands before what is left of a prompt, in sampling and learning alike."""
+    stream, begun = torch.Generator().manual_seed(1), store.read_tensors(home / "start.safetensors")[0]
+    moved = {name: value + 0.05 * torch.randn(value.shape, generator=stream) for name, value in begun.items()}
+    store.write_tensors(home / "start.safetensors", moved)  # a new model's matrices of zeros hide its states
+    questions, made = ["12", "1234567", "98765"], []
+    for asked in (questions, [q[-5:] for q in questions]):
+        write_jsonl(home / "q.jsonl", [{"question": q, "answer": "1"} for q in asked])
+        train = {"ctx_len": 10, "steps": 4, "lr": 2.0, "batch": 3}
+        settings(home, train=train, rollout={"beta": 0.1, "iterations": 2, "kept": 12}, state=True)
+        made.append(run(home, f"{len(made)}", out="adapter.safetensors"))
+    (tensors, rows, told), (wanted, *others) = made
+    assert [rows, told] == others and all(torch.equal(tensors[name], wanted[name]) for name in wanted)
+    assert {line["prompt"] for line in told} == {"12=", "34567=", "98765="}
+    assert tensors and all("time_state" in name and value.abs().max() > 0.1 for name, value in tensors.items())
+    # the sampler began with the state that had moved, or else it would have drawn by other chances
+    gaps = [row["sampler_gap_largest"] for row in rows]
+    assert max(gaps) < 1e-5 and rows[-1]["kl_div"] > 1e-4
+    assert all(line["reference_logprob"] == pytest.approx(line["logprob"]) for line in told if line["step"] == 1)
+    assert any(abs(line["reference_logprob"] - line["logprob"]) > 1e-2 for line in told if line["step"] == 3)
 
 
 def test_questions_that_are_too_long_are_left_out_or_refused_as_is_asked(home, caplog):
