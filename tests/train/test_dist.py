@@ -169,15 +169,21 @@ LORA = {"rank": 2, "full": ["ln1"]}
 ASKED = STAGES["grpo"]["rollout"]
 
 
-@pytest.mark.large
-@pytest.mark.parametrize(("kind", "cut", "spec"), [
-    ("grpo", "weights", {"rollout": ASKED | {"top_entropy": 0.5, "kl_equal": False}}),
+OFTEN = [
+    ("grpo", "weights", {"rollout": ASKED | {"top_entropy": 0.5, "kl_equal": False, "entropy": 0.01}}),
+    ("dpo", "weights", {}),
+]
+SELDOM = [
     ("grpo", "gradients", {"rollout": ASKED | {"sync": 1, "mixup": 0.5, "slices": 3, "loss": "bnpo"}}),
     ("grpo", "weights", {"lora": LORA, "rollout": ASKED | {"loss_mask": "hooks.py:weigh"}}),
     ("grpo", "gradients", {"lora": {"rank": 2, "quantise": "int8"}, "rollout": ASKED | {"mask_truncated": True}}),
-    ("dpo", "weights", {}),
     ("dpo", "gradients", {"lora": None}),
-])  # fmt: skip
+]
+COMPARED = [pytest.param(*case, marks=pytest.mark.slow) for case in OFTEN]
+COMPARED += [pytest.param(*case, marks=pytest.mark.large) for case in SELDOM]
+
+
+@pytest.mark.parametrize(("kind", "cut", "spec"), COMPARED)
 def test_models_that_are_compared_and_written_with_may_be_cut_too(home, kind, cut, spec):
     (home / "hooks.py").write_text("def weigh(completion_ids):\n    return (completion_ids % 3) * 0.5\n")
     if "rollout" in spec and "loss_mask" in spec["rollout"]:
