@@ -98,12 +98,16 @@ class Progress:
     since: dict[str, float] = field(default_factory=_none)
 
     def wrong(self, loss: float, norm: float, watch: WatchConfig) -> str:
-        """What is wrong with a step before it is made; nothing, mostly."""
+        """What is wrong with a step before it is made; nothing, mostly.
+
+        A spike moves the mean as far as a norm that just is none: what stays so large is soon a spike no longer.
+        """
         for name, value in (("loss", loss), ("norm of the gradient", norm)):
             if not math.isfinite(value):
                 return f"the {name} is {value}"
-        if watch.spike is not None and self.norm and norm > watch.spike * self.norm:
-            return f"the norm of the gradient is {norm:.4g}, over {watch.spike:g} times its mean of {self.norm:.4g}"
+        if watch.spike is not None and (mean := self.norm) and norm > watch.spike * mean:
+            self.norm = mean + MEMORY * (watch.spike * mean - mean)
+            return f"the norm of the gradient is {norm:.4g}, over {watch.spike:g} times its mean of {mean:.4g}"
         return ""
 
     def add(self, values: dict[str, float], counted: dict[str, float], seconds: float) -> None:

@@ -104,6 +104,15 @@ def test_a_skipped_step_moves_nothing_and_is_counted(tmp_path, caplog):
     assert first == 6 and torch.equal(whole, again) and timeless(log) == timeless(second)
 
 
+def test_a_lasting_rise_is_no_spike_for_long(tmp_path):
+    watch = {"spike": 10, "bad": "skip"}
+    _, log, _ = run(tmp_path / "a", factors=dict.fromkeys(range(3, 12), 40.0), watch=watch, log_every=1)
+    skipped = [row["step"] for row in log.rows() if "skipped" in row]
+    assert skipped[0] == 4 and 2 <= len(skipped) <= 6 and skipped == list(range(4, 4 + len(skipped)))
+    _, log, _ = run(tmp_path / "b", factors={3: 40.0, 8: 40.0}, watch=watch, log_every=1)
+    assert [row["step"] for row in log.rows() if "skipped" in row] == [4, 9]
+
+
 def test_a_line_that_is_due_at_a_skipped_step_is_written_with_its_held_out_loss(tmp_path):
     """All since the line before were skipped, the first and the last one, too: there is no loss to tell."""
     wrong = dict.fromkeys((0, 3, 4, 5, 10, 11), math.nan)
