@@ -15,7 +15,6 @@ from rwkvpipe.data.question import question, words
 from rwkvpipe.tokenizer import chat
 from rwkvpipe.tokenizer.chat import ROLES
 from rwkvpipe.tokenizer.load import Tokenizer
-from rwkvpipe.tokenizer.template import load_template
 
 SHAREGPT = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 SHAREGPT |= {"tool": "tool", "gpt_ignore": "assistant"}
@@ -283,7 +282,11 @@ class Layout:
     """Talks as ids (n,) with marks (n,), 1 or a weight over what is learned: as released models, or by a template."""
 
     def __init__(self, choices: Choices):
-        self.render: Callable = load_template(choices.template).render if choices.template else chat.render
+        self.render: Callable = chat.render
+        if choices.template:
+            from rwkvpipe.tokenizer.template import load_template  # only now: workers that need none hold less
+
+            self.render = load_template(choices.template).render
         self.eod = choices.eod
 
     def __call__(self, messages: Sequence[dict], tokenizer: Tokenizer) -> tuple[list[int], list[float]]:

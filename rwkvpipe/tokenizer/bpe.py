@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
 
 from rwkvpipe.base.errors import ConfigError, DataError
 from rwkvpipe.base.files import parse_json, read_json, write_text
@@ -45,6 +44,8 @@ def learn(texts: Iterable[str], vocab_size: int) -> str:
     """
     if vocab_size < LEAST:
         raise DataError(f"vocab_size: {vocab_size} is too small; the bytes and the end of a document alone are {LEAST}")
+    import tokenizers  # only now: workers that need none hold less
+
     found = tokenizers.Tokenizer(tokenizers.models.BPE())
     found.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     found.decoder = tokenizers.decoders.ByteLevel()
@@ -98,6 +99,8 @@ class BpeTokenizer:
         kind = model.get("type", "BPE" if "merges" in model else None) if isinstance(model, dict) else None
         if kind != "BPE":
             raise DataError(f"{path}: a model of type {kind}, BPE is needed; give a tokenizer.json with merges")
+        import tokenizers  # only now: workers that need none hold less
+
         try:
             # what it would put before and behind texts is left out, and so what it does to the places of words
             self._inner = tokenizers.Tokenizer.from_str(json.dumps(described | {"post_processor": None}))
