@@ -13,6 +13,7 @@ import numpy as np
 from rwkvpipe.base.errors import ConfigError, DataError
 from rwkvpipe.base.files import parse_json, read_json, write_text
 from rwkvpipe.tokenizer.byte import unknown, utf8
+from rwkvpipe.tokenizer.pieces import Pieces, fits
 from rwkvpipe.tokenizer.quick import Gigatoken
 
 log = logging.getLogger("rwkvpipe")
@@ -119,6 +120,8 @@ class BpeTokenizer:
         self.cuttable = _cuttable(described)
         self._described = described
         self._quick: Gigatoken | None = None
+        by_heart = fits(described) and len(self._single) == len(LETTERS)
+        self._pieces = Pieces(self._batch) if by_heart else None
 
     @property
     def engine(self) -> str:
@@ -166,6 +169,11 @@ class BpeTokenizer:
 
     def _slowly(self, text: str) -> list[int]:
         return self._inner.encode(text, add_special_tokens=False).ids
+
+    def _batch(self, texts: list[str]) -> Iterator[list[int]]:
+        # processes share the cores: the library's own threads would be too many
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        return (one.ids for one in self._inner.encode_batch_fast(texts, add_special_tokens=False))
 
     def _text(self, text: str) -> list[int]:
         return self._known(self._quick.encode(text) if self._quick else self._slowly(text), text)
@@ -233,12 +241,13 @@ class BpeTokenizer:
         """
         if self._quick:
             return self._quickly(data, starts, ends)
-        # processes share the cores: the library's own threads would be too many
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         texts = [str(data[start:stop], "utf-8") for start, stop in zip(starts.tolist(), ends.tolist(), strict=True)]
+        if self._pieces:
+            each = list(self._pieces.encode_all(texts))
+            sizes = np.array([len(one) // 4 for one in each], dtype=np.int64)
+            return self._ended(np.frombuffer(b"".join(each), dtype=np.int32), sizes)
         found, sizes, last = [], [], [] if self.eos is None else [self.eos]
-        for one in self._inner.encode_batch_fast(texts, add_special_tokens=False):
-            ids = one.ids
+        for ids in self._batch(texts):
             known = self._silent is None or self._silent not in ids
             sizes.append(len(ids) + len(last) if known else -1)
             if known:
@@ -249,7 +258,10 @@ class BpeTokenizer:
     def _quickly(self, data: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """`encode_all` by gigatoken; a vocabulary of bytes knows every text."""
         texts = [data[start:stop].tobytes() for start, stop in zip(starts.tolist(), ends.tolist(), strict=True)]
-        ids, sizes = self._quick.encode_all(texts)
+        return self._ended(*self._quick.encode_all(texts))
+
+    def _ended(self, ids: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of texts of so many each, with the end behind each."""
         return (ids, sizes) if self.eos is None else (np.insert(ids, np.cumsum(sizes), self.eos), sizes + 1)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
