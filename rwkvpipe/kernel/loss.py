@@ -69,7 +69,8 @@ def at_once(x: Tensor, vocabulary: int) -> int:
     return min(max(FEWEST, (ON_CARD if x.is_cuda else NUMBERS) // vocabulary), MOST)
 
 
-def _parts(x: Tensor, weight: Tensor) -> Iterator[slice]:
+def parts(x: Tensor, weight: Tensor) -> Iterator[slice]:
+    """The positions of x (n, D) whose logits are held at once, part after part; weight (V, D)."""
     size = at_once(x, len(weight))
     for first in range(0, len(x), size):
         yield slice(first, first + size)
@@ -81,7 +82,7 @@ def _plain(x: Tensor, weight: Tensor, wanted: Wanted, needed: Sequence[bool]) ->
     dw = torch.zeros_like(weight) if needed[1] else None
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     how = Products(own=chosen() == "own")
-    for part in _parts(x, weight):
+    for part in parts(x, weight):
         logits = how.mm(x[part], weight.mT)
         total += _gradients(logits, wanted, part).double().sum()
         if dx is not None:
@@ -99,7 +100,7 @@ def _narrow(x: Tensor, weight: Tensor, wanted: Wanted, needed: Sequence[bool]) -
     how = Products.of(wanted.dtype, x.device)
     rows, matrix = how.take(x), how.take(weight)
     plain = replace(wanted, scale=1.0, pull=wanted.pull / wanted.scale)
-    for part in _parts(x, weight):
+    for part in parts(x, weight):
         logits = rows[part] @ matrix.mT
         logits = logits if passes.fit(logits) else logits.to(x.dtype)
         total += _gradients(logits, plain, part).double().sum()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from rwkvpipe.kernel.loss import at_once
+from rwkvpipe.kernel.loss import at_once, parts
 from rwkvpipe.kernel.product import Products
 from rwkvpipe.train.precision import NARROW, arithmetic
 
@@ -65,9 +65,8 @@ class _Asked:
 def _chances(x: Tensor, weight: Tensor, asked: _Asked) -> Iterator[tuple[slice, Products, Tensor]]:
     """Some positions at a time: log softmax (n, V) of x (n, D) times weight (V, D)."""
     how = Products.of(asked.dtype, x.device)
-    rows, matrix, size = how.take(x), how.take(weight).mT, at_once(x, len(weight))
-    for first in range(0, len(x), size):
-        part = slice(first, first + size)
+    rows, matrix = how.take(x), how.take(weight).mT
+    for part in parts(x, weight):
         logits = how.mm(rows[part], matrix)
         if asked.temperature != 1.0:
             logits.div_(asked.temperature)
@@ -142,8 +141,7 @@ def likelihood(
 
     # an adapter beside the matrix, which draws from no common stream
     size, again = at_once(features, model.config.vocab_size), {"use_reentrant": False, "preserve_rng_state": False}
-    parts = zip(features.split(size), ids.split(size), strict=True)
-    several = [checkpoint(told, *part, **again) for part in parts]
+    several = [checkpoint(told, *part, **again) for part in zip(features.split(size), ids.split(size), strict=True)]
     logprobs, *entropies = (torch.cat(each) for each in zip(*several, strict=True))
     return logprobs, entropies[0] if entropies else None
 

@@ -1,6 +1,5 @@
 """Functions in a Python file of the user's: found by name, and what goes wrong in them told in one line."""
 
-import hashlib
 import importlib.util
 import inspect
 import random
@@ -14,6 +13,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
+from rwkvpipe.base.compiler import short_digest
 from rwkvpipe.base.errors import ConfigError, DataError
 
 
@@ -46,7 +46,7 @@ def function(key: str, name: str) -> Callable:
 def _module(key: str, name: str, path: str) -> ModuleType:
     """The file as a module that is known by a name of its own, once for all functions in it: dataclasses ask for it
     there, and processes that are handed a function do."""
-    known = f"own_{hashlib.sha256(Path(path).resolve().as_posix().encode() + Path(path).read_bytes()).hexdigest()[:16]}"
+    known = f"own_{short_digest(Path(path).resolve().as_posix(), Path(path).read_bytes())}"
     if known not in sys.modules:
         found = importlib.util.spec_from_file_location(known, path)
         sys.modules[known] = importlib.util.module_from_spec(found)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from rwkvpipe.base.errors import STOPS
 from rwkvpipe.train.dist import Rank
 
 
@@ -19,7 +20,7 @@ def held(*, stopping: bool = False) -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.getsignal(number) for number in STOPS}
     for number in before:
         signal.signal(number, lambda got, frame: came.append(got))
     try:
@@ -44,7 +45,7 @@ class Stops:
     @contextmanager
     def noted(self, rank: Rank) -> Iterator[None]:
         """Signals are noted inside the block; a process that trains alone is stopped by them at once."""
-        numbers = () if rank.count == 1 else (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        numbers = () if rank.count == 1 else STOPS
         before = {number: signal.signal(number, self._note) for number in numbers}
         try:
             yield
