@@ -4,6 +4,7 @@
 #include "vector.h"
 
 #include <algorithm>
+#include <initializer_list>
 
 constexpr int CHUNK = 32;  // tokens that are worked on at a time; the forward keeps a state for each of them
 
@@ -11,12 +12,15 @@ struct Sizes {
     int64_t B, T, H, N;
     int64_t wide() const { return (N + WIDTH - 1) / WIDTH * WIDTH; }  // N, rounded up to whole vectors
     int64_t chunks() const { return (T + CHUNK - 1) / CHUNK; }
+    // among the states that are kept, that of a head before the chunk that begins with token t
+    int64_t kept(int64_t head, int64_t t) const { return (head * chunks() + t / CHUNK) * N * N; }
 };
 
 // Heads of one row that lie side by side, the work of one task. Together they are read and written in long runs, which
 // is what processors foresee: the rows of a head alone lie apart, and each of them would be waited for.
 struct Group {
     int64_t row, first, heads;
+    int64_t number(const Sizes &s, int64_t h) const { return row * s.H + first + h; }  // among the heads of all rows
 };
 
 struct Groups {
@@ -35,49 +39,82 @@ struct Groups {
     }
 };
 
-// Tokens of the heads of a group, all that belongs to one token of a head side by side: rows of `wide` floats, zero
-// beyond N.
+// Tokens of one head, all that belongs to a token side by side: rows of `wide` floats, zero beyond N.
 struct Tokens {
     Sizes s;
-    Group group;
+    int64_t number, rows;  // number: of the head, among those of all rows
     float *start;
-    int64_t wide, rows, apart;  // apart: floats between the heads
+    int64_t wide, first, step;  // where the head's first token lies in a tensor, and how far it is to the next one
 
-    Tokens(const Sizes &sizes, const Group &of, float *from, int64_t rows, int64_t apart)
-        : s(sizes), group(of), start(from), wide(s.wide()), rows(rows), apart(apart) {}
+    Tokens(const Sizes &sizes, int64_t number, float *from, int64_t rows)
+        : s(sizes), number(number), rows(rows), start(from), wide(s.wide()),
+          first((number / s.H * s.T * s.H + number % s.H) * s.N), step(s.H * s.N) {}
     static int64_t room(const Sizes &s, int64_t rows, int64_t tokens) { return tokens * (rows * s.wide() + WIDTH); }
-    float *row(int64_t t, int which) const { return start + t * (rows * wide + WIDTH) + which * wide; }
+    float *row(int64_t place, int which) const { return start + place * (rows * wide + WIDTH) + which * wide; }
 
-    Tokens of(int64_t head) const { return {s, group, start + head * apart, rows, apart}; }
-    int64_t at(int64_t t) const { return ((group.row * s.T + t) * s.H + group.first) * s.N; }
-    int64_t number(int64_t head) const { return group.row * s.H + group.first + head; }  // among those of all rows
-
-    // tokens from t on, of all heads of the group
-    void read(int which, const float *from, int64_t t, int64_t count) const {
-        for (int64_t i = 0; i < count; i++)
-            for (int64_t h = 0; h < group.heads; h++) {
-                float *to = row(i, which) + h * apart;
-                copy(to, from + at(t + i) + h * s.N, s.N);
-                zero(to + s.N, wide - s.N);
-            }
+    // token t of a tensor, into a row of ours; and back
+    void read(int which, const float *from, int64_t t, int64_t place) const {
+        float *to = row(place, which);
+        copy(to, from + first + t * step, s.N);
+        zero(to + s.N, wide - s.N);
     }
-    void write(int which, float *to, int64_t t, int64_t count) const {
-        for (int64_t i = 0; i < count; i++)
-            for (int64_t h = 0; h < group.heads; h++) copy(to + at(t + i) + h * s.N, row(i, which) + h * apart, s.N);
-    }
-    // of this head
-    void clear(int which, int64_t count) const {
-        for (int64_t t = 0; t < count; t++) zero(row(t, which), wide);
+    void write(int which, float *to, int64_t t, int64_t place) const {
+        copy(to + first + t * step, row(place, which), s.N);
     }
     // d - 1 = exp(-exp(w)) - 1, and exp(w) in the place of w. S + S (d - 1) is S d without the rounding of d, which
     // where d is next to 1 would be the same error each time
-    void decays(int w, int d, int64_t count) const {
-        for (int64_t t = 0; t < count; t++) {
-            for (int64_t j = 0; j < wide; j += WIDTH) {
-                const Vec rate = exponential(load(row(t, w) + j));
-                store(row(t, w) + j, rate);
-                store(row(t, d) + j, exponential_less_1(-rate));
-            }
+    void decay(int w, int d, int64_t place) const {
+        for (int64_t j = 0; j < wide; j += WIDTH) {
+            const Vec rate = exponential(load(row(place, w) + j));
+            store(row(place, w) + j, rate);
+            store(row(place, d) + j, exponential_less_1(-rate));
+        }
+    }
+};
+
+// What of several tensors will be read or written soon, asked for a few cache lines at a time while something else is
+// computed. A store that waits for its line holds up all later ones, so what is written is asked for, too.
+struct Soon {
+    struct Rows {
+        const float *from;
+        int64_t floats, count, step;
+        bool written;
+    };
+    enum { MOST = 16, LINE = 16 };  // tensors, and floats of a line
+    Rows each[MOST];
+    int count = 0, at = 0;
+    int64_t row = 0, column = 0, lines = 0, share = 0;
+
+    void add(const Rows &x) {
+        each[count++] = x;
+        lines += x.count * ((x.floats + LINE - 1) / LINE);
+    }
+    // tokens from t on, of the heads of a group
+    void add(const Sizes &s, const Group &group, int64_t t, std::initializer_list<const float *> from, bool written) {
+        const int64_t place = ((group.row * s.T + t) * s.H + group.first) * s.N;
+        for (const float *x : from)
+            if (x) add({x + place, group.heads * s.N, std::min<int64_t>(CHUNK, s.T - t), s.H * s.N, written});
+    }
+    // the states before the chunk that begins with token t
+    void add(const Sizes &s, const Group &group, int64_t t, const float *states, bool written) {
+        add({states + s.kept(group.number(s, 0), t), s.N * s.N, group.heads, s.chunks() * s.N * s.N, written});
+    }
+    // how often `ask` will be called
+    void over(int64_t times) { share = (lines + times - 1) / times; }
+
+    __attribute__((always_inline)) void ask() {
+        int64_t more = share;
+        while (more > 0 && at < count) {
+            const Rows &x = each[at];
+            const float *from = x.from + row * x.step + column;
+            const int64_t now = std::min(more, (x.floats - column + LINE - 1) / LINE);
+            if (x.written)
+                for (int64_t i = 0; i < now; i++) __builtin_prefetch(from + i * LINE, 1, 2);
+            else
+                for (int64_t i = 0; i < now; i++) __builtin_prefetch(from + i * LINE, 0, 2);
+            more -= now, column += now * LINE;
+            if (column >= x.floats) column = 0, row++;
+            if (row == x.count) row = 0, at++;
         }
     }
 };

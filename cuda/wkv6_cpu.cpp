@@ -8,8 +8,8 @@
 //     dw = -dd d exp(w), and the gradient of S_{t-1} is G diag(d) + dy r^T; the bonus adds its share to each.
 // The backward needs every S_t. The forward keeps one in CHUNK of them; the others are computed again from there.
 //
-// No number of a state is needed for another: a few of them stay in registers for all tokens of a chunk. One task is a few
-// heads of one row, each on its own, so the result does not depend on the number of threads.
+// No number of a state is needed for another: a few of them stay in registers for all tokens of a chunk. One task is
+// a few heads of one row, each on its own, so the result does not depend on the number of threads.
 
 #include "threads.h"
 #include "tokens.h"
@@ -25,18 +25,16 @@ struct Inputs {
 
     enum { R, W, K, V, D, Y, FORWARD, DR = FORWARD, DD, DK, DV, BACKWARD };
 
-    // of all heads; decays that are shared only when they are read for the first time
+    // decays that are shared only when they are read for the first time
     void read(const Tokens &x, int64_t t, int64_t tokens, bool first) const {
-        x.read(R, r, t, tokens), x.read(K, k, t, tokens), x.read(V, v, t, tokens);
-        if (!shared) x.read(W, w, t, tokens);
-        const int64_t most = shared ? std::min<int64_t>(CHUNK, s.T) : tokens;
-        for (int64_t h = 0; (first || !shared) && h < x.group.heads; h++) {
-            const Tokens mine = x.of(h);
-            for (int64_t i = 0; shared && i < most; i++) {
-                copy(mine.row(i, W), w + (x.group.first + h) * s.N, s.N);
-                zero(mine.row(i, W) + s.N, x.wide - s.N);
-            }
-            mine.decays(W, D, most);
+        for (int64_t i = 0; i < tokens; i++) {
+            x.read(R, r, t + i, i), x.read(K, k, t + i, i), x.read(V, v, t + i, i);
+            if (!shared) x.read(W, w, t + i, i), x.decay(W, D, i);
+        }
+        for (int64_t i = 0; shared && first && i < std::min<int64_t>(CHUNK, s.T); i++) {
+            copy(x.row(i, W), w + x.number % s.H * s.N, s.N);
+            zero(x.row(i, W) + s.N, x.wide - s.N);
+            x.decay(W, D, i);
         }
     }
     void bonus(float *row, int64_t n) const {
@@ -60,28 +58,40 @@ struct Forward : Inputs {
         const int64_t wide = s.wide(), square = s.N * s.N;
         const int64_t apart = (wide + 1) * wide + Tokens::room(s, FORWARD, CHUNK);
         float *first = scratch(group.heads * apart);  // of each head the state, [key][value], u, and its tokens
-        const Tokens all_(s, group, first + (wide + 1) * wide, FORWARD, apart);
+        const auto head = [&](int64_t h) {
+            return Tokens(s, group.number(s, h), first + h * apart + (wide + 1) * wide, FORWARD);
+        };
         for (int64_t h = 0; h < group.heads; h++) {
             float *S = first + h * apart;
             zero(S + s.N * wide, (wide - s.N) * wide);
-            transpose(S, wide, start + all_.number(h) * square, s.N, s.N, s.N);
-            bonus(S + wide * wide, all_.number(h));
+            transpose(S, wide, start + group.number(s, h) * square, s.N, s.N, s.N);
+            bonus(S + wide * wide, group.number(s, h));
         }
         for (int64_t t = 0; t < s.T; t += CHUNK) {
             const int64_t tokens = std::min<int64_t>(CHUNK, s.T - t);
-            read(all_, t, tokens, t == 0);
+            Soon soon = t + CHUNK < s.T ? after(group, t + CHUNK) : Soon();
+            soon.over(group.heads * tokens * ((s.N + HELD - 1) / HELD));
             for (int64_t h = 0; h < group.heads; h++) {
-                const int64_t place = (all_.number(h) * s.chunks() + t / CHUNK) * square;
-                if (states) transpose(states + place, s.N, first + h * apart, wide, s.N, s.N);
-                chunk(all_.of(h), first + h * apart, tokens);
+                const Tokens x = head(h);
+                if (states) transpose(states + s.kept(x.number, t), s.N, first + h * apart, wide, s.N, s.N);
+                read(x, t, tokens, t == 0);
+                chunk(x, first + h * apart, tokens, soon);
+                for (int64_t i = 0; i < tokens; i++) x.write(Y, y, t + i, i);
             }
-            all_.write(Y, y, t, tokens);
         }
         for (int64_t h = 0; h < group.heads; h++)
-            transpose(end + all_.number(h) * square, s.N, first + h * apart, wide, s.N, s.N);
+            transpose(end + group.number(s, h) * square, s.N, first + h * apart, wide, s.N, s.N);
     }
 
-    void chunk(const Tokens &x, float *S, int64_t tokens) const {
+    Soon after(const Group &group, int64_t t) const {
+        Soon soon;
+        soon.add(s, group, t, {r, shared ? nullptr : w, k, v}, false);
+        soon.add(s, group, t, {y}, true);
+        if (states) soon.add(s, group, t, states, true);
+        return soon;
+    }
+
+    void chunk(const Tokens &x, float *S, int64_t tokens, Soon &soon) const {
         for (int64_t t = 0; t < tokens; t++) {
             const Vec share = all(own(x, t, S + x.wide * x.wide));
             for (int64_t i = 0; i < x.wide; i += WIDTH) store(x.row(t, Y) + i, share * load(x.row(t, V) + i));
@@ -89,23 +99,24 @@ struct Forward : Inputs {
         for (int64_t i = 0; i < x.wide;) {
             const int64_t vectors = (x.wide - i) / WIDTH;
             if (vectors >= BLOCK) {
-                values<BLOCK>(x, S, i, tokens), i += BLOCK * WIDTH;
+                values<BLOCK>(x, S, i, tokens, soon), i += BLOCK * WIDTH;
             } else if (vectors >= 2) {
-                values<2>(x, S, i, tokens), i += 2 * WIDTH;
+                values<2>(x, S, i, tokens, soon), i += 2 * WIDTH;
             } else {
-                values<1>(x, S, i, tokens), i += WIDTH;
+                values<1>(x, S, i, tokens, soon), i += WIDTH;
             }
         }
     }
 
     // COUNT vectors of values, from `first`
     template <int COUNT>
-    void values(const Tokens &x, float *S, int64_t first, int64_t tokens) const {
+    void values(const Tokens &x, float *S, int64_t first, int64_t tokens, Soon &soon) const {
         for (int64_t j = 0; j < s.N; j += HELD) {
             Vec held[HELD][COUNT];
             for (int i = 0; i < HELD; i++)
                 for (int q = 0; q < COUNT; q++) held[i][q] = load(S + (j + i) * x.wide + first + q * WIDTH);
             for (int64_t t = 0; t < tokens; t++) {
+                soon.ask();
                 const float *r_ = x.row(t, R) + j, *k_ = x.row(t, K) + j, *d_ = x.row(t, D) + j;
                 const float *value = x.row(t, V) + first;
                 float *out = x.row(t, Y) + first;
@@ -135,7 +146,7 @@ struct Step : Inputs {
     void head(int64_t n) const {
         const int64_t N = s.N;
         float *mine = scratch(s.wide() + Tokens::room(s, FORWARD, 1));
-        const Tokens x(s, {n / s.H, n % s.H, 1}, mine + s.wide(), FORWARD, 0);
+        const Tokens x(s, n, mine + s.wide(), FORWARD);
         bonus(mine, n);
         read(x, 0, 1, true);
         const float share = own(x, 0, mine);
@@ -157,30 +168,33 @@ struct Backward : Inputs {
     const float *states, *dy, *dend;
     float *dr, *dw, *dk, *dv, *dstart, *partial;  // partial: (B H, 2, N), what each head finds for u and a shared w
 
+    static constexpr int SELDOM = 8;  // tokens between two requests for what comes next
     static constexpr int TURN = WIDTH / HELD;  // tokens whose products are added up over their lanes together
 
     void work(const Group &group) const {
         const int64_t N = s.N, wide = s.wide(), history = CHUNK * HELD * 2 * WIDTH, own = (wide + 3) * wide;
         const int64_t apart = own + Tokens::room(s, BACKWARD, CHUNK);
-        float *before = scratch(history + group.heads * apart), *first = before + history;
-        const Tokens all_(s, group, first + own, BACKWARD, apart);
+        float *room = scratch(history + group.heads * apart), *first = room + history;
         for (int64_t h = 0; h < group.heads; h++) {
             float *G = first + h * apart, *mine = G + wide * wide;  // then u, and what is found for u and w
             zero(G, own);
-            bonus(mine, all_.number(h));
-            for (int64_t i = 0; i < N; i++) copy(G + i * wide, dend + (all_.number(h) * N + i) * N, N);
+            bonus(mine, group.number(s, h));
+            for (int64_t i = 0; i < N; i++) copy(G + i * wide, dend + (group.number(s, h) * N + i) * N, N);
         }
         for (int64_t c = s.chunks() - 1; c >= 0; c--) {
             const int64_t t = c * CHUNK, tokens = std::min<int64_t>(CHUNK, s.T - t);
-            read(all_, t, tokens, c == s.chunks() - 1);
-            all_.read(Y, dy, t, tokens);
-            for (int64_t h = 0; h < group.heads; h++)
-                chunk(all_.of(h), states + (all_.number(h) * s.chunks() + c) * N * N, first + h * apart, before, tokens);
-            all_.write(DR, dr, t, tokens), all_.write(DK, dk, t, tokens), all_.write(DV, dv, t, tokens);
-            if (!shared) all_.write(DD, dw, t, tokens);
+            Soon soon = c ? before(group, t - CHUNK) : Soon();
+            soon.over(group.heads * ((tokens + SELDOM - 1) / SELDOM) * ((N + HELD - 1) / HELD) * 2);
+            for (int64_t h = 0; h < group.heads; h++) {
+                const Tokens x(s, group.number(s, h), first + h * apart + own, BACKWARD);
+                read(x, t, tokens, c == s.chunks() - 1);
+                for (int64_t i = 0; i < tokens; i++) x.read(Y, dy, t + i, i);
+                chunk({x, tokens, states + s.kept(x.number, t), first + h * apart, room, soon});
+                for (int64_t i = 0; i < tokens; i++) write(x, t + i, i);
+            }
         }
         for (int64_t h = 0; h < group.heads; h++) {
-            const int64_t n = all_.number(h);
+            const int64_t n = group.number(s, h);
             float *G = first + h * apart, *mine = G + wide * wide;
             for (int64_t i = 0; i < N; i++) copy(dstart + (n * N + i) * N, G + i * wide, N);
             copy(partial + 2 * n * N, mine + wide, N);
@@ -188,35 +202,61 @@ struct Backward : Inputs {
         }
     }
 
-    void chunk(const Tokens &x, const float *kept, float *G, float *before, int64_t tokens) const {
-        float *mine = G + x.wide * x.wide;
-        for (int which : {DR, DD, DK, DV}) x.clear(which, tokens);
+    Soon before(const Group &group, int64_t t) const {
+        Soon soon;
+        soon.add(s, group, t, {r, shared ? nullptr : w, k, v, dy}, false);
+        soon.add(s, group, t, {dr, shared ? nullptr : dw, dk, dv}, true);
+        soon.add(s, group, t, states, false);
+        return soon;
+    }
+
+    void write(const Tokens &x, int64_t t, int64_t place) const {
+        x.write(DR, dr, t, place), x.write(DK, dk, t, place), x.write(DV, dv, t, place);
+        if (!shared) x.write(DD, dw, t, place);
+    }
+
+    // of one head: the state before it, the gradient of the last one, and room for the states of its tokens
+    struct Chunk {
+        const Tokens &x;
+        int64_t tokens;
+        const float *kept;
+        float *G, *before;
+        Soon &soon;
+    };
+
+    void chunk(const Chunk &c) const {
+        const Tokens &x = c.x;
+        float *mine = c.G + x.wide * x.wide;
+        for (int64_t t = 0; t < c.tokens; t++)
+            for (int which : {DR, DD, DK, DV}) zero(x.row(t, which), x.wide);
         for (int64_t i = 0; i < s.N; i += HELD) {
             for (int64_t j = 0; j < x.wide;) {
                 if (x.wide - j >= 2 * WIDTH)
-                    part<2>(x, kept, G, before, {i, j, tokens}), j += 2 * WIDTH;
+                    part<2>(c, {i, j}), j += 2 * WIDTH;
                 else
-                    part<1>(x, kept, G, before, {i, j, tokens}), j += WIDTH;
+                    part<1>(c, {i, j}), j += WIDTH;
             }
         }
-        for (int64_t t = 0; t < tokens; t++) finish(x, t, mine, mine + x.wide, mine + 2 * x.wide);
+        for (int64_t t = 0; t < c.tokens; t++) finish(x, t, mine, mine + x.wide, mine + 2 * x.wide);
     }
 
     struct Place {
-        int64_t i, j, tokens;  // the first value, the first key, and how many tokens
+        int64_t i, j;  // the first value, the first key
     };
 
     // HELD values and COUNT vectors of keys of a chunk: their states forward, their gradients back
     template <int COUNT>
-    void part(const Tokens &x, const float *kept, float *G, float *before, Place at) const {
+    void part(const Chunk &c, Place at) const {
+        const Tokens &x = c.x;
         Vec held[HELD][COUNT];
         for (int a = 0; a < HELD; a++)
             for (int q = 0; q < COUNT; q++) {
                 const int64_t j = at.j + q * WIDTH;
-                held[a][q] = at.i + a < s.N ? load_some(kept + (at.i + a) * s.N + j, s.N - j) : Vec{};
+                held[a][q] = at.i + a < s.N ? load_some(c.kept + (at.i + a) * s.N + j, s.N - j) : Vec{};
             }
-        for (int64_t t = 0; t < at.tokens; t++) {
-            float *here = before + t * HELD * COUNT * WIDTH;
+        for (int64_t t = 0; t < c.tokens; t++) {
+            if (t % SELDOM == 0) c.soon.ask();
+            float *here = c.before + t * HELD * COUNT * WIDTH;
             const float *k_ = x.row(t, K) + at.j, *d_ = x.row(t, D) + at.j;
             const float *v_ = x.row(t, V) + at.i, *y_ = x.row(t, Y) + at.i;
             float *out = x.row(t, DR) + at.j;
@@ -233,16 +273,18 @@ struct Backward : Inputs {
             }
             for (int q = 0; q < COUNT; q++) store(out + q * WIDTH, dr_[q]);
         }
-        back<COUNT>(x, G, before, at);
+        back<COUNT>(c, at);
     }
 
     template <int COUNT>
-    void back(const Tokens &x, float *G, const float *before, Place at) const {
+    void back(const Chunk &c, Place at) const {
+        const Tokens &x = c.x;
         Vec held[HELD][COUNT], with_k[WIDTH] = {};
         for (int a = 0; a < HELD; a++)
-            for (int q = 0; q < COUNT; q++) held[a][q] = load(G + (at.i + a) * x.wide + at.j + q * WIDTH);
-        for (int64_t t = at.tokens - 1; t >= 0; t--) {
-            const float *here = before + t * HELD * COUNT * WIDTH, *v_ = x.row(t, V) + at.i, *y_ = x.row(t, Y) + at.i;
+            for (int q = 0; q < COUNT; q++) held[a][q] = load(c.G + (at.i + a) * x.wide + at.j + q * WIDTH);
+        for (int64_t t = c.tokens - 1; t >= 0; t--) {
+            if (t % SELDOM == 0) c.soon.ask();
+            const float *here = c.before + t * HELD * COUNT * WIDTH, *v_ = x.row(t, V) + at.i, *y_ = x.row(t, Y) + at.i;
             const float *r_ = x.row(t, R) + at.j, *k_ = x.row(t, K) + at.j, *d_ = x.row(t, D) + at.j;
             float *to_k = x.row(t, DK) + at.j, *to_d = x.row(t, DD) + at.j;
             Vec dk_[COUNT], dd_[COUNT];
@@ -265,12 +307,12 @@ struct Backward : Inputs {
                 Vec used[WIDTH];
                 for (int l = 0; l < WIDTH; l++) used[l] = with_k[l];
                 store(added, sums(used));
-                for (int64_t l = 0; l < TURN && t + l < at.tokens; l++)
+                for (int64_t l = 0; l < TURN && t + l < c.tokens; l++)
                     for (int a = 0; a < HELD; a++) x.row(t + l, DV)[at.i + a] += added[l * HELD + a];
             }
         }
         for (int a = 0; a < HELD; a++)
-            for (int q = 0; q < COUNT; q++) store(G + (at.i + a) * x.wide + at.j + q * WIDTH, held[a][q]);
+            for (int q = 0; q < COUNT; q++) store(c.G + (at.i + a) * x.wide + at.j + q * WIDTH, held[a][q]);
     }
 
     // the bonus, and the decay's gradient as that of w
@@ -306,7 +348,7 @@ extern "C" {
 // floats that the forward keeps for the backward as states
 int64_t wkv6_kept(int64_t B, int64_t T, int64_t H, int64_t N) {
     const Sizes s = {B, T, H, N};
-    return B * H * s.chunks() * N * N;
+    return s.kept(B * H, 0);
 }
 
 // sizes: B T H N, and 1 where all tokens share their decays. states may be null, if no backward will follow

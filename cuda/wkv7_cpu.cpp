@@ -17,52 +17,61 @@
 namespace {
 
 struct Forward {
-    enum { R, W, K, V, A, B, D, U, Y, ROWS };
+    enum { R, W, K, V, B, D, NEXT, Y, ROWS };  // NEXT: a of the next token
     Sizes s;
     const float *r, *w, *k, *v, *a, *b, *start;
     float *y, *end, *states, *u;  // states and u, which the backward needs, may be null
 
     void work(const Group &group) const {
-        const int64_t wide = s.wide(), square = s.N * s.N;
-        const int64_t apart = s.N * wide + Tokens::room(s, ROWS, CHUNK + 1);
-        float *states_ = scratch(group.heads * apart);  // of each head [key][value], and its tokens
-        const Tokens all_(s, group, states_ + s.N * wide, ROWS, apart);
-        all_.read(A, a, 0, 1);
+        const int64_t wide = s.wide(), square = s.N * s.N, apart = (s.N + 1) * wide;
+        float *first = scratch(group.heads * apart + Tokens::room(s, ROWS, 1));  // of each head the state and u
+        const auto head = [&](int64_t h) { return Tokens(s, group.number(s, h), first + group.heads * apart, ROWS); };
         for (int64_t h = 0; h < group.heads; h++) {
-            float *S = states_ + h * apart;
-            transpose(S, wide, start + all_.number(h) * square, s.N, s.N, s.N);
-            first_u(all_.of(h).row(0, U), S, all_.of(h).row(0, A));
+            float *S = first + h * apart;  // [key][value]
+            const Tokens x = head(h);
+            transpose(S, wide, start + x.number * square, s.N, s.N, s.N);
+            x.read(NEXT, a, 0, 0);
+            first_u(S + s.N * wide, S, x.row(0, NEXT));
         }
         for (int64_t t = 0; t < s.T; t += CHUNK) {
-            const int64_t tokens = std::min<int64_t>(CHUNK, s.T - t), more = t + tokens < s.T;
-            all_.read(R, r, t, tokens), all_.read(W, w, t, tokens), all_.read(K, k, t, tokens);
-            all_.read(V, v, t, tokens), all_.read(B, b, t, tokens), all_.read(A, a, t, tokens + more);
+            Soon soon = t + CHUNK < s.T ? after(group, t + CHUNK) : Soon();
+            soon.over(group.heads * CHUNK * ((s.N + Soon::LINE - 1) / Soon::LINE));
             for (int64_t h = 0; h < group.heads; h++) {
-                const int64_t place = (all_.number(h) * s.chunks() + t / CHUNK) * square;
-                if (states) transpose(states + place, s.N, states_ + h * apart, wide, s.N, s.N);
-                chunk(all_.of(h), states_ + h * apart, tokens, more);
+                const Tokens x = head(h);
+                float *S = first + h * apart;
+                if (states) transpose(states + s.kept(x.number, t), s.N, S, wide, s.N, s.N);
+                for (int64_t i = t; i < std::min(s.T, t + CHUNK); i++) token(x, S, i, soon);
             }
-            all_.write(Y, y, t, tokens);
-            if (u) all_.write(U, u, t, tokens);
-            for (int64_t h = 0; h < group.heads; h++) copy(all_.of(h).row(0, U), all_.of(h).row(tokens, U), wide);
         }
         for (int64_t h = 0; h < group.heads; h++)
-            transpose(end + all_.number(h) * square, s.N, states_ + h * apart, wide, s.N, s.N);
+            transpose(end + group.number(s, h) * square, s.N, first + h * apart, wide, s.N, s.N);
     }
 
-    void chunk(const Tokens &x, float *S, int64_t tokens, bool more) const {
-        if (!more) zero(x.row(tokens, A), x.wide);
-        x.decays(W, D, tokens);
+    Soon after(const Group &group, int64_t t) const {
+        Soon soon;
+        soon.add(s, group, t, {r, w, k, v, a, b}, false);
+        soon.add(s, group, t, {y, u}, true);
+        if (states) soon.add(s, group, t, states, true);
+        return soon;
+    }
+
+    void token(const Tokens &x, float *S, int64_t t, Soon &soon) const {
+        float *u_ = S + s.N * x.wide;
+        x.read(R, r, t, 0), x.read(W, w, t, 0), x.read(K, k, t, 0), x.read(V, v, t, 0), x.read(B, b, t, 0);
+        x.read(NEXT, a, std::min(t + 1, s.T - 1), 0);  // behind the last token nobody asks for u
+        x.decay(W, D, 0);
+        if (u) copy(u + x.first + t * x.step, u_, s.N);
         for (int64_t i = 0; i < x.wide;) {
             const int64_t vectors = (x.wide - i) / WIDTH;
             if (vectors >= BLOCK) {
-                values<BLOCK>(x, S, i, tokens), i += BLOCK * WIDTH;
+                values<BLOCK>(x, S + i, i, soon), i += BLOCK * WIDTH;
             } else if (vectors >= 2) {
-                values<2>(x, S, i, tokens), i += 2 * WIDTH;
+                values<2>(x, S + i, i, soon), i += 2 * WIDTH;
             } else {
-                values<1>(x, S, i, tokens), i += WIDTH;
+                values<1>(x, S + i, i, soon), i += WIDTH;
             }
         }
+        x.write(Y, y, t, 0);
     }
 
     void first_u(float *to, const float *S, const float *first_a) const {
@@ -72,33 +81,29 @@ struct Forward {
             for (int64_t i = 0; i < wide; i += WIDTH) store(to + i, load(to + i) + load(S + j * wide + i) * first_a[j]);
     }
 
-    // COUNT vectors of values, from `first`: u of a token is there when it begins, and the next one's when it ends
+    // COUNT vectors of values, from `first`: u of the token is there when it begins, and the next one's when it ends
     template <int COUNT>
-    void values(const Tokens &x, float *S, int64_t first, int64_t tokens) const {
-        const int64_t N = s.N, wide = s.wide();
-        for (int64_t t = 0; t < tokens; t++) {
-            const float *r = x.row(t, R), *k = x.row(t, K), *b = x.row(t, B), *d = x.row(t, D), *next = x.row(t + 1, A);
-            Vec U_[COUNT], V_[COUNT], Y_[COUNT] = {}, X_[COUNT] = {};
-            for (int q = 0; q < COUNT; q++) {
-                U_[q] = load(x.row(t, U) + first + q * WIDTH);
-                V_[q] = load(x.row(t, V) + first + q * WIDTH);
-            }
-            for (int64_t j = 0; j < N; j++) {
+    void values(const Tokens &x, float *S, int64_t first, Soon &soon) const {
+        const int64_t N = s.N, wide = x.wide;
+        const float *r = x.row(0, R), *k = x.row(0, K), *b = x.row(0, B), *d = x.row(0, D), *next = x.row(0, NEXT);
+        float *u = S + N * wide;
+        Vec U_[COUNT], V_[COUNT], Y_[COUNT] = {}, X_[COUNT] = {};
+        for (int q = 0; q < COUNT; q++) U_[q] = load(u + q * WIDTH), V_[q] = load(x.row(0, V) + first + q * WIDTH);
+        for (int64_t from = 0; from < N; from += Soon::LINE) {
+            soon.ask();
+            for (int64_t j = from; j < std::min<int64_t>(N, from + Soon::LINE); j++) {
                 // read before anything is stored: for all the compiler knows they could lie where S does
                 const Vec dj = all(d[j]), bj = all(b[j]), kj = all(k[j]), rj = all(r[j]), aj = all(next[j]);
                 for (int q = 0; q < COUNT; q++) {
-                    float *at = S + j * wide + first + q * WIDTH;
+                    float *at = S + j * wide + q * WIDTH;
                     const Vec before = load(at), now = before + before * dj + U_[q] * bj + V_[q] * kj;
                     store(at, now);
                     Y_[q] += now * rj;
                     X_[q] += now * aj;
                 }
             }
-            for (int q = 0; q < COUNT; q++) {
-                store(x.row(t, Y) + first + q * WIDTH, Y_[q]);
-                store(x.row(t + 1, U) + first + q * WIDTH, X_[q]);
-            }
         }
+        for (int q = 0; q < COUNT; q++) store(x.row(0, Y) + first + q * WIDTH, Y_[q]), store(u + q * WIDTH, X_[q]);
     }
 };
 
@@ -111,9 +116,9 @@ struct Step {
 
     void head(int64_t n) const {
         const int64_t N = s.N, at = n * N;
-        const Tokens x(s, {n / s.H, n % s.H, 1}, scratch(Tokens::room(s, ROWS, 1)), ROWS, 0);
-        x.read(R, r, 0, 1), x.read(W, w, 0, 1), x.read(K, k, 0, 1), x.read(A, a, 0, 1), x.read(B, b, 0, 1);
-        x.decays(W, D, 1);
+        const Tokens x(s, n, scratch(Tokens::room(s, ROWS, 1)), ROWS);
+        x.read(R, r, 0, 0), x.read(W, w, 0, 0), x.read(K, k, 0, 0), x.read(A, a, 0, 0), x.read(B, b, 0, 0);
+        x.decay(W, D, 0);
         for (int64_t i = 0; i < N; i++) {
             const float *from = start + (n * N + i) * N;
             float *to = end + (n * N + i) * N;
@@ -139,54 +144,87 @@ struct Backward {
 
     void work(const Group &group) const {
         const int64_t N = s.N, wide = s.wide(), square = wide * wide, history = (CHUNK + 1) * WIDTH * wide;
-        const int64_t apart = square + Tokens::room(s, ROWS, CHUNK);
-        float *S = scratch(history + group.heads * apart), *gradients = S + history;
-        const Tokens all_(s, group, gradients + square, ROWS, apart);
-        for (int64_t h = 0; h < group.heads; h++) {
-            float *G = gradients + h * apart;
-            zero(G, square);
-            for (int64_t i = 0; i < N; i++) copy(G + i * wide, dend + (all_.number(h) * N + i) * N, N);
-        }
+        float *S = scratch(history + group.heads * square + Tokens::room(s, ROWS, CHUNK)), *gradients = S + history;
+        zero(gradients, group.heads * square);
+        for (int64_t h = 0; h < group.heads; h++)
+            for (int64_t i = 0; i < N; i++)
+                copy(gradients + h * square + i * wide, dend + (group.number(s, h) * N + i) * N, N);
         for (int64_t c = s.chunks() - 1; c >= 0; c--) {
-            const int64_t t = c * CHUNK, tokens = std::min<int64_t>(CHUNK, s.T - t);
-            all_.read(R, r, t, tokens), all_.read(W, w, t, tokens), all_.read(K, k, t, tokens);
-            all_.read(V, v, t, tokens), all_.read(A, a, t, tokens), all_.read(B, b, t, tokens);
-            all_.read(U, u, t, tokens), all_.read(Y, dy, t, tokens);
-            for (int64_t h = 0; h < group.heads; h++)
-                chunk(all_.of(h), states + (all_.number(h) * s.chunks() + c) * N * N, S, gradients + h * apart, tokens);
-            all_.write(DR, dr, t, tokens), all_.write(DD, dw, t, tokens), all_.write(DK, dk, t, tokens);
-            all_.write(DV, dv, t, tokens), all_.write(DA, da, t, tokens), all_.write(DB, db, t, tokens);
+            Soon soon = c ? before(group, (c - 1) * CHUNK) : Soon();
+            soon.over(group.heads * std::min<int64_t>(CHUNK, s.T - c * CHUNK) * 2 * wide / WIDTH);
+            for (int64_t h = 0; h < group.heads; h++) {
+                const Tokens x(s, group.number(s, h), gradients + group.heads * square, ROWS);
+                chunk({x, c * CHUNK, S, gradients + h * square, soon});
+            }
         }
         for (int64_t h = 0; h < group.heads; h++)
             for (int64_t i = 0; i < N; i++)
-                copy(dstart + (all_.number(h) * N + i) * N, gradients + h * apart + i * wide, N);
+                copy(dstart + (group.number(s, h) * N + i) * N, gradients + h * square + i * wide, N);
     }
 
-    void chunk(const Tokens &x, const float *kept, float *S, float *G, int64_t tokens) const {
-        const int64_t N = s.N, wide = x.wide;
-        x.decays(W, D, tokens);
-        for (int which : {DR, DD, DK, DA, DB}) x.clear(which, tokens);
+    Soon before(const Group &group, int64_t t) const {
+        Soon soon;
+        soon.add(s, group, t, {r, w, k, v, a, b, u, dy}, false);
+        soon.add(s, group, t, {dr, dw, dk, dv, da, db}, true);
+        soon.add(s, group, t, states, false);
+        return soon;
+    }
+
+    // a chunk of tokens of one head: S is room for their states, G the gradient of the last one
+    struct Chunk {
+        const Tokens &x;
+        int64_t t;
+        float *S, *G;
+        Soon &soon;
+    };
+
+    void chunk(const Chunk &c) const {
+        const int64_t wide = c.x.wide;
+        for (int64_t i = 0; i < std::min<int64_t>(CHUNK, s.T - c.t); i++) read(c.x, c.t + i, i);
         for (int64_t i = 0; i < wide; i += WIDTH) {
-            zero(S, WIDTH * wide);
-            for (int64_t l = 0; l < WIDTH && i + l < N; l++) copy(S + l * wide, kept + (i + l) * N, N);
-            if (wide % (2 * WIDTH) == 0)
-                values<2>(x, S, G + i * wide, i, tokens);
+            if (wide % (BLOCK * WIDTH) == 0)
+                values<BLOCK>(c, i);
+            else if (wide % (2 * WIDTH) == 0)
+                values<2>(c, i);
             else
-                values<1>(x, S, G + i * wide, i, tokens);
+                values<1>(c, i);
         }
-        for (int64_t l = 0; l < tokens; l++)
-            for (int64_t j = 0; j < wide; j += WIDTH) {
-                const Vec rate = load(x.row(l, W) + j);  // and d anew: d - 1 has lost the digits of a small d
-                store(x.row(l, DD) + j, -load(x.row(l, DD) + j) * exponential(-rate) * rate);
-            }
     }
 
-    // WIDTH values, from `first`, of a chunk: their states forward, their gradients back
+    // WIDTH values, from `first`: their states forward, their gradients back; a token is written when the last values
+    // have added their share
     template <int COUNT>
-    void values(const Tokens &x, float *S, float *G, int64_t first, int64_t tokens) const {
-        const int64_t square = WIDTH * x.wide;
-        for (int64_t t = 0; t < tokens; t++) rebuild<COUNT>(x, t, first, S + t * square);
-        for (int64_t t = tokens - 1; t >= 0; t--) back<COUNT>(x, t, first, S + t * square, G);
+    void values(const Chunk &c, int64_t first) const {
+        const Tokens &x = c.x;
+        const int64_t N = s.N, wide = x.wide, square = WIDTH * wide, tokens = std::min<int64_t>(CHUNK, s.T - c.t);
+        zero(c.S, square);
+        const float *from = states + s.kept(x.number, c.t) + first * N;
+        for (int64_t l = 0; l < WIDTH && first + l < N; l++) copy(c.S + l * wide, from + l * N, N);
+        for (int64_t i = 0; i < tokens; i++) {
+            c.soon.ask();
+            rebuild<COUNT>(x, i, first, c.S + i * square);
+        }
+        for (int64_t i = tokens - 1; i >= 0; i--) {
+            c.soon.ask();
+            back<COUNT>(x, i, first, c.S + i * square, c.G + first * wide);
+            if (first + WIDTH == wide) write(x, c.t + i, i);
+        }
+    }
+
+    void read(const Tokens &x, int64_t t, int64_t place) const {
+        x.read(R, r, t, place), x.read(W, w, t, place), x.read(K, k, t, place), x.read(V, v, t, place);
+        x.read(A, a, t, place), x.read(B, b, t, place), x.read(U, u, t, place), x.read(Y, dy, t, place);
+        x.decay(W, D, place);
+        for (int which : {DR, DD, DK, DA, DB}) zero(x.row(place, which), x.wide);
+    }
+
+    void write(const Tokens &x, int64_t t, int64_t place) const {
+        for (int64_t j = 0; j < x.wide; j += WIDTH) {
+            const Vec rate = load(x.row(place, W) + j);  // and d anew: d - 1 has lost the digits of a small d
+            store(x.row(place, DD) + j, -load(x.row(place, DD) + j) * exponential(-rate) * rate);
+        }
+        x.write(DR, dr, t, place), x.write(DD, dw, t, place), x.write(DK, dk, t, place);
+        x.write(DV, dv, t, place), x.write(DA, da, t, place), x.write(DB, db, t, place);
     }
 
     // S_t behind S_{t-1}, and its share of dr
@@ -207,6 +245,7 @@ struct Backward {
                     float *at = before + i * wide + j + q * WIDTH;
                     const Vec last = load(at), now = last + last * d_[q] + ui * b_[q] + vi * k_[q];
                     store(at + WIDTH * wide, now);
+                    __builtin_prefetch(at + 2 * WIDTH * wide, 1);  // a store waits for its line
                     dr_[q] += yi * now;
                 }
             }
@@ -287,7 +326,7 @@ extern "C" {
 // floats that the forward keeps for the backward as states
 int64_t wkv7_kept(int64_t B, int64_t T, int64_t H, int64_t N) {
     const Sizes s = {B, T, H, N};
-    return B * H * s.chunks() * N * N;
+    return s.kept(B * H, 0);
 }
 
 // sizes: B T H N. states and u may be null, if no backward will follow

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rwkvpipe.kernel.wkv6 import wkv6, wkv6_reference
-from tests.kernel.operators import check_reference, error, results
+from tests.kernel.operators import TOGETHER, check_exact, check_reference, error, results
 
 CASES = ("typical", "t1", "t17n64", "extreme_decay")
 
@@ -55,6 +55,11 @@ def test_decays_of_one_chunk_may_differ_as_far_as_they_like():
     exact = [x.detach().double() for x in inputs]
     for found, wanted in zip(results(wkv6, inputs), results(wkv6_reference, exact), strict=True):
         assert error(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("T, H, N", TOGETHER)
+def test_heads_that_are_worked_on_together_are_each_exact(T, H, N):
+    check_exact(wkv6, wkv6_reference, made(2, T, H, N, torch.float32))
 
 
 def test_long_rows_lose_no_digits():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rwkvpipe.kernel import build
 from rwkvpipe.kernel.wkv7 import wkv7, wkv7_reference
-from tests.kernel.operators import check_reference, error, results
+from tests.kernel.operators import TOGETHER, check_exact, check_reference, error, results
 
 CASES = ("typical", "t1", "t16", "t17n64", "extreme_decay", "repeat_key", "unclamped")
 
@@ -114,6 +114,11 @@ def test_a_state_of_other_sizes_is_refused():
 
 
 needs_native = pytest.mark.skipif(build.extension() is None, reason=f"no native kernels here: {build.why_not()}")
+
+
+@pytest.mark.parametrize("T, H, N", TOGETHER)
+def test_heads_that_are_worked_on_together_are_each_exact(T, H, N):
+    check_exact(wkv7, wkv7_reference, made(2, T, H, N, torch.float32))
 
 
 @needs_native
