@@ -276,7 +276,22 @@ def test_a_form_that_leads_nowhere_is_the_request_s_own_fault(home, client, stre
     assert client.completions.create(model="tiny", prompt="q", max_tokens=2).usage.completion_tokens == 2
 
 
-def test_a_server_is_stopped_by_a_signal_while_it_writes(tmp_path):
+def listener(port: int, body: dict, room: int | None) -> socket.socket:
+    """A client that has read the beginning of a streamed answer, with so much room for what it does not read."""
+    client = socket.socket()
+    if room is not None:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
+    client.settimeout(LONG)
+    client.connect(("127.0.0.1", port))
+    text = json.dumps(body)
+    head = f"Host: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(text)}"
+    client.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n\r\n{text}".encode())
+    assert client.recv(20).startswith(b"HTTP/1.1 200")
+    return client
+
+
+@pytest.mark.parametrize("reads", [True, False], ids=["to one that reads", "to one that does not"])
+def test_a_server_is_stopped_by_a_signal_while_it_writes(tmp_path, reads):
     network = model()
     store.write(tmp_path / "m.safetensors", network.config, network.state_dict())
     save_tokenizer(tmp_path / "tokenizer", ByteTokenizer(1))
@@ -287,14 +302,17 @@ def test_a_server_is_stopped_by_a_signal_while_it_writes(tmp_path):
     try:
         line = next(line for line in process.stderr if "serving" in line)
         port = int(re.search(r"serving m at http://127\.0\.0\.1:(\d+)/v1", line)[1])
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LONG)
         body = {"model": "m", "prompt": "q", "stream": True, "max_tokens": 2**20, "logit_bias": {"0": -100}}
-        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-        assert connection.getresponse().read(20).startswith(b"data: {")
-        process.send_signal(signal.SIGTERM)
-        rest = process.communicate(timeout=LONG)[1]
+        body |= {} if reads else {"logprobs": 5, "n": 8}  # so much that soon nothing more can be written
+        with listener(port, body, None if reads else 4096) as client:
+            if reads:
+                threading.Thread(target=lambda: all(iter(lambda: client.recv(65536), b"")), daemon=True).start()
+            else:
+                time.sleep(4)
+            process.send_signal(signal.SIGTERM)
+            rest = process.communicate(timeout=LONG)[1]
         assert process.returncode == 0
-        assert "Traceback" not in rest
+        assert "Traceback" not in rest and "rror" not in rest, rest
     finally:
         process.kill()
         process.wait()

@@ -175,7 +175,8 @@ def application(house: House, desk: Desk, host: str) -> Starlette:
 
 
 class _Server(uvicorn.Server):
-    """Told to stop, it takes no more requests; the desk closes when those on their way have had their time."""
+    """Told to stop, it takes no more requests; the desk closes when those on their way have had their time, and a
+    client that does not read the end of its answer is cut off soon after."""
 
     def __init__(self, config: uvicorn.Config, desk: Desk):
         super().__init__(config)
@@ -189,6 +190,15 @@ class _Server(uvicorn.Server):
         else:
             self.should_exit = True
             self.timer.start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As ever, but for clients that do not read: to cancel their tasks would log a traceback for each."""
+        asyncio.get_running_loop().call_later(1.5 * GRACE, self._cut)
+        await super().shutdown(sockets)
+
+    def _cut(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def serve(house: House, desk: Desk, host: str, port: int) -> None:
