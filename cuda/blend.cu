@@ -195,6 +195,7 @@ extern "C" {
 // floats of the sums that the backward wants, and tokens that each is of
 int64_t mix_sums(const int64_t *z) { return (z[0] * z[1] + RUN - 1) / RUN * z[3] * z[2]; }
 
+// takes B T D n /x /out: x B*T*D, last B*D, m n of D, out n of B*T*D
 int mix_forward(const int64_t *z, int64_t stream, const void *x, const void *last, const void *const *m,
                 void *const *out) {
     if (z[3] > MOST) return -1;
@@ -203,6 +204,7 @@ int mix_forward(const int64_t *z, int64_t stream, const void *x, const void *las
     return launch(kernel, kernel.runs() * kernel.tiles(), stream);
 }
 
+// takes B T D n /x /dy: x B*T*D, last B*D, m n of D, dy n of B*T*D, dx B*T*D, dlast B*D, sums any
 int mix_backward(const int64_t *z, int64_t stream, const void *x, const void *last, const void *const *m,
                  const void *const *dy, void *dx, void *dlast, float *sums) {
     if (z[3] > MOST) return -1;
@@ -212,6 +214,7 @@ int mix_backward(const int64_t *z, int64_t stream, const void *x, const void *la
 }
 
 // sizes: tokens D, and a bit for each of v first z v0 that is bf16; gradients are like what they are of, out like v
+// takes tokens D /v/first/z/v0: v first z tokens*D, v0 D, out tokens*D
 int lean_forward(const int64_t *s, int64_t stream, const void *v, const void *first, const void *z, const void *v0,
                  void *out) {
     const LeanForward kernel = {{s[0], s[1], s[2], v, first, z, v0}, out};
@@ -221,6 +224,7 @@ int lean_forward(const int64_t *s, int64_t stream, const void *v, const void *fi
 // floats of the sums for v0, which whoever calls adds up
 int64_t lean_sums(const int64_t *s) { return (s[0] + RUN - 1) / RUN * s[1]; }
 
+// takes tokens D /v/first/z/v0: v first z tokens*D, v0 D, dout dv dfirst dz tokens*D, sums any
 int lean_backward(const int64_t *s, int64_t stream, const void *v, const void *first, const void *z, const void *v0,
                   const void *dout, void *dv, void *dfirst, void *dz, float *sums) {
     const LeanBackward kernel = {{s[0], s[1], s[2], v, first, z, v0}, dout, dv, dfirst, dz, sums};
@@ -228,6 +232,7 @@ int lean_backward(const int64_t *s, int64_t stream, const void *v, const void *f
 }
 
 // sizes: how many numbers, and whether they are bf16. dy may be null: then it is the value, else the gradient
+// takes numbers /x: x dy? out numbers
 int square(const int64_t *z, int64_t stream, const void *x, const void *dy, void *out) {
     const int64_t each = Square::EACH * WIDTH;
     return launch(Square{z[0], z[1] != 0, x, dy, out}, (z[0] + each - 1) / each, stream);

@@ -335,6 +335,8 @@ extern "C" {
 // floats of the sums of each RUN tokens, for as many rows as there are after the other sizes; whoever calls adds them up
 int64_t heads_sums(const int64_t *z) { return (z[0] + RUN - 1) / RUN * z[4] * z[1] * z[2]; }
 
+// takes tokens H N /k/zw/za/w0/a0/k_k/k_a/w/key: k zw za tokens*H*N, w0 a0 k_k k_a H*N, w key minus b tokens*H*N,
+// norms? tokens*H
 int prepare_forward(const int64_t *z, int64_t stream, const void *k, const void *zw, const void *za, const void *w0,
                     const void *a0, const void *k_k, const void *k_a, void *w, void *key, void *minus, void *b,
                     float *norms) {
@@ -343,6 +345,8 @@ int prepare_forward(const int64_t *z, int64_t stream, const void *k, const void 
     return launch(kernel, kernel.blocks(), stream);
 }
 
+// takes tokens H N /k/zw/za/w0/a0/k_k/k_a/dw/dkey: k zw za tokens*H*N, w0 a0 k_k k_a H*N, norms tokens*H, dw dkey
+// dminus db dk dzw dza tokens*H*N, sums any
 int prepare_backward(const int64_t *z, int64_t stream, const void *k, const void *zw, const void *za, const void *w0,
                      const void *a0, const void *k_k, const void *k_a, const float *norms, const void *dw,
                      const void *dkey, const void *dminus, const void *db, void *dk, void *dzw, void *dza,
@@ -354,6 +358,8 @@ int prepare_backward(const int64_t *z, int64_t stream, const void *k, const void
 }
 
 // r, k, v and r_k may be null: then there is no bonus, and the gate is g sigmoid(g)
+// takes tokens H N /y/r/k/v/g/r_k/weight/bias: y r? k? v? g tokens*H*N, r_k? weight bias H*N, eps, out tokens*H*N,
+// found? 3*tokens*H
 int finish_forward(const int64_t *z, int64_t stream, const void *y, const void *r, const void *k, const void *v,
                    const void *g, const void *r_k, const void *weight, const void *bias, float eps, void *out,
                    float *found) {
@@ -362,6 +368,8 @@ int finish_forward(const int64_t *z, int64_t stream, const void *y, const void *
     return launch(kernel, kernel.blocks(), stream);
 }
 
+// takes tokens H N /y/r/k/v/g/r_k/weight/bias: y r? k? v? g tokens*H*N, r_k? weight bias H*N, eps, found 3*tokens*H,
+// dout dy dr? dk? dv? dg tokens*H*N, sums any
 int finish_backward(const int64_t *z, int64_t stream, const void *y, const void *r, const void *k, const void *v,
                     const void *g, const void *r_k, const void *weight, const void *bias, float eps,
                     const float *found, const void *dout, void *dy, void *dr, void *dk, void *dv, void *dg,

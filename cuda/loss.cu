@@ -93,6 +93,7 @@ struct Loss {
 }  // namespace
 
 // sizes: rows, V, and whether logits are bf16. Given back are 0 or the GPU's error.
+// takes rows V /logits: logits rows*V, chosen real rows, scale, pull, losses rows
 extern "C" int loss_rows(const int64_t *z, int64_t stream, void *logits, const int64_t *chosen, const int64_t *real,
                          float scale, float pull, float *losses) {
     return launch(Loss{z[1], z[2] != 0, scale, pull, logits, chosen, real, losses}, z[0], stream);

@@ -273,6 +273,8 @@ int64_t wkv6_kept(const int64_t *z) {
 
 int64_t wkv6_room(const int64_t *z) { return KEEP / SOME * z[3] * z[3] * z[0] * z[2]; }
 
+// takes B T H N /r/w/k/v/u one_w parts: r B*T*H*N, w H*N if one_w else B*T*H*N, k v B*T*H*N, u H*N, start B*H*N*N, y
+// B*T*H*N, end B*H*N*N, kept? any
 int wkv6_forward(const int64_t *z, int64_t stream, const void *r, const void *w, const void *k, const void *v,
                  const void *u, const float *start, void *y, float *end, float *kept) {
     return sized(z[3], [&](auto shape) {
@@ -283,6 +285,9 @@ int wkv6_forward(const int64_t *z, int64_t stream, const void *r, const void *w,
 }
 
 // du is (B, H, N) in fp32, as is dw where there is one w for all tokens
+// takes B T H N /r/w/k/v/u one_w parts: r B*T*H*N, w H*N if one_w else B*T*H*N, k v B*T*H*N, u H*N, kept any, dy
+// B*T*H*N, dend B*H*N*N, dr parts*B*T*H*N, dw parts*B*H*N if one_w else parts*B*T*H*N, dk parts*B*T*H*N, dv B*T*H*N,
+// du parts*B*H*N, dstart B*H*N*N, room any
 int wkv6_backward(const int64_t *z, int64_t stream, const void *r, const void *w, const void *k, const void *v,
                   const void *u, const float *kept, const void *dy, const float *dend, void *dr, void *dw, void *dk,
                   void *dv, float *du, float *dstart, float *room) {

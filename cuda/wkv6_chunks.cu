@@ -316,6 +316,8 @@ int64_t wkv6_chunks_kept(const int64_t *z) { return chunks_kept(z); }
 
 int64_t wkv6_chunks_room(const int64_t *z) { return chunks_room(z); }
 
+// takes B T H N /r/w/k/v/u one_w parts: r B*T*H*N, w H*N if one_w else B*T*H*N, k v B*T*H*N, u H*N, start B*H*N*N, y
+// B*T*H*N, end B*H*N*N, kept? any
 int wkv6_chunks_forward(const int64_t *z, int64_t stream, const void *r, const void *w, const void *k, const void *v,
                         const void *u, const float *start, void *y, float *end, float *kept) {
     if (z[3] != N) return -1;
@@ -328,6 +330,9 @@ int wkv6_chunks_forward(const int64_t *z, int64_t stream, const void *r, const v
 
 // dr dw dk are as their tensors for one part, else of as many as there are parts, in fp32; du is (parts, B, H, N) in
 // fp32, as is dw where there is one w for all tokens: whoever calls adds up
+// takes B T H N /r/w/k/v/u one_w parts: r B*T*H*N, w H*N if one_w else B*T*H*N, k v B*T*H*N, u H*N, kept any, dy
+// B*T*H*N, dend B*H*N*N, dr parts*B*T*H*N, dw parts*B*H*N if one_w else parts*B*T*H*N, dk parts*B*T*H*N, dv B*T*H*N,
+// du parts*B*H*N, dstart B*H*N*N, room any
 int wkv6_chunks_backward(const int64_t *z, int64_t stream, const void *r, const void *w, const void *k, const void *v,
                          const void *u, const float *kept, const void *dy, const float *dend, void *dr, void *dw,
                          void *dk, void *dv, float *du, float *dstart, float *room) {

@@ -339,6 +339,7 @@ int64_t wkv7_chunks_kept(const int64_t *z) { return chunks_kept(z); }
 
 int64_t wkv7_chunks_room(const int64_t *z) { return chunks_room(z); }
 
+// takes B T H N /r/w/k/v/a/b parts: r w k v a b B*T*H*N, start B*H*N*N, y B*T*H*N, end B*H*N*N, kept? any
 int wkv7_chunks_forward(const int64_t *z, int64_t stream, const void *r, const void *w, const void *k, const void *v,
                         const void *a, const void *b, const float *start, void *y, float *end, float *kept) {
     if (z[3] != N) return -1;
@@ -350,6 +351,8 @@ int wkv7_chunks_forward(const int64_t *z, int64_t stream, const void *r, const v
 }
 
 // dr dw dk da db are as their tensors for one part, else of as many as there are parts, in fp32: whoever calls adds up
+// takes B T H N /r/w/k/v/a/b parts: r w k v a b B*T*H*N, kept any, dy B*T*H*N, dend B*H*N*N, dr dw dk parts*B*T*H*N,
+// dv B*T*H*N, da db parts*B*T*H*N, dstart B*H*N*N, room any
 int wkv7_chunks_backward(const int64_t *z, int64_t stream, const void *r, const void *w, const void *k, const void *v,
                          const void *a, const void *b, const float *kept, const void *dy, const float *dend, void *dr,
                          void *dw, void *dk, void *dv, void *da, void *db, float *dstart, float *room) {

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkvpipe.base import compiler
+from rwkvpipe.kernel import takes
 
 log = logging.getLogger("rwkvpipe")
 
@@ -144,20 +145,15 @@ def floats(function: str, sizes: Sequence[int], like: Tensor) -> Tensor:
     return torch.empty(count, device=like.device, dtype=torch.float32)
 
 
-Given = Tensor | Sequence[Tensor] | float | None
-
-
-def _word(x: Given) -> ctypes.c_void_p | ctypes.Array | ctypes.c_float | None:
+def _word(x: takes.Given) -> ctypes.c_void_p | ctypes.Array | ctypes.c_float | None:
     if isinstance(x, float):
         return ctypes.c_float(x)
     if isinstance(x, Sequence):
-        assert all(each.is_contiguous() for each in x)
         return (ctypes.c_void_p * len(x))(*(each.data_ptr() for each in x))
-    assert x is None or x.is_contiguous()
     return None if x is None else ctypes.c_void_p(x.data_ptr())
 
 
-def _started(library: ctypes.CDLL, function: str, sizes: Sequence[int], *given: Given) -> int:
+def _started(library: ctypes.CDLL, function: str, sizes: Sequence[int], *given: takes.Given) -> int:
     """Start a kernel behind all that was started before; returns 0, or the card's error."""
     like, words = given[0], [_word(x) for x in given]
     stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
@@ -171,8 +167,10 @@ def tried(library: ctypes.CDLL, device: torch.device) -> int:
     return _started(library, "wkv7_forward", _sizes([x] * 6), *[x] * 6, S, torch.empty_like(x), S.clone(), None)
 
 
-def call(function: str, sizes: Sequence[int], *given: Given) -> None:
-    """Start a kernel on tensors without gaps, lists of them, numbers. Raises RuntimeError where the card refuses."""
+def call(function: str, sizes: Sequence[int], *given: takes.Given) -> None:
+    """Start a kernel on tensors without gaps, lists of them, numbers. Raises RuntimeError where the card refuses, and
+    TypeError or ValueError where they are not what it `takes`."""
+    takes.check(function, sizes, given, takes.CARD, given[0].device)
     if status := _started(at_hand(given[0].device)[0], function, sizes, *given):
         raise RuntimeError(f"{function}: CUDA error {status}")
 

@@ -1,12 +1,13 @@
 """What native functions take, as their sources say beside them: checked before any of them reads memory.
 
-Above each function of `cuda/*_cpu.cpp` that `build.call` runs stand its sizes by name and how many numbers lie at each
-of its pointers, in their order:
+Above each function of `cuda/*_cpu.cpp` that `build.call` runs, and of `cuda/*.cu` that `gpu.call` does, stand its sizes
+by name and how many numbers lie at each of its pointers, in their order:
 
-    // takes B T D n: x B*T*D, last B*D, shares n of D, states? room any
+    // takes B T D n /x/last: x B*T*D, last B*D, shares n of D, states? room any
 
 Several names may share a count, a sum of products of sizes. `n of` is a list, `?` may be null, `any` is what another
-function of the library tells. What the numbers are is the type of the parameter.
+function of the library tells. What the numbers are is the type of the parameter; `void` is fp32 or bf16, and a size
+like `/x/last` has a bit for each of these that is bf16.
 """
 
 import ctypes
@@ -21,9 +22,14 @@ import torch
 from torch import Tensor
 
 SOURCES = Path(__file__).resolve().parents[1] / "cuda"
-TRACKED_FILES = ["../cuda/*.cpp"]
+TRACKED_FILES = ["../cuda/*.cpp", "../cuda/*.cu"]
+CPU, CARD = "*_cpu.cpp", "*.cu"
+HOST = torch.device("cpu")
+EITHER = (torch.float32, torch.bfloat16)
 TYPES = {"float": torch.float32, "double": torch.float64, "int64_t": torch.int64, "uint8_t": torch.bool}
-FUNCTION = re.compile(r"^// takes ([\w ]+): (.+(?:\n// .+)*)\nvoid (\w+)\(([^)]*)\)", re.MULTILINE)
+FUNCTION = re.compile(
+    r"^// takes ([\w /]+): (.+(?:\n// .+)*)\n(?:extern \"C\" )?(?:void|int) (\w+)\(([^)]*)\)", re.MULTILINE
+)
 PARAMETER = re.compile(r"(?:const )?(\w+) (?:(\*)const )?(\*?)(\w+)")
 
 Given = Tensor | Sequence[Tensor] | ctypes.Array | float | None
@@ -31,7 +37,7 @@ Given = Tensor | Sequence[Tensor] | ctypes.Array | float | None
 
 @dataclass(frozen=True)
 class Place:
-    """What a parameter reads: numbers of a type (None is whatever lies there), or one number by value."""
+    """What a parameter reads: numbers of a type (None is one of EITHER), or one number by value."""
 
     name: str
     dtype: torch.dtype | None
@@ -74,17 +80,17 @@ def _places(said: str, parameters: str) -> list[Place]:
 
 
 @cache
-def functions() -> dict[str, tuple[list[str], list[Place]]]:
-    """Names of the sizes and what parameters read, of each function that says so."""
-    texts = [file.read_text() for file in sorted(SOURCES.glob("*_cpu.cpp"))]
+def functions(where: str = CPU) -> dict[str, tuple[list[str], list[Place]]]:
+    """Names of the sizes and what parameters read, of each function that says so in the files for CPU or CARD."""
+    texts = [file.read_text() for file in sorted(SOURCES.glob(where))]
     found = [match.groups() for text in texts for match in FUNCTION.finditer(text)]
     return {name: (sizes.split(), _places(said, parameters)) for sizes, said, name, parameters in found}
 
 
 @lru_cache(maxsize=4096)
-def _counts(function: str, sizes: tuple[int, ...]) -> list[tuple[int | None, int | None]]:
+def _counts(function: str, sizes: tuple[int, ...], where: str = CPU) -> list[tuple[int | None, int | None]]:
     """How many tensors and numbers each parameter reads."""
-    names, places = functions()[function]
+    names, places = functions(where)[function]
     if len(sizes) != len(names) or min(sizes) < 0:
         raise ValueError(f"{function}: sizes are {' '.join(names)}, got {sizes}")
     known = dict(zip(names, sizes, strict=True))
@@ -92,9 +98,16 @@ def _counts(function: str, sizes: tuple[int, ...]) -> list[tuple[int | None, int
     return [tuple(None if text is None else _count(text, known) for text in pair) for pair in texts]
 
 
-def check(function: str, sizes: Sequence[int], given: Sequence[Given]) -> None:
-    """Raise TypeError for another type than a function reads, ValueError for another number of what it reads."""
-    places, counts = functions()[function][1], _counts(function, tuple(sizes))
+def check(
+    function: str,
+    sizes: Sequence[int],
+    given: Sequence[Given],
+    where: str = CPU,
+    device: torch.device = HOST,
+) -> None:
+    """Raise TypeError for another type or device than a function reads, ValueError for another number of what it
+    reads."""
+    (names, places), counts = functions(where)[function], _counts(function, tuple(sizes), where)
     if len(given) != len(places):
         raise TypeError(f"{function} takes {len(places)} inputs, got {len(given)}")
     for place, x, (many, count) in zip(places, given, counts, strict=True):
@@ -105,20 +118,32 @@ def check(function: str, sizes: Sequence[int], given: Sequence[Given]) -> None:
                 raise TypeError(f"{function}: {place.name} is a number, got {type(x).__name__}")
             continue
         if many is None:
-            _check(function, place, x, count)
+            _check(function, place, x, count, device)
             continue
         if not isinstance(x, Sequence | ctypes.Array) or len(x) != many:
             raise ValueError(f"{function}: {place.name} is a list of {many}")
         if not isinstance(x, ctypes.Array):
             for each in x:
-                _check(function, place, each, count)
+                _check(function, place, each, count, device)
+    for name, bits in zip(names, sizes, strict=True):
+        if name.startswith("/"):
+            _check_bits(function, name, bits, dict(zip((place.name for place in places), given, strict=True)))
 
 
-def _check(function: str, place: Place, x: Tensor, count: int | None) -> None:
-    if not isinstance(x, Tensor) or x.dtype != place.dtype or not x.is_cpu:
+def _check(function: str, place: Place, x: Tensor, count: int | None, device: torch.device) -> None:
+    kinds = EITHER if place.dtype is None else (place.dtype,)
+    if not isinstance(x, Tensor) or x.dtype not in kinds or x.device != device:
         kind = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{function}: {place.name} is {kind}; it reads {place.dtype} on the CPU")
+        said = " or ".join(map(str, kinds)) + " on " + ("the CPU" if device.type == "cpu" else str(device))
+        raise TypeError(f"{function}: {place.name} is {kind}; it reads {said}")
     if count is not None and x.numel() != count:
         raise ValueError(f"{function}: {place.name} is {tuple(x.shape)}; it reads {count} numbers")
     if not x.is_contiguous():
         raise ValueError(f"{function}: {place.name} has gaps, strides {x.stride()}")
+
+
+def _check_bits(function: str, names: str, bits: int, given: Mapping[str, Given]) -> None:
+    for n, name in enumerate(names.removeprefix("/").split("/")):
+        for x in [given[name]] if isinstance(given[name], Tensor) else given[name] or ():
+            if bool(bits >> n & 1) != (x.dtype == torch.bfloat16):
+                raise TypeError(f"{function}: {name} is {x.dtype}, which its sizes deny")

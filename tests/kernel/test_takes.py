@@ -18,23 +18,23 @@ from rwkvpipe.model.family import build as model_of
 from rwkvpipe.model.layers import State
 
 PACKAGE = takes.SOURCES.resolve().parent / "rwkvpipe"
-FUNCTIONS = takes.functions()
+FUNCTIONS = {(where, name): told for where in (takes.CPU, takes.CARD) for name, told in takes.functions(where).items()}
 needs_native = pytest.mark.skipif(build.extension() is None, reason=f"no native kernels here: {build.why_not()}")
 
 
-def called():
-    """Names of native functions that the package calls."""
+def called(through):
+    """Names of native functions that the package calls through `build.call` or `gpu.call`."""
     for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "build.call":
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == through:
                 yield node.args[0].value if isinstance(node.args[0], ast.Constant) else ast.unparse(node.args[0])
 
 
-def fit(function):
-    """Sizes, and what a function takes of them."""
-    names, places = FUNCTIONS[function]
-    sizes = tuple(range(2, 2 + len(names)))
-    counts = takes._counts(function, sizes)
+def fit(where, function):
+    """Sizes, and what a function takes of them; all in fp32 that may be."""
+    names, places = FUNCTIONS[where, function]
+    sizes = tuple(0 if name.startswith("/") else n for n, name in enumerate(names, 2))
+    counts = takes._counts(function, sizes, where)
     given = []
     for place, (many, count) in zip(places, counts, strict=True):
         each = torch.zeros(5 if count is None else count, dtype=place.dtype or torch.float32)
@@ -58,23 +58,34 @@ def wrong(x, place):
 
 
 def test_every_native_function_that_is_called_says_what_it_takes():
-    names = set(called())
+    names = set(called("build.call"))
     assert "self.form.function" in names
-    assert names - {"self.form.function"} | {"decode6", "decode7"} == set(FUNCTIONS)
+    assert names - {"self.form.function"} | {"decode6", "decode7"} == set(takes.functions())
     texts = "".join(file.read_text().partition('extern "C"')[2] for file in takes.SOURCES.glob("*_cpu.cpp"))
-    assert set(re.findall(r"^void (\w+)\(const int64_t \*", texts, re.MULTILINE)) == set(FUNCTIONS)
+    assert set(re.findall(r"^void (\w+)\(const int64_t \*", texts, re.MULTILINE)) == set(takes.functions())
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_what_fits_goes_in_and_nothing_else(function):
-    sizes, places, given = fit(function)
-    takes.check(function, sizes, given)
+def test_every_kernel_of_a_card_says_what_it_takes():
+    known = set(takes.functions(takes.CARD))
+    assert set(called("gpu.call")) == {name for name in known if not name.startswith("wkv")}
+    texts = "".join(file.read_text().partition('extern "C"')[2] for file in takes.SOURCES.glob("*.cu"))
+    assert set(re.findall(r"^ ?int (\w+)\(const int64_t \*", texts, re.MULTILINE)) == known
+
+
+@pytest.mark.parametrize("where, function", FUNCTIONS)
+def test_what_fits_goes_in_and_nothing_else(where, function):
+    sizes, places, given = fit(where, function)
+
+    def check(sizes, given):
+        takes.check(function, sizes, given, where, torch.device("cpu"))
+
+    check(sizes, given)
     for bad in (given[:-1], [*given, given[-1]]):
         with pytest.raises(TypeError, match=f"{function} takes {len(places)} inputs"):
-            takes.check(function, sizes, bad)
+            check(sizes, bad)
     for bad in (sizes[:-1], (*sizes, 1), (-1, *sizes[1:])):
         with pytest.raises(ValueError, match=f"{function}: sizes are"):
-            takes.check(function, bad, given)
+            check(bad, given)
     for n, (place, x) in enumerate(zip(places, given, strict=True)):
         cases = [(None, (TypeError, ValueError)), (3, (TypeError, ValueError))]
         if isinstance(x, torch.Tensor):
@@ -85,14 +96,39 @@ def test_what_fits_goes_in_and_nothing_else(function):
             cases += [(build.words([torch.zeros(1)] * (len(x) + 1)), ValueError)]
         for bad, kind in cases:
             with pytest.raises(kind, match=f"^{function}: {place.name} "):
-                takes.check(function, sizes, [*given[:n], bad, *given[n + 1 :]])
+                check(sizes, [*given[:n], bad, *given[n + 1 :]])
         if place.null:
-            takes.check(function, sizes, [*given[:n], None, *given[n + 1 :]])
+            check(sizes, [*given[:n], None, *given[n + 1 :]])
+
+
+@pytest.mark.parametrize("function", takes.functions(takes.CARD))
+def test_each_bit_of_the_sizes_is_that_of_its_tensor(function):
+    sizes, places, given = fit(takes.CARD, function)
+    names = [place.name for place in places]
+    for n, said in enumerate(takes.functions(takes.CARD)[function][0]):
+        for bit, name in enumerate(said.split("/")[1:]):
+            at = names.index(name)
+            narrow = [x.bfloat16() for x in given[at]] if isinstance(given[at], list) else given[at].bfloat16()
+            other = [*given[:at], narrow, *given[at + 1 :]]
+            right = [*sizes[:n], 1 << bit, *sizes[n + 1 :]]
+            takes.check(function, right, other, takes.CARD)
+            for sizes_, given_ in ((sizes, other), (right, given)):
+                with pytest.raises(TypeError, match=f"^{function}: {name} is torch.*, which its sizes deny"):
+                    takes.check(function, sizes_, given_, takes.CARD)
+
+
+@pytest.mark.parametrize("operator", [wkv5, wkv6, wkv7])
+def test_recurrences_on_a_card_refuse_inputs_of_other_sizes(on_host, operator):
+    refuses(operator)
 
 
 @needs_native
 @pytest.mark.parametrize("operator", [wkv5, wkv6, wkv7])
 def test_recurrences_refuse_inputs_of_other_sizes(operator):
+    refuses(operator)
+
+
+def refuses(operator):
     x, small, narrow = torch.rand(2, 5, 2, 8), torch.rand(2, 4, 2, 8), torch.rand(2, 8)
     inputs = {wkv7: [x] * 6, wkv6: [x, x, x, x, narrow], wkv5: [x, narrow, x, x, narrow]}[operator]
     assert all(y.isfinite().all() for y in operator(*inputs))
