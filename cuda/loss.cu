@@ -49,7 +49,8 @@ struct Loss {
         threads.each([&](int thread, Own &) {
             if (thread) return;
             for (int i = 1; i < FEW; i++) tops[0].add(tops[i]);
-            const float told = wanted < 0 ? 0.0f : get(logits, row * V + wanted, half);
+            // NaN where no logit is wanted's: nobody waits for a card to look before
+            const float told = wanted < 0 ? 0.0f : wanted < V ? get(logits, row * V + wanted, half) : NAN;
             losses[row] = wanted < 0 ? 0.0f : logf(tops[0].total) + (tops[0].most - told);
         });
         threads.each([&](int thread, Own &) {

@@ -40,8 +40,8 @@ class Wanted:
 def head_loss(x: Tensor, weight: Tensor, wanted: Wanted) -> Tensor:
     """The sum of the losses of logits x weight^T: a scalar. x (n, D), weight (V, D), both fp32 or fp64.
 
-    Raises IndexError where an id is chosen that there is no logit of (on a card, whose work would have to be waited
-    for, nobody looks).
+    Raises IndexError where an id is chosen that there is no logit of; on a card, whose work would have to be waited
+    for, the loss is NaN then.
     """
     if not x.is_cuda and len(wanted.chosen) and (top := int(wanted.chosen.max())) >= len(weight):
         raise IndexError(f"id {top} is to be said by a model of {len(weight)}")

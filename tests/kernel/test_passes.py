@@ -221,6 +221,13 @@ def test_the_head_s_loss_and_its_gradients_are_pytorch_s(on_host, drawn, n, D, V
     same(found, in_torch(lambda x, weight: [head_loss(x, weight, wanted)], [x, weight]), 4e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_id_that_has_no_logit_makes_the_loss_of_a_card_nan(on_host, dtype):
+    logits, chosen, losses = torch.zeros(3, 5, dtype=dtype), torch.tensor([1, 5, -1]), torch.zeros(3)
+    gpu.call("loss_rows", (3, 5, gpu.halves(logits)), logits, chosen, torch.zeros_like(chosen), 1.0, 0.0, losses)
+    assert losses[0] == torch.tensor(5.0).log() and losses[1].isnan() and losses[2] == 0
+
+
 def test_weights_of_bf16_logits_are_not_rounded_themselves(on_host, drawn):
     x, weight, wanted = drawn(40, 6, 700, 1)
     wanted, logits = weighed(replace(wanted, pull=0.0)), (x @ weight.mT).bfloat16()
