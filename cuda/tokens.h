@@ -16,8 +16,8 @@ struct Sizes {
     int64_t kept(int64_t head, int64_t t) const { return (head * chunks() + t / CHUNK) * N * N; }
 };
 
-// Heads of one row that lie side by side, the work of one task. Together they are read and written in long runs, which
-// is what processors foresee: the rows of a head alone lie apart, and each of them would be waited for.
+// Heads of one row that lie side by side, the work of one task: a chunk of each in turn. What they read and write lies
+// in long runs, which are asked for as such, and a page of memory is looked up once for all of them.
 struct Group {
     int64_t row, first, heads;
     int64_t number(const Sizes &s, int64_t h) const { return row * s.H + first + h; }  // among the heads of all rows
