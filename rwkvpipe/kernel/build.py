@@ -107,7 +107,7 @@ def call(function: str, sizes: Sequence[int], *given: takes.Given) -> None:
     Raises TypeError or ValueError, and reads nothing, where they are not what it `takes`.
     """
     takes.check(function, sizes, given)
-    words = [_word(x) for x in given]
+    words = [word(x) for x in given]
     getattr(extension(), function)((ctypes.c_int64 * len(sizes))(*sizes), torch.get_num_threads(), *words)
 
 
@@ -116,7 +116,8 @@ def words(tensors: Sequence[torch.Tensor | None]) -> ctypes.Array:
     return (ctypes.c_void_p * len(tensors))(*(None if x is None else x.data_ptr() for x in tensors))
 
 
-def _word(x: takes.Given) -> ctypes.c_void_p | ctypes.Array | ctypes.c_float | None:
+def word(x: takes.Given) -> ctypes.c_void_p | ctypes.Array | ctypes.c_float | None:
+    """What a native function is handed: where a tensor or a list of them lies, or a number."""
     if isinstance(x, torch.Tensor):
         return ctypes.c_void_p(x.data_ptr())
     if isinstance(x, float):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkvpipe.base import compiler
-from rwkvpipe.kernel import takes
+from rwkvpipe.kernel import build, takes
 
 log = logging.getLogger("rwkvpipe")
 
@@ -30,7 +30,7 @@ TENSOR_CORES = (8, 0)  # since when cards multiply matrices of eleven bits
 CHUNK, TILED = 16, 64  # tokens that go through them together; channels of a head that goes through them
 # bytes of shared memory that a head in one part takes at most there; RWKV-7's takes 80,000 in two parts
 SHARED = {"wkv7": 110_000, "wkv6": 83_000}
-KINDS = (torch.float32, torch.bfloat16)
+KINDS = takes.EITHER
 DIVIDED = (0, 1, 2, 4, 5)  # gradients of r w k a b come from each part of a head
 _said: set[str] = set()
 _rough: ContextVar[bool] = ContextVar("rough", default=False)
@@ -145,17 +145,9 @@ def floats(function: str, sizes: Sequence[int], like: Tensor) -> Tensor:
     return torch.empty(count, device=like.device, dtype=torch.float32)
 
 
-def _word(x: takes.Given) -> ctypes.c_void_p | ctypes.Array | ctypes.c_float | None:
-    if isinstance(x, float):
-        return ctypes.c_float(x)
-    if isinstance(x, Sequence):
-        return (ctypes.c_void_p * len(x))(*(each.data_ptr() for each in x))
-    return None if x is None else ctypes.c_void_p(x.data_ptr())
-
-
 def _started(library: ctypes.CDLL, function: str, sizes: Sequence[int], *given: takes.Given) -> int:
     """Start a kernel behind all that was started before; returns 0, or the card's error."""
-    like, words = given[0], [_word(x) for x in given]
+    like, words = given[0], [build.word(x) for x in given]
     stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
     with torch.cuda.device_of(like):
         return getattr(library, function)(_array(sizes), ctypes.c_int64(stream), *words)

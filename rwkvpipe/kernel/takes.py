@@ -125,9 +125,10 @@ def check(
         if not isinstance(x, ctypes.Array):
             for each in x:
                 _check(function, place, each, count, device)
+    named = {place.name: x for place, x in zip(places, given, strict=True)}
     for name, bits in zip(names, sizes, strict=True):
         if name.startswith("/"):
-            _check_bits(function, name, bits, dict(zip((place.name for place in places), given, strict=True)))
+            _check_bits(function, name, bits, named)
 
 
 def _check(function: str, place: Place, x: Tensor, count: int | None, device: torch.device) -> None:

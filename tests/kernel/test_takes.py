@@ -77,7 +77,7 @@ def test_what_fits_goes_in_and_nothing_else(where, function):
     sizes, places, given = fit(where, function)
 
     def check(sizes, given):
-        takes.check(function, sizes, given, where, torch.device("cpu"))
+        takes.check(function, sizes, given, where)
 
     check(sizes, given)
     for bad in (given[:-1], [*given, given[-1]]):

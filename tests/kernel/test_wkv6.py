@@ -35,9 +35,7 @@ def test_chunks_of_any_length_equal_the_loop(T):
 @pytest.mark.parametrize("w", [-30.0, -3.0, 1.5, 3.6, 9.0, 87.0])
 def test_decays_from_none_to_complete_are_exact(w):
     inputs = made(1, 70, 2, 8, torch.float32, w=w)
-    exact = [x.detach().double() for x in inputs]
-    for found, wanted in zip(results(wkv6, inputs), results(wkv6_reference, exact), strict=True):
-        assert error(found, wanted) < 1e-5
+    check_exact(wkv6, wkv6_reference, inputs, 1e-5)
 
 
 def test_a_decay_beyond_all_numbers_is_complete_and_has_no_gradient():
@@ -52,9 +50,7 @@ def test_decays_of_one_chunk_may_differ_as_far_as_they_like():
     with torch.no_grad():
         inputs[1][:, ::3] = 7.3
         inputs[1][:, 1::5] = -20.0
-    exact = [x.detach().double() for x in inputs]
-    for found, wanted in zip(results(wkv6, inputs), results(wkv6_reference, exact), strict=True):
-        assert error(found, wanted) < 1e-5
+    check_exact(wkv6, wkv6_reference, inputs, 1e-5)
 
 
 @pytest.mark.parametrize("T, H, N", TOGETHER)
@@ -64,9 +60,7 @@ def test_heads_that_are_worked_on_together_are_each_exact(T, H, N):
 
 def test_long_rows_lose_no_digits():
     inputs = made(1, 2000, 1, 8, torch.float32, w=-7.0)
-    exact = [x.detach().double() for x in inputs]
-    for found, wanted in zip(results(wkv6, inputs), results(wkv6_reference, exact), strict=True):
-        assert error(found, wanted) < 1e-5
+    check_exact(wkv6, wkv6_reference, inputs, 1e-5)
 
 
 def test_a_row_in_pieces_with_its_state_is_the_row_in_one():
