@@ -20,9 +20,12 @@ struct Tiles {
     struct Place {
         int64_t head;
         int part;
+        Head tokens;
     };
 
-    ON_GPU static Place place(int64_t block) { return {block / PARTS, static_cast<int>(block % PARTS)}; }
+    ON_GPU Place place(int64_t block) const {
+        return {block / PARTS, static_cast<int>(block % PARTS), s.head(block / PARTS)};
+    }
 
     // Each column of a warp's state times what is at `factors`.
     ON_GPU static void times(Sum *S, const float *factors) {

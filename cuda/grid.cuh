@@ -124,13 +124,21 @@ ON_GPU void soon(const void *line) {
 #endif
 }
 
+// Where the tokens of a head lie: channel 0 of token t. A division takes as long as 30 additions, so a head is looked
+// for once and not at each of its numbers.
+struct Head {
+    int64_t first, step;
+    ON_GPU int64_t at(int64_t t) const { return first + t * step; }
+};
+
 struct Sizes {
     int64_t B, T, H, N, halves;
 
     EITHER int64_t segments(int64_t tokens) const { return (T + tokens - 1) / tokens; }
     ON_GPU bool half(int tensor) const { return halves >> tensor & 1; }
-    // of channel 0 of a token of a head; heads of all rows are numbered through
-    ON_GPU int64_t at(int64_t head, int64_t t) const { return ((head / H * T + t) * H + head % H) * N; }
+    // heads of all rows are numbered through
+    ON_GPU Head head(int64_t number) const { return {(number / H * T * H + number % H) * N, H * N}; }
+    ON_GPU int64_t at(int64_t number, int64_t t) const { return head(number).at(t); }
 };
 
 // x, but at most `most`; what is no number stays none

@@ -38,7 +38,7 @@ struct ChunksForward : Chunks6<WARPS> {
     float *end, *kept;  // kept may be null, if no backward will follow
 
     ON_GPU void work(int64_t block, Threads &team, float *shared) const {
-        const Place place = Base::place(block);
+        const Place place = this->place(block);
         this->begin(team, shared);
         team.warps([&](int warp, Own &own) {
             Base::plain(own.S, place, warp, [&](int64_t at, float &x) { x = start[at]; });
@@ -54,7 +54,7 @@ struct ChunksForward : Chunks6<WARPS> {
             team.warps([&](int warp, Own &own) { step(own, shared, warp); });
             team.each([&](int thread) {
                 for (int i = thread; i < this->count(t) * ROWS; i += Base::THREADS) {
-                    const int64_t at = s.at(place.head, t + i / ROWS) + place.part * ROWS + i % ROWS;
+                    const int64_t at = place.tokens.at(t + i / ROWS) + place.part * ROWS + i % ROWS;
                     put(y, at, s.half(V), shared[YT + i / ROWS * WIDE + i % ROWS]);
                 }
             });
@@ -99,7 +99,7 @@ struct ChunksBackward : Chunks6<WARPS> {
     float *du, *dstart, *room;
 
     ON_GPU void work(int64_t block, Threads &team, float *shared) const {
-        const Place place = Base::place(block);
+        const Place place = this->place(block);
         float *states = room + block * (KEEP / C) * ROWS * N;
         this->begin(team, shared);
         team.each([&](int thread) {
@@ -167,7 +167,7 @@ struct ChunksBackward : Chunks6<WARPS> {
         });
         team.each([&](int thread) {
             for (int i = thread; i < this->count(t) * ROWS; i += THREADS) {
-                const int64_t to = s.at(place.head, t + i / ROWS) + place.part * ROWS + i % ROWS;
+                const int64_t to = place.tokens.at(t + i / ROWS) + place.part * ROWS + i % ROWS;
                 put(dv, to, s.half(V), shared[DV + i / ROWS * WIDE + i % ROWS]);
             }
             for (int x = thread; x < N; x += THREADS) decays(shared, place, t, x);
@@ -267,7 +267,7 @@ struct ChunksBackward : Chunks6<WARPS> {
             own += met * mine[o];
             if (t + token >= s.T) return;
             const bool half = PARTS == 1 && s.half(after ? K : R);
-            put(after ? dk : dr, apart + s.at(place.head, t + token) + x, half, found + u_ * met);
+            put(after ? dk : dr, apart + place.tokens.at(t + token) + x, half, found + u_ * met);
         });
         if (!after) shared[DU + x] += own;
         float sums[HALVES] = {}, sum = 0.0f;
@@ -298,7 +298,7 @@ struct ChunksBackward : Chunks6<WARPS> {
             const float moved = end + shared[RT + o * LONG + x] + shared[KT + o * LONG + x];
             const float found = -moved * this->rate(place, t, o, x);
             sum += found;
-            if (!this->one_w) put(dw, apart + s.at(place.head, t + o) + x, PARTS == 1 && s.half(W), found);
+            if (!this->one_w) put(dw, apart + place.tokens.at(t + o) + x, PARTS == 1 && s.half(W), found);
         }
         shared[DW + x] += sum;
     }

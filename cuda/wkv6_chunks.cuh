@@ -25,12 +25,12 @@ struct Chunks6 : Tiles<WARPS_> {
     ON_GPU int count(int64_t t) const { return static_cast<int>(s.T - t < C ? s.T - t : C); }
 
     ON_GPU float read(const void *from, int tensor, Place place, int64_t t, int token, int x) const {
-        return t + token < s.T ? get(from, s.at(place.head, t + token) + x, s.half(tensor)) : 0.0f;
+        return t + token < s.T ? get(from, place.tokens.at(t + token) + x, s.half(tensor)) : 0.0f;
     }
 
     ON_GPU float rate(Place place, int64_t t, int token, int x) const {
         if (t + token >= s.T) return 0.0f;
-        const int64_t at = one_w ? place.head % s.H * N : s.at(place.head, t + token);
+        const int64_t at = one_w ? place.head % s.H * N : place.tokens.at(t + token);
         return rate_of(get(w, at + x, s.half(W)));
     }
 
@@ -67,7 +67,7 @@ struct Chunks6 : Tiles<WARPS_> {
             const int which = i / C, size = s.half(which < 4 ? which : V) ? 2 : 4;
             const void *from = which == R ? r : which == W ? w : which == K ? k : which == V ? v : dy;
             if (t < 0 || t + i % C >= s.T || !from || (which == W && one_w)) continue;
-            const char *line = static_cast<const char *>(from) + s.at(place.head, t + i % C) * size;
+            const char *line = static_cast<const char *>(from) + place.tokens.at(t + i % C) * size;
             soon(line);
             if (size == 4) soon(line + 128);
         }

@@ -41,7 +41,7 @@ struct ChunksForward : Chunks<WARPS> {
     float *end, *kept;  // kept may be null, if no backward will follow
 
     ON_GPU void work(int64_t block, Threads &team, float *shared) const {
-        const Place place = Base::place(block);
+        const Place place = this->place(block);
         team.warps([&](int warp, Own &own) {
             Base::plain(own.S, place, warp, [&](int64_t at, float &x) { x = start[at]; });
         });
@@ -53,17 +53,17 @@ struct ChunksForward : Chunks<WARPS> {
                 });
             }
             const Window whole = this->whole(t);
-            const unsigned pieces = this->pieces(team, shared, place.head, whole, turn);
+            const unsigned pieces = this->pieces(team, shared, place, whole, turn);
             const int count = Base::count(pieces);
             for (int n = 0; n < count; n++) {
                 const Window at = Base::piece(whole, pieces, n);
-                if (count > 1) this->decays(team, shared, place.head, at, turn++);
+                if (count > 1) this->decays(team, shared, place, at, turn++);
                 this->load(team, shared, place, at, nullptr, 0, t + C);
                 step(team, shared, at);
             }
             team.each([&](int thread) {
                 for (int i = thread; i < whole.count * ROWS; i += Base::THREADS) {
-                    const int64_t to = s.at(place.head, t + i / ROWS) + place.part * ROWS + i % ROWS;
+                    const int64_t to = place.tokens.at(t + i / ROWS) + place.part * ROWS + i % ROWS;
                     put(y, to, s.half(V), shared[YT + i / ROWS * WIDE + i % ROWS]);
                 }
             });
@@ -116,7 +116,7 @@ struct ChunksBackward : Chunks<WARPS> {
     float *dstart, *room;
 
     ON_GPU void work(int64_t block, Threads &team, float *shared) const {
-        const Place place = Base::place(block);
+        const Place place = this->place(block);
         float *states = room + block * (KEEP / C) * ROWS * N;
         team.warps([&](int warp, Own &own) {
             Base::plain(own.G, place, warp, [&](int64_t at, float &x) { x = dend[at]; });
@@ -151,14 +151,14 @@ struct ChunksBackward : Chunks<WARPS> {
 
     // The state, or its gradient, goes through a chunk. In pieces: for each gradient first the state once more up to
     // there.
-    ON_GPU void through(Threads &team, float *shared, Place place, int64_t t, bool back, const float *state,
+    ON_GPU void through(Threads &team, float *shared, const Place &place, int64_t t, bool back, const float *state,
                         int64_t &turn) const {
         const Window whole = this->whole(t);
-        const unsigned pieces = this->pieces(team, shared, place.head, whole, turn);
+        const unsigned pieces = this->pieces(team, shared, place, whole, turn);
         const int count = Base::count(pieces);
         for (int goal = count - 1, n = 0; goal >= 0;) {
             const Window at = Base::piece(whole, pieces, n);
-            if (count > 1) this->decays(team, shared, place.head, at, turn++);
+            if (count > 1) this->decays(team, shared, place, at, turn++);
             if (back && n == 0) recall(team, state);
             this->load(team, shared, place, at, dy, YT, back ? t - C : t + C);
             this->between(team, shared);
@@ -172,7 +172,7 @@ struct ChunksBackward : Chunks<WARPS> {
         }
     }
 
-    ON_GPU void gradients(Threads &team, float *shared, Place place, Window at) const {
+    ON_GPU void gradients(Threads &team, float *shared, const Place &place, Window at) const {
         team.warps([&](int warp, Own &) {
 #pragma unroll 1
             for (int which = warp; which < 4; which += WARPS) {
@@ -188,7 +188,7 @@ struct ChunksBackward : Chunks<WARPS> {
             for (int x = thread; x < N; x += THREADS) channel(shared, place, at, x);
             for (int i = thread; i < C * ROWS; i += THREADS)
                 if (at.has(i / ROWS)) {
-                    const int64_t to = s.at(place.head, at.t + i / ROWS) + place.part * ROWS + i % ROWS;
+                    const int64_t to = place.tokens.at(at.t + i / ROWS) + place.part * ROWS + i % ROWS;
                     put(dv, to, s.half(V), shared[DV + i / ROWS * WIDE + i % ROWS]);
                 }
         });
@@ -301,8 +301,8 @@ struct ChunksBackward : Chunks<WARPS> {
     }
 
     // the gradients of a channel, from the last token on
-    ON_GPU void channel(float *shared, Place place, Window at, int x) const {
-        const int64_t head = place.head, apart = PARTS > 1 ? place.part * s.B * s.T * s.H * N : 0;
+    ON_GPU void channel(float *shared, const Place &place, Window at, int x) const {
+        const int64_t apart = PARTS > 1 ? place.part * s.B * s.T * s.H * N : 0;
         const auto half = [&](int tensor) { return PARTS == 1 && s.half(tensor); };
         const float middle = shared[Base::DECAY + (C / 2 - 1) * N + x];
         float end = 0.0f, by_next = 0.0f;
@@ -310,7 +310,7 @@ struct ChunksBackward : Chunks<WARPS> {
         float moved = end;
 #pragma unroll 2
         for (int o = at.first + at.count - 1; o >= at.first; o--) {
-            const int64_t to = apart + s.at(head, at.t + o) + x;
+            const int64_t to = apart + place.tokens.at(at.t + o) + x;
             const int from = o * LONG + x;
             const float sum = shared[Base::DECAY + o * N + x] - middle;
             const float before = (o ? shared[Base::DECAY + (o - 1) * N + x] : 0.0f) - middle;
@@ -318,12 +318,12 @@ struct ChunksBackward : Chunks<WARPS> {
             const float dk_ = shared[FOUND + 2 * C * LONG + from] * expf(-sum);
             const float db_ = shared[FOUND + 3 * C * LONG + from] * expf(-sum);
             // with the inputs as they are: rounded ones would cost half as much error again
-            moved += by_next + dr_ * this->read(this->r, R, head, at, o, x);
-            moved -= db_ * this->read(this->b, B_, head, at, o, x) + dk_ * this->read(this->k, K, head, at, o, x);
-            by_next = da_ * this->read(this->a, A, head, at, o, x);
+            moved += by_next + dr_ * this->read(this->r, R, place, at, o, x);
+            moved -= db_ * this->read(this->b, B_, place, at, o, x) + dk_ * this->read(this->k, K, place, at, o, x);
+            by_next = da_ * this->read(this->a, A, place, at, o, x);
             if (at.count == 1) moved = end;
             put(dr, to, half(R), dr_), put(da, to, half(A), da_), put(dk, to, half(K), dk_), put(db, to, half(B_), db_);
-            put(dw, to, half(W), -moved * rate_of(this->read(this->w, W, head, at, o, x)));
+            put(dw, to, half(W), -moved * rate_of(this->read(this->w, W, place, at, o, x)));
         }
     }
 };

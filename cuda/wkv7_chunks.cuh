@@ -31,20 +31,20 @@ struct Chunks : Tiles<WARPS_> {
 
     ON_GPU Window whole(int64_t t) const { return {t, 0, static_cast<int>(s.T - t < C ? s.T - t : C)}; }
 
-    ON_GPU float read(const void *from, int tensor, int64_t head, Window at, int token, int x) const {
-        return at.has(token) ? get(from, s.at(head, at.t + token) + x, s.half(tensor)) : 0.0f;
+    ON_GPU float read(const void *from, int tensor, const Place &place, Window at, int token, int x) const {
+        return at.has(token) ? get(from, place.tokens.at(at.t + token) + x, s.half(tensor)) : 0.0f;
     }
 
     // The sums of the log decays of each channel, up to each token, go to DECAY. Gives whether one is steep. Each
     // call gives the next `turn`: what says so lies in two places in turns, so that nobody overwrites what another has
     // yet to read.
     template <class Team>
-    ON_GPU bool decays(Team &team, float *shared, int64_t head, Window at, int64_t turn) const {
+    ON_GPU bool decays(Team &team, float *shared, const Place &place, Window at, int64_t turn) const {
         team.each([&](int thread) {
             for (int x = thread; x < N; x += THREADS) {
                 float rates[C], sum = 0.0f, most = 0.0f;
 #pragma unroll
-                for (int o = 0; o < C; o++) rates[o] = at.has(o) ? get(w, s.at(head, at.t + o) + x, s.half(W)) : -1e9f;
+                for (int o = 0; o < C; o++) rates[o] = at.has(o) ? get(w, place.tokens.at(at.t + o) + x, s.half(W)) : -1e9f;
 #pragma unroll
                 for (int o = 0; o < C; o++) {
                     const float rate = at_most(rate_of(rates[o]), STEEPEST);
@@ -63,10 +63,10 @@ struct Chunks : Tiles<WARPS_> {
     // The pieces of a chunk, as a bit for the first token of each: as long as no decay is steep, or a single token.
     // `turn` counts the calls of `decays`, whose results of the last piece are there.
     template <class Team>
-    ON_GPU unsigned pieces(Team &team, float *shared, int64_t head, Window whole, int64_t &turn) const {
+    ON_GPU unsigned pieces(Team &team, float *shared, const Place &place, Window whole, int64_t &turn) const {
         unsigned found = 0;
         for (int first = 0, count = whole.count; first < whole.count;) {
-            if (decays(team, shared, head, {whole.t, first, count}, turn++) && count > 1) {
+            if (decays(team, shared, place, {whole.t, first, count}, turn++) && count > 1) {
                 count = (count + 1) / 2;
                 continue;
             }
@@ -94,16 +94,15 @@ struct Chunks : Tiles<WARPS_> {
     // meet in the middle of the chunk: there a state is multiplied by what is at MIDDLE, and at the end by LAST.
     // What the chunk at `next` reads, if there is one, is asked for meanwhile.
     template <class Team>
-    ON_GPU void load(Team &team, float *shared, Place place, Window at, const void *more, int more_at,
+    ON_GPU void load(Team &team, float *shared, const Place &place, Window at, const void *more, int more_at,
                      int64_t next) const {
-        const int64_t head = place.head;
         team.each([&](int thread) {
             for (int i = thread; i < 6 * C; i += THREADS) {
                 const int64_t t = next + i % C;
                 if (t < 0 || t >= s.T) continue;
                 const int which = i / C, size = s.half(which) ? 2 : 4;
                 const void *from = which < 3 ? (which == R ? r : which == W ? w : k) : which == V ? v : which == A ? a : b;
-                const char *line = static_cast<const char *>(from) + s.at(head, t) * size;
+                const char *line = static_cast<const char *>(from) + place.tokens.at(t) * size;
                 soon(line);
                 if (size == 4) soon(line + 128);
             }
@@ -112,16 +111,16 @@ struct Chunks : Tiles<WARPS_> {
                 const int o = i / N, x = i % N, to = o * LONG + x;
                 const float middle = shared[DECAY + (C / 2 - 1) * N + x], sum = shared[DECAY + i] - middle;
                 const float before = (o ? shared[DECAY + i - N] : 0.0f) - middle;
-                shared[RT + to] = tf32(read(r, R, head, at, o, x) * expf(sum));
-                shared[AT + to] = tf32(read(a, A, head, at, o, x) * expf(before));
-                shared[KT + to] = tf32(read(k, K, head, at, o, x) * expf(-sum));
-                shared[BT + to] = tf32(read(b, B_, head, at, o, x) * expf(-sum));
+                shared[RT + to] = tf32(read(r, R, place, at, o, x) * expf(sum));
+                shared[AT + to] = tf32(read(a, A, place, at, o, x) * expf(before));
+                shared[KT + to] = tf32(read(k, K, place, at, o, x) * expf(-sum));
+                shared[BT + to] = tf32(read(b, B_, place, at, o, x) * expf(-sum));
             }
 #pragma unroll 2
             for (int i = thread; i < C * ROWS; i += THREADS) {
                 const int o = i / ROWS, x = i % ROWS;
-                shared[VT + o * WIDE + x] = tf32(read(v, V, head, at, o, place.part * ROWS + x));
-                if (more) shared[more_at + o * WIDE + x] = tf32(read(more, V, head, at, o, place.part * ROWS + x));
+                shared[VT + o * WIDE + x] = tf32(read(v, V, place, at, o, place.part * ROWS + x));
+                if (more) shared[more_at + o * WIDE + x] = tf32(read(more, V, place, at, o, place.part * ROWS + x));
             }
         });
     }
