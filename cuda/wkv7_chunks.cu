@@ -42,6 +42,7 @@ struct ChunksForward : Chunks<WARPS> {
 
     ON_GPU void work(int64_t block, Threads &team, float *shared) const {
         const Place place = this->place(block);
+        Base::begin(team, shared);
         team.warps([&](int warp, Own &own) {
             Base::plain(own.S, place, warp, [&](int64_t at, float &x) { x = start[at]; });
         });
@@ -117,6 +118,7 @@ struct ChunksBackward : Chunks<WARPS> {
 
     ON_GPU void work(int64_t block, Threads &team, float *shared) const {
         const Place place = this->place(block);
+        Base::begin(team, shared);
         float *states = room + block * (KEEP / C) * ROWS * N;
         team.warps([&](int warp, Own &own) {
             Base::plain(own.G, place, warp, [&](int64_t at, float &x) { x = dend[at]; });

@@ -35,6 +35,14 @@ struct Chunks : Tiles<WARPS_> {
         return at.has(token) ? get(from, place.tokens.at(at.t + token) + x, s.half(tensor)) : 0.0f;
     }
 
+    // No turn was steep yet: what a block finds in shared memory was left there by another.
+    template <class Team>
+    ON_GPU static void begin(Team &team, float *shared) {
+        team.each([&](int thread) {
+            if (thread < 2) shared[FLAG + thread] = -1.0f;
+        });
+    }
+
     // The sums of the log decays of each channel, up to each token, go to DECAY. Gives whether one is steep. Each
     // call gives the next `turn`: what says so lies in two places in turns, so that nobody overwrites what another has
     // yet to read.

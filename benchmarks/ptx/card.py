@@ -1,0 +1,95 @@
+"""The library that nvcc makes for a card, on a runtime that runs its PTX here: what Python calls is the real thing."""
+
+import ctypes
+import subprocess
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from torch import Tensor
+
+from benchmarks.ptx.machine import Machine
+from benchmarks.ptx.memory import Memory
+from benchmarks.ptx.program import Kernel, kernels
+from rwkvpipe.base import compiler
+from rwkvpipe.kernel import gpu
+
+RUNTIME = Path(__file__).with_name("runtime.cpp")
+FLAGS = (*gpu.FLAGS, "-cudart", "none")
+MOST = 227 * 1024  # bytes of shared memory that a block may have on an H100
+ILLEGAL = 700  # the status of a kernel that read or wrote what it must not
+
+
+def made(target: str = "sm_90a") -> Path:
+    """A folder with the library for a target and the PTX it was made of. Raises one of `compiler.FAILURES`."""
+    words = compiler.nvcc()
+    if words is None:
+        raise OSError("there is no nvcc")
+    said = compiler.version(words)
+    name = compiler.short_digest(gpu.name(*FLAGS), target, RUNTIME.read_bytes(), said)
+    home = compiler.folder() / f"ptx-{target}-{name}"
+    if not home.exists():
+        home.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=home.parent) as beside:
+            folder = Path(beside) / "made"
+            folder.mkdir()
+            kept = ["--keep", "--keep-dir", str(folder), "--threads", "2"]
+            command = [*words, *FLAGS, *kept, f"-arch={target}", *map(str, [*gpu.sources(), RUNTIME])]
+            subprocess.run([*command, "-o", str(folder / "card.so")], check=True, capture_output=True, text=True)
+            for file in set(folder.iterdir()) - {folder / "card.so", *folder.glob(f"*.compute_{target[3:]}.ptx")}:
+                file.unlink()
+            with suppress(OSError):  # another has made it meanwhile
+                folder.rename(home)
+    return home
+
+
+class Card:
+    """A card on paper. `counts` has, for each kernel that ran, what it did; `blocks` how many blocks of it."""
+
+    def __init__(self, folder: Path):
+        self.programs: dict[str, Kernel] = {}
+        for file in sorted(folder.glob("*.ptx")):
+            self.programs |= kernels(file.read_text())
+        self.memory = Memory()
+        self.counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self.blocks: Counter[str] = Counter()
+        self.failed: list[Exception] = []
+        self.library = gpu.loaded(folder / "card.so")
+        kind = ctypes.CFUNCTYPE(
+            ctypes.c_int,
+            ctypes.c_char_p,
+            ctypes.c_uint,
+            ctypes.c_uint,
+            ctypes.c_size_t,
+            ctypes.POINTER(ctypes.c_void_p),
+        )
+        self._told = kind(self._launched)
+        self.library.runtime_tell(self._told, ctypes.c_size_t(MOST))
+
+    def start(self, library: ctypes.CDLL, function: str, sizes: Sequence[int], *given) -> int:
+        """What `gpu` calls to start a kernel. Raises Fault where it does what it must not."""
+        self.memory.areas.clear()
+        for each in given:
+            for tensor in each if isinstance(each, list | tuple) else [each]:
+                if isinstance(tensor, Tensor):
+                    self.memory.allow(tensor.data_ptr(), tensor.nbytes)
+        words = [gpu.build.word(x) for x in given]
+        status = getattr(self.library, function)(gpu._array(sizes), ctypes.c_int64(0), *words)
+        if self.failed:
+            raise self.failed.pop()
+        return status
+
+    def _launched(self, name: bytes, blocks: int, threads: int, shared: int, words) -> int:
+        try:
+            program = self.programs[name.decode()]
+            machine = Machine(program, threads, self.memory, ctypes.string_at(words[0], program.size))
+            for block in range(blocks):
+                machine.run(block, shared)
+            self.counts[program.name] += machine.counts
+            self.blocks[program.name] += blocks
+        except Exception as error:  # a callback must not raise
+            self.failed.append(error)
+            return ILLEGAL
+        return 0
