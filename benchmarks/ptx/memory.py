@@ -90,13 +90,12 @@ class Shared:
         """Numbers as they lie there. Raises Fault for those that nobody wrote, or another warp has just written."""
         first = self._checked(at, size)
         for n in range(max(1, size // WORD)):
-            if not self.written[first + n].all():
-                raise Fault(f"word {int(first[~self.written[first + n]][0]) + n} of shared memory was never written")
-            if (self.writers[first + n] & ~warps).any():
-                raise Fault(
-                    f"a race: word {int(first[(self.writers[first + n] & ~warps) > 0][0]) + n} was written by another warp"
-                )
-            np.bitwise_or.at(self.readers, first + n, warps)
+            words = first + n
+            if not self.written[words].all():
+                raise Fault(f"word {_one(words, ~self.written[words])} of shared memory was never written")
+            if (self.writers[words] & ~warps).any():
+                raise Fault(f"a race: word {_one(words, self.writers[words] & ~warps)} was written by another warp")
+            np.bitwise_or.at(self.readers, words, warps)
         return self.bytes.view(UNSIGNED[size])[at // size]
 
     def write(self, at: np.ndarray, size: int, numbers: np.ndarray, warps: np.ndarray) -> None:

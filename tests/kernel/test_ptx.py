@@ -1,0 +1,205 @@
+"""PTX run here: what its instructions give, and that faults of a kernel are seen which a card would hide."""
+
+import numpy as np
+import pytest
+
+from benchmarks.ptx import operations
+from benchmarks.ptx.machine import Machine
+from benchmarks.ptx.memory import Fault, Memory, sectors, wavefronts
+from benchmarks.ptx.program import kernels
+
+HEAD = """
+.visible .entry made(
+    .param .align 8 .b8 made_param_0[8]
+)
+{
+    .reg .pred %p<4>;
+    .reg .f32 %f<12>;
+    .reg .b16 %rs<4>;
+    .reg .b32 %r<12>;
+    .reg .b64 %rd<6>;
+    ld.param.u64 %rd1, [made_param_0];
+    cvta.to.global.u64 %rd2, %rd1;
+    mov.u32 %r1, %tid.x;
+    shl.b32 %r2, %r1, 2;
+    mov.u32 %r3, shared;
+    add.s32 %r4, %r3, %r2;
+    mul.wide.u32 %rd3, %r1, 4;
+    add.s64 %rd4, %rd2, %rd3;
+"""
+
+
+def run(body, threads=64, numbers=256, shared=1024):
+    """The numbers of 32 bits that a kernel leaves where its parameter points to, and the machine."""
+    memory, to = Memory(), np.arange(numbers, dtype=np.uint32)
+    memory.allow(to.ctypes.data, to.nbytes)
+    kernel = kernels(HEAD + body + "\nret;\n}")["made"]
+    machine = Machine(kernel, threads, memory, np.array([to.ctypes.data], np.uint64).tobytes())
+    machine.run(0, shared)
+    return to, machine
+
+
+MEET = "bar.sync 0;\n"
+EARLY = "setp.lt.u32 %p1, %r1, 40;\n@%p1 bra $L__A;\nret;\n$L__A:\n"  # the second warp is no whole one from here on
+SUMS = "{%f0, %f1, %f2, %f3}"
+PRODUCT = f"mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {SUMS}, {SUMS}, {{%f0, %f1}}, {SUMS};"
+WRITE = "st.shared.u32 [%r4], %r1;\n"
+
+
+@pytest.mark.parametrize(
+    "body, said",
+    [
+        ("ld.shared.u32 %r5, [%r4];", "never written"),
+        (WRITE + "xor.b32 %r5, %r4, 128;\nld.shared.u32 %r6, [%r5];", "a race"),
+        (WRITE + "st.shared.u32 [shared], %r1;", "a race"),
+        (WRITE + MEET + "xor.b32 %r5, %r4, 128;\nld.shared.u32 %r6, [%r5];\nst.shared.u32 [%r4], %r1;", "a race"),
+        ("st.shared.u32 [%r4+1000], %r1;", "of shared memory"),
+        ("st.shared.u32 [%r4+2], %r1;", "aligned"),
+        ("st.global.u32 [%rd4+1024], %r1;", "no tensor"),
+        ("ld.global.u32 %r5, [%rd4+-4];", "no tensor"),
+        ("ld.global.v2.u32 {%r5, %r6}, [%rd4];", "not aligned"),
+        ("setp.lt.u32 %p1, %r1, 40;\n@%p1 bra $L__A;\nbar.warp.sync -1;\n$L__A:", "some lanes"),
+        (
+            EARLY + f"mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {SUMS}, {SUMS}, {{%f0, %f1}}, {SUMS};",
+            "some lanes",
+        ),
+        ("setp.lt.u32 %p1, %r1, 32;\n@%p1 bra $L__A;\nret;\n$L__A:\n" + MEET, "ended"),
+        ("setp.lt.u32 %p1, %r1, 32;\n@%p1 bra $L__A;\n" + MEET + "ret;\n$L__A:\n" + MEET, "different barriers"),
+        ("trap;", "a trap"),
+    ],
+)
+def test_what_a_kernel_must_not_do_is_seen(body, said):
+    with pytest.raises(Fault, match=said):
+        run(body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        WRITE + MEET + "xor.b32 %r5, %r4, 128;\nld.shared.u32 %r6, [%r5];\n",  # a barrier between
+        WRITE + "xor.b32 %r5, %r4, 4;\nld.shared.u32 %r6, [%r5];\n",  # the same warp
+        "mov.u32 %r5, 7;\nst.shared.u32 [shared], %r5;\n",  # all write the same
+        "setp.lt.u32 %p1, %r1, 32;\n@%p1 bra $L__A;\nret;\n$L__A:\nbar.warp.sync -1;\n",  # a whole warp
+    ],
+)
+def test_what_a_kernel_may_do_is_no_fault(body):
+    run(body)
+
+
+def test_threads_that_went_apart_come_together_and_loops_end():
+    """Each thread adds 3 for each even number below its own, 5 for each odd one."""
+    to, _ = run(
+        """
+        mov.u32 %r5, 0;
+        mov.u32 %r6, 0;
+        $L__LOOP:
+        setp.ge.u32 %p1, %r5, %r1;
+        @%p1 bra $L__END;
+        and.b32 %r7, %r5, 1;
+        setp.eq.s32 %p2, %r7, 0;
+        @%p2 bra $L__EVEN;
+        add.s32 %r6, %r6, 5;
+        bra.uni $L__NEXT;
+        $L__EVEN:
+        add.s32 %r6, %r6, 3;
+        $L__NEXT:
+        add.s32 %r5, %r5, 1;
+        bra.uni $L__LOOP;
+        $L__END:
+        bar.warp.sync -1;
+        st.global.u32 [%rd4], %r6;
+        """
+    )
+    assert to[:64].tolist() == [sum(5 if n % 2 else 3 for n in range(thread)) for thread in range(64)]
+    assert (to[64:] == np.arange(64, 256)).all()
+
+
+def test_lanes_change_places_and_predicates_hold_threads_back():
+    to, _ = run(
+        """
+        mov.u32 %r5, 8;
+        shfl.sync.bfly.b32 %r6|%p1, %r1, %r5, 31, -1;
+        setp.gt.u32 %p2, %r1, 3;
+        @!%p2 add.s32 %r6, %r6, 1000;
+        st.global.u32 [%rd4], %r6;
+        """
+    )
+    assert to[:64].tolist() == [(n ^ 8) + 1000 * (n <= 3) for n in range(64)]
+
+
+def test_a_warp_counts_once_however_few_of_its_threads_go_on():
+    _, machine = run(
+        "setp.lt.u32 %p1, %r1, 33;\n@%p1 bra $L__A;\nret;\n$L__A:\nprefetch.global.L2 [%rd2];\n", threads=96
+    )
+    assert machine.counts["prefetch"] == 2
+
+
+def test_matrices_are_multiplied_with_the_bits_that_tensor_cores_see():
+    draw = np.random.default_rng(0)
+    first, second = draw.normal(size=(2, 16, 8)).astype("f4"), draw.normal(size=(2, 8, 8)).astype("f4")
+    sums = draw.normal(size=(2, 16, 8)).astype("f4")
+    lane = np.arange(64) % 32
+    warp, g, t = np.arange(64) // 32, lane // 4, lane % 4
+    a = [first[warp, g + 8 * (n % 2), t + 4 * (n // 2)] for n in range(4)]
+    b = [second[warp, t + 4 * n, g] for n in range(2)]
+    c = [sums[warp, g + 8 * (n // 2), 2 * t + n % 2] for n in range(4)]
+    found = operations.matrices(a, b, c)
+    for x in (first, second):
+        x.view(np.uint32)[:] &= np.uint32(0xFFFFE000)
+    wanted = first.astype("f8") @ second.astype("f8") + sums
+    for n in range(4):
+        assert np.allclose(found[n], wanted[warp, g + 8 * (n // 2), 2 * t + n % 2], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, words, wanted",
+    [
+        ("div.s32", [-7, 2], -3),
+        ("rem.s32", [-7, 2], -1),
+        ("shr.s32", [-8, 1], -4),
+        ("shr.u32", [8, 40], 0),
+        ("shl.b32", [1, 31], -(1 << 31)),
+        ("mul.hi.s32", [1 << 30, 8], 2),
+        ("bfi.b32", [0xFF, 0, 4, 4], 0xF0),
+        ("prmt.b32", [0x03020100, 0x07060504, 0x0426], 0x00040206),
+        ("popc.b32", [0xF0F], 8),
+        ("min.s32", [-1, 1], -1),
+        ("min.u32", [-1, 1], 1),
+    ],
+)
+def test_whole_numbers_are_as_the_isa_has_them(name, words, wanted):
+    function, takes, gives = operations.plain(tuple(name.split(".")))
+    found = function(*[np.array([word & 0xFFFFFFFF], np.uint32).view(takes) for word in words])
+    assert int(np.asarray(found).astype(gives).view(np.int32)[0]) == wanted
+
+
+def test_floats_are_rounded_as_they_are_told():
+    third = [np.array([x], "f4") for x in (1, 3)]
+    near, down, up = (operations.plain(("div", how, "f32"))[0](*third)[0] for how in ("rn", "rm", "rp"))
+    assert down <= near <= up and up == np.nextafter(down, np.float32(1))
+    nan = np.array([np.nan], "f4")
+    assert operations.converted(("cvt", "sat", "f32", "f32"), nan)[0] == 0
+    assert operations.plain(("max", "f32"))[0](nan, third[0])[0] == 1
+    assert operations.compare(("setp", "leu", "f32"), nan, nan)[0]
+    assert not operations.compare(("setp", "le", "f32"), nan, nan)[0]
+    assert operations.compare(("setp", "nan", "f32"), nan, third[0])[0]
+    assert np.isnan(operations.tf32(nan).view("f4")[0])
+
+
+def test_what_memory_costs_is_counted_by_banks_and_sectors():
+    lanes = np.arange(32)
+    assert wavefronts(lanes * 4, 4, lanes) == 1
+    assert wavefronts(lanes * 0, 4, lanes) == 1  # all read one word
+    assert wavefronts(lanes * 8, 4, lanes) == 2
+    assert wavefronts(lanes * 128, 4, lanes) == 32
+    assert wavefronts(lanes * 8, 8, lanes) == 2
+    assert wavefronts(lanes * 16, 16, lanes) == 4
+    assert wavefronts(np.arange(64) * 4, 4, np.arange(64)) == 2  # two warps
+    assert sectors(lanes * 4, 4, lanes) == 4
+    assert sectors(lanes * 2, 2, lanes) == 2
+    assert sectors(lanes * 64, 4, lanes) == 32
+
+
+def test_ptx_that_is_not_known_is_refused():
+    with pytest.raises(ValueError, match="not known"):
+        run("brev.b32 %r5, %r1;")
