@@ -117,7 +117,10 @@ class Machine:
     def _put(to: np.ndarray | None, found: np.ndarray, here: np.ndarray) -> None:
         if to is None:
             return
-        found = np.ascontiguousarray(np.broadcast_to(found, to.shape))
+        if found.shape != to.shape:
+            found = np.broadcast_to(found, to.shape)
+        if not found.flags.c_contiguous:
+            found = np.ascontiguousarray(found)
         if found.dtype != to.dtype:
             found = found.view(to.dtype) if found.dtype.itemsize == to.dtype.itemsize else found.astype(to.dtype)
         np.copyto(to, found, where=here)

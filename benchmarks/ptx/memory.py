@@ -5,6 +5,7 @@ bytes.
 """
 
 import ctypes
+from functools import lru_cache
 
 import numpy as np
 
@@ -132,16 +133,23 @@ class Shared:
 
 def wavefronts(at: np.ndarray, size: int, lanes: np.ndarray) -> int:
     """How often shared memory must be asked for `size` bytes of each thread; `lanes` are the threads' numbers."""
+    line = BANKS * WORD
+    return _wavefronts((at - at[0] // line * line).astype(np.int64).tobytes(), size, lanes.tobytes())
+
+
+@lru_cache(1 << 14)
+def _wavefronts(places: bytes, size: int, numbers: bytes) -> int:
+    """The same; kernels ask in few patterns, again and again."""
+    at, lanes = np.frombuffer(places, np.int64), np.frombuffer(numbers, np.int64)
     words = max(1, size // WORD)
     together = WARP // words  # lanes that are served at a time
     groups = lanes // together
     first = at // WORD
     asked = (first[:, None] + np.arange(words)).ravel()
     pairs = np.unique(np.stack([np.repeat(groups, words), asked], 1), axis=0)
-    _, counts = np.unique(pairs[:, 0] * BANKS + pairs[:, 1] % BANKS, return_counts=True)
-    keys = np.unique(pairs[:, 0] * BANKS + pairs[:, 1] % BANKS) // BANKS
+    banks, counts = np.unique(pairs[:, 0] * BANKS + pairs[:, 1] % BANKS, return_counts=True)
     most = np.zeros(int(groups.max()) + 1, np.int64)
-    np.maximum.at(most, keys, counts)
+    np.maximum.at(most, banks // BANKS, counts)
     return int(most.sum())
 
 
