@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow lint large peers sanitize
+.PHONY: demo test slow lint large paper peers sanitize
 
 demo: .venv/run
 	$(BIN)/python -m snakemake --cores all
@@ -17,6 +17,10 @@ slow: .venv/test
 
 large: .venv/test
 	$(BIN)/python -m pytest -q -s -m large
+
+# the GPU's kernels as nvcc makes them, instruction by instruction: half an hour
+paper: .venv/test
+	$(PYTEST) --paper -m "not gpu" tests/kernel/test_gpu.py tests/kernel/test_passes.py
 
 peers: .venv/test
 	$(BIN)/python -m benchmarks.peers rwkv rwkv7-hf

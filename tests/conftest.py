@@ -22,6 +22,11 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_addoption(parser):
+    """What is tested in more than one way."""
+    parser.addoption("--paper", action="store_true", help="the GPU's kernels as nvcc makes them, run here (an hour)")
+
+
 @pytest.fixture(scope="session")
 def goldens() -> Path:
     """Folder of reference numbers made by independent programs."""

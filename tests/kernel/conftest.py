@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from benchmarks.ptx.card import Card, made
 from rwkvpipe.base import compiler
 from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.kernel import gpu
@@ -16,8 +17,28 @@ FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror",
 
 
 @pytest.fixture(scope="session")
-def host_library() -> ctypes.CDLL:
-    """The sources of the GPU's kernels, compiled by a C++ compiler."""
+def card() -> Card:
+    """What nvcc makes of the GPU's kernels, on a card on paper."""
+    if compiler.nvcc() is None or compiler.turned_off():
+        pytest.skip("there is no nvcc to use here")
+    card = Card(made())
+    card.library.grid_order = lambda way: None  # threads of a card have no order
+    return card
+
+
+@pytest.fixture
+def on_paper(card, monkeypatch):
+    """Tensors on the CPU go where those on a card would go, to the code that nvcc made for one."""
+    monkeypatch.setattr(gpu, "at_hand", lambda device: (card.library, "on paper"))
+    monkeypatch.setattr(gpu, "_started", card.start)
+    return card
+
+
+@pytest.fixture(scope="session")
+def host_library(request) -> ctypes.CDLL:
+    """The sources of the GPU's kernels, compiled by a C++ compiler; with --paper, by nvcc."""
+    if request.config.getoption("--paper"):
+        return request.getfixturevalue("card").library
     if compiler.command() is None or compiler.turned_off():
         pytest.skip("there is no C++ compiler to use here")
     name = f"gpu-on-host-{gpu.name(*FLAGS)}"
@@ -25,8 +46,10 @@ def host_library() -> ctypes.CDLL:
 
 
 @pytest.fixture
-def on_host(host_library, monkeypatch):
+def on_host(request, host_library, monkeypatch):
     """Tensors on the CPU go where those on a card would go, to the same code."""
+    if request.config.getoption("--paper"):
+        request.getfixturevalue("on_paper")
     monkeypatch.setattr(gpu, "at_hand", lambda device: (host_library, "built for the host"))
     yield host_library
     host_library.grid_order(0)

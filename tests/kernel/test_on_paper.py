@@ -1,0 +1,79 @@
+"""What nvcc makes of the kernels for a card, run here: values and gradients, and no fault that a card would hide."""
+
+import pytest
+import torch
+
+from rwkvpipe.kernel import blend, gate, gpu
+from rwkvpipe.kernel.blend import squared_relu
+from rwkvpipe.kernel.loss import head_loss
+from tests.kernel.operators import error, results
+from tests.kernel.test_gpu import OPERATORS, exact, in_bf16, made, rms
+from tests.kernel.test_passes import BY_HEAD, KINDS, case, in_torch, learnt, mixed, same
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("which", OPERATORS)
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 9, 2, 33), (1, 70, 1, 16), (1, 11, 1, 64), (1, 9, 1, 100)])
+def test_token_by_token_values_and_gradients_are_exact(on_paper, which, sizes):
+    inputs = made(which, *sizes)
+    for found, wanted in zip(results(OPERATORS[which][0], inputs), exact(which, inputs), strict=True):
+        assert error(found, wanted, 1.0) < 2e-6
+
+
+@pytest.mark.parametrize("which", OPERATORS)
+@pytest.mark.parametrize("parts, w", [(1, None), (2, None), (4, None), (1, [0.5, 1.0]), (2, [-30.0, 3.6, 20.0])])
+def test_tensor_cores_err_by_a_thousandth_at_most(on_paper, monkeypatch, which, parts, w):
+    monkeypatch.setattr(gpu, "_parts", lambda operator, v: parts)
+    inputs = in_bf16(which, 1, 35, 1, 64, w=w)
+    with gpu.roughly(True):
+        found = results(OPERATORS[which][0], inputs)
+    for one, wanted in zip(found, exact(which, inputs), strict=True):
+        assert one.isfinite().all()
+        assert rms(one, wanted) < 1e-3 or float((one - wanted).norm()) < 1e-3 * wanted.numel() ** 0.5
+
+
+@pytest.mark.parametrize("which", OPERATORS)
+@pytest.mark.parametrize("N", [20, 64])
+def test_bf16_gives_what_the_host_build_gives_of_it(on_paper, host_library, monkeypatch, which, N):
+    inputs = [x.bfloat16() for x in made(which, 1, 21, 2, N)[:-1]] + [made(which, 1, 21, 2, N)[-1]]
+    found = results(OPERATORS[which][0], inputs)
+    monkeypatch.undo()
+    monkeypatch.setattr(gpu, "at_hand", lambda device: (host_library, "built for the host"))
+    for one, other in zip(found, results(OPERATORS[which][0], inputs), strict=True):
+        assert one.dtype == other.dtype and rms(one.double(), other.double()) < 1e-3
+
+
+@pytest.fixture
+def as_on_a_card(on_paper, monkeypatch):
+    """What products give goes on as it is, in bf16."""
+    for module in (blend, gate):
+        monkeypatch.setattr(module, "widened", lambda row, *inputs: list(inputs))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", [(1, 5, 3, 20), (1, 9, 2, 64), (2, 3, 1, 7)])
+@pytest.mark.parametrize("made", BY_HEAD)
+def test_what_is_done_head_by_head_is_pytorch_s(as_on_a_card, made, sizes, kind):
+    function, inputs = case(made, sizes, kind)
+    same(learnt(function, inputs), in_torch(function, inputs), KINDS[kind][1])
+
+
+@pytest.mark.parametrize("kind, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 1.2e-2)])
+@pytest.mark.parametrize("B, T, D, count", [(1, 1, 3, 1), (2, 35, 40, 6), (2, 9, 7, 2)])
+def test_mixes_and_squares_are_pytorch_s(on_paper, B, T, D, count, kind, tolerance):
+    stream = torch.Generator().manual_seed(T)
+    inputs = [torch.randn(shape, generator=stream).to(kind) for shape in ((B, T, D), (B, D), *[(1, 1, D)] * count)]
+    same(learnt(mixed, inputs), in_torch(mixed, inputs), tolerance)
+
+    def squared(x):
+        return [squared_relu(x)]
+
+    same(learnt(squared, inputs[:1]), in_torch(squared, inputs[:1]), 2 * tolerance)
+
+
+@pytest.mark.parametrize("n, D, V", [(1, 3, 2), (7, 5, 31), (3, 4, 2500)])
+def test_the_head_s_loss_is_pytorch_s(on_paper, drawn, n, D, V):
+    x, weight, wanted = drawn(n, D, V, n)
+    found = learnt(lambda x, weight: [head_loss(x, weight, wanted)], [x, weight])
+    same(found, in_torch(lambda x, weight: [head_loss(x, weight, wanted)], [x, weight]), 4e-6)
