@@ -3,13 +3,15 @@
 //
 // A kernel is a struct with THREADS, FLOATS (of shared memory), a type Threads, which is Block<what a thread keeps in
 // registers, THREADS>, and work(block number, its threads, shared memory). What threads do between two barriers is a
-// phase, block.each(f) with f(thread, what it keeps). On the host a phase is a loop over the threads, in any order: `grid_order` changes it, and a
+// phase, block.each(f) with f(thread, what it keeps); where no thread reads what another wrote, block.alone(f) does
+// without a barrier. On the host a phase is a loop over the threads, in any order: `grid_order` changes it, and a
 // result that changes with it tells of a missing barrier.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #ifdef __CUDACC__
 #define ON_GPU __device__ __forceinline__
@@ -30,8 +32,26 @@ struct Block {
 
     template <class Phase>
     ON_GPU void each(Phase phase) {
-        phase(static_cast<int>(threadIdx.x), own);
+        alone(phase);
         __syncthreads();
+    }
+
+    template <class Phase>
+    ON_GPU void alone(Phase phase) {
+        phase(static_cast<int>(threadIdx.x), own);
+    }
+
+    // Each of `many` numbers of of(what a thread keeps) becomes its sum over as many threads beside each other, a power
+    // of two up to 32; the same bits in all of them.
+    template <class Of>
+    ON_GPU void add_up(int threads, int many, Of of) {
+        float *x = of(own);
+#pragma unroll
+        for (int apart = 16; apart; apart /= 2) {
+            if (apart >= threads) continue;
+#pragma unroll
+            for (int i = 0; i < many; i++) x[i] += __shfl_xor_sync(0xffffffffu, x[i], apart);
+        }
     }
 };
 
@@ -59,6 +79,21 @@ struct Block {
             const int thread = grid_way == 0 ? n : grid_way == 1 ? COUNT - 1 - n : mixed;
             phase(thread, own[thread]);
         }
+    }
+
+    template <class Phase>
+    void alone(Phase phase) {
+        each(phase);
+    }
+
+    template <class Of>
+    void add_up(int threads, int many, Of of) {
+        for (int apart = threads / 2; apart; apart /= 2)
+            for (int n = 0; n < COUNT; n++)
+                for (int i = 0; i < many && !(n & apart); i++) {
+                    float *x = of(own[n]), *other = of(own[n ^ apart]);
+                    x[i] = other[i] = x[i] + other[i];
+                }
     }
 };
 
@@ -98,10 +133,27 @@ ON_GPU float from_bf16(uint16_t x) {
 
 // to the nearest, of two equally near ones the even one
 ON_GPU uint16_t to_bf16(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    uint16_t found;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(found) : "f"(x));
+    return found;
+#else
     uint32_t bits;
     memcpy(&bits, &x, 4);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(bits >> 16 | 64);  // no number
     return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+#endif
+}
+
+// two of them, as they lie in memory
+ON_GPU uint32_t to_bf16s(float x, float next) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    uint32_t found;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(found) : "f"(next), "f"(x));
+    return found;
+#else
+    return to_bf16(x) | static_cast<uint32_t>(to_bf16(next)) << 16;
+#endif
 }
 
 ON_GPU float get(const void *from, int64_t at, bool half) {
@@ -114,6 +166,136 @@ ON_GPU void put(void *to, int64_t at, bool half, float x) {
     else
         static_cast<float *>(to)[at] = x;
 }
+
+// What is read or written in one step: 32 bits, twice or four times. Such stores are told to the compiler in words of its
+// own, since it makes many of one where it cannot see their places beside each other.
+#ifdef __CUDACC__
+using Two = uint2;
+using Four = uint4;
+
+ON_GPU void store(void *to, Two x) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(x.x), "r"(x.y) : "memory");
+}
+
+ON_GPU void store(void *to, Four x) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+#else
+struct alignas(8) Two {
+    uint32_t x, y;
+} __attribute__((may_alias));
+struct alignas(16) Four {
+    uint32_t x, y, z, w;
+} __attribute__((may_alias));
+
+template <class Some>
+void store(void *to, Some x) {
+    *static_cast<Some *>(to) = x;
+}
+#endif
+
+// The same of WIDE numbers beside each other, 1 or a multiple of 4, in as few steps as there can be: `at` is a multiple
+// of WIDE, and the tensor begins where `wide` says.
+template <int WIDE>
+ON_GPU void fetch(float *x, const void *from, int64_t at, bool half) {
+    using Half = std::conditional_t<WIDE % 8 == 0, Four, Two>;
+    constexpr int EACH = sizeof(Half) / 2;
+    if constexpr (WIDE == 1) {
+        x[0] = get(from, at, half);
+    } else if (half) {
+#pragma unroll
+        for (int i = 0; i < WIDE; i += EACH) {
+            const Half found = *reinterpret_cast<const Half *>(static_cast<const uint16_t *>(from) + at + i);
+            uint32_t pairs[EACH / 2];
+            memcpy(pairs, &found, sizeof(Half));
+#pragma unroll
+            for (int n = 0; n < EACH; n += 2) {
+                const uint32_t two[] = {pairs[n / 2] << 16, pairs[n / 2] & 0xffff0000u};
+                memcpy(x + i + n, two, 8);
+            }
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < WIDE; i += 4) {
+            const Four found = *reinterpret_cast<const Four *>(static_cast<const float *>(from) + at + i);
+            memcpy(x + i, &found, 16);
+        }
+    }
+}
+
+template <int WIDE>
+ON_GPU void lay_down(void *to, int64_t at, bool half, const float *x) {
+    using Half = std::conditional_t<WIDE % 8 == 0, Four, Two>;
+    constexpr int EACH = sizeof(Half) / 2;
+    if constexpr (WIDE == 1) {
+        put(to, at, half, x[0]);
+    } else if (half) {
+#pragma unroll
+        for (int i = 0; i < WIDE; i += EACH) {
+            uint32_t pairs[EACH / 2];
+            Half found;
+#pragma unroll
+            for (int n = 0; n < EACH; n += 2) pairs[n / 2] = to_bf16s(x[i + n], x[i + n + 1]);
+            memcpy(&found, pairs, sizeof(Half));
+            store(static_cast<uint16_t *>(to) + at + i, found);
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < WIDE; i += 4) {
+            Four found;
+            memcpy(&found, x + i, 16);
+            store(static_cast<float *>(to) + at + i, found);
+        }
+    }
+}
+
+// whether tensors begin where 16 bytes can be had at once; a view may begin anywhere
+template <class... X>
+bool wide(X... tensors) {
+    return ((reinterpret_cast<uintptr_t>(tensors) | ...) & 15) == 0;
+}
+
+// What a kernel is compiled for: which tensors are in bf16, ANY if that is seen as it runs, and how many numbers a
+// thread takes at once.
+constexpr int64_t ANY = -1;
+
+template <int64_t HALVES_, int WIDE_>
+struct Way {
+    static constexpr int64_t HALVES = HALVES_;
+    static constexpr int WIDE = WIDE_;
+};
+
+// f(the way): one of the KNOWN ones where tensors are `wide` and such, else the one for any tensors
+template <int WIDE, int64_t... KNOWN, class F>
+int by_way(int64_t halves, bool wide, F f) {
+    int status = 0;
+    const bool known = wide && ((halves == KNOWN && (status = f(Way<KNOWN, WIDE>()), true)) || ...);
+    return known ? status : f(Way<ANY, 1>());
+}
+
+// How many of so many steps a thread takes one after the other, where nothing is summed: up to `most`, few if all are few.
+inline int64_t run_of(int64_t steps, int64_t most) {
+#ifdef __CUDACC__
+    constexpr int64_t BUSY = 1 << 18;  // threads that keep a large card busy
+#else
+    constexpr int64_t BUSY = 8;
+#endif
+    const int64_t run = steps / BUSY;
+    return run < 1 ? 1 : run < most ? run : most;
+}
+
+// 1 / x of an x of at least 1, to a unit in the last place
+ON_GPU float inverse(float x) {
+#ifdef __CUDA_ARCH__
+    float found;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(found) : "f"(x));
+    return found;
+#else
+    return 1.0f / x;
+#endif
+}
+
+ON_GPU float sigmoid(float x) { return inverse(1.0f + expf(-x)); }
 
 // Asks for a line of 128 bytes that is to be read soon.
 ON_GPU void soon(const void *line) {
