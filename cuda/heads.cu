@@ -2,329 +2,434 @@
 // and gate.py have the formulas in PyTorch. Tensors are (tokens, D) with D = H N channels, rows that all tokens share
 // (D), each in fp32 or bf16; all in between is fp32. A token's numbers do not depend on the tokens beside it.
 //
-// A block has some heads of RUN tokens, a thread a channel of them. SOME tokens at a time lie in shared memory, where
-// each head is summed up in one order: SLICES sums first, then their sum.
+// A head is a power of two of threads' beside each other, four channels each, of a run of tokens; what is summed over a
+// head goes from thread to thread, in one order.
 
 #include "grid.cuh"
 
 namespace {
 
-constexpr int WIDTH = 256, RUN = 32, SLICES = 16, MOST = 16;  // MOST: heads of a block
-constexpr int ROW = WIDTH + MOST + 4;  // numbers of a token in shared memory: heads lie one apart, in different banks
-constexpr float LEAST = 1e-12f;        // a norm below this counts as this
+constexpr int WIDTH = 256, EACH = 4, WIDEST = 128;
+constexpr int RUN = 32;          // tokens for which gradients that all share are summed
+constexpr float LEAST = 1e-12f;  // a norm below this counts as this
 
-ON_GPU float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 ON_GPU float log_sigmoid(float x) { return (x < 0.0f ? x : 0.0f) - log1pf(expf(-fabsf(x))); }
 
+// `KINDS`: the tensors whose kinds Way may know
+template <class Way, int64_t KINDS>
 struct Heads {
-    static constexpr int THREADS = WIDTH;
-    int64_t tokens, H, N, halves;
+    static constexpr int THREADS = WIDTH, FLOATS = 0;
+    int64_t tokens, H, N, run, halves;
+    int shift;  // two to this are the threads of a head
 
-    EITHER int64_t together() const { return WIDTH / N < MOST ? WIDTH / N : MOST; }
-    EITHER int64_t tiles() const { return (H + together() - 1) / together(); }
-    EITHER int64_t blocks() const { return (tokens + RUN - 1) / RUN * tiles(); }
-    ON_GPU bool half(int tensor) const { return halves >> tensor & 1; }
-    ON_GPU float from(const void *x, int tensor, int64_t at) const { return get(x, at, half(tensor)); }
-    ON_GPU void into(void *x, int tensor, int64_t at, float found) const { put(x, at, half(tensor), found); }
+    EITHER int64_t blocks() const { return ((tokens + run - 1) / run * H + (WIDTH >> shift) - 1) / (WIDTH >> shift); }
+    EITHER int lanes() const { return 1 << shift; }
+    ON_GPU bool half(int tensor) const {
+        return (Way::HALVES != ANY && KINDS >> tensor & 1 ? Way::HALVES : halves) >> tensor & 1;
+    }
 
-    // a thread's channel of D, which may be none, its place in a token's numbers, and whether its head begins there
+    // Where a thread is: at the first of `count` channels of a head, for `left` tokens more, in the tensors at `at`, in
+    // those of one number a head at `mark`.
     struct Place {
-        int64_t channel, head;
-        int spot, base;
-        bool there, first;
+        int64_t channel, run, at, mark;
+        int count, left;
+        bool first;  // of a head's threads
     };
 
     ON_GPU Place place(int64_t block, int thread) const {
-        const int n = static_cast<int>(N), head = thread / n;
-        const int64_t global = block % tiles() * together() + head;
-        const bool there = head < together() && global < H;
-        return {global * N + thread % n, global, thread + head, head * (n + 1), there, thread % n == 0};
+        const int64_t number = (block * WIDTH + thread) >> shift, head = number % H, begin = number / H * run;
+        const int lane = thread & (lanes() - 1), n = static_cast<int>(N) - lane * EACH;
+        const int64_t channel = head * N + lane * EACH, left = tokens - begin;
+        return {channel, number / H, begin * H * N + channel, begin * H + head, n < 0 ? 0 : n < EACH ? n : EACH,
+                static_cast<int>(left < 0 ? 0 : left < run ? left : run), lane == 0};
     }
 
-    // f(first token, how many) for SOME tokens of a block's at a time
-    template <class F>
-    ON_GPU void over(int64_t block, F f) const {
-        const int64_t begin = block / tiles() * RUN, end = begin + RUN < tokens ? begin + RUN : tokens;
-        for (int64_t t = begin; t < end; t += SOME) f(t, static_cast<int>(end - t < SOME ? end - t : SOME));
-    }
+    ON_GPU bool there(const Place &place) const { return place.left > 0 && place.count > 0; }
 
-    // f(what a thread keeps, t, place in the tensors) for SOME tokens of each thread's channel, from the first on
-    template <class Threads, class F>
-    ON_GPU void each(Threads &threads, int64_t first, F f) const {
-        threads.each([&](int, auto &own) {
-            if (!own.at.there) return;
+    ON_GPU void on(Place &place) const { place.left--, place.at += H * N, place.mark += H; }
+
+    ON_GPU void from(float *x, const void *tensor, int which, const Place &place, int64_t at) const {
+        if constexpr (Way::WIDE == EACH) {
+            fetch<EACH>(x, tensor, at, half(which));
+        } else {
 #pragma unroll
-            for (int t = 0; t < SOME; t++) f(own, t, (first + t) * H * N + own.at.channel);
-        });
+            for (int c = 0; c < EACH; c++) x[c] = c < place.count ? get(tensor, at + c, half(which)) : 0.0f;
+        }
     }
 
-    // Each head of `rows` times SOME rows becomes its sum, at its first place. With `spread` the first SOME rows become
-    // means, and the SOME after them sums of squares of what is beside the means.
-    template <class Threads>
-    ON_GPU void add_up(Threads &threads, float *shared, int rows, bool spread) const {
-        const int n = static_cast<int>(N), heads = static_cast<int>(together());
-        const int slices = n < SLICES ? n : SLICES, each = heads * slices, apart = WIDTH / each;
-        threads.each([&](int thread, auto &) {
-            if (thread / each >= apart) return;
-            const int slice = thread % slices;
-            for (int row = thread / each; row < rows * SOME; row += apart) {
-                if (spread && row >= SOME && row < 2 * SOME) continue;
-                float *x = shared + row * ROW + thread % each / slices * (n + 1);
-                float sum = 0.0f, count = 0.0f, squares = 0.0f;
-                for (int i = slice; i < n; i += slices) sum += x[i], count += 1.0f;
-                if (spread && row < SOME) {
-                    sum /= count;
-                    for (int i = slice; i < n; i += slices) squares += (x[i] - sum) * (x[i] - sum);
-                    x[SOME * ROW + slice] = squares;
-                }
-                x[slice] = sum;  // which no other slice reads
-            }
-        });
-        threads.each([&](int thread, auto &) {
-            for (int i = thread; i < rows * SOME * heads; i += WIDTH) {
-                const int row = i / heads;
-                if (spread && row >= SOME && row < 2 * SOME) continue;
-                float *x = shared + row * ROW + i % heads * (n + 1), *z = x + SOME * ROW, sum = 0.0f, squares = 0.0f;
-                if (spread && row < SOME) {
-                    for (int k = 0; k < slices; k++) sum += x[k] * static_cast<float>((n - k + slices - 1) / slices);
-                    sum /= static_cast<float>(n);
-                    for (int k = 0; k < slices; k++) {
-                        const float by = x[k] - sum;
-                        squares += z[k] + static_cast<float>((n - k + slices - 1) / slices) * by * by;
-                    }
-                    z[0] = squares;
-                } else {
-                    for (int k = 0; k < slices; k++) sum += x[k];
-                }
-                x[0] = sum;
-            }
-        });
+    ON_GPU void from(float *x, const void *tensor, int which, const Place &place) const {
+        from(x, tensor, which, place, place.at);
     }
 
-    // (runs, COUNT, D): what a thread found for its channel's rows
+    ON_GPU void row(float *x, const void *tensor, int which, const Place &place) const {
+        if (place.count) from(x, tensor, which, place, place.channel);
+    }
+
+    ON_GPU void into(void *tensor, int which, const Place &place, const float *x) const {
+        if constexpr (Way::WIDE == EACH) {
+            lay_down<EACH>(tensor, place.at, half(which), x);
+        } else {
+#pragma unroll
+            for (int c = 0; c < EACH; c++)
+                if (c < place.count) put(tensor, place.at + c, half(which), x[c]);
+        }
+    }
+
+    // (runs, COUNT, D): what a thread found for its channels' rows
     template <int COUNT>
-    ON_GPU void keep(float *sums, int64_t block, Place at, const float *found) const {
-        if (!at.there) return;
+    ON_GPU void keep(float *sums, const Place &place, const float (*found)[EACH]) const {
+        if (place.run * run >= tokens) return;
 #pragma unroll
-        for (int i = 0; i < COUNT; i++) sums[(block / tiles() * COUNT + i) * H * N + at.channel] = found[i];
+        for (int i = 0; i < COUNT; i++)
+#pragma unroll
+            for (int c = 0; c < EACH; c++)
+                if (c < place.count) sums[(place.run * COUNT + i) * H * N + place.channel + c] = found[i][c];
     }
 };
 
 // decay, key, -kk and kk rate of RWKV-7 from keys and what low ranks say of decay and rate
-struct Preparing : Heads {
-    enum { K, ZW, ZA, W0, A0, KK, KA, W, OUT };  // OUT: key, -kk, kk rate
+enum { K, ZW, ZA, W0, A0, KK, KA, W, OUT };  // OUT: key, -kk, kk rate
+constexpr int64_t PREPARED = 1 << K | 1 << ZW | 1 << ZA | 1 << W | 1 << OUT;
+
+template <class Way>
+struct Preparing : Heads<Way, PREPARED> {
+    using Base = Heads<Way, PREPARED>;
     const void *k, *zw, *za, *w0, *a0, *k_k, *k_a;
     struct Rows {
-        float w0, a0, k_k, k_a;
+        float w0[EACH], a0[EACH], k_k[EACH], k_a[EACH];
     };
 
-    ON_GPU Rows rows(Place at) const {
-        if (!at.there) return {};
-        return {from(w0, W0, at.channel), from(a0, A0, at.channel), from(k_k, KK, at.channel), from(k_a, KA, at.channel)};
+    ON_GPU void rows(Rows &by, const typename Base::Place &place) const {
+        this->row(by.w0, w0, W0, place), this->row(by.a0, a0, A0, place);
+        this->row(by.k_k, k_k, KK, place), this->row(by.k_a, k_a, KA, place);
     }
 };
 
-struct PrepareForward : Preparing {
+template <class Way>
+struct PrepareForward : Preparing<Way> {
     struct Own {
-        Place at;
-        Rows by;
-        float kk[SOME], rate[SOME];
+        typename Preparing<Way>::Place at;
+        typename Preparing<Way>::Rows by;
+        float kk[EACH], rate[EACH], square;
     };
     using Threads = Block<Own, WIDTH>;
-    static constexpr int FLOATS = SOME * ROW;
     void *w, *key, *minus, *b;
     float *norms;  // (tokens, H), for the backward; or null
 
-    ON_GPU void work(int64_t block, Threads &threads, float *shared) const {
-        threads.each([&](int thread, Own &own) { own.at = place(block, thread), own.by = rows(own.at); });
-        over(block, [&](int64_t first, int count) {
-            each(threads, first, [&](Own &own, int t, int64_t i) {
-                const float x = t < count ? from(k, K, i) : 0.0f;
-                own.kk[t] = x * own.by.k_k;
-                shared[t * ROW + own.at.spot] = own.kk[t] * own.kk[t];
-                if (t >= count) return;
-                own.rate[t] = sigmoid(from(za, ZA, i) + own.by.a0);
-                into(w, W, i, log_sigmoid(from(zw, ZW, i) + own.by.w0) - 0.5f);
-                into(key, OUT, i, x + x * (own.rate[t] - 1.0f) * own.by.k_a);
-            });
-            add_up(threads, shared, 1, false);
-            each(threads, first, [&](Own &own, int t, int64_t i) {
-                if (t >= count) return;
-                const float root = sqrtf(shared[t * ROW + own.at.base]), norm = root < LEAST ? LEAST : root;
-                const float kk = own.kk[t] / norm;
-                into(minus, OUT, i, -kk);
-                into(b, OUT, i, kk * own.rate[t]);
-                if (norms && own.at.first) norms[(first + t) * H + own.at.head] = norm;
-            });
+    ON_GPU void work(int64_t block, Threads &threads, float *) const {
+        threads.alone([&](int thread, Own &own) {
+            own.at = this->place(block, thread);
+            this->rows(own.by, own.at);
         });
+        for (int64_t t = 0; t < this->run; t++) {
+            threads.alone([&](int, Own &own) {
+                own.square = 0.0f;
+                if (this->there(own.at)) begin(own);
+            });
+            threads.add_up(this->lanes(), 1, [](Own &own) { return &own.square; });
+            threads.alone([&](int, Own &own) {
+                if (this->there(own.at)) end(own);
+                this->on(own.at);
+            });
+        }
+    }
+
+    ON_GPU void begin(Own &own) const {
+        float x[EACH], fade[EACH];
+        this->from(x, this->k, K, own.at);
+        this->from(own.rate, this->za, ZA, own.at);
+        this->from(fade, this->zw, ZW, own.at);
+#pragma unroll
+        for (int c = 0; c < EACH; c++) {
+            own.kk[c] = x[c] * own.by.k_k[c];
+            own.square += own.kk[c] * own.kk[c];
+            own.rate[c] = sigmoid(own.rate[c] + own.by.a0[c]);
+            fade[c] = log_sigmoid(fade[c] + own.by.w0[c]) - 0.5f;
+            x[c] += x[c] * (own.rate[c] - 1.0f) * own.by.k_a[c];
+        }
+        this->into(w, W, own.at, fade);
+        this->into(key, OUT, own.at, x);
+    }
+
+    ON_GPU void end(Own &own) const {
+        const float root = sqrtf(own.square), norm = root < LEAST ? LEAST : root, by = 1.0f / norm;
+#pragma unroll
+        for (int c = 0; c < EACH; c++) own.kk[c] *= -by, own.rate[c] *= -own.kk[c];
+        this->into(minus, OUT, own.at, own.kk);
+        this->into(b, OUT, own.at, own.rate);
+        if (norms && own.at.first) norms[own.at.mark] = norm;
     }
 };
 
-struct PrepareBackward : Preparing {
+template <class Way>
+struct PrepareBackward : Preparing<Way> {
     enum { FADE, SLOPE, RAW, AMOUNT, COUNT };  // sums for w0, a0, k_k, k_a
     struct Own {
-        Place at;
-        Rows by;
-        float x[SOME], rate[SOME], kk[SOME], pull[SOME], sums[COUNT];
+        typename Preparing<Way>::Place at;
+        typename Preparing<Way>::Rows by;
+        float x[EACH], key[EACH], kk[EACH], pull[EACH], sums[COUNT][EACH], norm, turned;
     };
     using Threads = Block<Own, WIDTH>;
-    static constexpr int FLOATS = SOME * ROW;
     const float *norms;
     const void *dw, *dkey, *dminus, *db;
     void *dk, *dzw, *dza;
     float *sums;
 
-    ON_GPU void work(int64_t block, Threads &threads, float *shared) const {
-        threads.each([&](int thread, Own &own) {
-            own.at = place(block, thread), own.by = rows(own.at);
-            for (int i = 0; i < COUNT; i++) own.sums[i] = 0.0f;
+    ON_GPU void work(int64_t block, Threads &threads, float *) const {
+        threads.alone([&](int thread, Own &own) {
+            own.at = this->place(block, thread);
+            this->rows(own.by, own.at);
+            memset(own.sums, 0, sizeof own.sums);
         });
-        over(block, [&](int64_t first, int count) {
-            each(threads, first, [&](Own &own, int t, int64_t i) {
-                own.x[t] = own.rate[t] = own.kk[t] = own.pull[t] = 0.0f;
-                if (t < count) {
-                    own.x[t] = from(k, K, i);
-                    own.kk[t] = own.x[t] * own.by.k_k / norms[(first + t) * H + own.at.head];
-                    own.rate[t] = sigmoid(from(za, ZA, i) + own.by.a0);
-                    own.pull[t] = from(db, OUT, i) * own.rate[t] - from(dminus, OUT, i);
-                    const float fade = from(dw, W, i) * sigmoid(-(from(zw, ZW, i) + own.by.w0));
-                    own.sums[FADE] += fade;
-                    into(dzw, ZW, i, fade);
-                }
-                shared[t * ROW + own.at.spot] = own.kk[t] * own.pull[t];
+        for (int64_t t = 0; t < this->run; t++) {
+            threads.alone([&](int, Own &own) {
+                own.turned = 0.0f;
+                if (this->there(own.at)) begin(own);
             });
-            add_up(threads, shared, 1, false);
-            each(threads, first, [&](Own &own, int t, int64_t i) {
-                if (t >= count) return;
-                const float norm = norms[(first + t) * H + own.at.head], x = own.x[t], rate = own.rate[t];
-                // where the norm is replaced by the least there is, it does not move
-                const float turned = norm > LEAST ? shared[t * ROW + own.at.base] : 0.0f;
-                const float raw = (own.pull[t] - own.kk[t] * turned) / norm;
-                const float key = from(dkey, OUT, i), bent = key * (rate - 1.0f);
-                const float slope = (from(db, OUT, i) * own.kk[t] + key * x * own.by.k_a) * rate * (1.0f - rate);
-                into(dk, K, i, key + bent * own.by.k_a + raw * own.by.k_k);
-                into(dza, ZA, i, slope);
-                own.sums[SLOPE] += slope, own.sums[RAW] += raw * x, own.sums[AMOUNT] += bent * x;
+            threads.add_up(this->lanes(), 1, [](Own &own) { return &own.turned; });
+            threads.alone([&](int, Own &own) {
+                if (this->there(own.at)) end(own);
+                this->on(own.at);
             });
-        });
-        threads.each([&](int, Own &own) { keep<COUNT>(sums, block, own.at, own.sums); });
+        }
+        threads.alone([&](int, Own &own) { this->template keep<COUNT>(sums, own.at, own.sums); });
+    }
+
+    ON_GPU void begin(Own &own) const {
+        float rate[EACH], fade[EACH], from_w[EACH], from_b[EACH];
+        own.norm = norms[own.at.mark];
+        this->from(own.x, this->k, K, own.at);
+        this->from(rate, this->za, ZA, own.at);
+        this->from(fade, this->zw, ZW, own.at);
+        this->from(from_w, dw, W, own.at);
+        this->from(from_b, db, OUT, own.at);
+        this->from(own.pull, dminus, OUT, own.at);
+        this->from(own.key, dkey, OUT, own.at);
+        const float by = 1.0f / own.norm;
+#pragma unroll
+        for (int c = 0; c < EACH; c++) {
+            own.kk[c] = own.x[c] * own.by.k_k[c] * by;
+            rate[c] = sigmoid(rate[c] + own.by.a0[c]);
+            own.pull[c] = from_b[c] * rate[c] - own.pull[c];
+            own.turned += own.kk[c] * own.pull[c];
+            fade[c] = from_w[c] * sigmoid(-(fade[c] + own.by.w0[c]));
+            const float bent = own.key[c] * (rate[c] - 1.0f), along = own.key[c] * own.x[c] * own.by.k_a[c];
+            rate[c] = (from_b[c] * own.kk[c] + along) * rate[c] * (1.0f - rate[c]);
+            own.key[c] += bent * own.by.k_a[c];
+            own.sums[FADE][c] += fade[c], own.sums[SLOPE][c] += rate[c], own.sums[AMOUNT][c] += bent * own.x[c];
+        }
+        this->into(dzw, ZW, own.at, fade);
+        this->into(dza, ZA, own.at, rate);
+    }
+
+    ON_GPU void end(Own &own) const {
+        // where the norm is replaced by the least there is, it does not move
+        const float turned = own.norm > LEAST ? own.turned : 0.0f, by = 1.0f / own.norm;
+#pragma unroll
+        for (int c = 0; c < EACH; c++) {
+            const float raw = (own.pull[c] - own.kk[c] * turned) * by;
+            own.key[c] += raw * own.by.k_k[c], own.sums[RAW][c] += raw * own.x[c];
+        }
+        this->into(dk, K, own.at, own.key);
     }
 };
 
 // Each head of y normalised, with a bonus of the token for itself, times the gate; without r there is no bonus, and the
 // gate is g sigmoid(g).
-struct Finishing : Heads {
-    enum { Y, R, K, V, G, RK, WEIGHT, BIAS };
-    enum { MEAN, SCALE, BONUS, FOUND };
+enum { Y, R, K_, V, G, RK, WEIGHT, BIAS };
+enum { MEAN, SCALE, BONUS, FOUND };
+constexpr int64_t FINISHED = 1 << Y | 1 << R | 1 << K_ | 1 << V | 1 << G;
+
+template <class Way>
+struct Finishing : Heads<Way, FINISHED> {
+    using Base = Heads<Way, FINISHED>;
     float eps;
     const void *y, *r, *k, *v, *g, *r_k, *weight, *bias;
     struct Rows {
-        float r_k, weight, bias;
+        float r_k[EACH], weight[EACH], bias[EACH];
     };
 
-    ON_GPU Rows rows(Place at) const {
-        if (!at.there) return {};
-        return {r ? from(r_k, RK, at.channel) : 0.0f, from(weight, WEIGHT, at.channel), from(bias, BIAS, at.channel)};
-    }
-
-    ON_GPU float gate(float x) const { return r ? x : x * sigmoid(x); }
-    ON_GPU float slope(float x) const {
-        const float part = sigmoid(x);
-        return r ? 1.0f : part * (1.0f + x * (1.0f - part));
+    ON_GPU void rows(Rows &by, const typename Base::Place &place) const {
+        if (r) this->row(by.r_k, r_k, RK, place);
+        this->row(by.weight, weight, WEIGHT, place), this->row(by.bias, bias, BIAS, place);
     }
 };
 
-struct FinishForward : Finishing {
+template <class Way>
+struct FinishForward : Finishing<Way> {
+    using Base = Finishing<Way>;
+    using Base::r;
     struct Own {
-        Place at;
-        Rows by;
-        float y[SOME], v[SOME], g[SOME];
+        typename Base::Place at;
+        typename Base::Rows by;
+        float y[EACH], v[EACH], g[EACH], sums[2], squares;  // sums: of y, of the bonus
     };
     using Threads = Block<Own, WIDTH>;
-    static constexpr int FLOATS = 3 * SOME * ROW;  // means, squares, bonus
     void *out;
     float *found;  // (tokens, H, FOUND), for the backward; or null
 
-    ON_GPU void work(int64_t block, Threads &threads, float *shared) const {
-        threads.each([&](int thread, Own &own) { own.at = place(block, thread), own.by = rows(own.at); });
-        over(block, [&](int64_t first, int count) {
-            each(threads, first, [&](Own &own, int t, int64_t i) {
-                const bool now = t < count, more = now && r;
-                own.y[t] = now ? from(y, Y, i) : 0.0f, own.g[t] = now ? from(g, G, i) : 0.0f;
-                own.v[t] = more ? from(v, V, i) : 0.0f;
-                shared[t * ROW + own.at.spot] = own.y[t];
-                shared[(2 * SOME + t) * ROW + own.at.spot] = more ? from(r, R, i) * from(k, K, i) * own.by.r_k : 0.0f;
-            });
-            add_up(threads, shared, 3, true);
-            each(threads, first, [&](Own &own, int t, int64_t i) {
-                if (t >= count) return;
-                const float mean = shared[t * ROW + own.at.base], bonus = shared[(2 * SOME + t) * ROW + own.at.base];
-                const float squares = shared[(SOME + t) * ROW + own.at.base];
-                const float scale = 1.0f / sqrtf(squares / static_cast<float>(N) + eps);
-                const float normed = (own.y[t] - mean) * scale * own.by.weight + own.by.bias;
-                into(out, G, i, (normed + bonus * own.v[t]) * gate(own.g[t]));
-                if (!found || !own.at.first) return;
-                float *to = found + ((first + t) * H + own.at.head) * FOUND;
-                to[MEAN] = mean, to[SCALE] = scale, to[BONUS] = bonus;
-            });
+    ON_GPU void work(int64_t block, Threads &threads, float *) const {
+        threads.alone([&](int thread, Own &own) {
+            own.at = this->place(block, thread);
+            this->rows(own.by, own.at);
         });
+        for (int64_t t = 0; t < this->run; t++) {
+            threads.alone([&](int, Own &own) {
+                own.sums[0] = own.sums[1] = own.squares = 0.0f;
+                if (this->there(own.at)) begin(own);
+            });
+            threads.add_up(this->lanes(), 2, [](Own &own) { return own.sums; });
+            threads.alone([&](int, Own &own) {
+                own.sums[0] /= static_cast<float>(this->N);
+                if (!this->there(own.at)) return;
+#pragma unroll
+                for (int c = 0; c < EACH; c++) {
+                    own.y[c] -= own.sums[0];
+                    if (Way::WIDE == EACH || c < own.at.count) own.squares += own.y[c] * own.y[c];
+                }
+            });
+            threads.add_up(this->lanes(), 1, [](Own &own) { return &own.squares; });
+            threads.alone([&](int, Own &own) {
+                if (this->there(own.at)) end(own);
+                this->on(own.at);
+            });
+        }
+    }
+
+    ON_GPU void begin(Own &own) const {
+        float with[EACH], key[EACH];
+        this->from(own.y, this->y, Y, own.at);
+        this->from(own.g, this->g, G, own.at);
+        if (r) {
+            this->from(own.v, this->v, V, own.at);
+            this->from(with, r, R, own.at);
+            this->from(key, this->k, K_, own.at);
+        }
+#pragma unroll
+        for (int c = 0; c < EACH; c++) {
+            own.sums[0] += own.y[c];
+            if (r) own.sums[1] += with[c] * key[c] * own.by.r_k[c];
+        }
+    }
+
+    ON_GPU void end(Own &own) const {
+        const float scale = 1.0f / sqrtf(own.squares / static_cast<float>(this->N) + this->eps), bonus = own.sums[1];
+#pragma unroll
+        for (int c = 0; c < EACH; c++) {
+            own.y[c] = own.y[c] * scale * own.by.weight[c] + own.by.bias[c];
+            own.y[c] = r ? (own.y[c] + bonus * own.v[c]) * own.g[c] : own.y[c] * (own.g[c] * sigmoid(own.g[c]));
+        }
+        this->into(out, G, own.at, own.y);
+        if (!found || !own.at.first) return;
+        float *to = found + own.at.mark * FOUND;
+        to[MEAN] = own.sums[0], to[SCALE] = scale, to[BONUS] = bonus;
     }
 };
 
-struct FinishBackward : Finishing {
+template <class Way>
+struct FinishBackward : Finishing<Way> {
+    using Base = Finishing<Way>;
+    using Base::r;
     enum { OF_RK, OF_WEIGHT, OF_BIAS, COUNT };
     struct Own {
-        Place at;
-        Rows by;
-        float x[SOME], scaled[SOME], sums[COUNT];
+        typename Base::Place at;
+        typename Base::Rows by;
+        float x[EACH], scaled[EACH], r[EACH], k[EACH], sums[COUNT][EACH], scale;
+        float all[3];  // of what is scaled, of it along x, of the bonus
     };
     using Threads = Block<Own, WIDTH>;
-    static constexpr int FLOATS = 3 * SOME * ROW;  // of what is scaled, of it along x, of the bonus
     const float *found;
     const void *dout;
     void *dy, *dr, *dk, *dv, *dg;
     float *sums;
 
-    ON_GPU void work(int64_t block, Threads &threads, float *shared) const {
-        threads.each([&](int thread, Own &own) {
-            own.at = place(block, thread), own.by = rows(own.at);
-            for (int i = 0; i < COUNT; i++) own.sums[i] = 0.0f;
+    ON_GPU void work(int64_t block, Threads &threads, float *) const {
+        threads.alone([&](int thread, Own &own) {
+            own.at = this->place(block, thread);
+            this->rows(own.by, own.at);
+            memset(own.sums, 0, sizeof own.sums);
         });
-        over(block, [&](int64_t first, int count) {
-            each(threads, first, [&](Own &own, int t, int64_t i) {
-                float pull = 0.0f;
-                own.x[t] = own.scaled[t] = 0.0f;
-                if (t < count) {
-                    const float *of = found + ((first + t) * H + own.at.head) * FOUND, z = from(g, G, i);
-                    const float d = from(dout, G, i), in = d * gate(z), value = r ? from(v, V, i) : 0.0f;
-                    own.x[t] = (from(y, Y, i) - of[MEAN]) * of[SCALE];
-                    own.scaled[t] = in * own.by.weight, pull = in * value;
-                    into(dg, G, i, d * (own.x[t] * own.by.weight + own.by.bias + of[BONUS] * value) * slope(z));
-                    if (r) into(dv, V, i, in * of[BONUS]);
-                    own.sums[OF_WEIGHT] += in * own.x[t], own.sums[OF_BIAS] += in;
-                }
-                shared[t * ROW + own.at.spot] = own.scaled[t];
-                shared[(SOME + t) * ROW + own.at.spot] = own.scaled[t] * own.x[t];
-                shared[(2 * SOME + t) * ROW + own.at.spot] = pull;
+        for (int64_t t = 0; t < this->run; t++) {
+            threads.alone([&](int, Own &own) {
+                own.all[0] = own.all[1] = own.all[2] = 0.0f;
+                if (this->there(own.at)) begin(own);
             });
-            add_up(threads, shared, 3, false);
-            each(threads, first, [&](Own &own, int t, int64_t i) {
-                if (t >= count) return;
-                const float n = static_cast<float>(N), scale = found[((first + t) * H + own.at.head) * FOUND + SCALE];
-                const float mean = shared[t * ROW + own.at.base] / n, turned = shared[(SOME + t) * ROW + own.at.base] / n;
-                into(dy, Y, i, (own.scaled[t] - mean - own.x[t] * turned) * scale);
-                if (!r) return;
-                const float bonus = shared[(2 * SOME + t) * ROW + own.at.base], r_ = from(r, R, i), k_ = from(k, K, i);
-                into(dr, R, i, bonus * k_ * own.by.r_k);
-                into(dk, K, i, bonus * r_ * own.by.r_k);
-                own.sums[OF_RK] += bonus * r_ * k_;
+            threads.add_up(this->lanes(), 3, [](Own &own) { return own.all; });
+            threads.alone([&](int, Own &own) {
+                if (this->there(own.at)) end(own);
+                this->on(own.at);
             });
-        });
-        threads.each([&](int, Own &own) { keep<COUNT>(sums, block, own.at, own.sums); });
+        }
+        threads.alone([&](int, Own &own) { this->template keep<COUNT>(sums, own.at, own.sums); });
+    }
+
+    ON_GPU void begin(Own &own) const {
+        const float *of = found + own.at.mark * FOUND, mean = of[MEAN], bonus = of[BONUS];
+        float d[EACH], z[EACH], value[EACH] = {};
+        own.scale = of[SCALE];
+        this->from(own.x, this->y, Y, own.at);
+        this->from(d, dout, G, own.at);
+        this->from(z, this->g, G, own.at);
+        if (r) {
+            this->from(value, this->v, V, own.at);
+            this->from(own.r, r, R, own.at);
+            this->from(own.k, this->k, K_, own.at);
+        }
+#pragma unroll
+        for (int c = 0; c < EACH; c++) {
+            const float part = r ? 0.0f : sigmoid(z[c]), gate = r ? z[c] : z[c] * part, in = d[c] * gate;
+            own.x[c] = (own.x[c] - mean) * own.scale;
+            own.scaled[c] = in * own.by.weight[c];
+            own.all[0] += own.scaled[c], own.all[1] += own.scaled[c] * own.x[c], own.all[2] += in * value[c];
+            z[c] = d[c] * (own.x[c] * own.by.weight[c] + own.by.bias[c] + bonus * value[c]) *
+                   (r ? 1.0f : part * (1.0f + z[c] * (1.0f - part)));
+            value[c] = in * bonus;
+            own.sums[OF_WEIGHT][c] += in * own.x[c], own.sums[OF_BIAS][c] += in;
+        }
+        this->into(dg, G, own.at, z);
+        if (r) this->into(dv, V, own.at, value);
+    }
+
+    ON_GPU void end(Own &own) const {
+        const float by = 1.0f / static_cast<float>(this->N), mean = own.all[0] * by, turned = own.all[1] * by;
+#pragma unroll
+        for (int c = 0; c < EACH; c++) own.x[c] = (own.scaled[c] - mean - own.x[c] * turned) * own.scale;
+        this->into(dy, Y, own.at, own.x);
+        if (!r) return;
+#pragma unroll
+        for (int c = 0; c < EACH; c++) {
+            const float key = own.all[2] * own.k[c], with = own.all[2] * own.r[c];
+            own.sums[OF_RK][c] += key * own.r[c];
+            own.r[c] = key * own.by.r_k[c], own.k[c] = with * own.by.r_k[c];
+        }
+        this->into(dr, R, own.at, own.r);
+        this->into(dk, K_, own.at, own.k);
     }
 };
 
-Heads heads(const int64_t *z) { return {z[0], z[1], z[2], z[3]}; }
+template <class Way, int64_t KINDS>
+Heads<Way, KINDS> heads(const int64_t *z, int64_t run) {
+    int shift = 0;
+    while (EACH << shift < z[2]) shift++;
+    return {z[0], z[1], z[2], run, z[3], shift};
+}
+
+int64_t shortest(const int64_t *z) { return run_of(z[0] * z[1] * z[2] / EACH, RUN); }
+
+// f(the way) of what is prepared: in fp32, in bf16 beside a decay in fp32, all in bf16
+template <class F>
+int prepared(const int64_t *z, bool all, F f) {
+    constexpr int64_t NARROW = PREPARED & ~(1 << W);
+    return by_way<EACH, 0, NARROW, PREPARED>(z[3] & PREPARED, z[2] % EACH == 0 && all, f);
+}
+
+// f(the way) of what is finished; `r` may be null
+template <class F>
+int finished(const int64_t *z, bool all, const void *r, F f) {
+    const int64_t kinds = z[3] & FINISHED, none = 1 << R | 1 << K_ | 1 << V;
+    const int64_t alike = r ? kinds : kinds & 1 << Y ? kinds | none : kinds & ~none;
+    return by_way<EACH, 0, FINISHED>(alike, z[2] % EACH == 0 && all, f);
+}
 
 }  // namespace
 
@@ -340,9 +445,13 @@ int64_t heads_sums(const int64_t *z) { return (z[0] + RUN - 1) / RUN * z[4] * z[
 int prepare_forward(const int64_t *z, int64_t stream, const void *k, const void *zw, const void *za, const void *w0,
                     const void *a0, const void *k_k, const void *k_a, void *w, void *key, void *minus, void *b,
                     float *norms) {
-    if (z[2] > WIDTH / 2) return -1;
-    const PrepareForward kernel = {{heads(z), k, zw, za, w0, a0, k_k, k_a}, w, key, minus, b, norms};
-    return launch(kernel, kernel.blocks(), stream);
+    if (z[2] > WIDEST) return -1;
+    return prepared(z, wide(k, zw, za, w0, a0, k_k, k_a, w, key, minus, b), [&](auto way) {
+        using Way = decltype(way);
+        const PrepareForward<Way> kernel = {
+            {heads<Way, PREPARED>(z, shortest(z)), k, zw, za, w0, a0, k_k, k_a}, w, key, minus, b, norms};
+        return launch(kernel, kernel.blocks(), stream);
+    });
 }
 
 // takes tokens H N /k/zw/za/w0/a0/k_k/k_a/dw/dkey: k zw za tokens*H*N, w0 a0 k_k k_a H*N, norms tokens*H, dw dkey
@@ -351,10 +460,14 @@ int prepare_backward(const int64_t *z, int64_t stream, const void *k, const void
                      const void *a0, const void *k_k, const void *k_a, const float *norms, const void *dw,
                      const void *dkey, const void *dminus, const void *db, void *dk, void *dzw, void *dza,
                      float *sums) {
-    if (z[2] > WIDTH / 2) return -1;
-    const PrepareBackward kernel = {
-        {heads(z), k, zw, za, w0, a0, k_k, k_a}, norms, dw, dkey, dminus, db, dk, dzw, dza, sums};
-    return launch(kernel, kernel.blocks(), stream);
+    if (z[2] > WIDEST) return -1;
+    const bool all = wide(k, zw, za, w0, a0, k_k, k_a, dw, dkey, dminus, db, dk, dzw, dza);
+    return prepared(z, all, [&](auto way) {
+        using Way = decltype(way);
+        const PrepareBackward<Way> kernel = {{heads<Way, PREPARED>(z, RUN), k, zw, za, w0, a0, k_k, k_a}, norms, dw,
+                                             dkey, dminus, db, dk, dzw, dza, sums};
+        return launch(kernel, kernel.blocks(), stream);
+    });
 }
 
 // r, k, v and r_k may be null: then there is no bonus, and the gate is g sigmoid(g)
@@ -363,9 +476,13 @@ int prepare_backward(const int64_t *z, int64_t stream, const void *k, const void
 int finish_forward(const int64_t *z, int64_t stream, const void *y, const void *r, const void *k, const void *v,
                    const void *g, const void *r_k, const void *weight, const void *bias, float eps, void *out,
                    float *found) {
-    if (z[2] > WIDTH / 2) return -1;
-    const FinishForward kernel = {{heads(z), eps, y, r, k, v, g, r_k, weight, bias}, out, found};
-    return launch(kernel, kernel.blocks(), stream);
+    if (z[2] > WIDEST) return -1;
+    return finished(z, wide(y, r, k, v, g, r_k, weight, bias, out), r, [&](auto way) {
+        using Way = decltype(way);
+        const FinishForward<Way> kernel = {
+            {heads<Way, FINISHED>(z, shortest(z)), eps, y, r, k, v, g, r_k, weight, bias}, out, found};
+        return launch(kernel, kernel.blocks(), stream);
+    });
 }
 
 // takes tokens H N /y/r/k/v/g/r_k/weight/bias: y r? k? v? g tokens*H*N, r_k? weight bias H*N, eps, found 3*tokens*H,
@@ -374,10 +491,13 @@ int finish_backward(const int64_t *z, int64_t stream, const void *y, const void 
                     const void *g, const void *r_k, const void *weight, const void *bias, float eps,
                     const float *found, const void *dout, void *dy, void *dr, void *dk, void *dv, void *dg,
                     float *sums) {
-    if (z[2] > WIDTH / 2) return -1;
-    const FinishBackward kernel = {
-        {heads(z), eps, y, r, k, v, g, r_k, weight, bias}, found, dout, dy, dr, dk, dv, dg, sums};
-    return launch(kernel, kernel.blocks(), stream);
+    if (z[2] > WIDEST) return -1;
+    return finished(z, wide(y, r, k, v, g, r_k, weight, bias, dout, dy, dr, dk, dv, dg), r, [&](auto way) {
+        using Way = decltype(way);
+        const FinishBackward<Way> kernel = {{heads<Way, FINISHED>(z, RUN), eps, y, r, k, v, g, r_k, weight, bias},
+                                            found, dout, dy, dr, dk, dv, dg, sums};
+        return launch(kernel, kernel.blocks(), stream);
+    });
 }
 
 }  // extern "C"
