@@ -1,4 +1,4 @@
-"""What surrounds the recurrences on NVIDIA cards, one pass each (`cuda/blend.cu`, `cuda/heads.cu`).
+"""What surrounds the recurrences on NVIDIA cards, one pass each (`cuda/blend.cu`, `prepare.cu`, `finish.cu`).
 
 blend.py and gate.py say what is computed. Of each tensor fp32 or bf16 is taken, and gradients are like what they are
 of; all in between is fp32.
