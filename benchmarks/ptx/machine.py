@@ -202,8 +202,9 @@ class Machine:
 
     def _convert(self, each: Instruction) -> Step:
         named = [part for part in each.name if part in operations.TYPES]
-        to, source = self._destination(each.operands[0]), self._source(each.operands[1], operations.TYPES[named[-1]])
-        return lambda here: self._put(to, operations.converted(each.name, source), here)
+        to, *sources = each.operands
+        to, sources = self._destination(to), [self._source(word, operations.TYPES[named[-1]]) for word in sources]
+        return lambda here: self._put(to, operations.converted(each.name, *sources), here)
 
     def _compare(self, each: Instruction) -> Step:
         of, (to, *words) = operations.kind(each.name), each.operands
@@ -257,16 +258,24 @@ class Machine:
         to, _, too = to.partition("|")
         to, source = self._destination(to), self._source(source, np.dtype("u4"))
         by, rest = self._source(by, np.dtype("u4")), self._source(rest, np.dtype("u4"))
-        if each.name[2] != "bfly":
+        how = each.name[2]
+        if how not in ("bfly", "down", "up", "idx"):
             raise ValueError(f"PTX that is not known: {'.'.join(each.name)}")
+        lane = (self.lane % WARP).astype(np.int64)
 
         def shuffle(here: np.ndarray) -> None:
             self._whole(here, each)
-            if (rest[here] != 0x1F).any():
-                raise ValueError("shfl of parts of a warp is not known")
-            self._put(to, source[self.lane ^ by], here)
+            last, first = rest.astype(np.int64) & 31, rest.astype(np.int64) >> 8 & 31
+            by_, lowest = by.astype(np.int64) & 31, lane & first
+            if how == "idx":
+                asked = lowest | (by_ & ~first)
+            else:
+                asked = {"bfly": lane ^ by_, "down": lane + by_, "up": lane - by_}[how]
+            there = asked >= last if how == "up" else asked <= (lowest | (last & ~first))
+            asked = np.where(there, asked, lane)
+            self._put(to, source[self.lane - lane + asked], here)
             if too:
-                self._put(self.registers[too], np.ones(self.threads, bool), here)
+                self._put(self.registers[too], there, here)
 
         return shuffle
 

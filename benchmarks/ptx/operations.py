@@ -144,12 +144,11 @@ def _permuted(a: np.ndarray, b: np.ndarray, how: np.ndarray) -> np.ndarray:
 LOGIC = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor, "not": np.logical_not, "mov": np.copy}
 
 
-def converted(name: tuple[str, ...], x: np.ndarray) -> np.ndarray:
-    """cvt: to the first type named, of the second."""
-    parts = [part for part in name if part in TYPES or part in ("tf32", "bf16", "bf16x2")]
-    to = parts[0]
-    if to == "tf32":
-        return tf32(x)
+def converted(name: tuple[str, ...], x: np.ndarray, low: np.ndarray | None = None) -> np.ndarray:
+    """cvt: to the first type named, of the second; of two numbers `low` is what becomes the lower half."""
+    to = next(part for part in name if part in TYPES or part in NARROW)
+    if to in NARROW and ("rn" in name or "rna" in name):
+        return NARROW[to](x) if low is None else NARROW[to](x, low)
     if to not in TYPES:
         raise ValueError(f"PTX that is not known: {'.'.join(name)}")
     kind_ = TYPES[to]
@@ -174,6 +173,20 @@ def tf32(x: np.ndarray) -> np.ndarray:
     bits = x.view(np.uint32)
     near = (bits + np.uint32(1 << (HIDDEN - 1))) & ~np.uint32((1 << HIDDEN) - 1)
     return np.where(np.isnan(x.view(np.float32)), np.uint32(0x7FFFFFFF), near)
+
+
+def bf16(x: np.ndarray) -> np.ndarray:
+    """The nearest number of eight bits, half to even, as 16 bits."""
+    bits = x.view(np.uint32)
+    near = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(x), np.uint32(0x7FFF), near).astype(np.uint16)
+
+
+def _two(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    return bf16(high).astype(np.uint32) << np.uint32(16) | bf16(low)
+
+
+NARROW = {"tf32": tf32, "bf16": bf16, "bf16x2": _two}
 
 
 def compare(name: tuple[str, ...], a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -127,6 +127,28 @@ def test_lanes_change_places_and_predicates_hold_threads_back():
     assert to[:64].tolist() == [(n ^ 8) + 1000 * (n <= 3) for n in range(64)]
 
 
+@pytest.mark.parametrize(
+    "how, by, rest, wanted",
+    [
+        ("down", 3, 0x1F, lambda n: n + 3 if n + 3 < 32 else n),
+        ("up", 3, 0, lambda n: n - 3 if n >= 3 else n),
+        ("idx", 5, 0x1F, lambda n: 5),
+        ("down", 2, 0x181F, lambda n: n + 2 if n % 8 < 6 else n),  # by eights
+        ("bfly", 1, 0x1F, lambda n: n ^ 1),
+    ],
+)
+def test_lanes_read_each_other(how, by, rest, wanted):
+    to, _ = run(f"shfl.sync.{how}.b32 %r6, %r1, {by}, {rest}, -1;\nst.global.u32 [%rd4], %r6;")
+    assert to[:64].tolist() == [wanted(n % 32) + n // 32 * 32 for n in range(64)]
+
+
+def test_bf16_is_rounded_to_even_and_packed_with_the_second_below():
+    x = np.array([1.0, 1 + 2**-8, 1 + 3 * 2**-8, np.nan, -2.0], "f4")
+    assert operations.converted(("cvt", "rn", "bf16", "f32"), x).tolist() == [0x3F80, 0x3F80, 0x3F82, 0x7FFF, 0xC000]
+    two = operations.converted(("cvt", "rn", "bf16x2", "f32"), x[:1], x[4:])
+    assert two.tolist() == [0x3F80C000]
+
+
 def test_a_warp_counts_once_however_few_of_its_threads_go_on():
     _, machine = run(
         "setp.lt.u32 %p1, %r1, 33;\n@%p1 bra $L__A;\nret;\n$L__A:\nprefetch.global.L2 [%rd2];\n", threads=96
