@@ -4,9 +4,10 @@ import ctypes
 import subprocess
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from unittest import mock
 
 from torch import Tensor
 
@@ -67,6 +68,13 @@ class Card:
         )
         self._told = kind(self._launched)
         self.library.runtime_tell(self._told, ctypes.c_size_t(MOST))
+
+    @contextmanager
+    def computes(self) -> Iterator[None]:
+        """Inside, tensors on the CPU go where those on a card would go, to the code that nvcc made for one."""
+        library = mock.patch.object(gpu, "at_hand", lambda device: (self.library, "on paper"))
+        with library, mock.patch.object(gpu, "_started", self.start):
+            yield
 
     def start(self, library: ctypes.CDLL, function: str, sizes: Sequence[int], *given) -> int:
         """What `gpu` calls to start a kernel. Raises Fault where it does what it must not."""

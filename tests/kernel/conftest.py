@@ -27,11 +27,10 @@ def card() -> Card:
 
 
 @pytest.fixture
-def on_paper(card, monkeypatch):
+def on_paper(card):
     """Tensors on the CPU go where those on a card would go, to the code that nvcc made for one."""
-    monkeypatch.setattr(gpu, "at_hand", lambda device: (card.library, "on paper"))
-    monkeypatch.setattr(gpu, "_started", card.start)
-    return card
+    with card.computes():
+        yield card
 
 
 @pytest.fixture(scope="session")
