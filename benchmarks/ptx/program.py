@@ -25,12 +25,12 @@ class Block:
 
 @dataclass
 class Kernel:
-    """`registers` by the kind of number and their count, `labels` to the block that they begin."""
+    """`registers` and the kind of number that each holds, `labels` and the block that begins there."""
 
     name: str
     parameter: str = ""
     size: int = 0
-    registers: list[tuple[str, str, int]] = field(default_factory=list)
+    registers: dict[str, str] = field(default_factory=dict)
     blocks: list[Block] = field(default_factory=lambda: [Block()])
     labels: dict[str, int] = field(default_factory=dict)
 
@@ -50,20 +50,26 @@ class Kernel:
 def kernels(text: str) -> dict[str, Kernel]:
     """All of a file, by name. Raises ValueError where a line is none that is known."""
     found: dict[str, Kernel] = {}
-    now = None
+    now, inner, alone = None, 0, {}
     for line in _lines(text):
         if entry := re.match(r"(?:\.visible\s+|\.weak\s+)?\.entry\s+(\w+)", line):
             now = found[entry[1]] = Kernel(entry[1])
         if now is None or line.startswith((".maxntid", ".minnctapersm", ".pragma", ".reqntid", "{", "}", ")")):
+            inner, alone = inner + line.startswith("{"), {}  # registers in braces of their own
             continue
         if entry or line.startswith(".param"):
             if taken := re.search(r"\.param\s+\.align\s+\d+\s+\.b8\s+(\w+)\[(\d+)\]", line):
                 now.parameter, now.size = taken[1], int(taken[2])
         elif told := re.match(r"\.reg\s+\.(\w+)\s+(%\w+)<(\d+)>", line):
-            now.registers.append((told[1], told[2], int(told[3])))
+            now.registers |= {f"{told[2]}{n}": told[1] for n in range(int(told[3]))}
+        elif told := re.match(r"\.reg\s+\.(\w+)\s+(%\w+)$", line):
+            alone[told[2]] = f"{told[2]}_{inner}"
+            now.registers[alone[told[2]]] = told[1]
         elif line.endswith(":"):
             now.label(line[:-1])
         else:
+            for name, other in alone.items():
+                line = re.sub(rf"{name}\b", other, line)
             now.add(_instruction(line))
     return found
 

@@ -127,6 +127,46 @@ def test_lanes_change_places_and_predicates_hold_threads_back():
     assert to[:64].tolist() == [(n ^ 8) + 1000 * (n <= 3) for n in range(64)]
 
 
+def test_matrices_come_by_rows_whose_places_lanes_give():
+    """Words are their own numbers; each warp asks for its rows from the last to the first."""
+    to, machine = run(
+        """
+        shl.b32 %r5, %r1, 4;
+        add.s32 %r5, %r3, %r5;
+        add.s32 %r6, %r2, 3;
+        st.shared.v4.u32 [%r5], {%r2, %r2, %r2, %r6};
+        bar.sync 0;
+        xor.b32 %r7, %r1, 31;
+        shl.b32 %r7, %r7, 4;
+        add.s32 %r7, %r3, %r7;
+        ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r8, %r9, %r10, %r11}, [%r7];
+        st.global.u32 [%rd4], %r9;
+        """
+    )
+    for n in range(64):
+        row = n // 32 * 32 + 31 - (8 + n % 32 // 4)
+        assert to[n] == 4 * row + (3 if n % 4 == 3 else 0)
+    assert machine.counts["wavefronts"] == 2 * 4 + 2 * 4
+
+
+@pytest.mark.parametrize("how, wanted", [("or", 1), ("and", 0)])
+def test_what_holds_for_some_is_told_to_all_at_a_barrier(how, wanted):
+    to, _ = run(
+        f"""
+        setp.eq.s32 %p3, %r1, 40;
+        {{
+        .reg .pred %p1;
+        .reg .pred %p2;
+        mov.pred %p1, %p3;
+        bar.red.{how}.pred %p2, 0, %p1;
+        selp.u32 %r5, 1, 0, %p2;
+        }}
+        st.global.u32 [%rd4], %r5;
+        """
+    )
+    assert (to[:64] == wanted).all()
+
+
 @pytest.mark.parametrize(
     "how, by, rest, wanted",
     [
