@@ -18,6 +18,7 @@ python -m benchmarks bpe [FILE ...]
 python -m benchmarks memory [--gigabytes 2] [FILE ...]
 python -m benchmarks gpu
 python -m benchmarks registers
+python -m benchmarks counts
 python -m benchmarks sanitize
 python -m benchmarks page
 """
@@ -36,6 +37,7 @@ import torch
 from benchmarks import (
     bpe,
     busy,
+    counts,
     decode,
     demo,
     families,
@@ -110,11 +112,13 @@ MEASURES: dict[str, Callable[[Namespace], dict]] = {
     "gpu": _gpu,
 }
 
+REPORTS = {"registers": registers, "counts": counts}
+
 
 def main() -> None:
     """Print a table and keep the numbers in a file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=[*MEASURES, "registers", "sanitize", "page"], help="what is measured")
+    parser.add_argument("what", choices=[*MEASURES, *REPORTS, "sanitize", "page"], help="what is measured")
     parser.add_argument("files", nargs="*", type=Path, help="the text; left out, Python's library and papers")
     parser.add_argument("--peer-python", type=Path, help="a Python that has the peer; left out, one is set up")
     parser.add_argument("--gigabytes", type=float, default=2, help="memory: of input")
@@ -134,11 +138,12 @@ def main() -> None:
         page.write(given.out)
     elif given.what == "sanitize":
         sys.exit(sanitize.run())
-    elif given.what == "registers":
-        found = registers.measure()
-        registers.write(found)
+    elif given.what in REPORTS:
+        report = REPORTS[given.what]
+        found = report.measure()
+        report.write(found)
         tables.write()
-        print(registers.table(found))
+        print(report.table(found))
     else:
         found = MEASURES[given.what](given)
         print(getattr(sys.modules["benchmarks"], given.what).table(found))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks import (
     busy,
+    counts,
     decode,
     demo,
     families,
@@ -83,12 +84,15 @@ def inferred(page: str) -> str:
 
 
 def reported(page: str) -> str:
-    """A page with what the compiler says of the GPU's kernels, and with what was measured, between their marks."""
-    found = json.loads(registers.REPORT.read_text(encoding="utf-8"))
-    text = f"<!-- registers -->\n{registers.table(found)}\n\n{found['nvcc']}\n<!-- end -->"
-    page = re.sub(r"<!-- registers -->\n.*?<!-- end -->", lambda _: text, page, flags=re.S)
-    text = f"<!-- gpu -->\n{gpu.table(gpu.kept(DOCS / 'gpu.jsonl'))}\n<!-- end -->"
-    return re.sub(r"<!-- gpu -->\n.*?<!-- end -->", lambda _: text, page, flags=re.S)
+    """A page with what is known of the GPU's kernels between its marks: of the compiler, counted, and measured."""
+    parts = {"gpu": gpu.table(gpu.kept(DOCS / "gpu.jsonl"))}
+    for name, report in {"registers": registers, "counts": counts}.items():
+        found = json.loads(report.REPORT.read_text(encoding="utf-8"))
+        parts[name] = f"{report.table(found)}\n\n{found['nvcc']}"
+    for name, text in parts.items():
+        text = f"<!-- {name} -->\n{text}\n<!-- end -->"
+        page = re.sub(rf"<!-- {name} -->\n.*?<!-- end -->", lambda _, new=text: new, page, flags=re.S)
+    return page
 
 
 def write() -> None:

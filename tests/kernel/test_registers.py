@@ -4,11 +4,12 @@ import json
 
 import pytest
 
-from benchmarks import registers, tables
+from benchmarks import counts, registers, tables
 from rwkvpipe.base import compiler
 from rwkvpipe.kernel import gpu
 
 REPORT = json.loads(registers.REPORT.read_text())
+COUNTS = json.loads(counts.REPORT.read_text())
 needs_nvcc = pytest.mark.skipif(compiler.nvcc() is None, reason="there is no nvcc here")
 
 
@@ -33,6 +34,12 @@ def test_the_report_is_of_the_sources_as_they_are_and_the_page_shows_it():
     assert {line["target"] for line in REPORT["kernels"]} >= {"sm_80", "sm_90a"}
     assert {line["file"] for line in REPORT["kernels"]} == {file.name for file in gpu.sources()}
     within_limits(REPORT["kernels"])
+
+
+def test_the_counts_are_of_the_sources_as_they_are():
+    assert COUNTS["sources"] == gpu.name(), "run `python -m benchmarks counts`"
+    assert len(COUNTS["lines"]) == 8 + 2 * len(counts.AROUND) + 1
+    assert "<!-- counts -->" in (tables.DOCS / "gpu.md").read_text(encoding="utf-8")
 
 
 @needs_nvcc
