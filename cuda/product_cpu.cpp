@@ -8,7 +8,7 @@ namespace {
 
 using namespace product;
 
-constexpr int64_t MANY = 16;  // rows that make it worth to lay them, and the matrix as floats, side by side
+constexpr int64_t MANY = 16;  // rows that make it worth to lay them together, and the matrix as floats
 
 template <class Form>
 void many(const Matrix &m, int64_t rows, int threads, const Asked &x, float *to) {

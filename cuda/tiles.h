@@ -1,11 +1,15 @@
-// Products of many rows. Parts of both factors are laid as registers take them: rows of the first side by side for each
-// k, columns of the second in panels of 16, and each part is used often while it is in a cache.
+// Products of many rows. Parts of both factors are laid as registers take them: a strip of rows of the first, and
+// columns of the second in panels of 16, unless they lie so already; each part is used often while it is in a cache.
 //
 // Each number is one sum, its products added in the order of k, as matvec.h has it: it has the same bits whatever is
 // beside it, and however many threads there are. A word is a float, or for INT8 a pair of whole numbers.
 #pragma once
 
 #include "matvec.h"
+
+#include <array>
+#include <type_traits>
+#include <utility>
 
 namespace tiles {
 
@@ -17,12 +21,20 @@ constexpr int HIGH = 6, BROAD = 1;
 #else
 constexpr int HIGH = 3, BROAD = 1;
 #endif
-constexpr int LOW = HIGH / 2;         // rows of a tile for what is left
-constexpr int64_t DEEP = 384;         // words of each row that are multiplied before the next ones
-constexpr int64_t LAID = 3 << 16;     // words of the second that are used by all rows before the next ones
-constexpr int64_t AHEAD = 16;         // words of a panel's columns that are asked for before they are needed
-constexpr int64_t TALL = 8 * HIGH;    // rows that are worth a task
-constexpr int64_t TURNS = 4;          // tasks for each thread, so that none waits long for the last
+constexpr int LOW = (HIGH + 1) / 2;      // the least rows of a tile, but where there are fewer in all
+constexpr int64_t WIDE = BROAD * PANEL;  // columns of a tile
+constexpr int64_t DEEP = 384;            // words of each row that are multiplied before the next ones
+constexpr int64_t LAID = 3 << 16;        // words of the second that are used by all rows before the next ones
+constexpr int64_t AHEAD = 16;            // words of a panel's columns that are asked for before they are needed
+constexpr int64_t TALL = 8 * HIGH;       // rows that are worth a task
+constexpr int64_t TURNS = 4;             // tasks for each thread, so that none waits long for the last
+constexpr int64_t FLOAT = sizeof(float), LINE = 64;
+
+// how a strip of the first lies: its rows one after the other, or side by side for each word
+enum Lie { ALONG, BESIDE };
+constexpr int64_t ROW = DEEP + LINE / FLOAT;  // words from row to row: their lines go to different parts of a cache
+constexpr int64_t GROUP = (HIGH + WIDTH - 1) / WIDTH * WIDTH;  // words that those side by side take
+constexpr int64_t STRIP = std::max(HIGH * ROW, GROUP * DEEP);
 
 // where a tile's numbers go: to[r * step + c] for r < rows, c < room
 struct Place {
@@ -31,38 +43,47 @@ struct Place {
     bool onward;  // whether the sums of the words before these, or what is to be added to, are there
 };
 
-// words of some rows side by side, and of panels, which lie `apart`; `deep` of each. by: what whole numbers are times
+// what will be read soon, in bytes: a place for each word and panel, `step` and `apart` from each other
+struct Soon {
+    const void *start;
+    int64_t step, apart;
+};
+
+// a strip, and panels, which lie `apart`; `deep` words of each. by: what whole numbers are times
 struct Laid {
     const float *x, *w;
     int64_t apart, deep;
     const float *by;
+    Soon soon;
 };
 
-// ROWS rows times PANELS panels
-template <int ROWS, int PANELS, class Form>
+// ROWS rows times BROAD panels
+template <int ROWS, Lie LIE, class Form>
 void whole(const Laid &from, float *to, int64_t step, bool onward) {
-    constexpr int VECTORS = PANELS * SPAN;
-    const int64_t apart = from.apart, deep = from.deep;
+    constexpr int VECTORS = BROAD * SPAN;
+    constexpr int64_t DOWN = LIE == ALONG ? ROW : 1, ON = LIE == ALONG ? 1 : GROUP;
+    const int64_t apart = from.apart, deep = from.deep, further = from.soon.step, beside = from.soon.apart;
     const float *x = from.x, *w = from.w;
+    const char *soon = static_cast<const char *>(from.soon.start);
     typename Form::Sum found[ROWS][VECTORS];
     for (int r = 0; r < ROWS; r++)
-        for (int i = 0; i < PANELS; i++) __builtin_prefetch(to + r * step + i * PANEL, 1);
+        for (int i = 0; i < BROAD; i++) __builtin_prefetch(to + r * step + i * PANEL, 1);
 #pragma GCC unroll 32
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 32
         for (int i = 0; i < VECTORS; i++) found[r][i] = Form::begun(onward ? load(to + r * step + i * WIDTH) : Vec{});
     for (int64_t k = 0; k < deep; k++) {
-        for (int i = 0; i < PANELS; i++) __builtin_prefetch(w + i * apart + AHEAD * PANEL);
+        for (int i = 0; i < BROAD; i++) __builtin_prefetch(soon + i * beside);
         Vec w_[VECTORS];
 #pragma GCC unroll 32
         for (int i = 0; i < VECTORS; i++) w_[i] = load(w + i / SPAN * apart + i % SPAN * WIDTH);
 #pragma GCC unroll 32
         for (int r = 0; r < ROWS; r++) {
-            const auto x_ = Form::spread(x + r);
+            const auto x_ = Form::spread(x + r * DOWN);
 #pragma GCC unroll 32
             for (int i = 0; i < VECTORS; i++) found[r][i] = Form::added(found[r][i], w_[i], x_);
         }
-        w += PANEL, x += ROWS;
+        w += PANEL, x += ON, soon += further;
     }
 #pragma GCC unroll 32
     for (int r = 0; r < ROWS; r++)
@@ -74,15 +95,21 @@ void whole(const Laid &from, float *to, int64_t step, bool onward) {
 }
 
 // the same where it may be less than a tile: then by way of a whole one
-template <int ROWS, int PANELS, class Form>
+template <int ROWS, Lie LIE, class Form>
 void tile(const Laid &from, const Place &p) {
-    constexpr int64_t WIDE = PANELS * PANEL;
-    if (p.rows >= ROWS && p.room >= WIDE) return whole<ROWS, PANELS, Form>(from, p.to, p.step, p.onward);
+    if (p.rows >= ROWS && p.room >= WIDE) return whole<ROWS, LIE, Form>(from, p.to, p.step, p.onward);
     alignas(64) float room[ROWS * WIDE] = {};
     const int64_t rows = std::min<int64_t>(ROWS, p.rows), wide = std::min(WIDE, p.room);
     for (int64_t r = 0; r < rows && p.onward; r++) copy(room + r * WIDE, p.to + r * p.step, wide);
-    whole<ROWS, PANELS, Form>(from, room, WIDE, p.onward);
+    whole<ROWS, LIE, Form>(from, room, WIDE, p.onward);
     for (int64_t r = 0; r < rows; r++) copy(p.to + r * p.step, room + r * WIDE, wide);
+}
+
+// tiles of each height from LOW to HIGH
+typedef std::array<void (*)(const Laid &, const Place &), HIGH - LOW + 1> Tiles;
+template <Lie LIE, class Form, int... MORE>
+Tiles heights(std::integer_sequence<int, MORE...>) {
+    return {tile<LOW + MORE, LIE, Form>...};
 }
 
 // A factor in rows, or turned: in columns, each of which is a row of memory
@@ -92,46 +119,33 @@ struct Plain {
     int64_t step;
     bool turned;
 
-    // `rows` rows from `row` on, numbers from k on, side by side for each k: ROWS floats, and up to WIDTH beyond the last
-    template <int ROWS>
+    // a strip of `rows` rows from `row` on, numbers from k on
     void lay(int64_t row, int64_t rows, int64_t all_rows, int64_t k, int64_t deep, float *to) const {
-        constexpr int GROUPS = (ROWS + WIDTH - 1) / WIDTH;
-        if (turned) {
-            const int64_t room = all_rows - row;
-            for (int64_t l = 0; l < deep; l++)
-                for (int g = 0; g < GROUPS; g++) {
-                    const int64_t left = room - g * WIDTH;
-                    const float *from = start + (k + l) * step + row + g * WIDTH;
-                    store(to + l * ROWS + g * WIDTH, left > 0 ? load_some(from, left) : Vec{});
-                }
+        if (!turned) {
+            for (int64_t r = 0; r < rows; r++) copy(to + r * ROW, start + (row + r) * step + k, deep);
             return;
         }
-        int64_t l = 0;
-        for (; l + WIDTH <= deep; l += WIDTH) {
-            Vec x[GROUPS][WIDTH], y[WIDTH];
-            for (int g = 0; g < GROUPS; g++) {
-                for (int i = 0; i < WIDTH; i++) {
-                    const int r = g * WIDTH + i;
-                    x[g][i] = r < ROWS && r < rows ? load(start + (row + r) * step + k + l) : Vec{};
-                }
-                turn(x[g], y);
-            }
-            for (int i = 0; i < WIDTH; i++)  // in this order: what is beyond ROWS is written over
-                for (int g = 0; g < GROUPS; g++) store(to + (l + i) * ROWS + g * WIDTH, x[g][i]);
-        }
-        for (; l < deep; l++)
-            for (int r = 0; r < ROWS; r++) to[l * ROWS + r] = r < rows ? start[(row + r) * step + k + l] : 0;
+        const float *from = start + k * step + row;
+        for (int64_t l = 0; l < deep; l++)
+            for (int64_t i = 0; i < rows; i += WIDTH)
+                store(to + l * GROUP + i, load_some(from + l * step + i, all_rows - row - i));
+    }
+
+    // what `lay` reads for a strip, or the most of it
+    Soon strip(int64_t row, int64_t k) const {
+        if (turned) return {start + k * step + row, step * FLOAT, (HIGH - 1) * FLOAT};
+        return {start + row * step + k, LINE, HIGH / 2 * step * FLOAT};
     }
 
     // columns from `first` to `end` of this as the second factor, numbers from k on, in panels
-    const float *panels(int64_t first, int64_t end, int64_t k, int64_t deep, float *room, int64_t &apart) const {
-        apart = deep * PANEL;
+    const float *panels(int64_t first, int64_t end, int64_t k, int64_t deep, float *room) const {
         for (int64_t c = first; c < end; c += PANEL) {
             float *to = room + (c - first) * deep;
             for (int64_t i = 0; i < PANEL; i += WIDTH) {
                 const int64_t left = end - c - i;
                 if (turned) {
-                    transpose(to + i, PANEL, start + (c + i) * step + k, step, std::clamp<int64_t>(left, 0, WIDTH), deep);
+                    const int64_t rows = std::clamp<int64_t>(left, 0, WIDTH);
+                    transpose(to + i, PANEL, start + (c + i) * step + k, step, rows, deep);
                     continue;
                 }
                 for (int64_t l = 0; l < deep; l++)
@@ -140,22 +154,41 @@ struct Plain {
         }
         return room;
     }
+    int64_t apart(int64_t deep) const { return deep * PANEL; }
+
+    // what `panels` reads for a tile's columns, or the most of it
+    Soon columns(int64_t first, int64_t k) const {
+        if (turned) return {start + first * step + k, LINE, PANEL * step * FLOAT};
+        return {start + k * step + first + PANEL - 1, step * FLOAT, PANEL * FLOAT};
+    }
 };
 
-// Panels as matvec.h has them, as the second factor
+// Panels as matvec.h has them, as the second factor. Those of fp32 are read where they lie.
 template <class Kind>
 struct Kept {
     typedef Kind Form;
-    const typename Form::Number *start;
+    typedef typename Form::Number Number;
+    static constexpr bool THERE = std::is_same_v<Number, float>;
+    static constexpr int64_t DENSE = PANEL * Form::EACH;  // numbers for a word
+    const Number *start;
     int64_t words;  // of a row
 
-    const float *panels(int64_t first, int64_t end, int64_t k, int64_t deep, float *room, int64_t &apart) const {
-        const auto *from = start + (first * words + k * PANEL) * Form::EACH;
-        apart = deep * PANEL;
-        for (int64_t c = first; c < end; c += PANEL, from += words * PANEL * Form::EACH)
-            for (int64_t j = 0; j < deep * PANEL; j += WIDTH)
-                store(room + (c - first) * deep + j, Form::at(from + j * Form::EACH));
-        return room;
+    const float *panels(int64_t first, int64_t end, int64_t k, int64_t deep, float *room) const {
+        const Number *from = start + first * words * Form::EACH + k * DENSE;
+        if constexpr (THERE) {
+            return from;
+        } else {
+            for (int64_t c = first; c < end; c += PANEL, from += words * DENSE)
+                for (int64_t j = 0; j < deep * PANEL; j += WIDTH)
+                    store(room + (c - first) * deep + j, Form::at(from + j * Form::EACH));
+            return room;
+        }
+    }
+    int64_t apart(int64_t deep) const { return (THERE ? words : deep) * PANEL; }
+
+    Soon columns(int64_t first, int64_t k) const {
+        constexpr int64_t BYTES = DENSE * static_cast<int64_t>(sizeof(Number));
+        return {start + first * words * Form::EACH + k * DENSE, BYTES, words * BYTES};
     }
 };
 
@@ -169,30 +202,55 @@ struct Times {
     int64_t step;
 };
 
-// Rows of the first that fit in a tile, and their words from k on, laid side by side, times laid columns
-template <class Form>
-struct Strip {
+// Rows and columns of a product that one thread computes
+template <class Second>
+struct Task {
+    typedef typename Second::Form Form;
     const Plain &first;
+    const Second &second;
     const Sizes &s;
-    Laid from;
-    int64_t columns, k;
-    float *room;
-    Times times_;
+    const Times &times;
+    const Tiles &tiles;
+    int64_t begin, end, left, right;
+    float *to;
+    bool add;
 
-    template <int ROWS>
-    void times(int64_t row, Place p) const {
-        float by[ROWS] = {};
-        first.lay<ROWS>(row, p.rows, s.rows, k, from.deep, room);
-        if (Form::EACH > 1)
-            for (int64_t r = 0; r < std::min<int64_t>(ROWS, p.rows); r++)
-                by[r] = times_.by[(row + r) * times_.step + k * Form::EACH / fixed::BLOCK];
-        Laid now = {room, from.w, from.apart, from.deep, by};
-        int64_t c = 0;
-        for (; c + (BROAD - 1) * PANEL < columns; c += BROAD * PANEL, now.w += BROAD * now.apart) {
-            tile<ROWS, BROAD, Form>(now, p);
-            p.to += BROAD * PANEL, p.room -= BROAD * PANEL;
+    // rows in strips of about equal height, as few as there can be
+    int64_t strips() const { return (end - begin + HIGH - 1) / HIGH; }
+    int64_t strip(int64_t n) const {
+        const int64_t rows = end - begin, count = strips();
+        return begin + n * (rows / count) + std::min(n, rows % count);
+    }
+
+    // `deep` words from k on
+    void words(int64_t k, int64_t deep, float *panels, float *laid) const {
+        const int64_t apart = second.apart(deep), count = strips();
+        const float *w = nullptr;
+        for (int64_t n = 0; n < count; n++) {
+            const int64_t row = strip(n), rows = strip(n + 1) - row;
+            const Soon next = n + 1 < count ? first.strip(row + rows, k) : first.strip(begin, k + deep);
+            float by[HIGH] = {};
+            for (int64_t r = 0; r < rows && Form::EACH > 1; r++)
+                by[r] = times.by[(row + r) * times.step + k * Form::EACH / fixed::BLOCK];
+            first.lay(row, rows, s.rows, k, deep, laid);
+            for (int64_t c = left; c < right; c += WIDE) {
+                const int64_t further = std::min(c + WIDE, right);
+                if (n == 0) {
+                    const float *here = second.panels(c, further, k, deep, panels + (c - left) * deep);
+                    if (c == left) w = here;
+                }
+                const float *here = w + (c - left) / PANEL * apart;
+                Soon soon = {here + AHEAD * PANEL, PANEL * FLOAT, apart * FLOAT};
+                if (further == right)
+                    soon = next;
+                else if (n == 0)
+                    soon = second.columns(further, k);
+                // where there is but one panel left, it is multiplied twice
+                const Laid from = {laid, here, c + PANEL < right ? apart : 0, deep, by, soon};
+                const Place p = {to + row * s.columns + c, s.columns, rows, right - c, add || k > 0};
+                tiles[std::max<int64_t>(LOW, rows) - LOW](from, p);
+            }
         }
-        if (c < columns) tile<ROWS, 1, Form>(now, p);
     }
 };
 
@@ -204,29 +262,29 @@ inline int64_t length(int64_t all, int64_t most, int64_t unit) {
 
 // to (rows, columns) becomes the product of the first (rows, deep) and the second (deep, columns), or it is added
 template <class Second>
-void multiply(const Plain &first, const Second &second, const Sizes &s, int threads, float *to, const float *scale, bool add,
-              const Times &by = {}) {
+void multiply(const Plain &first, const Second &second, const Sizes &s, int threads, float *to, const float *scale,
+              bool add, const Times &times = {}) {
     typedef typename Second::Form Form;
+    typedef std::make_integer_sequence<int, HIGH - LOW + 1> Heights;
+    Tiles tiles;
+    if constexpr (Form::EACH > 1)
+        tiles = heights<ALONG, Form>(Heights());
+    else if (first.turned)
+        tiles = heights<BESIDE, product::Floats>(Heights());
+    else
+        tiles = heights<ALONG, product::Floats>(Heights());
     const int64_t deep = Form::EACH > 1 ? fixed::BLOCK / Form::EACH : length(s.deep, DEEP, 1);
-    const int64_t wide = length(s.columns, LAID / std::max<int64_t>(1, deep), BROAD * PANEL);
-    const int64_t across = (s.columns + wide - 1) / wide, parts = threads > 1 ? (TURNS * threads + across - 1) / across : 1;
+    const int64_t wide = length(s.columns, LAID / std::max<int64_t>(1, deep), WIDE);
+    const int64_t across = (s.columns + wide - 1) / wide;
+    const int64_t parts = threads > 1 ? (TURNS * threads + across - 1) / across : 1;
     const int64_t tall = length(s.rows, std::max(TALL, (s.rows + parts - 1) / parts), HIGH);
     share(across * ((s.rows + tall - 1) / tall), threads, [&](int64_t n) {
         const int64_t begin = n / across * tall, end = std::min(s.rows, begin + tall);
         const int64_t left = n % across * wide, right = std::min(s.columns, left + wide);
-        const int64_t panels = (right - left + PANEL - 1) / PANEL;
-        float *room = scratch(panels * PANEL * deep + HIGH * deep + WIDTH), *laid = room + panels * PANEL * deep;
-        for (int64_t k = 0; k < s.deep; k += deep) {
-            const int64_t count = std::min(deep, s.deep - k);
-            int64_t apart;
-            const float *w = second.panels(left, right, k, count, room, apart);
-            const Strip<Form> strip = {first, s, {nullptr, w, apart, count, nullptr}, right - left, k, laid, by};
-            for (int64_t row = begin; row < end; row += HIGH) {
-                const int64_t rows = std::min<int64_t>(HIGH, end - row);
-                const Place p = {to + row * s.columns + left, s.columns, rows, right - left, add || k > 0};
-                rows > LOW ? strip.template times<HIGH>(row, p) : strip.template times<LOW>(row, p);
-            }
-        }
+        const Task<Second> task = {first, second, s, times, tiles, begin, end, left, right, to, add};
+        const int64_t room = (right - left + WIDE - 1) / WIDE * WIDE * deep;
+        float *panels = scratch(room + STRIP);
+        for (int64_t k = 0; k < s.deep; k += deep) task.words(k, std::min(deep, s.deep - k), panels, panels + room);
         for (int64_t row = begin; row < end && scale; row++) {
             float *y = to + row * s.columns;
             for (int64_t c = left; c < right; c += WIDTH)
