@@ -1,5 +1,7 @@
 """A block of threads of a card, in step: the threads that are furthest behind go on, until all have ended or wait.
 
+Where threads of a warp do something together those that came first wait for the others, as they do on a card.
+
 What a card asks of its threads is asked here, too: all lanes of a warp at what they do together, all threads of a block
 at a barrier.
 """
@@ -14,6 +16,7 @@ from benchmarks.ptx.program import ENDS, Instruction, Kernel
 from benchmarks.ptx.threads import NOWHERE, Threads
 
 OF_THEIR_OWN = ("ld", "st", "mma", "bar", "shfl", "prefetch", "ldmatrix")  # counted by their names
+TOGETHER = ("mma", "shfl", "ldmatrix")
 FLOATS = ("fma", "add", "sub", "mul", "max", "min")
 
 
@@ -23,6 +26,7 @@ class Machine:
     def __init__(self, kernel: Kernel, threads: int, memory: Memory, parameters: bytes):
         self.threads = Threads(kernel, threads, memory, parameters)
         self.steps = [[steps.step(self.threads, each) for each in block.instructions] for block in kernel.blocks]
+        self.together = [any(map(_together, block.instructions)) for block in kernel.blocks]
         self.ahead = [Counter(_class(each) for each in block.instructions) for block in kernel.blocks]
 
     @property
@@ -38,11 +42,23 @@ class Machine:
             ready = np.where(now.waits, NOWHERE, now.at)
             first = int(ready.min())
             if first < NOWHERE:
-                self._block(first, ready == first)
+                self._block(*self._next(ready, first))
             elif now.waits.any():
                 self._meet()
             else:
                 return
+
+    def _next(self, ready: np.ndarray, first: int) -> tuple[int, np.ndarray]:
+        """The instructions to go on with, and the threads: whole warps where they do something together."""
+        here = ready == first
+        if not self.together[first] or self.threads.whole(here).all():
+            return first, here
+        for later in np.unique(ready[ready < NOWHERE]):
+            found = ready == later
+            found &= self.threads.whole(found) | (not self.together[later])
+            if found.any():
+                return int(later), found
+        return first, here  # which is a fault
 
     def _block(self, first: int, here: np.ndarray) -> None:
         warps = int(here.reshape(-1, WARP).any(1).sum())
@@ -65,6 +81,10 @@ class Machine:
         now.joined = None
         now.waits[:] = False
         now.shared.meet()
+
+
+def _together(each: Instruction) -> bool:
+    return each.name[0] in TOGETHER or each.name[0] == "bar"
 
 
 def _class(each: Instruction) -> str:

@@ -43,6 +43,12 @@ class Threads:
         self.waits = np.zeros(self.threads, bool)
         self.joined: Step | None = None  # what all that wait come to know
 
+    def whole(self, here: np.ndarray) -> np.ndarray:
+        """Of each thread whether all of its warp are here, or have ended, or none is."""
+        warps = here.reshape(-1, WARP)
+        gone = (self.at == NOWHERE).reshape(-1, WARP)
+        return np.repeat((warps | gone).all(1) | ~warps.any(1), WARP)
+
     def source(self, text: str, of: np.dtype) -> np.ndarray:
         """A register, or a number that stands there, seen as a type."""
         if text in self.special:

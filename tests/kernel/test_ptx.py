@@ -40,7 +40,8 @@ def run(body, threads=64, numbers=256, shared=1024):
 
 
 MEET = "bar.sync 0;\n"
-EARLY = "setp.lt.u32 %p1, %r1, 40;\n@%p1 bra $L__A;\nret;\n$L__A:\n"  # the second warp is no whole one from here on
+SOME = "setp.lt.u32 %p1, %r1, 40;\n"
+EARLY = SOME + "@%p1 bra $L__A;\nret;\n$L__A:\n"  # the second warp is no whole one from here on
 SUMS = "{%f0, %f1, %f2, %f3}"
 PRODUCT = f"mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {SUMS}, {SUMS}, {{%f0, %f1}}, {SUMS};"
 WRITE = "st.shared.u32 [%r4], %r1;\n"
@@ -76,6 +77,8 @@ def test_what_a_kernel_must_not_do_is_seen(body, said):
 @pytest.mark.parametrize(
     "body",
     [
+        # a part of a warp goes a longer way, which lies behind, and is waited for
+        f"{SOME}@%p1 bra $L__FAR;\n$L__BACK:\nbar.warp.sync -1;\nret;\n$L__FAR:\nbra.uni $L__BACK;",
         WRITE + MEET + "xor.b32 %r5, %r4, 128;\nld.shared.u32 %r6, [%r5];\n",  # a barrier between
         WRITE + "xor.b32 %r5, %r4, 4;\nld.shared.u32 %r6, [%r5];\n",  # the same warp
         "mov.u32 %r5, 7;\nst.shared.u32 [shared], %r5;\n",  # all write the same
