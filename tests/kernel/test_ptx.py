@@ -59,7 +59,7 @@ WRITE = "st.shared.u32 [%r4], %r1;\n"
         ("st.global.u32 [%rd4+1024], %r1;", "no tensor"),
         ("ld.global.u32 %r5, [%rd4+-4];", "no tensor"),
         ("ld.global.v2.u32 {%r5, %r6}, [%rd4];", "not aligned"),
-        ("setp.lt.u32 %p1, %r1, 40;\n@%p1 bra $L__A;\nbar.warp.sync -1;\n$L__A:", "some lanes"),
+        (SOME + "@%p1 bra $L__A;\nbar.warp.sync -1;\n$L__A:\n" + MEET, "some lanes"),
         (
             EARLY + f"mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {SUMS}, {SUMS}, {{%f0, %f1}}, {SUMS};",
             "some lanes",
