@@ -12,7 +12,7 @@
 // The forward keeps one state in KEEP tokens. The backward walks on from it, by rows, which finds each u again, and
 // writes down one state in SOME; from there columns find theirs again, forward. No decay is divided by.
 
-#include "grid.cuh"
+#include "plain.cuh"
 
 namespace {
 
@@ -20,42 +20,49 @@ enum { R, W, K, V, A, B_ };  // bits of Sizes::halves
 
 // The state by rows: the forward, and the first half of the backward.
 template <class Shape>
-struct Rows : Shape {
-    using Shape::EACH, Shape::N, Shape::PARTS, Shape::THREADS;
-    enum { r_, d_, k_, v_, b_, a_, VECTORS };  // a of one token more
+struct Rows : Plain<Shape> {
+    using Base = Plain<Shape>;
+    using Base::EACH, Base::N, Base::PARTS, Base::THREADS, Base::s;
+    enum { r_, d_, k_, v_, a_, b_, VECTORS };  // as tensors are given, but a is the last and has one token more
     static constexpr int FLOATS = (VECTORS * SOME + 1) * N + 4 * PARTS * N;
-    Sizes s;
-    const void *r, *w, *k, *v, *a, *b;
+    const void *in[6];  // r w k v a b
 
-    ON_GPU static float *row(float *shared, int which, int t) { return shared + (which * SOME + t) * N; }
+    ON_GPU static float *row(float *shared, int which, int t) {
+        return shared + ((which == a_ ? 5 : which == b_ ? 4 : which) * SOME + t) * N;
+    }
 
     // tokens [t, t + SOME) of all tensors into shared memory, 0 where there are none
-    template <class Team>
-    ON_GPU void load(Team &block, float *shared, int64_t head, int64_t t, int64_t end) const {
-        block.each([&](int thread, auto &) {
-            for (int i = thread; i < (SOME + 1) * N; i += THREADS) {
-                const int x = i % N, token = i / N;
-                const bool there = x < s.N && t + token < end;
-                const int64_t at = s.at(head, t + token) + x;
-                row(shared, a_, token)[x] = there ? get(a, at, s.half(A)) : 0.0f;
-                if (token == SOME) continue;
-                row(shared, r_, token)[x] = there ? get(r, at, s.half(R)) : 0.0f;
-                row(shared, d_, token)[x] = there ? expf(-rate_of(get(w, at, s.half(W)))) : 0.0f;
-                row(shared, k_, token)[x] = there ? get(k, at, s.half(K)) : 0.0f;
-                row(shared, v_, token)[x] = there ? get(v, at, s.half(V)) : 0.0f;
-                row(shared, b_, token)[x] = there ? get(b, at, s.half(B_)) : 0.0f;
+    template <int WIDE, class Team>
+    ON_GPU void load(Team &block, float *shared, Head head, int64_t t, int64_t end) const {
+        constexpr int KINDS[] = {R, W, K, V, A, B_};
+        const auto lay = [&](int token, int x, bool there, const Raw<WIDE> *raw) {
+#pragma unroll
+            for (int n = 0; n < 6; n++) {
+                float found[WIDE];
+#pragma unroll
+                for (int c = 0; c < WIDE; c++) {
+                    found[c] = raw[n].number(c, s.half(n));
+                    if (n == W) found[c] = there ? expf(-rate_of(found[c])) : 0.0f;
+                }
+                if (token < SOME || n == A) share<WIDE>(row(shared, n, token) + x, found);
             }
+        };
+        block.each([&](int thread, auto &) {
+            this->template read<WIDE, 6>(thread, SOME + 1, head, t, end, in, KINDS, lay);
         });
     }
 
-    // Tokens [begin, end) from the state in own.S on. A state before each `every` of them goes to `states`, y and u
-    // where they may go; own.S is then the last state.
-    template <class Team>
-    ON_GPU void walk(Team &block, float *shared, int64_t head, int64_t begin, int64_t end, int every,
-                     float *states, void *y, float *u) const {
+    // Tokens [begin, end) from the state in own.S on. What own.S is before each `every` of them is told to keep(own.S,
+    // how many times before, x, p), y and u go where they may; own.S is then the last state.
+    template <class Team, class Keep>
+    ON_GPU void walk(Team &block, float *shared, Head head, int64_t begin, int64_t end, int every, void *y, float *u,
+                     Keep keep) const {
         float *sums = shared + (VECTORS * SOME + 1) * N;  // [u, y][even and odd tokens][PARTS][N]
         for (int64_t first = begin; first < end; first += SOME) {
-            load(block, shared, head, first, end);
+            if (this->fours)
+                load<4>(block, shared, head, first, end);
+            else
+                load<1>(block, shared, head, first, end);
             if (first == begin) {
                 block.each([&](int thread, auto &own) {
                     const int x = thread % N, p = thread / N;
@@ -68,60 +75,50 @@ struct Rows : Shape {
             const int tokens = static_cast<int>(end - first < SOME ? end - first : SOME);
             for (int t = 0; t < tokens; t++) {
                 const int64_t token = first + t - begin;
-                const int odd = static_cast<int>(token & 1);
                 block.each([&](int thread, auto &own) {
                     const int x = thread % N, p = thread / N;
-                    if (states && token % every == 0) {
-                        float *to = states + token / every * s.N * s.N;
-#pragma unroll
-                        for (int e = 0; e < EACH; e++)
-                            if (x < s.N && p * EACH + e < s.N) to[x * s.N + p * EACH + e] = own.S[e];
-                    }
-                    if (y && token && p == 0 && x < s.N)
-                        put(y, s.at(head, begin + token - 1) + x, s.half(V), total(sums + (2 + !odd) * PARTS * N, x));
-                    const float u_ = total(sums + odd * PARTS * N, x), v_x = row(shared, v_, t)[x];
+                    if (token % every == 0) keep(own.S, token / every, x, p);
+                    if (y && token && p == 0)
+                        write(y, V, head, first + t - 1, x, total(sums + (2 + !(t & 1)) * PARTS * N, x));
+                    const float u_ = step(own.S, shared, sums, t, x, p);
                     if (u && p == 0) u[token * N + x] = u_;
-                    const float *r_p = row(shared, r_, t) + p * EACH, *d_p = row(shared, d_, t) + p * EACH;
-                    const float *k_p = row(shared, k_, t) + p * EACH, *b_p = row(shared, b_, t) + p * EACH;
-                    const float *a_p = row(shared, a_, t + 1) + p * EACH;
-                    float y_ = 0.0f, next = 0.0f;
-#pragma unroll
-                    for (int e = 0; e < EACH; e++) {
-                        own.S[e] = own.S[e] * d_p[e] + u_ * b_p[e] + v_x * k_p[e];
-                        y_ += own.S[e] * r_p[e];
-                        next += own.S[e] * a_p[e];
-                    }
-                    sums[((2 + odd) * PARTS + p) * N + x] = y_;
-                    sums[(!odd * PARTS + p) * N + x] = next;
                 });
             }
         }
         const int last = static_cast<int>((end - begin - 1) & 1);
         block.each([&](int thread, auto &) {
-            const int x = thread % N;
-            if (y && thread < N && x < s.N)
-                put(y, s.at(head, end - 1) + x, s.half(V), total(sums + (2 + last) * PARTS * N, x));
+            if (y && thread < N)
+                write(y, V, head, end - 1, thread, total(sums + (2 + last) * PARTS * N, thread));
         });
+    }
+
+    // u of token t, and its state in the place of the one before
+    ON_GPU static float step(float *S, float *shared, float *sums, int t, int x, int p) {
+        const int odd = t & 1;
+        const float u_ = total(sums + odd * PARTS * N, x), v_x = row(shared, v_, t)[x];
+        const float *r_p = row(shared, r_, t) + p * EACH, *d_p = row(shared, d_, t) + p * EACH;
+        const float *k_p = row(shared, k_, t) + p * EACH, *b_p = row(shared, b_, t) + p * EACH;
+        const float *a_p = row(shared, a_, t + 1) + p * EACH;
+        float y_ = 0.0f, next = 0.0f;
+#pragma unroll
+        for (int e = 0; e < EACH; e++) {
+            S[e] = S[e] * d_p[e] + u_ * b_p[e] + v_x * k_p[e];
+            y_ += S[e] * r_p[e];
+            next += S[e] * a_p[e];
+        }
+        sums[((2 + odd) * PARTS + p) * N + x] = y_;
+        sums[(!odd * PARTS + p) * N + x] = next;
+        return u_;
+    }
+
+    ON_GPU void write(void *to, int tensor, Head head, int64_t t, int x, float number) const {
+        if (x < s.N) put(to, head.at(t) + x, s.half(tensor), number);
     }
 
     ON_GPU static float total(const float *parts, int x) {
         float found = parts[x];
         for (int p = 1; p < PARTS; p++) found += parts[p * N + x];
         return found;
-    }
-
-    ON_GPU void take(float *S, const float *from, int x, int p) const {
-#pragma unroll
-        for (int e = 0; e < EACH; e++) {
-            const int j = p * EACH + e;
-            S[e] = x < s.N && j < s.N ? from[x * s.N + j] : 0.0f;
-        }
-    }
-
-    ON_GPU void give(float *to, const float *S, int x, int p) const {
-#pragma unroll
-        for (int e = 0; e < EACH; e++)
-            if (x < s.N && p * EACH + e < s.N) to[x * s.N + p * EACH + e] = S[e];
     }
 };
 
@@ -139,21 +136,27 @@ struct Forward : Rows<Shape> {
 
     ON_GPU void work(int64_t head, Threads &block, float *shared) const {
         const int64_t square = s.N * s.N;
-        block.each([&](int thread, Own &own) { this->take(own.S, start + head * square, thread % N, thread / N); });
+        block.each([&](int thread, Own &own) {
+            this->take(own.S, start + head * square, thread % N, thread / N, false);
+        });
         float *states = kept ? kept + head * s.segments(KEEP) * square : nullptr;
-        this->walk(block, shared, head, 0, s.T, KEEP, states, y, nullptr);
-        block.each([&](int thread, Own &own) { this->give(end + head * square, own.S, thread % N, thread / N); });
+        this->walk(block, shared, s.head(head), 0, s.T, KEEP, y, nullptr, [&](const float *S, int64_t n, int x, int p) {
+            if (states) this->give(states + n * square, S, x, p, false);
+        });
+        block.each([&](int thread, Own &own) {
+            this->give(end + head * square, own.S, thread % N, thread / N, false);
+        });
     }
 };
 
 template <class Shape>
 struct Backward : Rows<Shape> {
     using Base = Rows<Shape>;
-    using Base::EACH, Base::N, Base::PARTS, Base::THREADS, Base::s;
+    using Base::EACH, Base::N, Base::PARTS, Base::THREADS, Base::SQUARE, Base::s;
     struct Own {
         float S[Shape::EACH], rows[Shape::EACH], columns[Shape::EACH];  // the state; its gradient, twice
     };
-    enum { r_, d_, k_, v_, b_, a_, u_, y_, rate_, VECTORS };  // y_: the gradient of y
+    enum { r_, d_, k_, v_, a_, b_, y_, u_, rate_, VECTORS };  // as tensors are given; y_: the gradient of y
     enum { dv_, du_, dr_, dk_, db_, dd_, da_, SUMS };
     static constexpr int PLACE = VECTORS * SOME * N, OWN = PLACE + SUMS * PARTS * N + N;
     static constexpr int FLOATS = OWN > Base::FLOATS ? OWN : Base::FLOATS;
@@ -165,32 +168,37 @@ struct Backward : Rows<Shape> {
     float *dstart, *room;
 
     // floats of `room` for one head: the states that are written down, then the u
-    EITHER static int64_t wanted(int64_t n) { return KEEP / SOME * n * n + KEEP * N; }
+    static constexpr int64_t WANTED = KEEP / SOME * SQUARE + KEEP * N;
 
-    ON_GPU void work(int64_t head, Threads &block, float *shared) const {
+    ON_GPU void work(int64_t number, Threads &block, float *shared) const {
         const int64_t square = s.N * s.N;
-        float *written = room + head * wanted(s.N), *u = written + KEEP / SOME * square;
+        const Head head = s.head(number);
+        float *written = room + number * WANTED, *u = written + KEEP / SOME * SQUARE;
         block.each([&](int thread, Own &own) {
-            const int x = thread % N, p = thread / N;
-            this->take(own.rows, dend + head * square, x, p);
-            turned(own.columns, dend + head * square, x, p);
+            this->take(own.rows, dend + number * square, thread % N, thread / N, false);
+            this->take(own.columns, dend + number * square, thread % N, thread / N, true);
         });
         for (int64_t segment = s.segments(KEEP) - 1; segment >= 0; segment--) {
             const int64_t begin = segment * KEEP, end = begin + KEEP < s.T ? begin + KEEP : s.T;
-            const float *from = kept + (head * s.segments(KEEP) + segment) * square;
-            block.each([&](int thread, Own &own) { this->take(own.S, from, thread % N, thread / N); });
-            this->walk(block, shared, head, begin, end, SOME, written, nullptr, u);
-            for (int64_t part = (end - begin - 1) / SOME; part >= 0; part--) {
-                const int64_t first = begin + part * SOME, left = end - first;
-                fetch(block, shared, head, first, left < SOME ? left : SOME, u + part * SOME * N);
-                for (int t = static_cast<int>(left < SOME ? left : SOME) - 1; t >= 0; t--)
-                    back(block, shared, head, first, t, written + part * square);
+            const float *from = kept + (number * s.segments(KEEP) + segment) * square;
+            block.each([&](int thread, Own &own) { this->take(own.S, from, thread % N, thread / N, false); });
+            this->walk(block, shared, head, begin, end, SOME, nullptr, u, [&](const float *S, int64_t n, int x, int p) {
+                this->note_turned(written + n * SQUARE, S, x, p);
+            });
+            for (int part = static_cast<int>(end - begin - 1) / SOME; part >= 0; part--) {
+                const int64_t first = begin + part * SOME;
+                const int tokens = static_cast<int>(end - first < SOME ? end - first : SOME);
+                if (this->fours)
+                    fetch<4>(block, shared, head, first, tokens, u + part * SOME * N);
+                else
+                    fetch<1>(block, shared, head, first, tokens, u + part * SOME * N);
+                for (int t = tokens - 1; t >= 0; t--) back(block, shared, head, first, t, written + part * SQUARE);
             }
         }
         block.each([&](int thread, Own &own) {
             const int x = thread % N, p = thread / N;
-            this->give(dstart + head * square, own.rows, x, p);
-            if (p == 0) write(da, A, head, 0, x, sum(shared, da_, x));
+            this->give(dstart + number * square, own.rows, x, p, false);
+            if (p == 0) this->write(da, A, head, 0, x, sum(shared, da_, x));
         });
     }
 
@@ -198,45 +206,41 @@ struct Backward : Rows<Shape> {
     ON_GPU static float *part(float *shared, int which, int p) { return shared + PLACE + (which * PARTS + p) * N; }
     ON_GPU static float sum(float *shared, int which, int x) { return Base::total(part(shared, which, 0), x); }
 
-    ON_GPU void write(void *to, int tensor, int64_t head, int64_t t, int x, float number) const {
-        if (x < s.N) put(to, s.at(head, t) + x, s.half(tensor), number);
-    }
-
-    // a column of a state
-    ON_GPU void turned(float *S, const float *from, int x, int p) const {
+    template <int WIDE>
+    ON_GPU void fetch(Threads &block, float *shared, Head head, int64_t first, int tokens, const float *u) const {
+        constexpr int KINDS[] = {R, W, K, V, A, B_, V};
+        const void *const from[] = {this->in[R], this->in[W], this->in[K], this->in[V], this->in[A], this->in[B_], dy};
+        const auto lay = [&](int t, int x, bool there, const Raw<WIDE> *raw) {
 #pragma unroll
-        for (int e = 0; e < EACH; e++) {
-            const int i = p * EACH + e;
-            S[e] = x < s.N && i < s.N ? from[i * s.N + x] : 0.0f;
-        }
-    }
-
-    ON_GPU void fetch(Threads &block, float *shared, int64_t head, int64_t first, int64_t tokens,
-                      const float *u) const {
-        block.each([&](int thread, auto &) {
-            for (int i = thread; i < tokens * N; i += THREADS) {
-                const int x = i % N, t = i / N;
-                const bool there = x < s.N;
-                const int64_t at = s.at(head, first + t) + x;
-                const float rate = there ? rate_of(get(this->w, at, s.half(W))) : 0.0f;
-                row(shared, r_, t)[x] = there ? get(this->r, at, s.half(R)) : 0.0f;
-                row(shared, rate_, t)[x] = rate;
-                row(shared, d_, t)[x] = expf(-rate);
-                row(shared, k_, t)[x] = there ? get(this->k, at, s.half(K)) : 0.0f;
-                row(shared, v_, t)[x] = there ? get(this->v, at, s.half(V)) : 0.0f;
-                row(shared, a_, t)[x] = there ? get(this->a, at, s.half(A)) : 0.0f;
-                row(shared, b_, t)[x] = there ? get(this->b, at, s.half(B_)) : 0.0f;
-                row(shared, y_, t)[x] = there ? get(dy, at, s.half(V)) : 0.0f;
-                row(shared, u_, t)[x] = u[i];
+            for (int n = 0; n < 7; n++) {
+                float found[WIDE];
+#pragma unroll
+                for (int c = 0; c < WIDE; c++) found[c] = raw[n].number(c, s.half(KINDS[n]));
+                if (n == W) decays<WIDE>(found, row(shared, rate_, t) + x, there);
+                share<WIDE>(row(shared, n, t) + x, found);
             }
+#pragma unroll
+            for (int c = 0; c < WIDE; c++) row(shared, u_, t)[x + c] = u[t * N + x + c];
+        };
+        block.each([&](int thread, auto &) {
+            this->template read<WIDE, 7>(thread, tokens, head, first, first + tokens, from, KINDS, lay);
         });
     }
 
+    // w becomes the decay
+    template <int WIDE>
+    ON_GPU static void decays(float *w, float *rates, bool there) {
+        float rate[WIDE];
+#pragma unroll
+        for (int c = 0; c < WIDE; c++) rate[c] = there ? rate_of(w[c]) : 0.0f, w[c] = expf(-rate[c]);
+        share<WIDE>(rates, rate);
+    }
+
     // the gradients of one token; `from`: the state before the first token in shared memory
-    ON_GPU void back(Threads &block, float *shared, int64_t head, int64_t first, int t, const float *from) const {
+    ON_GPU void back(Threads &block, float *shared, Head head, int64_t first, int t, const float *from) const {
         block.each([&](int thread, Own &own) {
             const int x = thread % N, p = thread / N;
-            turned(own.S, from, x, p);
+            this->recall(own.S, from, thread);
             for (int q = 0; q < t; q++) after(own.S, shared, q, x, p);
             by_columns(own, shared, t, x, p);
             by_rows(own, shared, t, x, p);
@@ -248,10 +252,13 @@ struct Backward : Rows<Shape> {
             const int64_t token = first + t;
             du[x] = sum(shared, du_, x);
             const float lost = row(shared, d_, t)[x] * row(shared, rate_, t)[x];
-            write(dr, R, head, token, x, sum(shared, dr_, x)), write(dk, K, head, token, x, sum(shared, dk_, x));
-            write(dv, V, head, token, x, sum(shared, dv_, x)), write(db, B_, head, token, x, sum(shared, db_, x));
-            write(dw, W, head, token, x, -sum(shared, dd_, x) * lost);
-            if (token + 1 < s.T) write(da, A, head, token + 1, x, sum(shared, da_, x));
+            const auto write = [&](void *to, int tensor, int64_t at, float number) {
+                this->write(to, tensor, head, at, x, number);
+            };
+            write(dr, R, token, sum(shared, dr_, x)), write(dk, K, token, sum(shared, dk_, x));
+            write(dv, V, token, sum(shared, dv_, x)), write(db, B_, token, sum(shared, db_, x));
+            write(dw, W, token, -sum(shared, dd_, x) * lost);
+            if (token + 1 < s.T) write(da, A, token + 1, sum(shared, da_, x));
         });
         block.each([&](int thread, Own &own) {
             const int x = thread % N, p = thread / N;
@@ -327,17 +334,17 @@ int64_t wkv7_kept(const int64_t *z) {
 }
 
 int64_t wkv7_room(const int64_t *z) {
-    return sized(z[3], [&](auto shape) { return static_cast<int>(Backward<decltype(shape)>::wanted(z[3])); }) * z[0] *
-           z[2];
+    return sized(z[3], [&](auto shape) { return static_cast<int>(Backward<decltype(shape)>::WANTED); }) * z[0] * z[2];
 }
 
 // takes B T H N /r/w/k/v/a/b parts: r w k v a b B*T*H*N, start B*H*N*N, y B*T*H*N, end B*H*N*N, kept? any
 int wkv7_forward(const int64_t *z, int64_t stream, const void *r, const void *w, const void *k, const void *v,
                  const void *a, const void *b, const float *start, void *y, float *end, float *kept) {
+    const bool fours = z[3] % 4 == 0 && wide(r, w, k, v, a, b, start, end, kept);
     return sized(z[3], [&](auto shape) {
         using Shape = decltype(shape);
-        return launch(Forward<Shape>{{{}, {z[0], z[1], z[2], z[3], z[4]}, r, w, k, v, a, b}, start, y, end, kept},
-                      z[0] * z[2], stream);
+        const Rows<Shape> rows = {{{}, {z[0], z[1], z[2], z[3], z[4]}, fours}, {r, w, k, v, a, b}};
+        return launch(Forward<Shape>{rows, start, y, end, kept}, z[0] * z[2], stream);
     });
 }
 
@@ -346,11 +353,12 @@ int wkv7_forward(const int64_t *z, int64_t stream, const void *r, const void *w,
 int wkv7_backward(const int64_t *z, int64_t stream, const void *r, const void *w, const void *k, const void *v,
                   const void *a, const void *b, const float *kept, const void *dy, const float *dend, void *dr,
                   void *dw, void *dk, void *dv, void *da, void *db, float *dstart, float *room) {
+    const bool fours = z[3] % 4 == 0 && wide(r, w, k, v, a, b, kept, dy, dend, dstart);
     return sized(z[3], [&](auto shape) {
         using Shape = decltype(shape);
-        return launch(Backward<Shape>{{{}, {z[0], z[1], z[2], z[3], z[4]}, r, w, k, v, a, b}, kept, dy, dend, dr, dw, dk,
-                                      dv, da, db, dstart, room},
-                      z[0] * z[2], stream);
+        const Rows<Shape> rows = {{{}, {z[0], z[1], z[2], z[3], z[4]}, fours}, {r, w, k, v, a, b}};
+        const Backward<Shape> kernel = {rows, kept, dy, dend, dr, dw, dk, dv, da, db, dstart, room};
+        return launch(kernel, z[0] * z[2], stream);
     });
 }
 
