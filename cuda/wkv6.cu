@@ -13,7 +13,7 @@
 // The forward keeps one state in KEEP tokens; the backward walks on from it, by columns, and writes down one in SOME.
 // What has no token of its own (du, and dw of RWKV-5.2) comes out for each row, in fp32: whoever calls adds them up.
 
-#include "grid.cuh"
+#include "plain.cuh"
 
 namespace {
 
@@ -21,34 +21,57 @@ enum { R, W, K, V, U };  // bits of Sizes::halves
 
 // what both directions take, and the tokens [t, t + SOME) in shared memory
 template <class Shape>
-struct Tokens : Shape {
-    using Shape::EACH, Shape::N, Shape::PARTS, Shape::THREADS;
-    enum { r_, rate_, d_, k_, v_, y_, VECTORS };  // y_: the gradient of y
+struct Tokens : Plain<Shape> {
+    using Base = Plain<Shape>;
+    using Base::EACH, Base::N, Base::PARTS, Base::THREADS, Base::s;
+    enum { r_, d_, k_, v_, y_, rate_, VECTORS };  // as tensors are given; y_: the gradient of y
     static constexpr int BONUS = VECTORS * SOME * N, PLACE = BONUS + N;
-    Sizes s;
     bool one_w;  // for all tokens
-    const void *r, *w, *k, *v, *u;
+    const void *in[4], *u;  // r w k v
 
     ON_GPU static float *row(float *shared, int which, int t) { return shared + (which * SOME + t) * N; }
 
-    ON_GPU int64_t at_w(int64_t head, int64_t t) const { return one_w ? head % s.H * s.N : s.at(head, t); }
+    // once: u, and the w of all tokens, if there is one
+    template <class Team>
+    ON_GPU void begin(Team &block, float *shared, int64_t head) const {
+        block.each([&](int thread, auto &) {
+            if (thread >= N) return;
+            const bool there = thread < s.N;
+            const int64_t at = head % s.H * s.N + thread;
+            shared[BONUS + thread] = there ? get(u, at, s.half(U)) : 0.0f;
+            if (!one_w) return;
+            const float rate = there ? rate_of(get(in[W], at, s.half(W))) : 0.0f, decay = expf(-rate);
+            for (int t = 0; t < SOME; t++) row(shared, rate_, t)[thread] = rate, row(shared, d_, t)[thread] = decay;
+        });
+    }
 
     template <class Team>
-    ON_GPU void load(Team &block, float *shared, int64_t head, int64_t first, const void *dy) const {
-        block.each([&](int thread, auto &) {
-            for (int i = thread; i < SOME * N; i += THREADS) {
-                const int x = i % N, t = i / N;
-                const bool there = x < s.N && first + t < s.T;
-                const int64_t at = s.at(head, first + t) + x;
-                const float rate = there ? rate_of(get(w, at_w(head, first + t) + x, s.half(W))) : 0.0f;
-                row(shared, r_, t)[x] = there ? get(r, at, s.half(R)) : 0.0f;
-                row(shared, rate_, t)[x] = rate;
-                row(shared, d_, t)[x] = expf(-rate);
-                row(shared, k_, t)[x] = there ? get(k, at, s.half(K)) : 0.0f;
-                row(shared, v_, t)[x] = there ? get(v, at, s.half(V)) : 0.0f;
-                if (dy) row(shared, y_, t)[x] = there ? get(dy, at, s.half(V)) : 0.0f;
-                if (t == 0) shared[BONUS + x] = x < s.N ? get(u, head % s.H * s.N + x, s.half(U)) : 0.0f;
+    ON_GPU void load(Team &block, float *shared, Head head, int64_t first, const void *dy) const {
+        if (this->fours)
+            load_by<4>(block, shared, head, first, dy);
+        else
+            load_by<1>(block, shared, head, first, dy);
+    }
+
+    template <int WIDE, class Team>
+    ON_GPU void load_by(Team &block, float *shared, Head head, int64_t first, const void *dy) const {
+        constexpr int KINDS[] = {R, W, K, V, V};
+        const void *const from[] = {in[R], one_w ? nullptr : in[W], in[K], in[V], dy};
+        const auto lay = [&](int t, int x, bool there, const Raw<WIDE> *raw) {
+#pragma unroll
+            for (int n = 0; n < 5; n++) {
+                float found[WIDE], rate[WIDE];
+#pragma unroll
+                for (int c = 0; c < WIDE; c++) {
+                    found[c] = raw[n].number(c, s.half(KINDS[n]));
+                    if (n == W) rate[c] = there ? rate_of(found[c]) : 0.0f, found[c] = expf(-rate[c]);
+                }
+                if (n == W && !one_w) share<WIDE>(row(shared, rate_, t) + x, rate);
+                if (from[n]) share<WIDE>(row(shared, n, t) + x, found);
             }
+        };
+        block.each([&](int thread, auto &) {
+            this->template read<WIDE, 5>(thread, SOME, head, first, s.T, from, KINDS, lay);
         });
     }
 
@@ -56,23 +79,6 @@ struct Tokens : Shape {
         float found = parts[x];
         for (int p = 1; p < PARTS; p++) found += parts[p * N + x];
         return found;
-    }
-
-    // a row of a matrix of a head, or a column
-    ON_GPU void take(float *S, const float *from, int x, int p, bool column) const {
-#pragma unroll
-        for (int e = 0; e < EACH; e++) {
-            const int o = p * EACH + e;
-            S[e] = x < s.N && o < s.N ? from[column ? o * s.N + x : x * s.N + o] : 0.0f;
-        }
-    }
-
-    ON_GPU void give(float *to, const float *S, int x, int p, bool column) const {
-#pragma unroll
-        for (int e = 0; e < EACH; e++) {
-            const int o = p * EACH + e;
-            if (x < s.N && o < s.N) to[column ? o * s.N + x : x * s.N + o] = S[e];
-        }
     }
 };
 
@@ -89,27 +95,34 @@ struct Forward : Tokens<Shape> {
     void *y;
     float *end, *kept;  // kept may be null, if no backward will follow
 
-    ON_GPU void work(int64_t head, Threads &block, float *shared) const {
+    ON_GPU void work(int64_t number, Threads &block, float *shared) const {
         const int64_t square = s.N * s.N;
-        block.each([&](int thread, Own &own) { this->take(own.S, start + head * square, thread % N, thread / N, 0); });
+        const Head head = s.head(number);
+        this->begin(block, shared, number);
+        block.each([&](int thread, Own &own) {
+            this->take(own.S, start + number * square, thread % N, thread / N, false);
+        });
         for (int64_t first = 0; first < s.T; first += SOME) {
             const int tokens = static_cast<int>(s.T - first < SOME ? s.T - first : SOME);
-            float *to = kept && first % KEEP == 0 ? kept + (head * s.segments(KEEP) + first / KEEP) * square : nullptr;
+            float *to = kept && first % KEEP == 0 ? kept + (number * s.segments(KEEP) + first / KEEP) * square : nullptr;
             this->load(block, shared, head, first, nullptr);
             block.each([&](int thread, Own &own) {
                 const int x = thread % N, p = thread / N;
                 if (to) this->give(to, own.S, x, p, false);
-                for (int t = 0; t < tokens; t++) shared[Base::PLACE + (t * PARTS + p) * N + x] = step(own, shared, t, x, p);
+                float *parts = shared + Base::PLACE + p * N + x;
+                for (int t = 0; t < tokens; t++) parts[t * PARTS * N] = step(own, shared, t, x, p);
             });
             block.each([&](int thread, auto &) {
                 for (int i = thread; i < tokens * N; i += THREADS) {
                     const int x = i % N, t = i / N;
                     const float found = Base::total(shared + Base::PLACE + t * PARTS * N, x);
-                    if (x < s.N) put(y, s.at(head, first + t) + x, s.half(V), found);
+                    if (x < s.N) put(y, head.at(first + t) + x, s.half(V), found);
                 }
             });
         }
-        block.each([&](int thread, Own &own) { this->give(end + head * square, own.S, thread % N, thread / N, 0); });
+        block.each([&](int thread, Own &own) {
+            this->give(end + number * square, own.S, thread % N, thread / N, false);
+        });
     }
 
     // this part of y of row x; the state of the token before becomes that of token t
@@ -131,13 +144,13 @@ struct Forward : Tokens<Shape> {
 template <class Shape>
 struct Backward : Tokens<Shape> {
     using Base = Tokens<Shape>;
-    using Base::EACH, Base::N, Base::PARTS, Base::s, Base::row;
+    using Base::EACH, Base::N, Base::PARTS, Base::SQUARE, Base::s, Base::row;
     struct Own {
         float S[Shape::EACH], rows[Shape::EACH], columns[Shape::EACH];  // the state; its gradient, twice
         float du, dw;                                                   // of channel x, over all tokens
     };
-    enum { dv_, dr_, dk_, dd_, own_, met_, SUMS };
-    static constexpr int FLOATS = Base::PLACE + SUMS * PARTS * N;
+    enum { dv_, dr_, dk_, dd_, SUMS };
+    static constexpr int ALONE = Base::PLACE + SUMS * PARTS * N, FLOATS = ALONE + 2 * SOME;  // ALONE: each token's o, m
     using Threads = Block<Own, Shape::THREADS>;
     const float *kept;
     const void *dy;
@@ -146,77 +159,88 @@ struct Backward : Tokens<Shape> {
     float *du, *dstart, *room;
 
     // floats of `room` for one head
-    EITHER static int64_t wanted(int64_t n) { return KEEP / SOME * n * n; }
+    static constexpr int64_t WANTED = KEEP / SOME * SQUARE;
 
-    ON_GPU void work(int64_t head, Threads &block, float *shared) const {
+    ON_GPU void work(int64_t number, Threads &block, float *shared) const {
         const int64_t square = s.N * s.N;
-        float *written = room + head * wanted(s.N);
+        const Head head = s.head(number);
+        float *written = room + number * WANTED;
+        this->begin(block, shared, number);
         block.each([&](int thread, Own &own) {
-            this->take(own.rows, dend + head * square, thread % N, thread / N, false);
-            this->take(own.columns, dend + head * square, thread % N, thread / N, true);
+            this->take(own.rows, dend + number * square, thread % N, thread / N, false);
+            this->take(own.columns, dend + number * square, thread % N, thread / N, true);
             own.du = own.dw = 0.0f;
         });
         for (int64_t segment = s.segments(KEEP) - 1; segment >= 0; segment--) {
             const int64_t begin = segment * KEEP, end = begin + KEEP < s.T ? begin + KEEP : s.T;
-            const float *from = kept + (head * s.segments(KEEP) + segment) * square;
+            const float *from = kept + (number * s.segments(KEEP) + segment) * square;
+            const int parts = static_cast<int>(end - begin + SOME - 1) / SOME;
             block.each([&](int thread, Own &own) { this->take(own.S, from, thread % N, thread / N, true); });
-            for (int64_t first = begin; first < end; first += SOME) {
-                this->load(block, shared, head, first, nullptr);
+            for (int part = 0; part < parts; part++) {
+                this->load(block, shared, head, begin + part * SOME, nullptr);
                 block.each([&](int thread, Own &own) {
                     const int x = thread % N, p = thread / N;
-                    this->give(written + (first - begin) / SOME * square, own.S, x, p, true);
+                    this->note(written + part * SQUARE, own.S, thread);
                     for (int t = 0; t < SOME; t++) after(own.S, shared, t, x, p);
                 });
             }
-            for (int64_t part = (end - begin - 1) / SOME; part >= 0; part--) {
+            for (int part = parts - 1; part >= 0; part--) {
                 const int64_t first = begin + part * SOME, left = end - first;
                 this->load(block, shared, head, first, dy);
+                alone(block, shared);
                 for (int t = static_cast<int>(left < SOME ? left : SOME) - 1; t >= 0; t--)
-                    back(block, shared, head, first, t, written + part * square);
+                    back(block, shared, head, first, t, written + part * SQUARE);
             }
         }
         block.each([&](int thread, Own &own) {
             const int x = thread % N;
-            this->give(dstart + head * square, own.rows, x, thread / N, false);
+            this->give(dstart + number * square, own.rows, x, thread / N, false);
             if (thread >= N || x >= s.N) return;
-            du[head * s.N + x] = own.du;
-            if (this->one_w) static_cast<float *>(dw)[head * s.N + x] = own.dw;
+            du[number * s.N + x] = own.du;
+            if (this->one_w) static_cast<float *>(dw)[number * s.N + x] = own.dw;
         });
     }
 
     ON_GPU static float *part(float *shared, int which, int p) { return shared + Base::PLACE + (which * PARTS + p) * N; }
     ON_GPU static float sum(float *shared, int which, int x) { return Base::total(part(shared, which, 0), x); }
 
-    ON_GPU static float sum_of_all(float *shared, int which) {
-        float found = 0.0f;
-        for (int x = 0; x < N; x++) found += part(shared, which, 0)[x];
-        return found;
+    // what a token says to itself (o), and what its value meets (m)
+    ON_GPU static void alone(Threads &block, float *shared) {
+        block.each([&](int thread, Own &) {
+            for (int i = thread; i < 2 * SOME; i += Shape::THREADS) {
+                const int t = i / 2, odd = i & 1;
+                const float *a = row(shared, odd ? Base::v_ : Base::r_, t), *b = row(shared, odd ? Base::y_ : Base::k_, t);
+                const float *u = shared + Base::BONUS;
+                float found = 0.0f;
+                for (int n = 0; n < N; n++) {
+                    const int x = (n + i) % N;  // threads read from different banks
+                    found += odd ? a[x] * b[x] : a[x] * u[x] * b[x];
+                }
+                shared[ALONE + i] = found;
+            }
+        });
     }
 
     // the gradients of one token; `from`: the state before the first token in shared memory
-    ON_GPU void back(Threads &block, float *shared, int64_t head, int64_t first, int t, const float *from) const {
+    ON_GPU void back(Threads &block, float *shared, Head head, int64_t first, int t, const float *from) const {
         block.each([&](int thread, Own &own) {
             const int x = thread % N, p = thread / N;
-            this->take(own.S, from, x, p, true);
+            this->recall(own.S, from, thread);
             for (int q = 0; q < t; q++) after(own.S, shared, q, x, p);
             by_columns(own, shared, t, x, p);
             by_rows(own, shared, t, x, p);
-            if (p) return;
-            const float u = shared[Base::BONUS + x];
-            part(shared, own_, 0)[x] = row(shared, Base::r_, t)[x] * u * row(shared, Base::k_, t)[x];
-            part(shared, met_, 0)[x] = row(shared, Base::v_, t)[x] * row(shared, Base::y_, t)[x];
         });
         block.each([&](int thread, Own &own) {
             if (thread >= N) return;
             const int x = thread;
-            const float o = sum_of_all(shared, own_), m = sum_of_all(shared, met_), u = shared[Base::BONUS + x];
+            const float o = shared[ALONE + 2 * t], m = shared[ALONE + 2 * t + 1], u = shared[Base::BONUS + x];
             const float r = row(shared, Base::r_, t)[x], k = row(shared, Base::k_, t)[x];
             const float lost = row(shared, Base::d_, t)[x] * row(shared, Base::rate_, t)[x];
             const float dw_x = -sum(shared, dd_, x) * lost;
             own.du += r * k * m;
             own.dw += dw_x;
             if (x >= s.N) return;
-            const int64_t at = s.at(head, first + t) + x;
+            const int64_t at = head.at(first + t) + x;
             put(dr, at, s.half(R), sum(shared, dr_, x) + u * k * m);
             put(dk, at, s.half(K), sum(shared, dk_, x) + u * r * m);
             put(dv, at, s.half(V), sum(shared, dv_, x) + o * row(shared, Base::y_, t)[x]);
@@ -271,16 +295,19 @@ int64_t wkv6_kept(const int64_t *z) {
     return z[0] * z[2] * Sizes{z[0], z[1], z[2], z[3], z[4]}.segments(KEEP) * z[3] * z[3];
 }
 
-int64_t wkv6_room(const int64_t *z) { return KEEP / SOME * z[3] * z[3] * z[0] * z[2]; }
+int64_t wkv6_room(const int64_t *z) {
+    return sized(z[3], [&](auto shape) { return static_cast<int>(Backward<decltype(shape)>::WANTED); }) * z[0] * z[2];
+}
 
 // takes B T H N /r/w/k/v/u one_w parts: r B*T*H*N, w H*N if one_w else B*T*H*N, k v B*T*H*N, u H*N, start B*H*N*N, y
 // B*T*H*N, end B*H*N*N, kept? any
 int wkv6_forward(const int64_t *z, int64_t stream, const void *r, const void *w, const void *k, const void *v,
                  const void *u, const float *start, void *y, float *end, float *kept) {
+    const bool fours = z[3] % 4 == 0 && wide(r, w, k, v, start, end, kept);
     return sized(z[3], [&](auto shape) {
         using Shape = decltype(shape);
-        return launch(Forward<Shape>{{{}, {z[0], z[1], z[2], z[3], z[4]}, z[5] != 0, r, w, k, v, u}, start, y, end, kept},
-                      z[0] * z[2], stream);
+        const Tokens<Shape> tokens = {{{}, {z[0], z[1], z[2], z[3], z[4]}, fours}, z[5] != 0, {r, w, k, v}, u};
+        return launch(Forward<Shape>{tokens, start, y, end, kept}, z[0] * z[2], stream);
     });
 }
 
@@ -291,11 +318,12 @@ int wkv6_forward(const int64_t *z, int64_t stream, const void *r, const void *w,
 int wkv6_backward(const int64_t *z, int64_t stream, const void *r, const void *w, const void *k, const void *v,
                   const void *u, const float *kept, const void *dy, const float *dend, void *dr, void *dw, void *dk,
                   void *dv, float *du, float *dstart, float *room) {
+    const bool fours = z[3] % 4 == 0 && wide(r, w, k, v, kept, dy, dend, dstart);
     return sized(z[3], [&](auto shape) {
         using Shape = decltype(shape);
-        return launch(Backward<Shape>{{{}, {z[0], z[1], z[2], z[3], z[4]}, z[5] != 0, r, w, k, v, u}, kept, dy, dend, dr,
-                                      dw, dk, dv, du, dstart, room},
-                      z[0] * z[2], stream);
+        const Tokens<Shape> tokens = {{{}, {z[0], z[1], z[2], z[3], z[4]}, fours}, z[5] != 0, {r, w, k, v}, u};
+        const Backward<Shape> kernel = {tokens, kept, dy, dend, dr, dw, dk, dv, du, dstart, room};
+        return launch(kernel, z[0] * z[2], stream);
     });
 }
 

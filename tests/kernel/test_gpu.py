@@ -139,6 +139,17 @@ def test_views_with_gaps_give_the_same(on_host):
         assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("which", OPERATORS)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_views_that_begin_anywhere_give_the_same_bits(on_host, which, kind):
+    whole = made(which, 2, 19, 2, 12)
+    inputs = [*(x.to(kind) for x in whole[:-1]), whole[-1]]
+    moved = [torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape) for x in inputs]
+    assert all(x.data_ptr() % 16 for x in moved)
+    for found, wanted in zip(results(OPERATORS[which][0], moved), results(OPERATORS[which][0], inputs), strict=True):
+        assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("inputs, why", [
     (lambda: made("wkv7", 1, 3, 1, 129), "heads of up to 128 channels"),
     (lambda: [x.double() for x in made("wkv7", 1, 3, 1, 8)], "fp32 and bf16"),
