@@ -1,13 +1,13 @@
 // What surrounds the recurrences channel by channel on a GPU, in one pass each, with its gradient;
-// rwkvpipe/kernel/blend.py and gate.py have the formulas in PyTorch. Tensors are in fp32 or bf16, sums in fp32. A
-// thread has four channels where all tensors are of kinds that come often and begin at a multiple of 16 bytes, else one.
+// rwkvpipe/kernel/blend.py and gate.py have the formulas in PyTorch. Tensors are in fp32 or bf16, sums in fp32. Where
+// all are of kinds that come often and begin at a multiple of 16 bytes, a thread has four channels, else one.
 
 #include "grid.cuh"
 
 namespace {
 
 constexpr int MOST = 6;   // mixes of one input
-constexpr int RUN = 32;   // tokens that a thread goes through at most, and for which gradients that all share are summed
+constexpr int RUN = 32;   // tokens that a thread goes through at most, and of which gradients that all share are sums
 constexpr int WIDTH = 256;
 constexpr int WIDE = 4;  // channels of a thread, where tensors allow it
 
@@ -315,7 +315,8 @@ int mix_forward(const int64_t *z, int64_t stream, const void *x, const void *las
                 void *const *out) {
     if (z[3] > MOST) return -1;
     return mixed(z, wide(x, last), m, out, [&](auto way) {
-        MixForward<decltype(way)> kernel = {mixing<decltype(way)>(z, run_of(z[0] * z[1] * z[2] / WIDE, RUN), x, last, m), {}};
+        const int64_t run = run_of(z[0] * z[1] * z[2] / WIDE, RUN);
+        MixForward<decltype(way)> kernel = {mixing<decltype(way)>(z, run, x, last, m), {}};
         for (int64_t i = 0; i < z[3]; i++) kernel.out[i] = out[i];
         return launch(kernel, kernel.blocks(), stream);
     });

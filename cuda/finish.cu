@@ -1,5 +1,5 @@
-// Each head of what a recurrence gives normalised, with a bonus of the token for itself, times the gate, and its gradient,
-// in one pass each on a GPU; rwkvpipe/kernel/blend.py and gate.py have the formulas in PyTorch.
+// Each head of what a recurrence gives normalised, with a bonus of the token for itself, times the gate, and the
+// gradient, in one pass each on a GPU; rwkvpipe/kernel/blend.py and gate.py have the formulas in PyTorch.
 
 #include "heads.cuh"
 

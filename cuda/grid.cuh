@@ -167,8 +167,8 @@ ON_GPU void put(void *to, int64_t at, bool half, float x) {
         static_cast<float *>(to)[at] = x;
 }
 
-// What is read or written in one step: 32 bits, twice or four times. Such stores are told to the compiler in words of its
-// own, since it makes many of one where it cannot see their places beside each other.
+// What is read or written in one step: 32 bits, twice or four times. Such stores are told to the compiler in words of
+// its own, since it makes many of one where it does not see places beside each other.
 #ifdef __CUDACC__
 using Two = uint2;
 using Four = uint4;
@@ -178,7 +178,10 @@ ON_GPU void store(void *to, Two x) {
 }
 
 ON_GPU void store(void *to, Four x) {
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+                 : "memory");
 }
 #else
 struct alignas(8) Two {
@@ -273,7 +276,7 @@ int by_way(int64_t halves, bool wide, F f) {
     return known ? status : f(Way<ANY, 1>());
 }
 
-// How many of so many steps a thread takes one after the other, where nothing is summed: up to `most`, few if all are few.
+// How many of so many steps a thread takes one after the other, where nothing is summed: few if all are few.
 inline int64_t run_of(int64_t steps, int64_t most) {
 #ifdef __CUDACC__
     constexpr int64_t BUSY = 1 << 18;  // threads that keep a large card busy

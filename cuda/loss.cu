@@ -8,8 +8,8 @@ namespace {
 constexpr int WIDTH = 512;
 constexpr float NONE = -HUGE_VALF;
 
-// Exponentials are powers of two here, of numbers scaled by this; what is measured from is rounded once and then the same
-// number for all, so that its rounding is nobody's error.
+// Exponentials are powers of two here, of numbers scaled by this; what they are measured from is rounded once and then
+// the same number for all, so that its rounding is nobody's error.
 constexpr float LOG2E = 1.44269504f;
 
 ON_GPU float scaled(float x) {
@@ -77,7 +77,7 @@ struct Loss : Way {
     bool any_half;
     float scale, pull;
     void *logits;
-    const int64_t *chosen, *real;  // chosen: below 0 where there is no loss; real: not 0 where the largest is drawn to 0
+    const int64_t *chosen, *real;  // chosen: below 0 where there is no loss; real: not 0 if the largest is drawn to 0
     float *losses;
 
     ON_GPU bool half() const { return Way::HALVES == ANY ? any_half : Way::HALVES == 1; }
@@ -170,7 +170,8 @@ struct Loss : Way {
 extern "C" int loss_rows(const int64_t *z, int64_t stream, void *logits, const int64_t *chosen, const int64_t *real,
                          float scale, float pull, float *losses) {
     const auto rows = [&](auto way) {
-        return launch(Loss<decltype(way)>{{}, z[1], z[2] != 0, scale, pull, logits, chosen, real, losses}, z[0], stream);
+        const Loss<decltype(way)> kernel = {{}, z[1], z[2] != 0, scale, pull, logits, chosen, real, losses};
+        return launch(kernel, z[0], stream);
     };
     const bool all = wide(logits);
     return z[2] ? by_way<8, 1>(1, all && z[1] % 8 == 0, rows) : by_way<4, 0>(0, all && z[1] % 4 == 0, rows);

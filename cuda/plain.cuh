@@ -57,8 +57,8 @@ struct Plain : Shape {
     Sizes s;
     bool fours;  // heads have a multiple of four channels, and what is read begins at a multiple of 16 bytes
 
-    // Tensors `from`, of kinds as others are, at tokens [t, t + count), none from `end` on: f(token of them, first of WIDE
-    // channels, whether they are there, numbers of each tensor)
+    // Tensors `from`, each of the kind of a tensor of `kinds`, at tokens [t, t + count), none from `end` on: f(token of
+    // them, first of WIDE channels, whether they are there, numbers of each tensor)
     template <int WIDE, int TENSORS, class F>
     ON_GPU void read(int thread, int count, Head head, int64_t t, int64_t end, const void *const *from,
                      const int *kinds, F f) const {

@@ -104,7 +104,8 @@ struct Forward : Tokens<Shape> {
         });
         for (int64_t first = 0; first < s.T; first += SOME) {
             const int tokens = static_cast<int>(s.T - first < SOME ? s.T - first : SOME);
-            float *to = kept && first % KEEP == 0 ? kept + (number * s.segments(KEEP) + first / KEEP) * square : nullptr;
+            const int64_t states = (number * s.segments(KEEP) + first / KEEP) * square;
+            float *to = kept && first % KEEP == 0 ? kept + states : nullptr;
             this->load(block, shared, head, first, nullptr);
             block.each([&](int thread, Own &own) {
                 const int x = thread % N, p = thread / N;
@@ -201,7 +202,10 @@ struct Backward : Tokens<Shape> {
         });
     }
 
-    ON_GPU static float *part(float *shared, int which, int p) { return shared + Base::PLACE + (which * PARTS + p) * N; }
+    ON_GPU static float *part(float *shared, int which, int p) {
+        return shared + Base::PLACE + (which * PARTS + p) * N;
+    }
+
     ON_GPU static float sum(float *shared, int which, int x) { return Base::total(part(shared, which, 0), x); }
 
     // what a token says to itself (o), and what its value meets (m)
@@ -209,8 +213,8 @@ struct Backward : Tokens<Shape> {
         block.each([&](int thread, Own &) {
             for (int i = thread; i < 2 * SOME; i += Shape::THREADS) {
                 const int t = i / 2, odd = i & 1;
-                const float *a = row(shared, odd ? Base::v_ : Base::r_, t), *b = row(shared, odd ? Base::y_ : Base::k_, t);
-                const float *u = shared + Base::BONUS;
+                const float *a = row(shared, odd ? Base::v_ : Base::r_, t), *u = shared + Base::BONUS;
+                const float *b = row(shared, odd ? Base::y_ : Base::k_, t);
                 float found = 0.0f;
                 for (int n = 0; n < N; n++) {
                     const int x = (n + i) % N;  // threads read from different banks
