@@ -14,9 +14,12 @@ from rwkvpipe.base import compiler
 from rwkvpipe.kernel import gpu
 
 REPORT = Path(__file__).resolve().parents[1] / "docs/gpu.json"
-# a kernel's line, and what follows it; names are as C++ has them in files: Forward, I5ShapeILi64EE or ILi4EE
+# a kernel's line, and what follows it; names are as C++ has them in files: Forward, I5ShapeILi64EE, I3WayILl3ELi4EE (of
+# tensors 0 and 1 in bf16, four numbers at once; n1 for any) or ILi4EE
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\w+)'(.*?)(?=Compiling entry function|\Z)", re.S)
-NAMED = re.compile(r"\d([A-Z][A-Za-z]*?)(?:I(?:5ShapeI)?Li(\d+)|EE)")
+NAMED = re.compile(r"\d([A-Z][A-Za-z]*?)(?:I3WayILl(n?\d+)E|I5ShapeI|I|E)(?:Li(\d+)|E)")
+# what the numbers in such names say of blend.cu, prepare.cu, finish.cu and loss.cu; others are all tensors in bf16
+KINDS = {"n1": "any kinds", "0": "fp32", "2": "fp32 to bf16", "263": "bf16, decays fp32"}
 FIGURES = {
     "registers": re.compile(r"Used (\d+) registers"),
     "spilled": re.compile(r"(\d+) bytes spill stores"),
@@ -39,7 +42,9 @@ def parsed(file: str, told: str) -> list[dict]:
     """What ptxas -v tells of each kernel."""
     found = []
     for name, target, said in ENTRY.findall(told):
-        kernel, width = NAMED.search(name).groups()
+        kernel, kinds, width = NAMED.search(name).groups()
+        if kinds is not None:
+            kernel, width = f"{kernel}, {KINDS.get(kinds, 'bf16')}", None
         line = {"file": file, "kernel": kernel, "width": int(width or 0), "target": target}
         found.append(line | {figure: int(look.search(said)[1]) for figure, look in FIGURES.items()})
     return sorted(found, key=lambda line: (line["kernel"], line["width"]))

@@ -76,3 +76,7 @@ def test_a_report_is_read_as_the_compiler_writes_it():
     said += "ptxas info    : Used 128 registers, used 1 barriers\n"
     wanted = {"file": "x.cu", "kernel": "Backward", "width": 64, "target": "sm_80"}
     assert registers.parsed("x.cu", said) == [wanted | {"registers": 128, "spilled": 200, "reloaded": 140}]
+    ways = {"n1ELi1": "any kinds", "0ELi4": "fp32", "3ELi4": "bf16", "263ELi4": "bf16, decays fp32"}
+    for way, kinds in ways.items():
+        (found,) = registers.parsed("x.cu", said.replace("8BackwardI5ShapeILi64", f"6SquareI3WayILl{way}"))
+        assert (found["kernel"], found["width"]) == (f"Square, {kinds}", 0)
