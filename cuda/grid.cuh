@@ -333,7 +333,7 @@ ON_GPU float at_most(float x, float most) { return x > most ? most : x; }
 ON_GPU float rate_of(float w) { return at_most(expf(w), 1e4f); }
 
 constexpr int KEEP = 64;  // tokens for which the forward keeps one state
-constexpr int SOME = 8;   // tokens that lie in shared memory together; of as many the backward writes down a state
+constexpr int SOME = 8;   // tokens that lie in shared memory together
 
 template <int N_>
 struct Shape {

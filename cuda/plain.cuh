@@ -49,6 +49,8 @@ ON_GPU void share(float *to, const float *x) {
     }
 }
 
+constexpr int NOTED = 4;  // of as many tokens the backward writes down a state
+
 // Thread (x, p) of a block holds the numbers [p EACH, (p + 1) EACH) of row x of a head's state, or of its column x.
 template <class Shape>
 struct Plain : Shape {

@@ -10,7 +10,7 @@
 // With G the gradient of S_t, and o = r . u . k, m = v . dy of a token:
 //     dk = G^T v + u r m, dv = G k + o dy, dd = sum over values of G S_{t-1}, dr = S_{t-1}^T dy + u k m, du += r k m,
 //     dw = -dd d exp(w), and the gradient of S_{t-1} is G diag(d) + dy r^T.
-// The forward keeps one state in KEEP tokens; the backward walks on from it, by columns, and writes down one in SOME.
+// The forward keeps one state in KEEP tokens; the backward walks on from it, by columns, and writes down one in NOTED.
 // What has no token of its own (du, and dw of RWKV-5.2) comes out for each row, in fp32: whoever calls adds them up.
 
 #include "plain.cuh"
@@ -151,7 +151,8 @@ struct Backward : Tokens<Shape> {
         float du, dw;                                                   // of channel x, over all tokens
     };
     enum { dv_, dr_, dk_, dd_, SUMS };
-    static constexpr int ALONE = Base::PLACE + SUMS * PARTS * N, FLOATS = ALONE + 2 * SOME;  // ALONE: each token's o, m
+    static constexpr int FOURTHS = 4;  // ALONE: each token's o and m, a sum of so many
+    static constexpr int ALONE = Base::PLACE + SUMS * PARTS * N, FLOATS = ALONE + 2 * SOME * FOURTHS;
     using Threads = Block<Own, Shape::THREADS>;
     const float *kept;
     const void *dy;
@@ -160,7 +161,7 @@ struct Backward : Tokens<Shape> {
     float *du, *dstart, *room;
 
     // floats of `room` for one head
-    static constexpr int64_t WANTED = KEEP / SOME * SQUARE;
+    static constexpr int64_t WANTED = KEEP / NOTED * SQUARE;
 
     ON_GPU void work(int64_t number, Threads &block, float *shared) const {
         const int64_t square = s.N * s.N;
@@ -181,8 +182,10 @@ struct Backward : Tokens<Shape> {
                 this->load(block, shared, head, begin + part * SOME, nullptr);
                 block.each([&](int thread, Own &own) {
                     const int x = thread % N, p = thread / N;
-                    this->note(written + part * SQUARE, own.S, thread);
-                    for (int t = 0; t < SOME; t++) after(own.S, shared, t, x, p);
+                    for (int t = 0; t < SOME; t++) {
+                        if (t % NOTED == 0) this->note(written + (part * SOME + t) / NOTED * SQUARE, own.S, thread);
+                        after(own.S, shared, t, x, p);
+                    }
                 });
             }
             for (int part = parts - 1; part >= 0; part--) {
@@ -190,7 +193,7 @@ struct Backward : Tokens<Shape> {
                 this->load(block, shared, head, first, dy);
                 alone(block, shared);
                 for (int t = static_cast<int>(left < SOME ? left : SOME) - 1; t >= 0; t--)
-                    back(block, shared, head, first, t, written + part * SQUARE);
+                    back(block, shared, head, first, t, written + (part * SOME + t) / NOTED * SQUARE);
             }
         }
         block.each([&](int thread, Own &own) {
@@ -211,33 +214,33 @@ struct Backward : Tokens<Shape> {
     // what a token says to itself (o), and what its value meets (m)
     ON_GPU static void alone(Threads &block, float *shared) {
         block.each([&](int thread, Own &) {
-            for (int i = thread; i < 2 * SOME; i += Shape::THREADS) {
-                const int t = i / 2, odd = i & 1;
-                const float *a = row(shared, odd ? Base::v_ : Base::r_, t), *u = shared + Base::BONUS;
-                const float *b = row(shared, odd ? Base::y_ : Base::k_, t);
+            for (int i = thread; i < 2 * SOME * FOURTHS; i += Shape::THREADS) {
+                const int t = i / (2 * FOURTHS), x = i % FOURTHS * (N / FOURTHS), odd = i / FOURTHS % 2;
+                const float *a = row(shared, odd ? Base::v_ : Base::r_, t) + x, *u = shared + Base::BONUS + x;
+                const float *b = row(shared, odd ? Base::y_ : Base::k_, t) + x;
                 float found = 0.0f;
-                for (int n = 0; n < N; n++) {
-                    const int x = (n + i) % N;  // threads read from different banks
-                    found += odd ? a[x] * b[x] : a[x] * u[x] * b[x];
-                }
+#pragma unroll
+                for (int n = 0; n < N / FOURTHS; n++) found += odd ? a[n] * b[n] : a[n] * u[n] * b[n];
                 shared[ALONE + i] = found;
             }
         });
     }
 
-    // the gradients of one token; `from`: the state before the first token in shared memory
+    // the gradients of one token; `from`: the last state before it that was written down
     ON_GPU void back(Threads &block, float *shared, Head head, int64_t first, int t, const float *from) const {
         block.each([&](int thread, Own &own) {
             const int x = thread % N, p = thread / N;
             this->recall(own.S, from, thread);
-            for (int q = 0; q < t; q++) after(own.S, shared, q, x, p);
+            for (int q = t / NOTED * NOTED; q < t; q++) after(own.S, shared, q, x, p);
             by_columns(own, shared, t, x, p);
             by_rows(own, shared, t, x, p);
         });
         block.each([&](int thread, Own &own) {
             if (thread >= N) return;
             const int x = thread;
-            const float o = shared[ALONE + 2 * t], m = shared[ALONE + 2 * t + 1], u = shared[Base::BONUS + x];
+            const float *said = shared + ALONE + 2 * FOURTHS * t, *met = said + FOURTHS;
+            const float o = said[0] + said[1] + said[2] + said[3], m = met[0] + met[1] + met[2] + met[3];
+            const float u = shared[Base::BONUS + x];
             const float r = row(shared, Base::r_, t)[x], k = row(shared, Base::k_, t)[x];
             const float lost = row(shared, Base::d_, t)[x] * row(shared, Base::rate_, t)[x];
             const float dw_x = -sum(shared, dd_, x) * lost;

@@ -10,7 +10,7 @@
 //     dk = L^T v, dv = L k, db = L^T u, du = L b, da = S_{t-1}^T du, dr = S_t^T dy, dd = sum over values of L S_{t-1},
 //     dw = -dd d exp(w), and the gradient of S_{t-1} is L diag(d) + du a^T.
 // The forward keeps one state in KEEP tokens. The backward walks on from it, by rows, which finds each u again, and
-// writes down one state in SOME; from there columns find theirs again, forward. No decay is divided by.
+// writes down one state in NOTED; from there columns find theirs again, forward. No decay is divided by.
 
 #include "plain.cuh"
 
@@ -168,12 +168,12 @@ struct Backward : Rows<Shape> {
     float *dstart, *room;
 
     // floats of `room` for one head: the states that are written down, then the u
-    static constexpr int64_t WANTED = KEEP / SOME * SQUARE + KEEP * N;
+    static constexpr int64_t WANTED = KEEP / NOTED * SQUARE + KEEP * N;
 
     ON_GPU void work(int64_t number, Threads &block, float *shared) const {
         const int64_t square = s.N * s.N;
         const Head head = s.head(number);
-        float *written = room + number * WANTED, *u = written + KEEP / SOME * SQUARE;
+        float *written = room + number * WANTED, *u = written + KEEP / NOTED * SQUARE;
         block.each([&](int thread, Own &own) {
             this->take(own.rows, dend + number * square, thread % N, thread / N, false);
             this->take(own.columns, dend + number * square, thread % N, thread / N, true);
@@ -182,9 +182,10 @@ struct Backward : Rows<Shape> {
             const int64_t begin = segment * KEEP, end = begin + KEEP < s.T ? begin + KEEP : s.T;
             const float *from = kept + (number * s.segments(KEEP) + segment) * square;
             block.each([&](int thread, Own &own) { this->take(own.S, from, thread % N, thread / N, false); });
-            this->walk(block, shared, head, begin, end, SOME, nullptr, u, [&](const float *S, int64_t n, int x, int p) {
+            const auto keep = [&](const float *S, int64_t n, int x, int p) {
                 this->note_turned(written + n * SQUARE, S, x, p);
-            });
+            };
+            this->walk(block, shared, head, begin, end, NOTED, nullptr, u, keep);
             for (int part = static_cast<int>(end - begin - 1) / SOME; part >= 0; part--) {
                 const int64_t first = begin + part * SOME;
                 const int tokens = static_cast<int>(end - first < SOME ? end - first : SOME);
@@ -192,7 +193,8 @@ struct Backward : Rows<Shape> {
                     fetch<4>(block, shared, head, first, tokens, u + part * SOME * N);
                 else
                     fetch<1>(block, shared, head, first, tokens, u + part * SOME * N);
-                for (int t = tokens - 1; t >= 0; t--) back(block, shared, head, first, t, written + part * SQUARE);
+                for (int t = tokens - 1; t >= 0; t--)
+                    back(block, shared, head, first, t, written + (part * SOME + t) / NOTED * SQUARE);
             }
         }
         block.each([&](int thread, Own &own) {
@@ -236,12 +238,12 @@ struct Backward : Rows<Shape> {
         share<WIDE>(rates, rate);
     }
 
-    // the gradients of one token; `from`: the state before the first token in shared memory
+    // the gradients of one token; `from`: the last state before it that was written down
     ON_GPU void back(Threads &block, float *shared, Head head, int64_t first, int t, const float *from) const {
         block.each([&](int thread, Own &own) {
             const int x = thread % N, p = thread / N;
             this->recall(own.S, from, thread);
-            for (int q = 0; q < t; q++) after(own.S, shared, q, x, p);
+            for (int q = t / NOTED * NOTED; q < t; q++) after(own.S, shared, q, x, p);
             by_columns(own, shared, t, x, p);
             by_rows(own, shared, t, x, p);
         });
