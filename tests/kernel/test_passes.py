@@ -275,6 +275,20 @@ def test_bf16_logits_become_the_gradient_that_wide_ones_become_rounded_once(on_h
     assert torch.equal(loss._gradients(logits, wanted, slice(0, 40)), first) and torch.equal(logits, more)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("V, first", [(16, 3), (16, 11), (9000, 8992), (9000, 4097), (513, 1)])
+def test_of_equal_logits_the_first_is_drawn_to_zero_also_where_there_is_no_loss(on_host, dtype, V, first):
+    logits, chosen = torch.zeros(2, V, dtype=dtype), torch.tensor([-1, first + 1])
+    logits[:, first:] = 2.0
+    found = logits.clone()
+    loss._gradients(found, Wanted(chosen, torch.ones(2), 1.0, 0.5), slice(0, 2))
+    wanted = torch.zeros(2, V, dtype=torch.float64)
+    wanted[1] = logits[1].double().softmax(-1)
+    wanted[1, first + 1] -= 1.0
+    wanted[:, first] += 1.0
+    same([found], [wanted], 1e-6 if dtype == torch.float32 else 4e-3)
+
+
 def test_a_logit_that_is_no_number_makes_the_loss_none_and_minus_infinity_is_a_logit(on_host):
     logits = torch.randn(3, 600)
     logits[0, 5], logits[1, 7] = torch.nan, -torch.inf
