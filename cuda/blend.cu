@@ -6,8 +6,7 @@
 
 namespace {
 
-constexpr int MOST = 6;   // mixes of one input
-constexpr int RUN = 32;   // tokens that a thread goes through at most, and of which gradients that all share are sums
+constexpr int MOST = 6;  // mixes of one input
 constexpr int WIDTH = 256;
 constexpr int WIDE = 4;  // channels of a thread, where tensors allow it
 
@@ -129,7 +128,7 @@ struct MixBackward : Mixing<Way> {
             }
 #pragma unroll
             for (int i = 0; i < MOST; i++)
-                if (i < count) lay_down<WIDE>(sums, (begin / RUN * count + i) * D + channel, false, dm[i]);
+                if (i < count) lay_down<WIDE>(sums, (begin / this->run * count + i) * D + channel, false, dm[i]);
         });
     }
 
@@ -275,7 +274,7 @@ struct LeanBackward : Leaning<Way> {
                 lay_down<WIDE>(dfirst, at, this->half(Base::FIRST), part);
                 lay_down<WIDE>(dz, at, this->half(Base::Z), far);
             }
-            lay_down<WIDE>(sums, begin / RUN * D + channel, false, sum);
+            lay_down<WIDE>(sums, begin / this->run * D + channel, false, sum);
         });
     }
 };
@@ -308,14 +307,17 @@ int leant(const int64_t *s, bool all, F f) {
 extern "C" {
 
 // floats of the sums that the backward wants, and tokens that each is of
-int64_t mix_sums(const int64_t *z) { return (z[0] * z[1] + RUN - 1) / RUN * z[3] * z[2]; }
+int64_t mix_sums(const int64_t *z) {
+    const int64_t run = run_of(z[0] * z[1], z[2], SUMMED);
+    return (z[0] * z[1] + run - 1) / run * z[3] * z[2];
+}
 
 // takes B T D n /x /out: x B*T*D, last B*D, m n of D, out n of B*T*D
 int mix_forward(const int64_t *z, int64_t stream, const void *x, const void *last, const void *const *m,
                 void *const *out) {
     if (z[3] > MOST) return -1;
     return mixed(z, wide(x, last), m, out, [&](auto way) {
-        const int64_t run = run_of(z[0] * z[1] * z[2] / WIDE, RUN);
+        const int64_t run = run_of(z[0] * z[1], z[2], 1);
         MixForward<decltype(way)> kernel = {mixing<decltype(way)>(z, run, x, last, m), {}};
         for (int64_t i = 0; i < z[3]; i++) kernel.out[i] = out[i];
         return launch(kernel, kernel.blocks(), stream);
@@ -327,7 +329,8 @@ int mix_backward(const int64_t *z, int64_t stream, const void *x, const void *la
                  const void *const *dy, void *dx, void *dlast, float *sums) {
     if (z[3] > MOST) return -1;
     return mixed(z, wide(x, last, dx, dlast, sums), m, dy, [&](auto way) {
-        MixBackward<decltype(way)> kernel = {mixing<decltype(way)>(z, RUN, x, last, m), {}, dx, dlast, sums};
+        const int64_t run = run_of(z[0] * z[1], z[2], SUMMED);
+        MixBackward<decltype(way)> kernel = {mixing<decltype(way)>(z, run, x, last, m), {}, dx, dlast, sums};
         for (int64_t i = 0; i < z[3]; i++) kernel.dy[i] = dy[i];
         return launch(kernel, kernel.blocks(), stream);
     });
@@ -339,20 +342,23 @@ int lean_forward(const int64_t *s, int64_t stream, const void *v, const void *fi
                  void *out) {
     return leant(s, wide(v, first, z, v0, out), [&](auto way) {
         const LeanForward<decltype(way)> kernel = {
-            {{{}, s[0], s[1], run_of(s[0] * s[1] / WIDE, RUN), s[2]}, v, first, z, v0}, out};
+            {{{}, s[0], s[1], run_of(s[0], s[1], 1), s[2]}, v, first, z, v0}, out};
         return launch(kernel, kernel.blocks(), stream);
     });
 }
 
 // floats of the sums for v0, which whoever calls adds up
-int64_t lean_sums(const int64_t *s) { return (s[0] + RUN - 1) / RUN * s[1]; }
+int64_t lean_sums(const int64_t *s) {
+    const int64_t run = run_of(s[0], s[1], SUMMED);
+    return (s[0] + run - 1) / run * s[1];
+}
 
 // takes tokens D /v/first/z/v0: v first z tokens*D, v0 D, dout dv dfirst dz tokens*D, sums any
 int lean_backward(const int64_t *s, int64_t stream, const void *v, const void *first, const void *z, const void *v0,
                   const void *dout, void *dv, void *dfirst, void *dz, float *sums) {
     return leant(s, wide(v, first, z, v0, dout, dv, dfirst, dz, sums), [&](auto way) {
         const LeanBackward<decltype(way)> kernel = {
-            {{{}, s[0], s[1], RUN, s[2]}, v, first, z, v0}, dout, dv, dfirst, dz, sums};
+            {{{}, s[0], s[1], run_of(s[0], s[1], SUMMED), s[2]}, v, first, z, v0}, dout, dv, dfirst, dz, sums};
         return launch(kernel, kernel.blocks(), stream);
     });
 }

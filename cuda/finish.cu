@@ -191,8 +191,11 @@ int finished(const int64_t *z, bool all, const void *r, F f) {
 // what they are of; N is at most 128. Given back are 0, the GPU's error, or -1 for heads that are too wide.
 extern "C" {
 
-// floats of the sums of each RUN tokens, for as many rows as there are after the other sizes; whoever calls adds them up
-int64_t heads_sums(const int64_t *z) { return (z[0] + RUN - 1) / RUN * z[4] * z[1] * z[2]; }
+// floats of the sums of each run, for as many rows as there are after the other sizes; whoever calls adds them up
+int64_t heads_sums(const int64_t *z) {
+    const int64_t run = run_of(z[0], z[1] * z[2], SUMMED);
+    return (z[0] + run - 1) / run * z[4] * z[1] * z[2];
+}
 
 // r, k, v and r_k may be null: then there is no bonus, and the gate is g sigmoid(g)
 // takes tokens H N /y/r/k/v/g/r_k/weight/bias: y r? k? v? g tokens*H*N, r_k? weight bias H*N, eps, out tokens*H*N,
@@ -204,7 +207,7 @@ int finish_forward(const int64_t *z, int64_t stream, const void *y, const void *
     return finished(z, wide(y, r, k, v, g, r_k, weight, bias, out), r, [&](auto way) {
         using Way = decltype(way);
         const FinishForward<Way> kernel = {
-            {heads<Way, FINISHED>(z, shortest(z)), eps, y, r, k, v, g, r_k, weight, bias}, out, found};
+            {heads<Way, FINISHED>(z, 1), eps, y, r, k, v, g, r_k, weight, bias}, out, found};
         return launch(kernel, kernel.blocks(), stream);
     });
 }
@@ -218,7 +221,7 @@ int finish_backward(const int64_t *z, int64_t stream, const void *y, const void 
     if (z[2] > WIDEST) return -1;
     return finished(z, wide(y, r, k, v, g, r_k, weight, bias, dout, dy, dr, dk, dv, dg), r, [&](auto way) {
         using Way = decltype(way);
-        const FinishBackward<Way> kernel = {{heads<Way, FINISHED>(z, RUN), eps, y, r, k, v, g, r_k, weight, bias},
+        const FinishBackward<Way> kernel = {{heads<Way, FINISHED>(z, SUMMED), eps, y, r, k, v, g, r_k, weight, bias},
                                             found, dout, dy, dr, dk, dv, dg, sums};
         return launch(kernel, kernel.blocks(), stream);
     });

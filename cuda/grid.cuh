@@ -276,15 +276,19 @@ int by_way(int64_t halves, bool wide, F f) {
     return known ? status : f(Way<ANY, 1>());
 }
 
-// How many of so many steps a thread takes one after the other, where nothing is summed: few if all are few.
-inline int64_t run_of(int64_t steps, int64_t most) {
+// Of (tokens, channels), four channels a thread: how many tokens it takes one after the other. Few if all are few, but
+// SUMMED at least where each run leaves a sum behind.
+constexpr int64_t SUMMED = 8;
+
+inline int64_t run_of(int64_t tokens, int64_t channels, int64_t least) {
+    constexpr int64_t MOST = 32;
 #ifdef __CUDACC__
     constexpr int64_t BUSY = 1 << 18;  // threads that keep a large card busy
 #else
     constexpr int64_t BUSY = 8;
 #endif
-    const int64_t run = steps / BUSY;
-    return run < 1 ? 1 : run < most ? run : most;
+    const int64_t run = tokens * channels / 4 / BUSY;
+    return run < least ? least : run < MOST ? run : MOST;
 }
 
 // 1 / x of an x of at least 1, to a unit in the last place

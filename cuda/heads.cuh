@@ -12,7 +12,6 @@
 namespace {
 
 constexpr int WIDTH = 256, EACH = 4, WIDEST = 128;
-constexpr int RUN = 32;          // tokens for which gradients that all share are summed
 constexpr float LEAST = 1e-12f;  // a norm below this counts as this
 
 ON_GPU float log_sigmoid(float x) { return (x < 0.0f ? x : 0.0f) - log1pf(expf(-fabsf(x))); }
@@ -89,13 +88,12 @@ struct Heads {
     }
 };
 
+// `least`: tokens of a run
 template <class Way, int64_t KINDS>
-Heads<Way, KINDS> heads(const int64_t *z, int64_t run) {
+Heads<Way, KINDS> heads(const int64_t *z, int64_t least) {
     int shift = 0;
     while (EACH << shift < z[2]) shift++;
-    return {z[0], z[1], z[2], run, z[3], shift};
+    return {z[0], z[1], z[2], run_of(z[0], z[1] * z[2], least), z[3], shift};
 }
-
-int64_t shortest(const int64_t *z) { return run_of(z[0] * z[1] * z[2] / EACH, RUN); }
 
 }  // namespace

@@ -173,7 +173,7 @@ int prepare_forward(const int64_t *z, int64_t stream, const void *k, const void 
     return prepared(z, wide(k, zw, za, w0, a0, k_k, k_a, w, key, minus, b), [&](auto way) {
         using Way = decltype(way);
         const PrepareForward<Way> kernel = {
-            {heads<Way, PREPARED>(z, shortest(z)), k, zw, za, w0, a0, k_k, k_a}, w, key, minus, b, norms};
+            {heads<Way, PREPARED>(z, 1), k, zw, za, w0, a0, k_k, k_a}, w, key, minus, b, norms};
         return launch(kernel, kernel.blocks(), stream);
     });
 }
@@ -188,8 +188,8 @@ int prepare_backward(const int64_t *z, int64_t stream, const void *k, const void
     const bool all = wide(k, zw, za, w0, a0, k_k, k_a, dw, dkey, dminus, db, dk, dzw, dza);
     return prepared(z, all, [&](auto way) {
         using Way = decltype(way);
-        const PrepareBackward<Way> kernel = {{heads<Way, PREPARED>(z, RUN), k, zw, za, w0, a0, k_k, k_a}, norms, dw,
-                                             dkey, dminus, db, dk, dzw, dza, sums};
+        const PrepareBackward<Way> kernel = {
+            {heads<Way, PREPARED>(z, SUMMED), k, zw, za, w0, a0, k_k, k_a}, norms, dw, dkey, dminus, db, dk, dzw, dza, sums};
         return launch(kernel, kernel.blocks(), stream);
     });
 }
