@@ -24,12 +24,12 @@
 namespace {
 
 template <int WARPS>
-struct ChunksForward : Chunks6<WARPS> {
-    using Base = Chunks6<WARPS>;
+struct ChunksForward : Chunks6<WARPS, false> {
+    using Base = Chunks6<WARPS, false>;
     using Base::A, Base::RT, Base::VT, Base::YT, Base::WIDE, Base::ROWS, Base::s;
-    using Place = typename Base::Place;
+    using Where = typename Base::Where;
     struct Own {
-        Sum S[N / 8];
+        Sum S[N / 8], Y[2];
     };
     using Threads = Team<Own, WARPS>;
     static constexpr int FLOATS = Base::COMMON;
@@ -38,60 +38,67 @@ struct ChunksForward : Chunks6<WARPS> {
     float *end, *kept;  // kept may be null, if no backward will follow
 
     ON_GPU void work(int64_t block, Threads &team, float *shared) const {
-        const Place place = this->place(block);
-        this->begin(team, shared);
+        const Where where = this->where(block);
+        this->begin(team, shared, where);
         team.warps([&](int warp, Own &own) {
-            Base::plain(own.S, place, warp, [&](int64_t at, float &x) { x = start[at]; });
+            Base::plain(own.S, where, warp, [&](int64_t at, float &x) { x = start[at]; });
         });
-        for (int64_t t = 0; t < s.T; t += C) {
+        for (int64_t t = 0;; t += C) {
+            team.warps([&](int warp, Own &own) {
+                typename Base::Read read[LANES];
+                if (t < s.T) this->template gather<false>(read, where, t, warp, nullptr);
+                if (t > 0) finish(own, shared, warp, where, t - C);
+                if (t < s.T) this->template spread<false>(read, shared, this->count(t), warp, false);
+            });
+            if (t >= s.T) break;
+            team.each([&](int thread) {
+                this->ask(thread, where, t + C, nullptr);
+                Base::factors(shared, thread);
+            });
             float *to = kept && t % KEEP == 0 ? kept + (block * s.segments(KEEP) + t / KEEP) * ROWS * N : nullptr;
-            this->load(team, shared, place, t, nullptr, false, t + C);
             team.warps([&](int warp, Own &own) {
                 if (to) Base::packed(own.S, to, warp, [](float &memory, float &x) { memory = x; });
 #pragma unroll 1
-                for (int job = warp; job < JOBS; job += WARPS) Base::between(shared, job);
-            });
-            team.warps([&](int warp, Own &own) { step(own, shared, warp); });
-            team.each([&](int thread) {
-                for (int i = thread; i < this->count(t) * ROWS; i += Base::THREADS) {
-                    const int64_t at = place.tokens.at(t + i / ROWS) + place.part * ROWS + i % ROWS;
-                    put(y, at, s.half(V), shared[YT + i / ROWS * WIDE + i % ROWS]);
+                for (int h = warp; h < HALVES; h += WARPS) Base::between(shared, h);
+#pragma unroll
+                for (int n = 0; n < 2; n++) {
+                    clear(own.Y[n]);
+                    Base::add_state(own.Y[n], own.S, shared + RT + n * 8 * LONG);
                 }
+                Base::update(own.S, shared, warp);
             });
         }
         team.warps([&](int warp, Own &own) {
-            Base::plain(own.S, place, warp, [&](int64_t at, float &x) { end[at] = x; });
+            Base::plain(own.S, where, warp, [&](int64_t at, float &x) { end[at] = x; });
         });
     }
 
-    ON_GPU static void step(Own &own, float *shared, int warp) {
+    // y of a warp's rows, which what its tokens hear of each other is added to
+    ON_GPU void finish(Own &own, float *shared, int warp, const Where &where, int64_t t) const {
 #pragma unroll
         for (int n = 0; n < 2; n++) {
-            Sum Y;
-            clear(Y);
-            Base::add_state(Y, own.S, shared + RT + n * 8 * LONG);
-            Base::add_rows(Y, shared + VT, warp, shared + A + n * 8 * SHORT, SHORT, true);
-            cells(Y, [&](int row, int column, float &x) {
+            Base::add_rows(own.Y[n], shared + VT, warp, shared + A + n * 8 * SHORT, SHORT, true);
+            cells(own.Y[n], [&](int row, int column, float &x) {
                 shared[YT + (n * 8 + column) * WIDE + warp * 16 + row] = x;
             });
         }
-        Base::update(own.S, shared, warp);
+        this->write(y, shared, warp, where, t);
     }
 };
 
 template <int WARPS>
-struct ChunksBackward : Chunks6<WARPS> {
-    using Base = Chunks6<WARPS>;
-    using Base::A, Base::X, Base::RT, Base::KT, Base::OWN, Base::VT, Base::YT, Base::OVER;
-    using Base::WIDE, Base::ROWS, Base::PARTS, Base::THREADS, Base::s;
-    using Place = typename Base::Place;
+struct ChunksBackward : Chunks6<WARPS, true> {
+    using Base = Chunks6<WARPS, true>;
+    using Base::A, Base::X, Base::RT, Base::KT, Base::VT, Base::YT, Base::OVER, Base::DECAY, Base::RATE, Base::BONUS;
+    using Base::WIDE, Base::ROWS, Base::PARTS, Base::THREADS, Base::EACH, Base::s;
+    using Where = typename Base::Where;
     struct Own {
-        Sum S[N / 8], G[N / 8];
+        Sum S[N / 8], G[N / 8], dr[N / 8 / WARPS];
     };
     using Threads = Team<Own, WARPS>;
-    static constexpr int DV = OWN;  // by then nobody reads what was there
-    static constexpr int D = Base::COMMON, MET = D + HALVES * C * SHORT, SM = MET + C, GM = SM + ROWS * LONG;
-    static constexpr int ENDS = GM + ROWS * LONG, DU = ENDS + WARPS * N, DW = DU + N, FLOATS = DW + N;
+    static constexpr int D = Base::COMMON, MET = D + C * SHORT, STATE = MET + C, FOUND = STATE;
+    static constexpr int ENDS = STATE + (WARPS > 1 ? ROWS * LONG : 2 * C * N), DU = ENDS + WARPS * N, DW = DU + N;
+    static constexpr int FLOATS = DW + 2 * N;
     const float *kept;
     const void *dy;
     const float *dend;
@@ -99,102 +106,124 @@ struct ChunksBackward : Chunks6<WARPS> {
     float *du, *dstart, *room;
 
     ON_GPU void work(int64_t block, Threads &team, float *shared) const {
-        const Place place = this->place(block);
+        const Where where = this->where(block);
         float *states = room + block * (KEEP / C) * ROWS * N;
-        this->begin(team, shared);
-        team.each([&](int thread) {
-            for (int i = thread; i < HALVES * C * SHORT; i += THREADS) shared[D + i] = 0.0f;
-            for (int x = thread; x < N; x += THREADS) shared[DU + x] = shared[DW + x] = 0.0f;
-        });
+        this->begin(team, shared, where);
         team.warps([&](int warp, Own &own) {
-            Base::plain(own.G, place, warp, [&](int64_t at, float &x) { x = dend[at]; });
+            lanes([&](int g, int i, int) {
+                for (int x = warp * 32 + g * 4 + i; x < 3 * N; x += THREADS) shared[DU + x] = 0.0f;
+            });
+            Base::plain(own.G, where, warp, [&](int64_t at, float &x) { x = dend[at]; });
         });
         for (int64_t segment = s.segments(KEEP) - 1; segment >= 0; segment--) {
             const int64_t begin = segment * KEEP, end = s.T < begin + KEEP ? s.T : begin + KEEP;
-            const int64_t chunks = (end - begin + C - 1) / C;
-            recall(team, kept + (block * s.segments(KEEP) + segment) * ROWS * N);
-            for (int64_t chunk = 0; chunk < chunks; chunk++) {
-                float *state = states + chunk * ROWS * N;
-                const bool more = chunk + 1 < chunks;
-                if (more) this->load(team, shared, place, begin + chunk * C, nullptr, true, begin + (chunk + 1) * C);
+            const int chunks = static_cast<int>((end - begin + C - 1) / C);
+            const float *first = kept + (block * s.segments(KEEP) + segment) * ROWS * N;
+            forth(team, shared, where, begin, chunks, first, states);
+            for (int chunk = chunks - 1;; chunk--) {
+                const int64_t t = begin + chunk * C;
                 team.warps([&](int warp, Own &own) {
-                    Base::packed(own.S, state, warp, [](float &memory, float &x) { memory = x; });
-                    if (more) Base::update(own.S, shared, warp);
+                    typename Base::Read read[LANES];
+                    if (chunk >= 0) {
+                        this->template gather<false>(read, where, t, warp, dy);
+                        if (chunk < chunks - 1)
+                            recall(own, states + chunk * ROWS * N, warp);
+                        else if (chunk == 0)
+                            recall(own, first, warp);
+                        else
+                            Base::update(own.S, shared, warp);
+                    }
+                    if (chunk < chunks - 1) finish(shared, where, t + C, warp);
+                    lanes_meet();
+                    if (chunk >= 0) this->template spread<false>(read, shared, this->count(t), warp, true);
                 });
-            }
-            for (int64_t chunk = chunks - 1; chunk >= 0; chunk--) {
-                recall(team, states + chunk * ROWS * N);
-                back(team, shared, place, begin + chunk * C);
+                if (chunk < 0) break;
+                back(team, shared, where, t);
             }
         }
         team.warps([&](int warp, Own &own) {
-            Base::plain(own.G, place, warp, [&](int64_t at, float &x) { dstart[at] = x; });
-        });
-        team.each([&](int thread) {
-            for (int x = thread; x < N; x += THREADS) {
-                const int64_t to = (place.part * s.B * s.H + place.head) * N + x;
-                du[to] = shared[DU + x];
-                if (this->one_w) static_cast<float *>(dw)[to] = shared[DW + x];
-            }
-        });
-    }
-
-    ON_GPU void recall(Threads &team, const float *from) const {
-        team.warps([&](int warp, Own &own) {
-            Base::packed(own.S, const_cast<float *>(from), warp, [](float &memory, float &x) { x = memory; });
+            Base::plain(own.G, where, warp, [&](int64_t at, float &x) { dstart[at] = x; });
+            lanes([&](int g, int i, int) {
+                for (int x = warp * 32 + g * 4 + i; x < N; x += THREADS) {
+                    const int64_t to = (where.part * s.B * s.H + where.head) * N + x;
+                    du[to] = shared[DU + x];
+                    if (this->one_w) static_cast<float *>(dw)[to] = shared[DW + x] + shared[DW + N + x];
+                }
+            });
         });
     }
 
-    // the gradients of a chunk, from the state before it and the gradient of the one after it
-    ON_GPU void back(Threads &team, float *shared, Place place, int64_t t) const {
-        this->load(team, shared, place, t, dy, false, t - C);
-        team.warps([&](int warp, Own &) {
-#pragma unroll 1
-            for (int job = warp; job < JOBS + 1; job += WARPS) {
-                if (job < JOBS)
-                    Base::between(shared, job);
+    ON_GPU static void recall(Own &own, const float *from, int warp) {
+        Base::packed(own.S, const_cast<float *>(from), warp, [](float &memory, float &x) { x = memory; });
+    }
+
+    // The states before all chunks of a segment but the last; what that needs of the one before stays in shared memory.
+    ON_GPU void forth(Threads &team, float *shared, const Where &where, int64_t t, int chunks, const float *first,
+                      float *states) const {
+        for (int chunk = 0; chunk < chunks - 1; chunk++, t += C) {
+            team.warps([&](int warp, Own &own) {
+                typename Base::Read read[LANES];
+                this->template gather<true>(read, where, t, warp, nullptr);
+                if (chunk == 0)
+                    recall(own, first, warp);
                 else
-                    mirror(shared);
-            }
-        });
-        team.warps([&](int warp, Own &own) { values(own, shared, warp); });
-        team.warps([&](int warp, Own &) {
-#pragma unroll 1
-            for (int i = warp; i < (2 + HALVES) * (N / 8); i += WARPS) keys(shared, i / (N / 8), i % (N / 8));
-        });
-        team.each([&](int thread) {
-            for (int i = thread; i < 2 * N; i += THREADS) channel(shared, place, t, i % N, i >= N);
-        });
-        team.each([&](int thread) {
-            for (int i = thread; i < this->count(t) * ROWS; i += THREADS) {
-                const int64_t to = place.tokens.at(t + i / ROWS) + place.part * ROWS + i % ROWS;
-                put(dv, to, s.half(V), shared[DV + i / ROWS * WIDE + i % ROWS]);
-            }
-            for (int x = thread; x < N; x += THREADS) decays(shared, place, t, x);
-        });
-    }
-
-    // dY V^T to the matrices of each size of halves, and its diagonal
-    ON_GPU static void mirror(float *shared) {
-#pragma unroll
-        for (int n = 0; n < 2; n++) {
-            Sum sum;
-            Base::outer(sum, shared + YT, shared + VT + n * 8 * WIDE, WIDE, ROWS / 8);
-            cells(sum, [&](int row, int column, float &found) {
-                const int to = n * 8 + column, apart = row ^ to;
-                const int h = (apart > 7) + (apart > 3) + (apart > 1);
-                if (row > to)
-                    shared[D + (h * C + row) * SHORT + to] = shared[D + (h * C + to) * SHORT + row] = tf32(found);
-                else if (row == to)
-                    shared[MET + row] = found;
+                    Base::update(own.S, shared, warp);
+                Base::packed(own.S, states + chunk * ROWS * N, warp, [](float &memory, float &x) { memory = x; });
+                lanes_meet();
+                this->template spread<true>(read, shared, this->count(t), warp, false);
+            });
+            team.each([&](int thread) {
+                this->ask(thread, where, t + C, nullptr);
+                for (int i = thread; i < 2 * N; i += THREADS) Base::endings(shared, i % N, i / N);
             });
         }
     }
 
-    // A warp's rows: dv, what passes all of the chunk, and the gradient of the state goes through it.
-    ON_GPU static void values(Own &own, float *shared, int warp) {
-        Base::lay(own.S, shared + SM, warp);
-        Base::lay(own.G, shared + GM, warp);
+    // the gradients of a chunk, from the state before it and the gradient of the one after it
+    ON_GPU void back(Threads &team, float *shared, const Where &where, int64_t t) const {
+        team.warps([&](int warp, Own &own) {
+            lanes([&](int g, int i, int) {
+                this->ask(warp * 32 + g * 4 + i, where, t - C, dy);
+                Base::factors(shared, warp * 32 + g * 4 + i);
+            });
+            Base::lay(own.S, shared + STATE, warp);
+            ends(own, shared, warp);
+        });
+        team.warps([&](int warp, Own &own) {
+#pragma unroll 1
+            for (int job = warp; job < HALVES + 2; job += WARPS) {
+                if (job < HALVES)
+                    Base::between(shared, job);
+                else
+                    mirror(shared, job - HALVES);
+            }
+            keys(own.dr, shared + YT, shared + STATE, warp);
+        });
+        team.warps([&](int warp, Own &own) { values(own, shared, warp, where, t); });
+        team.warps([&](int warp, Own &own) {
+            Sum dk[N / 8 / WARPS];
+            keys(dk, shared + VT, shared + STATE, warp);
+#pragma unroll
+            for (int i = 0; i < N / 8 / WARPS; i++) {
+                const int x = (warp * (N / 8 / WARPS) + i) * 8;
+                cells(own.dr[i], [&](int row, int column, float &found) { shared[RT + row * LONG + x + column] = found; });
+                cells(dk[i], [&](int row, int column, float &found) { shared[KT + row * LONG + x + column] = found; });
+            }
+#pragma unroll 1
+            for (int h = warp; h < HALVES; h += WARPS) halves(shared, h);
+        });
+        team.each([&](int thread) {
+            for (int i = thread; i < 2 * N; i += THREADS) {
+                if (i < N)
+                    channel<false>(shared, i, this->count(t));
+                else
+                    channel<true>(shared, i - N, this->count(t));
+            }
+        });
+    }
+
+    // What of the state before passes all of the chunk, times its gradient: sums of a warp's rows.
+    ON_GPU static void ends(Own &own, float *shared, int warp) {
 #pragma unroll
         for (int i = 0; i < N / 8; i++) {
             lanes([&](int, int, int l) {
@@ -203,104 +232,154 @@ struct ChunksBackward : Chunks6<WARPS> {
             });
             columns(own.S[i], [&](int column, float x) { shared[ENDS + warp * N + i * 8 + column] = x; });
         }
+    }
+
+    // 8 columns of dY V^T, below the diagonal and mirrored, and its diagonal
+    ON_GPU static void mirror(float *shared, int n) {
+        Sum sum;
+        clear(sum);
+#pragma unroll
+        for (int i = 0; i < ROWS / 8; i++)
+            multiply(sum, left(shared + YT + i * 8, WIDE), right_turned(shared + VT + n * 8 * WIDE + i * 8, WIDE));
+        cells(sum, [&](int row, int column, float &found) {
+            const int to = n * 8 + column;
+            if (row > to)
+                shared[D + row * SHORT + to] = shared[D + to * SHORT + row] = tf32(found);
+            else if (row == to)
+                shared[MET + row] = found;
+        });
+    }
+
+    // This warp's part of the keys' gradients: tokens' rows (C, ROWS) times a state in shared memory
+    ON_GPU static void keys(Sum *found, const float *tokens, const float *state, int warp) {
+        constexpr int TILES = N / 8 / WARPS;
+#pragma unroll
+        for (int i = 0; i < TILES; i++) clear(found[i]);
+#pragma unroll
+        for (int o = 0; o < ROWS / 8; o++) {
+            const Left x = left(tokens + o * 8, WIDE);
+#pragma unroll
+            for (int i = 0; i < TILES; i++)
+                multiply(found[i], x, right(state + o * 8 * LONG + (warp * TILES + i) * 8, LONG));
+        }
+    }
+
+    // A warp's rows: dv, and the gradient of the state goes through the chunk.
+    ON_GPU void values(Own &own, float *shared, int warp, const Where &where, int64_t t) const {
+        Sum found[2];
+        Base::lay(own.G, shared + STATE, warp);
 #pragma unroll
         for (int n = 0; n < 2; n++) {
-            Sum found;
-            clear(found);
-            Base::add_state(found, own.G, shared + KT + n * 8 * LONG);
-            Base::add_rows(found, shared + YT, warp, shared + A + n * 8, SHORT, false);
-            cells(found, [&](int row, int column, float &x) {
-                shared[DV + (n * 8 + column) * WIDE + warp * 16 + row] = x;
-            });
+            clear(found[n]);
+            Base::add_state(found[n], own.G, shared + KT + n * 8 * LONG);
+            Base::add_rows(found[n], shared + YT, warp, shared + A + n * 8, SHORT, false);
         }
         Base::times(own.G, shared + OVER);
 #pragma unroll
         for (int i = 0; i < N / 8; i++) Base::add_rows(own.G[i], shared + YT, warp, shared + RT + i * 8, LONG, false);
+        lanes_meet();
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+            cells(found[n], [&](int row, int column, float &x) {
+                shared[YT + (n * 8 + column) * WIDE + warp * 16 + row] = x;
+            });
+        this->write(dv, shared, warp, where, t);
     }
 
-    // Gradients of 8 keys of r~ (which: ALL), of k~ (ALL + 1) or of an X_h, in their places
-    ON_GPU static void keys(float *shared, int which, int tile) {
-        float *to = shared + X + which * C * LONG + tile * 8;
-        Sum sum;
-        clear(sum);
-        if (which < HALVES) {
+    // The gradients of X_h, in their places: D at the places of h times X_h
+    ON_GPU static void halves(float *shared, int h) {
+        Left d[2];
 #pragma unroll
-            for (int o = 0; o < 2; o++)
-                multiply(sum, left(shared + D + which * C * SHORT + o * 8, SHORT), right(to + o * 8 * LONG, LONG));
-            lanes_meet();
-        } else {
-            const float *tokens = shared + (which == ALL ? YT : VT);
-            const float *state = shared + (which == ALL ? SM : GM) + tile * 8;
+        for (int o = 0; o < 2; o++) {
+            d[o] = left(shared + D + o * 8, SHORT);
+            lanes([&](int g, int t, int l) {
 #pragma unroll
-            for (int o = 0; o < ROWS / 8; o++)
-                multiply(sum, left(tokens + o * 8, WIDE), right(state + o * 8 * LONG, LONG));
+                for (int i = 0; i < 4; i++)
+                    if (((g + i % 2 * 8) ^ (o * 8 + 2 * t + i / 2)) >> h != 1) d[o].x[l][i] = 0.0f;
+            });
         }
-        cells(sum, [&](int row, int column, float &x) { to[row * LONG + column] = x; });
+#pragma unroll
+        for (int i = 0; i < N / 8; i++) {
+            float *to = shared + X + h * C * LONG + i * 8;
+            Sum sum;
+            clear(sum);
+#pragma unroll
+            for (int o = 0; o < 2; o++) multiply(sum, d[o], right(to + o * 8 * LONG, LONG));
+            lanes_meet();
+            cells(sum, [&](int row, int column, float &x) { to[row * LONG + column] = x; });
+        }
     }
 
-    // dr of a channel, or (after) dk; what a token's decay moves that way takes the place of its row in RT or KT.
-    ON_GPU void channel(float *shared, Place place, int64_t t, int x, bool after) const {
-        const int64_t apart = PARTS > 1 ? place.part * s.B * s.T * s.H * N : 0;
-        float d[C], mine[C], other[C], passed[HALVES] = {}, through = 1.0f, own = 0.0f;
-        const float u_ = this->bonus(place, x);
-        Base::along(after, [&](int o, int token, int) {
-            d[o] = expf(-this->rate(place, t, token, x));
-            mine[o] = this->read(after ? this->k : this->r, after ? K : R, place, t, token, x);
-            other[o] = this->read(after ? this->r : this->k, after ? R : K, place, t, token, x);
-        });
-        float *whole = shared + (after ? KT : RT) + x;
-        Base::along(after, [&](int o, int token, int row) {
-            float found = whole[row] * through;
-            whole[row] = found * mine[o];
-            through *= d[o];
+    // dr of a channel, or (AFTER) dk; what a token's decay moves that way takes the place of its row in RT or KT.
+    template <bool AFTER>
+    ON_GPU void channel(float *shared, int x, int count) const {
+        float all[C], part[HALVES][C], passed[HALVES] = {}, through = 1.0f;
+        Base::template along<AFTER>([&](int o, int token) {
+            const float d = shared[DECAY + token * N + x];
+            all[o] = through;
+            through *= d;
 #pragma unroll
             for (int h = 0; h < HALVES; h++) {
                 if (o % (1 << h) == 0) passed[h] = 1.0f;
-                if (o >> h & 1) {
-                    float &at = shared[X + h * C * LONG + row + x];
-                    const float moved = at * passed[h];
-                    found += moved, at = moved * mine[o];
-                }
-                passed[h] *= d[o];
+                if (o >> h & 1) part[h][o] = passed[h];
+                passed[h] *= d;
             }
-            const float met = shared[MET + token] * other[o];
-            own += met * mine[o];
-            if (t + token >= s.T) return;
-            const bool half = PARTS == 1 && s.half(after ? K : R);
-            put(after ? dk : dr, apart + place.tokens.at(t + token) + x, half, found + u_ * met);
         });
-        if (!after) shared[DU + x] += own;
-        float sums[HALVES] = {}, sum = 0.0f;
+        const float bonus = shared[BONUS + x];
+        float end = 0.0f, own = 0.0f, sums[HALVES] = {}, sum = 0.0f, total = 0.0f;
+        if (!AFTER) {
 #pragma unroll
-        for (int o = C - 1; o >= 0; o--) {
-            const int row = (after ? C - 1 - o : o) * LONG;
-            const float here = whole[row];
-            float moved = sum;
-            sum += here;
+            for (int warp = 0; warp < WARPS; warp++) end += shared[ENDS + warp * N + x];
+            end *= shared[OVER + x];
+        }
+        // from the token that comes last, as what a decay moves is the sum of what comes after
+        Base::template along<!AFTER>([&](int turn, int token) {
+            const int o = C - 1 - turn, raw = token * N + x;
+            const float mine = shared[(AFTER ? Base::RAW_K : Base::RAW_R) + raw];
+            const float other = shared[(AFTER ? Base::RAW_R : Base::RAW_K) + raw];
+            float &whole = shared[(AFTER ? KT : RT) + token * LONG + x];
+            const float passing = whole * all[o], met = shared[MET + token] * other;
+            float found = passing, moved = end + sum;
+            sum += passing * mine;
 #pragma unroll
             for (int h = 0; h < HALVES; h++) {
                 if (o % (1 << h) == (1 << h) - 1) sums[h] = 0.0f;
-                if (o >> h & 1) moved += sums[h], sums[h] += shared[X + h * C * LONG + row + x];
+                if (o >> h & 1) {
+                    const float half = shared[X + (h * C + token) * LONG + x] * part[h][o];
+                    found += half, moved += sums[h], sums[h] += half * mine;
+                }
             }
-            whole[row] = moved;
-        }
+            own += met * mine;
+            whole = moved;
+            if (token < count) total += moved;
+            shared[FOUND + (AFTER ? C * N : 0) + raw] = found + bonus * met;
+        });
+        if (!AFTER) shared[DU + x] += own;
+        if (this->one_w) shared[DW + (AFTER ? N : 0) + x] -= total * shared[RATE + x];
     }
 
-    // dw of a channel
-    ON_GPU void decays(float *shared, Place place, int64_t t, int x) const {
-        const int64_t apart = PARTS > 1 ? place.part * s.B * s.T * s.H * N : 0;
-        float end = 0.0f, sum = 0.0f;
-        for (int warp = 0; warp < WARPS; warp++) end += shared[ENDS + warp * N + x];
-        end *= shared[OVER + x];
+    // What was found of a chunk's r, w and k is written.
+    ON_GPU void finish(float *shared, const Where &where, int64_t t, int warp) const {
+        const int64_t apart = PARTS > 1 ? where.part * s.B * s.T * s.H * N : 0;
+        const int count = this->count(t);
+        lanes([&](int g, int i, int) {
+            const int thread = warp * 32 + g * 4 + i, x = Base::channel(thread);
 #pragma unroll
-        for (int o = 0; o < C; o++) {
-            if (t + o >= s.T) continue;
-            const float moved = end + shared[RT + o * LONG + x] + shared[KT + o * LONG + x];
-            const float found = -moved * this->rate(place, t, o, x);
-            sum += found;
-            if (!this->one_w) put(dw, apart + place.tokens.at(t + o) + x, PARTS == 1 && s.half(W), found);
-        }
-        shared[DW + x] += sum;
+            for (int n = 0; n < EACH; n++) {
+                const int o = Base::token(thread, n);
+                if (o >= count) continue;
+                const int64_t to = apart + where.tokens.at(t + o) + x;
+                const float *found = shared + FOUND + o * N + x;
+                put(dr, to, PARTS == 1 && s.half(R), four(found), this->narrow);
+                put(dk, to, PARTS == 1 && s.half(K), four(found + C * N), this->narrow);
+                if (this->one_w) continue;
+                const Four before = four(shared + RT + o * LONG + x), after = four(shared + KT + o * LONG + x);
+                Four moved = four(shared + RATE + o * N + x);
+#pragma unroll
+                for (int c = 0; c < 4; c++) moved.x[c] *= -(before.x[c] + after.x[c]);
+                put(dw, to, PARTS == 1 && s.half(W), moved, this->narrow);
+            }
+        });
     }
 };
 
@@ -323,7 +402,8 @@ int wkv6_chunks_forward(const int64_t *z, int64_t stream, const void *r, const v
     if (z[3] != N) return -1;
     return divided<ChunksForward, ChunksBackward>(z[6], [&](auto forward, auto) {
         using Kernel = decltype(forward);
-        return launch(Kernel{{{{z[0], z[1], z[2], z[3], z[4]}}, z[5] != 0, r, w, k, v, u}, start, y, end, kept},
+        return launch(Kernel{{{{z[0], z[1], z[2], z[3], z[4]}}, z[5] != 0, narrow(r, w, k, v, y), r, w, k, v, u},
+                             start, y, end, kept},
                       z[0] * z[2] * z[6], stream);
     });
 }
@@ -339,8 +419,9 @@ int wkv6_chunks_backward(const int64_t *z, int64_t stream, const void *r, const 
     if (z[3] != N) return -1;
     return divided<ChunksForward, ChunksBackward>(z[6], [&](auto, auto backward) {
         using Kernel = decltype(backward);
-        return launch(Kernel{{{{z[0], z[1], z[2], z[3], z[4]}}, z[5] != 0, r, w, k, v, u}, kept, dy, dend, dr, dw, dk,
-                             dv, du, dstart, room},
+        return launch(Kernel{{{{z[0], z[1], z[2], z[3], z[4]}}, z[5] != 0, narrow(r, w, k, v, dy, dr, dw, dk, dv),
+                              r, w, k, v, u},
+                             kept, dy, dend, dr, dw, dk, dv, du, dstart, room},
                       z[0] * z[2] * z[6], stream);
     });
 }

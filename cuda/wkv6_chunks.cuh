@@ -1,127 +1,251 @@
 // What the forward and the backward of RWKV-6 and 5.2 on tensor cores share; wkv6_chunks.cu has the formulas.
+//
+// Each thread reads and writes four neighbouring channels at a time: of r, w and k of the same channels of EACH tokens,
+// of v, y and their gradients of its warp's 16 values of two tokens. What a warp alone reads and writes needs no
+// barrier.
 
 #pragma once
 
 #include "chunks.cuh"
+#include "fours.cuh"
 
 namespace {
 
-enum { R, W, K, V, U };                  // bits of Sizes::halves
-constexpr int HALVES = 4, ALL = HALVES;  // halves of 1, 2, 4, 8; of all tokens, r~ and k~
-constexpr int JOBS = HALVES + 1;         // of A: each size of halves, and the diagonal
+enum { R, W, K, V, U };       // bits of Sizes::halves
+constexpr int HALVES = 4;     // halves of 1, 2, 4, 8 tokens
+constexpr int FOURS = N / 4;  // threads that a token's channels take
 
-template <int WARPS_>
+// RAW: r and k are kept as they are beside the factors; if not, factors take their places.
+template <int WARPS_, bool RAW>
 struct Chunks6 : Tiles<WARPS_> {
     using Base = Tiles<WARPS_>;
     using Base::WARPS, Base::THREADS, Base::ROWS, Base::WIDE, Base::s;
     using Place = typename Base::Place;
-    static constexpr int X = 0, RT = HALVES * C * LONG, KT = RT + C * LONG, OWN = KT + C * LONG;
-    static constexpr int A = OWN + C * LONG, VT = A + C * SHORT, YT = VT + C * WIDE, OVER = YT + C * WIDE;
-    static constexpr int COMMON = OVER + N;
+    static constexpr int EACH = C * FOURS / THREADS;
+    static constexpr int X = 0, RT = HALVES * C * LONG, KT = RT + C * LONG, A = KT + C * LONG, VT = A + C * SHORT;
+    static constexpr int YT = VT + C * WIDE, OVER = YT + C * WIDE, OWN = OVER + N, BONUS = OWN + C, DECAY = BONUS + N;
+    static constexpr int RATE = DECAY + C * N, RAW_R = RAW ? RATE + C * N : RT, RAW_K = RAW ? RAW_R + C * N : KT;
+    static constexpr int STEP = RAW ? N : LONG, COMMON = RAW ? RAW_K + C * N : RATE;
 
-    bool one_w;  // for all tokens
+    int one_w;      // for all tokens
+    int narrow;     // a tensor begins where four numbers cannot be read at a time
     const void *r, *w, *k, *v, *u;
+
+    struct Where : Place {
+        Head decays;
+    };
+
+    // what a thread has read of a chunk
+    struct Read {
+        Words r[EACH], w[EACH], k[EACH], v[2], dy[2];
+    };
+
+    ON_GPU Where where(int64_t block) const {
+        const Place place = this->place(block);
+        return {place, one_w ? Head{place.head % s.H * N, 0} : place.tokens};
+    }
 
     ON_GPU int count(int64_t t) const { return static_cast<int>(s.T - t < C ? s.T - t : C); }
 
-    ON_GPU float read(const void *from, int tensor, Place place, int64_t t, int token, int x) const {
-        return t + token < s.T ? get(from, place.tokens.at(t + token) + x, s.half(tensor)) : 0.0f;
-    }
-
-    ON_GPU float rate(Place place, int64_t t, int token, int x) const {
-        if (t + token >= s.T) return 0.0f;
-        const int64_t at = one_w ? place.head % s.H * N : place.tokens.at(t + token);
-        return rate_of(get(w, at + x, s.half(W)));
-    }
-
-    ON_GPU float bonus(Place place, int x) const { return get(u, place.head % s.H * N + x, s.half(U)); }
-
     // What lies above the diagonal stays 0.
     template <class Team>
-    ON_GPU void begin(Team &team, float *shared) const {
+    ON_GPU void begin(Team &team, float *shared, const Where &where) const {
         team.each([&](int thread) {
             for (int i = thread; i < C * SHORT; i += THREADS) shared[A + i] = 0.0f;
+            for (int x = thread; x < N; x += THREADS)
+                shared[BONUS + x] = get(u, where.head % s.H * N + x, s.half(U));
         });
     }
 
-    // The factors of tokens [t, t + C), to eleven bits: a thread has r of a channel, from the first token on, or k,
-    // from the last one back, which is the same but for the order. `end`: only what the state after them needs. With
-    // them v, and `dy`. What the chunk at `next` reads, if there is one, is asked for meanwhile.
-    template <class Team>
-    ON_GPU void load(Team &team, float *shared, Place place, int64_t t, const void *dy, bool end, int64_t next) const {
-        team.each([&](int thread) {
-            ask(thread, place, next, dy);
-            for (int i = thread; i < 2 * N; i += THREADS)
-                if (!end || i >= N) factors(shared, place, t, i % N, i >= N, end);
-#pragma unroll 4
-            for (int i = thread; i < C * ROWS; i += THREADS) {
-                const int o = i / ROWS, x = i % ROWS;
-                shared[VT + o * WIDE + x] = tf32(read(v, V, place, t, o, place.part * ROWS + x));
-                if (dy) shared[YT + o * WIDE + x] = tf32(read(dy, V, place, t, o, place.part * ROWS + x));
-            }
+    // the token and the channel of a thread's nth four, or its value
+    ON_GPU static int token(int thread, int n) { return thread / FOURS + n * (THREADS / FOURS); }
+    ON_GPU static int channel(int thread) { return thread % FOURS * 4; }
+    ON_GPU static int value_token(int thread, int n) { return thread % 32 / 4 + n * 8; }
+    ON_GPU static int value(int thread) { return thread / 32 * 16 + thread % 4 * 4; }
+
+    // Tokens [t, t + C) as they lie in memory. END: only what the state after them needs.
+    template <bool END, bool NARROW>
+    ON_GPU void gather(Read &read, const Where &where, int64_t t, int thread, const void *dy) const {
+        const int count = this->count(t);
+#pragma unroll
+        for (int n = 0; n < EACH; n++) {
+            const int o = token(thread, n);
+            const int64_t at = where.tokens.at(t + o) + channel(thread), at_w = where.decays.at(t + o) + channel(thread);
+            read.w[n] = words<NARROW>(w, at_w, s.half(W), o < count);
+            read.k[n] = words<NARROW>(k, at, s.half(K), o < count);
+            if (!END) read.r[n] = words<NARROW>(r, at, s.half(R), o < count);
+        }
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            const int o = value_token(thread, n);
+            const int64_t at = where.tokens.at(t + o) + where.part * ROWS + value(thread);
+            read.v[n] = words<NARROW>(v, at, s.half(V), o < count);
+            if (dy) read.dy[n] = words<NARROW>(dy, at, s.half(V), o < count);
+        }
+    }
+
+    template <bool END>
+    ON_GPU void gather(Read (&read)[LANES], const Where &where, int64_t t, int warp, const void *dy) const {
+        lanes([&](int g, int i, int l) {
+            const int thread = warp * 32 + g * 4 + i;
+            if (narrow)
+                gather<END, true>(read[l], where, t, thread, dy);
+            else
+                gather<END, false>(read[l], where, t, thread, dy);
         });
     }
 
-    ON_GPU void ask(int thread, Place place, int64_t t, const void *dy) const {
+    // Asks for what the chunk at t reads, if there is one.
+    ON_GPU void ask(int thread, const Where &where, int64_t t, const void *dy) const {
+        if (t < 0) return;
         for (int i = thread; i < 5 * C; i += THREADS) {
             const int which = i / C, size = s.half(which < 4 ? which : V) ? 2 : 4;
             const void *from = which == R ? r : which == W ? w : which == K ? k : which == V ? v : dy;
-            if (t < 0 || t + i % C >= s.T || !from || (which == W && one_w)) continue;
-            const char *line = static_cast<const char *>(from) + place.tokens.at(t + i % C) * size;
+            if (t + i % C >= s.T || !from || (which == W && one_w)) continue;
+            const char *line = static_cast<const char *>(from) + where.tokens.at(t + i % C) * size;
             soon(line);
             if (size == 4) soon(line + 128);
         }
     }
 
-    // f(turn, token, place of its row in shared memory): tokens as a thread with r goes, or one with k
-    template <class F>
-    ON_GPU static void along(bool after, F f) {
+    // What was read goes to shared memory: v and dy to eleven bits, r, k and decays as they are, and r . u . k.
+    template <bool END>
+    ON_GPU void spread(const Read (&read)[LANES], float *shared, int count, int warp, bool dy) const {
+        float own[LANES][EACH];
+        lanes([&](int g, int i, int l) {
+            const int thread = warp * 32 + g * 4 + i, x = channel(thread);
+            const Four bonus = four(shared + BONUS + x);
 #pragma unroll
-        for (int o = 0; o < C; o++) f(o, after ? C - 1 - o : o, (after ? C - 1 - o : o) * LONG);
+            for (int n = 0; n < EACH; n++) {
+                const int o = token(thread, n);
+                const Four k = four(read[l].k[n], s.half(K)), w = four(read[l].w[n], s.half(W));
+                Four rate, decay;
+#pragma unroll
+                for (int c = 0; c < 4; c++) {
+                    rate.x[c] = o < count ? rate_of(w.x[c]) : 0.0f;
+                    decay.x[c] = expf(-rate.x[c]);
+                }
+                set(shared + DECAY + o * N + x, decay);
+                set(shared + RAW_K + o * STEP + x, k);
+                if (END) continue;
+                const Four r = four(read[l].r[n], s.half(R));
+                set(shared + RAW_R + o * STEP + x, r);
+                if (RAW) set(shared + RATE + o * N + x, rate);
+                own[l][n] = 0.0f;
+#pragma unroll
+                for (int c = 0; c < 4; c++) own[l][n] += r.x[c] * bonus.x[c] * k.x[c];
+            }
+#pragma unroll
+            for (int n = 0; n < 2; n++) {
+                const int to = value_token(thread, n) * WIDE + value(thread);
+                set(shared + VT + to, tf32(four(read[l].v[n], s.half(V))));
+                if (dy) set(shared + YT + to, tf32(four(read[l].dy[n], s.half(V))));
+            }
+        });
+        if (END) return;
+        add_sixteen(own);
+        lanes([&](int g, int i, int l) {
+            const int thread = warp * 32 + g * 4 + i;
+            if (thread % FOURS) return;
+#pragma unroll
+            for (int n = 0; n < EACH; n++) shared[OWN + token(thread, n)] = tf32(own[l][n]);
+        });
     }
 
-    ON_GPU void factors(float *shared, Place place, int64_t t, int x, bool after, bool end) const {
+    // f(turn, token): tokens as r goes, from the first one on, or k, from the last one back
+    template <bool AFTER, class F>
+    ON_GPU static void along(F f) {
+#pragma unroll
+        for (int o = 0; o < C; o++) f(o, AFTER ? C - 1 - o : o);
+    }
+
+    // The factors of a channel, to eleven bits: of r, or (AFTER) of k, which is the same but for the order.
+    template <bool AFTER>
+    ON_GPU static void factors(float *shared, int x) {
         float d[C], mine[C], passed[HALVES] = {}, through = 1.0f;
-        const float own = end ? 0.0f : bonus(place, x);
-        along(after, [&](int o, int token, int) {
-            d[o] = expf(-rate(place, t, token, x)), mine[o] = read(after ? k : r, after ? K : R, place, t, token, x);
+        along<AFTER>([&](int o, int token) {
+            d[o] = shared[DECAY + token * N + x], mine[o] = shared[(AFTER ? RAW_K : RAW_R) + token * STEP + x];
         });
-        along(after, [&](int o, int, int row) {
-            shared[(after ? KT : RT) + row + x] = tf32(mine[o] * through);
+        along<AFTER>([&](int o, int token) {
+            shared[(AFTER ? KT : RT) + token * LONG + x] = tf32(mine[o] * through);
             through *= d[o];
-            if (end) return;
 #pragma unroll
             for (int h = 0; h < HALVES; h++) {
                 if (o % (1 << h) == 0) passed[h] = 1.0f;
-                if (o >> h & 1) shared[X + h * C * LONG + row + x] = tf32(mine[o] * passed[h]);
+                if (o >> h & 1) shared[X + (h * C + token) * LONG + x] = tf32(mine[o] * passed[h]);
                 passed[h] *= d[o];
             }
-            if (o % 2 == 0) shared[OWN + row + x] = tf32(mine[o] * own);  // where X_1 has the other one of r and k
         });
-        if (after) shared[OVER + x] = through;
+        if (AFTER) shared[OVER + x] = through;
     }
 
-    // sum = x y^T of (C, 8 * tiles) and 8 rows of as many
-    ON_GPU static void outer(Sum &sum, const float *x, const float *y, int wide, int tiles) {
-        clear(sum);
-        for (int i = 0; i < tiles; i++) multiply(sum, left(x + i * 8, wide), right_turned(y + i * 8, wide));
-    }
-
-    // Job 0 is halves of 8, job 3 of 1, job 4 the diagonal.
-    ON_GPU static void between(float *shared, int job) {
-        const int h = job < HALVES ? HALVES - 1 - job : 0;
-        const float *x = shared + X + h * C * LONG, *y = job < HALVES ? x : shared + OWN;
-#pragma unroll
-        for (int n = 0; n < 2; n++) {
-            if (job == 0 && n) break;
-            Sum sum;
-            outer(sum, x, y + n * 8 * LONG, LONG, N / 8);
-            cells(sum, [&](int row, int column, float &found) {
-                const int to = n * 8 + column;
-                const bool here = job < HALVES ? row > to && (row ^ to) >> h == 1 : row == to;
-                if (here) shared[A + row * SHORT + to] = tf32(found);
-            });
+    ON_GPU static void factors(float *shared, int thread) {
+        for (int i = thread; i < C; i += THREADS) shared[A + i * SHORT + i] = shared[OWN + i];
+        for (int i = thread; i < 2 * N; i += THREADS) {
+            if (i < N)
+                factors<false>(shared, i);
+            else
+                factors<true>(shared, i - N);
         }
+    }
+
+    // k~ of a channel, in the first 8 tokens or the last.
+    ON_GPU static void endings(float *shared, int x, int last) {
+        float through = 1.0f;
+#pragma unroll
+        for (int o = C - 1; o >= 8; o--) through *= last ? 1.0f : shared[DECAY + o * N + x];
+#pragma unroll
+        for (int o = 7; o >= 0; o--) {
+            const int token = last * 8 + o;
+            shared[KT + token * LONG + x] = tf32(shared[RAW_K + token * STEP + x] * through);
+            through *= shared[DECAY + token * N + x];
+        }
+        if (!last) shared[OVER + x] = through;
+    }
+
+    // Of 8 nodes' tokens, numbered through, one in the first halves of 1 << h, or its place in the second.
+    ON_GPU static int first(int i, int h) { return (i >> h << (h + 1)) | (i & ((1 << h) - 1)); }
+
+    // A at the places of halves of 1 << h: the 8 tokens of second halves times those of first ones.
+    ON_GPU static void between(float *shared, int h) {
+        const float *x = shared + X + h * C * LONG;
+        Sum sum[2];
+        clear(sum[0]), clear(sum[1]);
+#pragma unroll
+        for (int i = 0; i < N / 8; i++) {
+            Left late;
+            Right early;
+            lanes([&](int g, int t, int l) {
+                const float *at = x + first(g, h) * LONG + i * 8 + 2 * t;
+                pair(at, early.x[l][0], early.x[l][1]);
+                pair(at + (LONG << h), late.x[l][0], late.x[l][2]);
+                late.x[l][1] = late.x[l][3] = 0.0f;
+            });
+            multiply(sum[i % 2], late, early);
+        }
+        lanes([&](int g, int t, int l) {
+#pragma unroll
+            for (int o = 0; o < 2; o++) {
+                const int column = 2 * t + o, to = (first(g, h) + (1 << h)) * SHORT + first(column, h);
+                if (g >> h == column >> h) shared[A + to] = tf32(sum[0].x[l][o] + sum[1].x[l][o]);
+            }
+        });
+    }
+
+    // A warp's values of tokens [t, t + C), which lie in YT, go to memory.
+    ON_GPU void write(void *to, const float *shared, int warp, const Where &where, int64_t t) const {
+        const int count = this->count(t);
+        lanes_meet();
+        lanes([&](int g, int i, int) {
+            const int thread = warp * 32 + g * 4 + i, x = value(thread);
+#pragma unroll
+            for (int n = 0; n < 2; n++) {
+                const int o = value_token(thread, n);
+                const int64_t at = where.tokens.at(t + o) + where.part * ROWS + x;
+                if (o < count) put(to, at, s.half(V), four(shared + YT + o * WIDE + x), narrow);
+            }
+        });
+        lanes_meet();
     }
 
     // The state goes through the chunk.

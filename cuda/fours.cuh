@@ -1,0 +1,133 @@
+// Four neighbouring numbers, read and written at a time, in memory (fp32 or bf16) and in shared memory.
+
+#pragma once
+
+#include "mma.cuh"
+
+struct Four {
+    float x[4];
+};
+
+// Four numbers as they lie in memory: two words of bf16, or four of fp32.
+struct Words {
+    uint32_t x[4];
+};
+
+// `NARROW`: one by one, as they may lie anywhere. What is not there is 0.
+template <bool NARROW>
+ON_GPU Words words(const void *from, int64_t at, bool half, bool there) {
+    Words found = {};
+    const char *first = static_cast<const char *>(from) + (half ? at * 2 : at * 4);
+#ifdef __CUDA_ARCH__
+    if (!NARROW) {
+        asm("{\n.reg .pred two, four;\nsetp.ne.u32 two, %5, 0;\nsetp.ne.u32 four, %6, 0;\n"
+            "mov.u32 %0, 0;\nmov.u32 %1, 0;\nmov.u32 %2, 0;\nmov.u32 %3, 0;\n"
+            "@two ld.global.v2.u32 {%0, %1}, [%4];\n@four ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+            : "=&r"(found.x[0]), "=&r"(found.x[1]), "=&r"(found.x[2]), "=&r"(found.x[3])
+            : "l"(first), "r"(static_cast<unsigned>(there && half)), "r"(static_cast<unsigned>(there && !half)));
+        return found;
+    }
+#endif
+    if (!there) return found;
+    const auto two = reinterpret_cast<const uint16_t *>(first);
+    const auto four = reinterpret_cast<const uint32_t *>(first);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if (!half)
+            found.x[i] = four[i];
+        else
+            found.x[i / 2] |= static_cast<uint32_t>(two[i]) << i % 2 * 16;
+    }
+    return found;
+}
+
+ON_GPU Four four(const Words &words, bool half) {
+    const uint32_t bits[4] = {half ? words.x[0] << 16 : words.x[0], half ? words.x[0] & 0xffff0000u : words.x[1],
+                              half ? words.x[1] << 16 : words.x[2], half ? words.x[1] & 0xffff0000u : words.x[3]};
+    Four found;
+    memcpy(found.x, bits, 16);
+    return found;
+}
+
+// Four numbers in shared memory, which begin at a multiple of four.
+ON_GPU Four four(const float *at) {
+    Four found;
+#ifdef __CUDACC__
+    const float4 all = *reinterpret_cast<const float4 *>(at);
+    found.x[0] = all.x, found.x[1] = all.y, found.x[2] = all.z, found.x[3] = all.w;
+#else
+    memcpy(found.x, at, 16);
+#endif
+    return found;
+}
+
+ON_GPU void set(float *to, const Four &x) {
+#ifdef __CUDACC__
+    *reinterpret_cast<float4 *>(to) = make_float4(x.x[0], x.x[1], x.x[2], x.x[3]);
+#else
+    memcpy(to, x.x, 16);
+#endif
+}
+
+ON_GPU Four tf32(const Four &x) { return {{tf32(x.x[0]), tf32(x.x[1]), tf32(x.x[2]), tf32(x.x[3])}}; }
+
+// two in bf16, the first one in the lower half
+ON_GPU uint32_t to_bf16(float x, float y) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    uint32_t found;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(found) : "f"(y), "f"(x));
+    return found;
+#else
+    return to_bf16(x) | static_cast<uint32_t>(to_bf16(y)) << 16;
+#endif
+}
+
+ON_GPU void put(void *to, int64_t at, bool half, const Four &x, bool narrow) {
+    if (narrow) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) put(to, at + i, half, x.x[i]);
+    } else if (half) {
+        const uint32_t two[2] = {to_bf16(x.x[0], x.x[1]), to_bf16(x.x[2], x.x[3])};
+#ifdef __CUDACC__
+        *reinterpret_cast<uint2 *>(static_cast<uint16_t *>(to) + at) = make_uint2(two[0], two[1]);
+#else
+        memcpy(static_cast<uint16_t *>(to) + at, two, 8);
+#endif
+    } else {
+        set(static_cast<float *>(to) + at, x);
+    }
+}
+
+// Two neighbours in shared memory, which begin at a multiple of two.
+ON_GPU void pair(const float *at, float &x, float &y) {
+#ifdef __CUDACC__
+    const float2 both = *reinterpret_cast<const float2 *>(at);
+    x = both.x, y = both.y;
+#else
+    x = at[0], y = at[1];
+#endif
+}
+
+// what 16 lanes beside each other have, added up in all of them
+template <int COUNT>
+ON_GPU void add_sixteen(float (&x)[LANES][COUNT]) {
+#pragma unroll
+    for (int n = 0; n < COUNT; n++) {
+#ifdef __CUDACC__
+#pragma unroll
+        for (int far = 1; far < 16; far *= 2) x[0][n] += __shfl_xor_sync(0xffffffffu, x[0][n], far);
+#else
+        for (int first = 0; first < LANES; first += 16) {
+            float sum = 0.0f;
+            for (int lane = first; lane < first + 16; lane++) sum += x[lane][n];
+            for (int lane = first; lane < first + 16; lane++) x[lane][n] = sum;
+        }
+#endif
+    }
+}
+
+// whether a tensor begins where four numbers cannot be read at a time
+template <class... Tensors>
+int narrow(const Tensors *...tensors) {
+    return ((reinterpret_cast<uintptr_t>(tensors) % 16 != 0) || ...);
+}
