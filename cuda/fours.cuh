@@ -18,13 +18,16 @@ template <bool NARROW>
 ON_GPU Words words(const void *from, int64_t at, bool half, bool there) {
     Words found = {};
     const char *first = static_cast<const char *>(from) + (half ? at * 2 : at * 4);
-#ifdef __CUDA_ARCH__
+#ifdef __CUDACC__
     if (!NARROW) {
-        asm("{\n.reg .pred two, four;\nsetp.ne.u32 two, %5, 0;\nsetp.ne.u32 four, %6, 0;\n"
-            "mov.u32 %0, 0;\nmov.u32 %1, 0;\nmov.u32 %2, 0;\nmov.u32 %3, 0;\n"
-            "@two ld.global.v2.u32 {%0, %1}, [%4];\n@four ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
-            : "=&r"(found.x[0]), "=&r"(found.x[1]), "=&r"(found.x[2]), "=&r"(found.x[3])
-            : "l"(first), "r"(static_cast<unsigned>(there && half)), "r"(static_cast<unsigned>(there && !half)));
+        if (there && half) {
+            const uint2 two = *reinterpret_cast<const uint2 *>(first);
+            found.x[0] = two.x, found.x[1] = two.y;
+        }
+        if (there && !half) {
+            const uint4 four = *reinterpret_cast<const uint4 *>(first);
+            found.x[0] = four.x, found.x[1] = four.y, found.x[2] = four.z, found.x[3] = four.w;
+        }
         return found;
     }
 #endif
@@ -124,6 +127,28 @@ ON_GPU void add_sixteen(float (&x)[LANES][COUNT]) {
         }
 #endif
     }
+}
+
+// What lanes with the same t have, 16 numbers each, added up: a lane has the sums of two, 2g and 2g + 1.
+template <int FAR = 16>
+ON_GPU void scatter(float (&x)[LANES][16]) {
+#ifdef __CUDACC__
+    const bool late = threadIdx.x & FAR;
+#pragma unroll
+    for (int i = 0; i < FAR / 2; i++) {
+        const float first = x[0][i], second = x[0][i + FAR / 2];
+        x[0][i] = (late ? second : first) + __shfl_xor_sync(0xffffffffu, late ? first : second, FAR);
+    }
+    if constexpr (FAR > 4) scatter<FAR / 2>(x);
+#else
+    for (int t = 0; t < 4; t++) {
+        float sums[16] = {};
+        for (int lane = t; lane < LANES; lane += 4)
+            for (int i = 0; i < 16; i++) sums[i] += x[lane][i];
+        for (int lane = t; lane < LANES; lane += 4)
+            for (int i = 0; i < 2; i++) x[lane][i] = sums[lane / 4 * 2 + i];
+    }
+#endif
 }
 
 // whether a tensor begins where four numbers cannot be read at a time

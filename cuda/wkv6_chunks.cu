@@ -32,7 +32,7 @@ struct ChunksForward : Chunks6<WARPS, false> {
         Sum S[N / 8], Y[2];
     };
     using Threads = Team<Own, WARPS>;
-    static constexpr int FLOATS = Base::COMMON;
+    static constexpr int FLOATS = Base::RATE;
     const float *start;
     void *y;
     float *end, *kept;  // kept may be null, if no backward will follow
@@ -90,14 +90,13 @@ template <int WARPS>
 struct ChunksBackward : Chunks6<WARPS, true> {
     using Base = Chunks6<WARPS, true>;
     using Base::A, Base::X, Base::RT, Base::KT, Base::VT, Base::YT, Base::OVER, Base::DECAY, Base::RATE, Base::BONUS;
+    using Base::STATE, Base::FOUND, Base::ENDS, Base::D, Base::DU, Base::DW;
     using Base::WIDE, Base::ROWS, Base::PARTS, Base::THREADS, Base::EACH, Base::s;
     using Where = typename Base::Where;
     struct Own {
         Sum S[N / 8], G[N / 8], dr[N / 8 / WARPS];
     };
     using Threads = Team<Own, WARPS>;
-    static constexpr int D = Base::COMMON, MET = D + C * SHORT, STATE = MET + C, FOUND = STATE;
-    static constexpr int ENDS = STATE + (WARPS > 1 ? ROWS * LONG : 2 * C * N), DU = ENDS + WARPS * N, DW = DU + N;
     static constexpr int FLOATS = DW + 2 * N;
     const float *kept;
     const void *dy;
@@ -111,7 +110,8 @@ struct ChunksBackward : Chunks6<WARPS, true> {
         this->begin(team, shared, where);
         team.warps([&](int warp, Own &own) {
             lanes([&](int g, int i, int) {
-                for (int x = warp * 32 + g * 4 + i; x < 3 * N; x += THREADS) shared[DU + x] = 0.0f;
+                const int thread = warp * 32 + g * 4 + i;
+                for (int x = thread; x < 3 * N; x += THREADS) shared[DU + x] = 0.0f;
             });
             Base::plain(own.G, where, warp, [&](int64_t at, float &x) { x = dend[at]; });
         });
@@ -187,7 +187,7 @@ struct ChunksBackward : Chunks6<WARPS, true> {
                 Base::factors(shared, warp * 32 + g * 4 + i);
             });
             Base::lay(own.S, shared + STATE, warp);
-            ends(own, shared, warp);
+            Base::ends(own.S, own.G, shared, warp);
         });
         team.warps([&](int warp, Own &own) {
 #pragma unroll 1
@@ -195,14 +195,14 @@ struct ChunksBackward : Chunks6<WARPS, true> {
                 if (job < HALVES)
                     Base::between(shared, job);
                 else
-                    mirror(shared, job - HALVES);
+                    Base::heard(shared, job - HALVES);
             }
-            keys(own.dr, shared + YT, shared + STATE, warp);
+            Base::keys(own.dr, shared + YT, shared + STATE, warp);
         });
         team.warps([&](int warp, Own &own) { values(own, shared, warp, where, t); });
         team.warps([&](int warp, Own &own) {
             Sum dk[N / 8 / WARPS];
-            keys(dk, shared + VT, shared + STATE, warp);
+            Base::keys(dk, shared + VT, shared + STATE, warp);
 #pragma unroll
             for (int i = 0; i < N / 8 / WARPS; i++) {
                 const int x = (warp * (N / 8 / WARPS) + i) * 8;
@@ -210,7 +210,7 @@ struct ChunksBackward : Chunks6<WARPS, true> {
                 cells(dk[i], [&](int row, int column, float &found) { shared[KT + row * LONG + x + column] = found; });
             }
 #pragma unroll 1
-            for (int h = warp; h < HALVES; h += WARPS) halves(shared, h);
+            for (int h = warp; h < HALVES; h += WARPS) Base::halves(shared, h);
         });
         team.each([&](int thread) {
             for (int i = thread; i < 2 * N; i += THREADS) {
@@ -220,48 +220,6 @@ struct ChunksBackward : Chunks6<WARPS, true> {
                     channel<true>(shared, i - N, this->count(t));
             }
         });
-    }
-
-    // What of the state before passes all of the chunk, times its gradient: sums of a warp's rows.
-    ON_GPU static void ends(Own &own, float *shared, int warp) {
-#pragma unroll
-        for (int i = 0; i < N / 8; i++) {
-            lanes([&](int, int, int l) {
-#pragma unroll
-                for (int o = 0; o < 4; o++) own.S[i].x[l][o] *= own.G[i].x[l][o];
-            });
-            columns(own.S[i], [&](int column, float x) { shared[ENDS + warp * N + i * 8 + column] = x; });
-        }
-    }
-
-    // 8 columns of dY V^T, below the diagonal and mirrored, and its diagonal
-    ON_GPU static void mirror(float *shared, int n) {
-        Sum sum;
-        clear(sum);
-#pragma unroll
-        for (int i = 0; i < ROWS / 8; i++)
-            multiply(sum, left(shared + YT + i * 8, WIDE), right_turned(shared + VT + n * 8 * WIDE + i * 8, WIDE));
-        cells(sum, [&](int row, int column, float &found) {
-            const int to = n * 8 + column;
-            if (row > to)
-                shared[D + row * SHORT + to] = shared[D + to * SHORT + row] = tf32(found);
-            else if (row == to)
-                shared[MET + row] = found;
-        });
-    }
-
-    // This warp's part of the keys' gradients: tokens' rows (C, ROWS) times a state in shared memory
-    ON_GPU static void keys(Sum *found, const float *tokens, const float *state, int warp) {
-        constexpr int TILES = N / 8 / WARPS;
-#pragma unroll
-        for (int i = 0; i < TILES; i++) clear(found[i]);
-#pragma unroll
-        for (int o = 0; o < ROWS / 8; o++) {
-            const Left x = left(tokens + o * 8, WIDE);
-#pragma unroll
-            for (int i = 0; i < TILES; i++)
-                multiply(found[i], x, right(state + o * 8 * LONG + (warp * TILES + i) * 8, LONG));
-        }
     }
 
     // A warp's rows: dv, and the gradient of the state goes through the chunk.
@@ -286,30 +244,6 @@ struct ChunksBackward : Chunks6<WARPS, true> {
         this->write(dv, shared, warp, where, t);
     }
 
-    // The gradients of X_h, in their places: D at the places of h times X_h
-    ON_GPU static void halves(float *shared, int h) {
-        Left d[2];
-#pragma unroll
-        for (int o = 0; o < 2; o++) {
-            d[o] = left(shared + D + o * 8, SHORT);
-            lanes([&](int g, int t, int l) {
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    if (((g + i % 2 * 8) ^ (o * 8 + 2 * t + i / 2)) >> h != 1) d[o].x[l][i] = 0.0f;
-            });
-        }
-#pragma unroll
-        for (int i = 0; i < N / 8; i++) {
-            float *to = shared + X + h * C * LONG + i * 8;
-            Sum sum;
-            clear(sum);
-#pragma unroll
-            for (int o = 0; o < 2; o++) multiply(sum, d[o], right(to + o * 8 * LONG, LONG));
-            lanes_meet();
-            cells(sum, [&](int row, int column, float &x) { to[row * LONG + column] = x; });
-        }
-    }
-
     // dr of a channel, or (AFTER) dk; what a token's decay moves that way takes the place of its row in RT or KT.
     template <bool AFTER>
     ON_GPU void channel(float *shared, int x, int count) const {
@@ -326,6 +260,9 @@ struct ChunksBackward : Chunks6<WARPS, true> {
             }
         });
         const float bonus = shared[BONUS + x];
+        float met[C];
+#pragma unroll
+        for (int o = 0; o < C; o++) met[o] = shared[D + o * SHORT + o];
         float end = 0.0f, own = 0.0f, sums[HALVES] = {}, sum = 0.0f, total = 0.0f;
         if (!AFTER) {
 #pragma unroll
@@ -338,7 +275,7 @@ struct ChunksBackward : Chunks6<WARPS, true> {
             const float mine = shared[(AFTER ? Base::RAW_K : Base::RAW_R) + raw];
             const float other = shared[(AFTER ? Base::RAW_R : Base::RAW_K) + raw];
             float &whole = shared[(AFTER ? KT : RT) + token * LONG + x];
-            const float passing = whole * all[o], met = shared[MET + token] * other;
+            const float passing = whole * all[o], both = met[token] * other;
             float found = passing, moved = end + sum;
             sum += passing * mine;
 #pragma unroll
@@ -349,10 +286,10 @@ struct ChunksBackward : Chunks6<WARPS, true> {
                     found += half, moved += sums[h], sums[h] += half * mine;
                 }
             }
-            own += met * mine;
+            own += both * mine;
             whole = moved;
             if (token < count) total += moved;
-            shared[FOUND + (AFTER ? C * N : 0) + raw] = found + bonus * met;
+            shared[FOUND + (AFTER ? C * N : 0) + raw] = found + bonus * both;
         });
         if (!AFTER) shared[DU + x] += own;
         if (this->one_w) shared[DW + (AFTER ? N : 0) + x] -= total * shared[RATE + x];

@@ -25,7 +25,10 @@ struct Chunks6 : Tiles<WARPS_> {
     static constexpr int X = 0, RT = HALVES * C * LONG, KT = RT + C * LONG, A = KT + C * LONG, VT = A + C * SHORT;
     static constexpr int YT = VT + C * WIDE, OVER = YT + C * WIDE, OWN = OVER + N, BONUS = OWN + C, DECAY = BONUS + N;
     static constexpr int RATE = DECAY + C * N, RAW_R = RAW ? RATE + C * N : RT, RAW_K = RAW ? RAW_R + C * N : KT;
-    static constexpr int STEP = RAW ? N : LONG, COMMON = RAW ? RAW_K + C * N : RATE;
+    static constexpr int STEP = RAW ? N : LONG;
+    // and where r and k are kept, what else the backward needs
+    static constexpr int D = RAW_K + C * N, STATE = D + C * SHORT, FOUND = STATE;
+    static constexpr int ENDS = STATE + (WARPS > 1 ? ROWS * LONG : 2 * C * N), DU = ENDS + WARPS * N, DW = DU + N;
 
     int one_w;      // for all tokens
     int narrow;     // a tensor begins where four numbers cannot be read at a time
@@ -98,13 +101,15 @@ struct Chunks6 : Tiles<WARPS_> {
     // Asks for what the chunk at t reads, if there is one.
     ON_GPU void ask(int thread, const Where &where, int64_t t, const void *dy) const {
         if (t < 0) return;
+#pragma unroll 1
         for (int i = thread; i < 5 * C; i += THREADS) {
-            const int which = i / C, size = s.half(which < 4 ? which : V) ? 2 : 4;
+            const int which = i / C, tensor = which < 4 ? which : V;
             const void *from = which == R ? r : which == W ? w : which == K ? k : which == V ? v : dy;
-            if (t + i % C >= s.T || !from || (which == W && one_w)) continue;
-            const char *line = static_cast<const char *>(from) + where.tokens.at(t + i % C) * size;
+            const int64_t token = t + i % C, at = where.tokens.at(token);
+            if (token >= s.T || !from || (which == W && one_w)) continue;
+            const char *line = static_cast<const char *>(from) + (s.half(tensor) ? at * 2 : at * 4);
             soon(line);
-            if (size == 4) soon(line + 128);
+            if (!s.half(tensor)) soon(line + 128);
         }
     }
 
@@ -206,7 +211,8 @@ struct Chunks6 : Tiles<WARPS_> {
     // Of 8 nodes' tokens, numbered through, one in the first halves of 1 << h, or its place in the second.
     ON_GPU static int first(int i, int h) { return (i >> h << (h + 1)) | (i & ((1 << h) - 1)); }
 
-    // A at the places of halves of 1 << h: the 8 tokens of second halves times those of first ones.
+    // A at the places of halves of 1 << h: the 8 tokens of second halves times those of first ones. Of different nodes it
+    // is none: lanes that have those write what is above the diagonal, so that none goes another way.
     ON_GPU static void between(float *shared, int h) {
         const float *x = shared + X + h * C * LONG;
         Sum sum[2];
@@ -226,8 +232,11 @@ struct Chunks6 : Tiles<WARPS_> {
         lanes([&](int g, int t, int l) {
 #pragma unroll
             for (int o = 0; o < 2; o++) {
-                const int column = 2 * t + o, to = (first(g, h) + (1 << h)) * SHORT + first(column, h);
-                if (g >> h == column >> h) shared[A + to] = tf32(sum[0].x[l][o] + sum[1].x[l][o]);
+                const int row = first(g, h) + (1 << h), to = first(2 * t + o, h);
+                const bool here = g >> h == (2 * t + o) >> h;
+                const int high = row > to ? row : to, low = row > to ? to : row;
+                shared[A + (here ? high * SHORT + low : low * SHORT + high)] =
+                    here ? tf32(sum[0].x[l][o] + sum[1].x[l][o]) : 0.0f;
             }
         });
     }
@@ -246,6 +255,73 @@ struct Chunks6 : Tiles<WARPS_> {
             }
         });
         lanes_meet();
+    }
+
+    // What of a state passes all of the chunk, times its gradient: sums of a warp's rows.
+    ON_GPU static void ends(const Sum *S, const Sum *G, float *shared, int warp) {
+        float found[LANES][N / 4];
+        lanes([&](int, int, int l) {
+#pragma unroll
+            for (int i = 0; i < N / 4; i++) {
+                const float *x = S[i / 2].x[l] + i % 2, *y = G[i / 2].x[l] + i % 2;
+                found[l][i] = x[0] * y[0] + x[2] * y[2];
+            }
+        });
+        scatter(found);
+        lanes([&](int g, int t, int l) {
+            float *to = shared + ENDS + warp * N + g * 8 + 2 * t;
+            to[0] = found[l][0], to[1] = found[l][1];
+        });
+    }
+
+    // 8 columns of dY V^T, to eleven bits but for the diagonal
+    ON_GPU static void heard(float *shared, int n) {
+        Sum sum;
+        clear(sum);
+#pragma unroll
+        for (int i = 0; i < ROWS / 8; i++)
+            multiply(sum, left(shared + YT + i * 8, WIDE), right_turned(shared + VT + n * 8 * WIDE + i * 8, WIDE));
+        cells(sum, [&](int row, int column, float &found) {
+            const int to = n * 8 + column;
+            shared[D + row * SHORT + to] = row == to ? found : tf32(found);
+        });
+    }
+
+    // This warp's part of the keys' gradients: tokens' rows (C, ROWS) times a state in shared memory
+    ON_GPU static void keys(Sum *found, const float *tokens, const float *state, int warp) {
+        constexpr int TILES = N / 8 / WARPS;
+#pragma unroll
+        for (int i = 0; i < TILES; i++) clear(found[i]);
+#pragma unroll
+        for (int o = 0; o < ROWS / 8; o++) {
+            const Left x = left(tokens + o * 8, WIDE);
+#pragma unroll
+            for (int i = 0; i < TILES; i++)
+                multiply(found[i], x, right(state + o * 8 * LONG + (warp * TILES + i) * 8, LONG));
+        }
+    }
+
+    // The gradients of X_h, in their places: D, mirrored, at the places of h times X_h
+    ON_GPU static void halves(float *shared, int h) {
+        Left d[2];
+        lanes([&](int g, int t, int l) {
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const int row = g + i % 2 * 8, to = i / 4 * 8 + 2 * t + i % 4 / 2;
+                const float found = shared[D + (row > to ? row * SHORT + to : to * SHORT + row)];
+                d[i / 4].x[l][i % 4] = (row ^ to) >> h == 1 ? found : 0.0f;
+            }
+        });
+#pragma unroll
+        for (int i = 0; i < N / 8; i++) {
+            float *to = shared + X + h * C * LONG + i * 8;
+            Sum sum;
+            clear(sum);
+#pragma unroll
+            for (int o = 0; o < 2; o++) multiply(sum, d[o], right(to + o * 8 * LONG, LONG));
+            lanes_meet();
+            cells(sum, [&](int row, int column, float &x) { to[row * LONG + column] = x; });
+        }
     }
 
     // The state goes through the chunk.
