@@ -26,7 +26,7 @@ namespace {
 template <int WARPS>
 struct ChunksForward : Chunks6<WARPS, false> {
     using Base = Chunks6<WARPS, false>;
-    using Base::A, Base::RT, Base::VT, Base::YT, Base::WIDE, Base::ROWS, Base::s;
+    using Base::A, Base::RT, Base::KT, Base::VT, Base::YT, Base::LINE, Base::SIDE, Base::WIDE, Base::ROWS, Base::s;
     using Where = typename Base::Where;
     struct Own {
         Sum S[N / 8], Y[2];
@@ -63,9 +63,9 @@ struct ChunksForward : Chunks6<WARPS, false> {
 #pragma unroll
                 for (int n = 0; n < 2; n++) {
                     clear(own.Y[n]);
-                    Base::add_state(own.Y[n], own.S, shared + RT + n * 8 * LONG);
+                    Base::add_state(own.Y[n], own.S, shared + RT + n * 8 * LINE);
                 }
-                Base::update(own.S, shared, warp);
+                Base::update(own.S, shared, warp, shared + VT, shared + KT);
             });
         }
         team.warps([&](int warp, Own &own) {
@@ -75,9 +75,19 @@ struct ChunksForward : Chunks6<WARPS, false> {
 
     // y of a warp's rows, which what its tokens hear of each other is added to
     ON_GPU void finish(Own &own, float *shared, int warp, const Where &where, int64_t t) const {
+        Base::over_tokens(shared + VT, warp, [&](int o, const Left &x) {
+#pragma unroll
+            for (int n = 0; n < 2; n++) {
+                Right y;
+                lanes([&](int g, int i, int l) {
+                    const float *at = shared + A + (n * 8 + g) * SIDE + o * 8 + i;
+                    y.x[l][0] = at[0], y.x[l][1] = at[4];
+                });
+                multiply(own.Y[n], x, y);
+            }
+        });
 #pragma unroll
         for (int n = 0; n < 2; n++) {
-            Base::add_rows(own.Y[n], shared + VT, warp, shared + A + n * 8 * SHORT, SHORT, true);
             cells(own.Y[n], [&](int row, int column, float &x) {
                 shared[YT + (n * 8 + column) * WIDE + warp * 16 + row] = x;
             });
@@ -90,7 +100,7 @@ template <int WARPS>
 struct ChunksBackward : Chunks6<WARPS, true> {
     using Base = Chunks6<WARPS, true>;
     using Base::A, Base::X, Base::RT, Base::KT, Base::VT, Base::YT, Base::OVER, Base::DECAY, Base::RATE, Base::BONUS;
-    using Base::STATE, Base::FOUND, Base::ENDS, Base::D, Base::DU, Base::DW;
+    using Base::LINE, Base::SIDE, Base::MET, Base::FOUND, Base::ENDS, Base::DU, Base::DW;
     using Base::WIDE, Base::ROWS, Base::PARTS, Base::THREADS, Base::EACH, Base::s;
     using Where = typename Base::Where;
     struct Own {
@@ -131,7 +141,7 @@ struct ChunksBackward : Chunks6<WARPS, true> {
                         else if (chunk == 0)
                             recall(own, first, warp);
                         else
-                            Base::update(own.S, shared, warp);
+                            Base::update(own.S, shared, warp, shared + VT, shared + KT);
                     }
                     if (chunk < chunks - 1) finish(shared, where, t + C, warp);
                     lanes_meet();
@@ -167,7 +177,7 @@ struct ChunksBackward : Chunks6<WARPS, true> {
                 if (chunk == 0)
                     recall(own, first, warp);
                 else
-                    Base::update(own.S, shared, warp);
+                    Base::update(own.S, shared, warp, shared + VT, shared + KT);
                 Base::packed(own.S, states + chunk * ROWS * N, warp, [](float &memory, float &x) { memory = x; });
                 lanes_meet();
                 this->template spread<true>(read, shared, this->count(t), warp, false);
@@ -186,7 +196,7 @@ struct ChunksBackward : Chunks6<WARPS, true> {
                 this->ask(warp * 32 + g * 4 + i, where, t - C, dy);
                 Base::factors(shared, warp * 32 + g * 4 + i);
             });
-            Base::lay(own.S, shared + STATE, warp);
+            Base::lay(own.S, shared, warp);
             Base::ends(own.S, own.G, shared, warp);
         });
         team.warps([&](int warp, Own &own) {
@@ -197,17 +207,17 @@ struct ChunksBackward : Chunks6<WARPS, true> {
                 else
                     Base::heard(shared, job - HALVES);
             }
-            Base::keys(own.dr, shared + YT, shared + STATE, warp);
+            Base::keys(own.dr, shared + YT, shared, warp);
         });
         team.warps([&](int warp, Own &own) { values(own, shared, warp, where, t); });
         team.warps([&](int warp, Own &own) {
             Sum dk[N / 8 / WARPS];
-            Base::keys(dk, shared + VT, shared + STATE, warp);
+            Base::keys(dk, shared + VT, shared, warp);
 #pragma unroll
             for (int i = 0; i < N / 8 / WARPS; i++) {
                 const int x = (warp * (N / 8 / WARPS) + i) * 8;
-                cells(own.dr[i], [&](int row, int column, float &found) { shared[RT + row * LONG + x + column] = found; });
-                cells(dk[i], [&](int row, int column, float &found) { shared[KT + row * LONG + x + column] = found; });
+                cells(own.dr[i], [&](int row, int column, float &found) { shared[RT + row * LINE + x + column] = found; });
+                cells(dk[i], [&](int row, int column, float &found) { shared[KT + row * LINE + x + column] = found; });
             }
 #pragma unroll 1
             for (int h = warp; h < HALVES; h += WARPS) Base::halves(shared, h);
@@ -225,16 +235,17 @@ struct ChunksBackward : Chunks6<WARPS, true> {
     // A warp's rows: dv, and the gradient of the state goes through the chunk.
     ON_GPU void values(Own &own, float *shared, int warp, const Where &where, int64_t t) const {
         Sum found[2];
-        Base::lay(own.G, shared + STATE, warp);
+        Base::lay(own.G, shared, warp);
 #pragma unroll
         for (int n = 0; n < 2; n++) {
             clear(found[n]);
-            Base::add_state(found[n], own.G, shared + KT + n * 8 * LONG);
-            Base::add_rows(found[n], shared + YT, warp, shared + A + n * 8, SHORT, false);
+            Base::add_state(found[n], own.G, shared + KT + n * 8 * LINE);
         }
-        Base::times(own.G, shared + OVER);
+        Base::over_tokens(shared + YT, warp, [&](int o, const Left &x) {
 #pragma unroll
-        for (int i = 0; i < N / 8; i++) Base::add_rows(own.G[i], shared + YT, warp, shared + RT + i * 8, LONG, false);
+            for (int n = 0; n < 2; n++) multiply(found[n], x, Base::apart(shared + A + o * 8 * SIDE + n * 8, SIDE));
+        });
+        Base::update(own.G, shared, warp, shared + YT, shared + RT);
         lanes_meet();
 #pragma unroll
         for (int n = 0; n < 2; n++)
@@ -262,7 +273,7 @@ struct ChunksBackward : Chunks6<WARPS, true> {
         const float bonus = shared[BONUS + x];
         float met[C];
 #pragma unroll
-        for (int o = 0; o < C; o++) met[o] = shared[D + o * SHORT + o];
+        for (int o = 0; o < C; o++) met[o] = four(shared + MET + o / 4 * 4).x[o % 4];
         float end = 0.0f, own = 0.0f, sums[HALVES] = {}, sum = 0.0f, total = 0.0f;
         if (!AFTER) {
 #pragma unroll
@@ -274,7 +285,7 @@ struct ChunksBackward : Chunks6<WARPS, true> {
             const int o = C - 1 - turn, raw = token * N + x;
             const float mine = shared[(AFTER ? Base::RAW_K : Base::RAW_R) + raw];
             const float other = shared[(AFTER ? Base::RAW_R : Base::RAW_K) + raw];
-            float &whole = shared[(AFTER ? KT : RT) + token * LONG + x];
+            float &whole = shared[(AFTER ? KT : RT) + token * LINE + x];
             const float passing = whole * all[o], both = met[token] * other;
             float found = passing, moved = end + sum;
             sum += passing * mine;
@@ -282,7 +293,7 @@ struct ChunksBackward : Chunks6<WARPS, true> {
             for (int h = 0; h < HALVES; h++) {
                 if (o % (1 << h) == (1 << h) - 1) sums[h] = 0.0f;
                 if (o >> h & 1) {
-                    const float half = shared[X + (h * C + token) * LONG + x] * part[h][o];
+                    const float half = shared[X + (h * C + token) * LINE + x] * part[h][o];
                     found += half, moved += sums[h], sums[h] += half * mine;
                 }
             }
@@ -310,7 +321,7 @@ struct ChunksBackward : Chunks6<WARPS, true> {
                 put(dr, to, PARTS == 1 && s.half(R), four(found), this->narrow);
                 put(dk, to, PARTS == 1 && s.half(K), four(found + C * N), this->narrow);
                 if (this->one_w) continue;
-                const Four before = four(shared + RT + o * LONG + x), after = four(shared + KT + o * LONG + x);
+                const Four before = four(shared + RT + o * LINE + x), after = four(shared + KT + o * LINE + x);
                 Four moved = four(shared + RATE + o * N + x);
 #pragma unroll
                 for (int c = 0; c < 4; c++) moved.x[c] *= -(before.x[c] + after.x[c]);

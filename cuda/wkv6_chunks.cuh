@@ -19,16 +19,18 @@ constexpr int FOURS = N / 4;  // threads that a token's channels take
 template <int WARPS_, bool RAW>
 struct Chunks6 : Tiles<WARPS_> {
     using Base = Tiles<WARPS_>;
-    using Base::WARPS, Base::THREADS, Base::ROWS, Base::WIDE, Base::s;
+    using Base::WARPS, Base::THREADS, Base::ROWS, Base::s;
     using Place = typename Base::Place;
     static constexpr int EACH = C * FOURS / THREADS;
-    static constexpr int X = 0, RT = HALVES * C * LONG, KT = RT + C * LONG, A = KT + C * LONG, VT = A + C * SHORT;
+    // floats from a row to the next, so that no two lanes served together want one bank
+    static constexpr int LINE = N + 8, WIDE = ROWS + 8, SIDE = C + 8, ODD = C + 1;
+    static constexpr int X = 0, RT = HALVES * C * LINE, KT = RT + C * LINE, A = KT + C * LINE, VT = A + C * SIDE;
     static constexpr int YT = VT + C * WIDE, OVER = YT + C * WIDE, OWN = OVER + N, BONUS = OWN + C, DECAY = BONUS + N;
     static constexpr int RATE = DECAY + C * N, RAW_R = RAW ? RATE + C * N : RT, RAW_K = RAW ? RAW_R + C * N : KT;
-    static constexpr int STEP = RAW ? N : LONG;
+    static constexpr int STEP = RAW ? N : LINE;
     // and where r and k are kept, what else the backward needs
-    static constexpr int D = RAW_K + C * N, STATE = D + C * SHORT, FOUND = STATE;
-    static constexpr int ENDS = STATE + (WARPS > 1 ? ROWS * LONG : 2 * C * N), DU = ENDS + WARPS * N, DW = DU + N;
+    static constexpr int MET = OWN, D = RAW_K + C * N, STATE = D + C * ODD, FOUND = STATE;
+    static constexpr int ENDS = STATE + (WARPS > 1 ? ROWS * LINE : 2 * C * N), DU = ENDS + WARPS * N, DW = DU + N;
 
     int one_w;      // for all tokens
     int narrow;     // a tensor begins where four numbers cannot be read at a time
@@ -54,7 +56,7 @@ struct Chunks6 : Tiles<WARPS_> {
     template <class Team>
     ON_GPU void begin(Team &team, float *shared, const Where &where) const {
         team.each([&](int thread) {
-            for (int i = thread; i < C * SHORT; i += THREADS) shared[A + i] = 0.0f;
+            for (int i = thread; i < C * SIDE; i += THREADS) shared[A + i] = 0.0f;
             for (int x = thread; x < N; x += THREADS)
                 shared[BONUS + x] = get(u, where.head % s.H * N + x, s.half(U));
         });
@@ -63,7 +65,9 @@ struct Chunks6 : Tiles<WARPS_> {
     // the token and the channel of a thread's nth four, or its value
     ON_GPU static int token(int thread, int n) { return thread / FOURS + n * (THREADS / FOURS); }
     ON_GPU static int channel(int thread) { return thread % FOURS * 4; }
-    ON_GPU static int value_token(int thread, int n) { return thread % 32 / 4 + n * 8; }
+    ON_GPU static int value_token(int thread, int n) {
+        return (thread & 16) / 4 + (thread & 4) / 2 + (thread & 8) / 8 + n * 8;  // rows 0 and 2 share no bank
+    }
     ON_GPU static int value(int thread) { return thread / 32 * 16 + thread % 4 * 4; }
 
     // Tokens [t, t + C) as they lie in memory. END: only what the state after them needs.
@@ -172,12 +176,12 @@ struct Chunks6 : Tiles<WARPS_> {
             d[o] = shared[DECAY + token * N + x], mine[o] = shared[(AFTER ? RAW_K : RAW_R) + token * STEP + x];
         });
         along<AFTER>([&](int o, int token) {
-            shared[(AFTER ? KT : RT) + token * LONG + x] = tf32(mine[o] * through);
+            shared[(AFTER ? KT : RT) + token * LINE + x] = tf32(mine[o] * through);
             through *= d[o];
 #pragma unroll
             for (int h = 0; h < HALVES; h++) {
                 if (o % (1 << h) == 0) passed[h] = 1.0f;
-                if (o >> h & 1) shared[X + (h * C + token) * LONG + x] = tf32(mine[o] * passed[h]);
+                if (o >> h & 1) shared[X + (h * C + token) * LINE + x] = tf32(mine[o] * passed[h]);
                 passed[h] *= d[o];
             }
         });
@@ -185,7 +189,7 @@ struct Chunks6 : Tiles<WARPS_> {
     }
 
     ON_GPU static void factors(float *shared, int thread) {
-        for (int i = thread; i < C; i += THREADS) shared[A + i * SHORT + i] = shared[OWN + i];
+        for (int i = thread; i < C; i += THREADS) shared[A + i * SIDE + i] = shared[OWN + i];
         for (int i = thread; i < 2 * N; i += THREADS) {
             if (i < N)
                 factors<false>(shared, i);
@@ -202,7 +206,7 @@ struct Chunks6 : Tiles<WARPS_> {
 #pragma unroll
         for (int o = 7; o >= 0; o--) {
             const int token = last * 8 + o;
-            shared[KT + token * LONG + x] = tf32(shared[RAW_K + token * STEP + x] * through);
+            shared[KT + token * LINE + x] = tf32(shared[RAW_K + token * STEP + x] * through);
             through *= shared[DECAY + token * N + x];
         }
         if (!last) shared[OVER + x] = through;
@@ -214,7 +218,7 @@ struct Chunks6 : Tiles<WARPS_> {
     // A at the places of halves of 1 << h: the 8 tokens of second halves times those of first ones. Of different nodes it
     // is none: lanes that have those write what is above the diagonal, so that none goes another way.
     ON_GPU static void between(float *shared, int h) {
-        const float *x = shared + X + h * C * LONG;
+        const float *x = shared + X + h * C * LINE;
         Sum sum[2];
         clear(sum[0]), clear(sum[1]);
 #pragma unroll
@@ -222,9 +226,9 @@ struct Chunks6 : Tiles<WARPS_> {
             Left late;
             Right early;
             lanes([&](int g, int t, int l) {
-                const float *at = x + first(g, h) * LONG + i * 8 + 2 * t;
+                const float *at = x + first(g, h) * LINE + i * 8 + 2 * t;
                 pair(at, early.x[l][0], early.x[l][1]);
-                pair(at + (LONG << h), late.x[l][0], late.x[l][2]);
+                pair(at + (LINE << h), late.x[l][0], late.x[l][2]);
                 late.x[l][1] = late.x[l][3] = 0.0f;
             });
             multiply(sum[i % 2], late, early);
@@ -235,7 +239,7 @@ struct Chunks6 : Tiles<WARPS_> {
                 const int row = first(g, h) + (1 << h), to = first(2 * t + o, h);
                 const bool here = g >> h == (2 * t + o) >> h;
                 const int high = row > to ? row : to, low = row > to ? to : row;
-                shared[A + (here ? high * SHORT + low : low * SHORT + high)] =
+                shared[A + (here ? high * SIDE + low : low * SIDE + high)] =
                     here ? tf32(sum[0].x[l][o] + sum[1].x[l][o]) : 0.0f;
             }
         });
@@ -274,7 +278,7 @@ struct Chunks6 : Tiles<WARPS_> {
         });
     }
 
-    // 8 columns of dY V^T, to eleven bits but for the diagonal
+    // 8 columns of dY V^T, to eleven bits, but the diagonal apart and as it is
     ON_GPU static void heard(float *shared, int n) {
         Sum sum;
         clear(sum);
@@ -283,12 +287,12 @@ struct Chunks6 : Tiles<WARPS_> {
             multiply(sum, left(shared + YT + i * 8, WIDE), right_turned(shared + VT + n * 8 * WIDE + i * 8, WIDE));
         cells(sum, [&](int row, int column, float &found) {
             const int to = n * 8 + column;
-            shared[D + row * SHORT + to] = row == to ? found : tf32(found);
+            shared[row == to ? MET + row : D + row * ODD + to] = row == to ? found : tf32(found);
         });
     }
 
-    // This warp's part of the keys' gradients: tokens' rows (C, ROWS) times a state in shared memory
-    ON_GPU static void keys(Sum *found, const float *tokens, const float *state, int warp) {
+    // This warp's part of the keys' gradients: tokens' rows (C, ROWS) times the state in shared memory
+    ON_GPU static void keys(Sum *found, const float *tokens, const float *shared, int warp) {
         constexpr int TILES = N / 8 / WARPS;
 #pragma unroll
         for (int i = 0; i < TILES; i++) clear(found[i]);
@@ -296,8 +300,14 @@ struct Chunks6 : Tiles<WARPS_> {
         for (int o = 0; o < ROWS / 8; o++) {
             const Left x = left(tokens + o * 8, WIDE);
 #pragma unroll
-            for (int i = 0; i < TILES; i++)
-                multiply(found[i], x, right(state + o * 8 * LONG + (warp * TILES + i) * 8, LONG));
+            for (int i = 0; i < TILES; i++) {
+                Right y;
+                lanes([&](int g, int t, int l) {
+                    const float *at = shared + STATE + (o * 8 + 2 * t) * LINE + warp * TILES * 8 + columns_at(i, 2 * t) + g;
+                    y.x[l][0] = at[0], y.x[l][1] = at[LINE];
+                });
+                multiply(found[i], x, y);
+            }
         }
     }
 
@@ -307,28 +317,73 @@ struct Chunks6 : Tiles<WARPS_> {
         lanes([&](int g, int t, int l) {
 #pragma unroll
             for (int i = 0; i < 8; i++) {
-                const int row = g + i % 2 * 8, to = i / 4 * 8 + 2 * t + i % 4 / 2;
-                const float found = shared[D + (row > to ? row * SHORT + to : to * SHORT + row)];
-                d[i / 4].x[l][i % 4] = (row ^ to) >> h == 1 ? found : 0.0f;
+                const int row = g + i % 2 * 8, to = t + i / 2 * 4, at = row > to ? row * ODD + to : to * ODD + row;
+                const bool here = (row ^ to) >> h == 1;
+                const float found = shared[D + (here ? at : ODD)];  // nobody wrote the diagonal
+                d[i / 4].x[l][i % 4] = here ? found : 0.0f;
             }
         });
 #pragma unroll
         for (int i = 0; i < N / 8; i++) {
-            float *to = shared + X + h * C * LONG + i * 8;
+            float *to = shared + X + h * C * LINE + i * 8;
             Sum sum;
             clear(sum);
 #pragma unroll
-            for (int o = 0; o < 2; o++) multiply(sum, d[o], right(to + o * 8 * LONG, LONG));
+            for (int o = 0; o < 2; o++) multiply(sum, d[o], apart(to + o * 8 * LINE, LINE));
             lanes_meet();
-            cells(sum, [&](int row, int column, float &x) { to[row * LONG + column] = x; });
+            cells(sum, [&](int row, int column, float &x) { to[row * LINE + column] = x; });
         }
     }
 
-    // The state goes through the chunk.
-    ON_GPU static void update(Sum *S, float *shared, int warp) {
-        Base::times(S, shared + OVER);
+    // Factors whose inner index goes from lane to lane, t and t + 4: the transpose of 8 rows from m on, 16 columns,
+    ON_GPU static Left apart_turned(const float *m) {
+        Left a;
+        lanes([&](int g, int t, int l) {
+            const float *at = m + t * WIDE + g;
+            a.x[l][0] = at[0], a.x[l][1] = at[8], a.x[l][2] = at[4 * WIDE], a.x[l][3] = at[4 * WIDE + 8];
+        });
+        return a;
+    }
+
+    // and 8 rows, 8 columns
+    ON_GPU static Right apart(const float *m, int wide) {
+        Right b;
+        lanes([&](int g, int t, int l) { b.x[l][0] = m[t * wide + g], b.x[l][1] = m[(t + 4) * wide + g]; });
+        return b;
+    }
+
+    // The transpose of (C, ROWS) in shared memory, a warp's 16 columns: f(its half, tokens of it)
+    template <class F>
+    ON_GPU static void over_tokens(const float *rows, int warp, F f) {
 #pragma unroll
-        for (int i = 0; i < N / 8; i++) Base::add_rows(S[i], shared + VT, warp, shared + KT + i * 8, LONG, false);
+        for (int o = 0; o < 2; o++) f(o, apart_turned(rows + o * 8 * WIDE + warp * 16));
+    }
+
+    // A warp's rows of a state += the transpose of those of (C, ROWS) times (C, N), after all it holds decayed.
+    ON_GPU static void update(Sum *S, float *shared, int warp, const float *rows, const float *factors) {
+        Base::times(S, shared + OVER);
+        over_tokens(rows, warp, [&](int o, const Left &x) {
+#pragma unroll
+            for (int i = 0; i < N / 8; i++) multiply(S[i], x, apart(factors + o * 8 * LINE + i * 8, LINE));
+        });
+    }
+
+    // sum += a warp's state times the transpose of 8 tokens' rows (8, N)
+    ON_GPU static void add_state(Sum &sum, const Sum *S, const float *tokens) {
+#pragma unroll
+        for (int i = 0; i < N / 8; i++) multiply(sum, left(S[i]), right_turned(tokens + i * 8, LINE));
+    }
+
+    // Where 8 columns of a state lie in shared memory, of rows with a set bit of 4 in the place of their neighbours'.
+    ON_GPU static int columns_at(int i, int row) { return i / 2 * 16 + (row & 4 ? 8 - i % 2 * 8 : i % 2 * 8); }
+
+    // A warp's state goes to shared memory, to eleven bits.
+    ON_GPU static void lay(Sum *S, float *shared, int warp) {
+#pragma unroll
+        for (int i = 0; i < N / 8; i++)
+            cells(S[i], [&](int row, int column, float &x) {
+                shared[STATE + (warp * 16 + row) * LINE + columns_at(i, row) + column] = tf32(x);
+            });
     }
 };
 
