@@ -1,22 +1,22 @@
-// Four neighbouring numbers, read and written at a time, in memory (fp32 or bf16) and in shared memory.
+// Quad neighbouring numbers, read and written at a time, in memory (fp32 or bf16) and in shared memory.
 
 #pragma once
 
 #include "mma.cuh"
 
-struct Four {
+struct Quad {
     float x[4];
 };
 
-// Four numbers as they lie in memory: two words of bf16, or four of fp32.
-struct Words {
+// Quad numbers as they lie in memory: two all of bf16, or four of fp32.
+struct Bits {
     uint32_t x[4];
 };
 
 // `NARROW`: one by one, as they may lie anywhere. What is not there is 0.
 template <bool NARROW>
-ON_GPU Words words(const void *from, int64_t at, bool half, bool there) {
-    Words found = {};
+ON_GPU Bits bits_of(const void *from, int64_t at, bool half, bool there) {
+    Bits found = {};
     const char *first = static_cast<const char *>(from) + (half ? at * 2 : at * 4);
 #ifdef __CUDACC__
     if (!NARROW) {
@@ -44,17 +44,17 @@ ON_GPU Words words(const void *from, int64_t at, bool half, bool there) {
     return found;
 }
 
-ON_GPU Four four(const Words &words, bool half) {
-    const uint32_t bits[4] = {half ? words.x[0] << 16 : words.x[0], half ? words.x[0] & 0xffff0000u : words.x[1],
-                              half ? words.x[1] << 16 : words.x[2], half ? words.x[1] & 0xffff0000u : words.x[3]};
-    Four found;
+ON_GPU Quad quad(const Bits &all, bool half) {
+    const uint32_t bits[4] = {half ? all.x[0] << 16 : all.x[0], half ? all.x[0] & 0xffff0000u : all.x[1],
+                              half ? all.x[1] << 16 : all.x[2], half ? all.x[1] & 0xffff0000u : all.x[3]};
+    Quad found;
     memcpy(found.x, bits, 16);
     return found;
 }
 
-// Four numbers in shared memory, which begin at a multiple of four.
-ON_GPU Four four(const float *at) {
-    Four found;
+// Quad numbers in shared memory, which begin at a multiple of four.
+ON_GPU Quad quad(const float *at) {
+    Quad found;
 #ifdef __CUDACC__
     const float4 all = *reinterpret_cast<const float4 *>(at);
     found.x[0] = all.x, found.x[1] = all.y, found.x[2] = all.z, found.x[3] = all.w;
@@ -64,7 +64,7 @@ ON_GPU Four four(const float *at) {
     return found;
 }
 
-ON_GPU void set(float *to, const Four &x) {
+ON_GPU void set(float *to, const Quad &x) {
 #ifdef __CUDACC__
     *reinterpret_cast<float4 *>(to) = make_float4(x.x[0], x.x[1], x.x[2], x.x[3]);
 #else
@@ -72,25 +72,14 @@ ON_GPU void set(float *to, const Four &x) {
 #endif
 }
 
-ON_GPU Four tf32(const Four &x) { return {{tf32(x.x[0]), tf32(x.x[1]), tf32(x.x[2]), tf32(x.x[3])}}; }
+ON_GPU Quad tf32(const Quad &x) { return {{tf32(x.x[0]), tf32(x.x[1]), tf32(x.x[2]), tf32(x.x[3])}}; }
 
-// two in bf16, the first one in the lower half
-ON_GPU uint32_t to_bf16(float x, float y) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    uint32_t found;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(found) : "f"(y), "f"(x));
-    return found;
-#else
-    return to_bf16(x) | static_cast<uint32_t>(to_bf16(y)) << 16;
-#endif
-}
-
-ON_GPU void put(void *to, int64_t at, bool half, const Four &x, bool narrow) {
+ON_GPU void put(void *to, int64_t at, bool half, const Quad &x, bool narrow) {
     if (narrow) {
 #pragma unroll
         for (int i = 0; i < 4; i++) put(to, at + i, half, x.x[i]);
     } else if (half) {
-        const uint32_t two[2] = {to_bf16(x.x[0], x.x[1]), to_bf16(x.x[2], x.x[3])};
+        const uint32_t two[2] = {to_bf16s(x.x[0], x.x[1]), to_bf16s(x.x[2], x.x[3])};
 #ifdef __CUDACC__
         *reinterpret_cast<uint2 *>(static_cast<uint16_t *>(to) + at) = make_uint2(two[0], two[1]);
 #else
@@ -151,8 +140,19 @@ ON_GPU void scatter(float (&x)[LANES][16]) {
 #endif
 }
 
-// whether a tensor begins where four numbers cannot be read at a time
-template <class... Tensors>
-int narrow(const Tensors *...tensors) {
-    return ((reinterpret_cast<uintptr_t>(tensors) % 16 != 0) || ...);
+// Factors whose inner index goes from lane to lane, t and t + 4: the transpose of 8 rows from m on, 16 columns,
+ON_GPU Left apart_turned(const float *m, int wide) {
+    Left a;
+    lanes([&](int g, int t, int l) {
+        const float *at = m + t * wide + g;
+        a.x[l][0] = at[0], a.x[l][1] = at[8], a.x[l][2] = at[4 * wide], a.x[l][3] = at[4 * wide + 8];
+    });
+    return a;
+}
+
+// and 8 rows, 8 columns
+ON_GPU Right apart(const float *m, int wide) {
+    Right b;
+    lanes([&](int g, int t, int l) { b.x[l][0] = m[t * wide + g], b.x[l][1] = m[(t + 4) * wide + g]; });
+    return b;
 }

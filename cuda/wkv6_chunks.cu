@@ -23,9 +23,9 @@
 
 namespace {
 
-template <int WARPS>
-struct ChunksForward : Chunks6<WARPS, false> {
-    using Base = Chunks6<WARPS, false>;
+template <int WARPS, bool HALF>
+struct ChunksForward : Chunks6<WARPS, HALF, false> {
+    using Base = Chunks6<WARPS, HALF, false>;
     using Base::A, Base::RT, Base::KT, Base::VT, Base::YT, Base::LINE, Base::SIDE, Base::WIDE, Base::ROWS, Base::s;
     using Where = typename Base::Where;
     struct Own {
@@ -48,7 +48,7 @@ struct ChunksForward : Chunks6<WARPS, false> {
                 typename Base::Read read[LANES];
                 if (t < s.T) this->template gather<false>(read, where, t, warp, nullptr);
                 if (t > 0) finish(own, shared, warp, where, t - C);
-                if (t < s.T) this->template spread<false>(read, shared, this->count(t), warp, false);
+                if (t < s.T) this->template spread<false>(read, shared, this->count(t), warp);
             });
             if (t >= s.T) break;
             team.each([&](int thread) {
@@ -57,7 +57,7 @@ struct ChunksForward : Chunks6<WARPS, false> {
             });
             float *to = kept && t % KEEP == 0 ? kept + (block * s.segments(KEEP) + t / KEEP) * ROWS * N : nullptr;
             team.warps([&](int warp, Own &own) {
-                if (to) Base::packed(own.S, to, warp, [](float &memory, float &x) { memory = x; });
+                if (to) Base::keep(own.S, to, warp);
 #pragma unroll 1
                 for (int h = warp; h < HALVES; h += WARPS) Base::between(shared, h);
 #pragma unroll
@@ -96,9 +96,9 @@ struct ChunksForward : Chunks6<WARPS, false> {
     }
 };
 
-template <int WARPS>
-struct ChunksBackward : Chunks6<WARPS, true> {
-    using Base = Chunks6<WARPS, true>;
+template <int WARPS, bool HALF>
+struct ChunksBackward : Chunks6<WARPS, HALF, true> {
+    using Base = Chunks6<WARPS, HALF, true>;
     using Base::A, Base::X, Base::RT, Base::KT, Base::VT, Base::YT, Base::OVER, Base::DECAY, Base::RATE, Base::BONUS;
     using Base::LINE, Base::SIDE, Base::MET, Base::FOUND, Base::ENDS, Base::DU, Base::DW;
     using Base::WIDE, Base::ROWS, Base::PARTS, Base::THREADS, Base::EACH, Base::s;
@@ -137,15 +137,15 @@ struct ChunksBackward : Chunks6<WARPS, true> {
                     if (chunk >= 0) {
                         this->template gather<false>(read, where, t, warp, dy);
                         if (chunk < chunks - 1)
-                            recall(own, states + chunk * ROWS * N, warp);
+                            Base::recall(own.S, states + chunk * ROWS * N, warp);
                         else if (chunk == 0)
-                            recall(own, first, warp);
+                            Base::recall(own.S, first, warp);
                         else
                             Base::update(own.S, shared, warp, shared + VT, shared + KT);
                     }
                     if (chunk < chunks - 1) finish(shared, where, t + C, warp);
                     lanes_meet();
-                    if (chunk >= 0) this->template spread<false>(read, shared, this->count(t), warp, true);
+                    if (chunk >= 0) this->template spread<false>(read, shared, this->count(t), warp);
                 });
                 if (chunk < 0) break;
                 back(team, shared, where, t);
@@ -163,10 +163,6 @@ struct ChunksBackward : Chunks6<WARPS, true> {
         });
     }
 
-    ON_GPU static void recall(Own &own, const float *from, int warp) {
-        Base::packed(own.S, const_cast<float *>(from), warp, [](float &memory, float &x) { x = memory; });
-    }
-
     // The states before all chunks of a segment but the last; what that needs of the one before stays in shared memory.
     ON_GPU void forth(Threads &team, float *shared, const Where &where, int64_t t, int chunks, const float *first,
                       float *states) const {
@@ -175,12 +171,12 @@ struct ChunksBackward : Chunks6<WARPS, true> {
                 typename Base::Read read[LANES];
                 this->template gather<true>(read, where, t, warp, nullptr);
                 if (chunk == 0)
-                    recall(own, first, warp);
+                    Base::recall(own.S, first, warp);
                 else
                     Base::update(own.S, shared, warp, shared + VT, shared + KT);
-                Base::packed(own.S, states + chunk * ROWS * N, warp, [](float &memory, float &x) { memory = x; });
+                Base::keep(own.S, states + chunk * ROWS * N, warp);
                 lanes_meet();
-                this->template spread<true>(read, shared, this->count(t), warp, false);
+                this->template spread<true>(read, shared, this->count(t), warp);
             });
             team.each([&](int thread) {
                 this->ask(thread, where, t + C, nullptr);
@@ -243,7 +239,7 @@ struct ChunksBackward : Chunks6<WARPS, true> {
         }
         Base::over_tokens(shared + YT, warp, [&](int o, const Left &x) {
 #pragma unroll
-            for (int n = 0; n < 2; n++) multiply(found[n], x, Base::apart(shared + A + o * 8 * SIDE + n * 8, SIDE));
+            for (int n = 0; n < 2; n++) multiply(found[n], x, apart(shared + A + o * 8 * SIDE + n * 8, SIDE));
         });
         Base::update(own.G, shared, warp, shared + YT, shared + RT);
         lanes_meet();
@@ -273,7 +269,7 @@ struct ChunksBackward : Chunks6<WARPS, true> {
         const float bonus = shared[BONUS + x];
         float met[C];
 #pragma unroll
-        for (int o = 0; o < C; o++) met[o] = four(shared + MET + o / 4 * 4).x[o % 4];
+        for (int o = 0; o < C; o++) met[o] = quad(shared + MET + o / 4 * 4).x[o % 4];
         float end = 0.0f, own = 0.0f, sums[HALVES] = {}, sum = 0.0f, total = 0.0f;
         if (!AFTER) {
 #pragma unroll
@@ -318,18 +314,36 @@ struct ChunksBackward : Chunks6<WARPS, true> {
                 if (o >= count) continue;
                 const int64_t to = apart + where.tokens.at(t + o) + x;
                 const float *found = shared + FOUND + o * N + x;
-                put(dr, to, PARTS == 1 && s.half(R), four(found), this->narrow);
-                put(dk, to, PARTS == 1 && s.half(K), four(found + C * N), this->narrow);
+                put(dr, to, PARTS == 1 && this->half(R), quad(found), this->narrow());
+                put(dk, to, PARTS == 1 && this->half(K), quad(found + C * N), this->narrow());
                 if (this->one_w) continue;
-                const Four before = four(shared + RT + o * LINE + x), after = four(shared + KT + o * LINE + x);
-                Four moved = four(shared + RATE + o * N + x);
+                const Quad before = quad(shared + RT + o * LINE + x), after = quad(shared + KT + o * LINE + x);
+                Quad moved = quad(shared + RATE + o * N + x);
 #pragma unroll
                 for (int c = 0; c < 4; c++) moved.x[c] *= -(before.x[c] + after.x[c]);
-                put(dw, to, PARTS == 1 && s.half(W), moved, this->narrow);
+                put(dw, to, PARTS == 1 && this->half(W), moved, this->narrow());
             }
         });
     }
 };
+
+template <int WARPS>
+using AnyForward = ChunksForward<WARPS, false>;
+template <int WARPS>
+using AnyBackward = ChunksBackward<WARPS, false>;
+template <int WARPS>
+using HalfForward = ChunksForward<WARPS, true>;
+template <int WARPS>
+using HalfBackward = ChunksBackward<WARPS, true>;
+
+// f of the kernels for these sizes and tensors: those for r, k and v in bf16, or those for any
+template <class F>
+int chosen(const int64_t *z, bool wide, F f) {
+    constexpr int64_t HALF = 1 << R | 1 << K | 1 << V;
+    if (z[3] != N) return -1;
+    if (wide && (z[4] & HALF) == HALF) return divided<HalfForward, HalfBackward>(z[6], f);
+    return divided<AnyForward, AnyBackward>(z[6], f);
+}
 
 }  // namespace
 
@@ -347,11 +361,11 @@ int64_t wkv6_chunks_room(const int64_t *z) { return chunks_room(z); }
 // B*T*H*N, end B*H*N*N, kept? any
 int wkv6_chunks_forward(const int64_t *z, int64_t stream, const void *r, const void *w, const void *k, const void *v,
                         const void *u, const float *start, void *y, float *end, float *kept) {
-    if (z[3] != N) return -1;
-    return divided<ChunksForward, ChunksBackward>(z[6], [&](auto forward, auto) {
+    const bool all = wide(r, w, k, v, y);
+    if (!wide(kept)) return -1;
+    return chosen(z, all, [&](auto forward, auto) {
         using Kernel = decltype(forward);
-        return launch(Kernel{{{{z[0], z[1], z[2], z[3], z[4]}}, z[5] != 0, narrow(r, w, k, v, y), r, w, k, v, u},
-                             start, y, end, kept},
+        return launch(Kernel{{{{z[0], z[1], z[2], z[3], z[4]}}, z[5] != 0, all, r, w, k, v, u}, start, y, end, kept},
                       z[0] * z[2] * z[6], stream);
     });
 }
@@ -364,12 +378,12 @@ int wkv6_chunks_forward(const int64_t *z, int64_t stream, const void *r, const v
 int wkv6_chunks_backward(const int64_t *z, int64_t stream, const void *r, const void *w, const void *k, const void *v,
                          const void *u, const float *kept, const void *dy, const float *dend, void *dr, void *dw,
                          void *dk, void *dv, float *du, float *dstart, float *room) {
-    if (z[3] != N) return -1;
-    return divided<ChunksForward, ChunksBackward>(z[6], [&](auto, auto backward) {
+    const bool all = wide(r, w, k, v, dy, dr, dw, dk, dv);
+    if (!wide(kept, room)) return -1;
+    return chosen(z, all, [&](auto, auto backward) {
         using Kernel = decltype(backward);
-        return launch(Kernel{{{{z[0], z[1], z[2], z[3], z[4]}}, z[5] != 0, narrow(r, w, k, v, dy, dr, dw, dk, dv),
-                              r, w, k, v, u},
-                             kept, dy, dend, dr, dw, dk, dv, du, dstart, room},
+        return launch(Kernel{{{{z[0], z[1], z[2], z[3], z[4]}}, z[5] != 0, all, r, w, k, v, u}, kept, dy, dend, dr, dw,
+                             dk, dv, du, dstart, room},
                       z[0] * z[2] * z[6], stream);
     });
 }

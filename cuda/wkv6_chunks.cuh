@@ -15,8 +15,9 @@ enum { R, W, K, V, U };       // bits of Sizes::halves
 constexpr int HALVES = 4;     // halves of 1, 2, 4, 8 tokens
 constexpr int FOURS = N / 4;  // threads that a token's channels take
 
-// RAW: r and k are kept as they are beside the factors; if not, factors take their places.
-template <int WARPS_, bool RAW>
+// HALF: r, k and v, and what is like them, are bf16 and begin at multiples of 16 bytes. RAW: r and k are kept as they are
+// beside the factors; if not, factors take their places.
+template <int WARPS_, bool HALF, bool RAW>
 struct Chunks6 : Tiles<WARPS_> {
     using Base = Tiles<WARPS_>;
     using Base::WARPS, Base::THREADS, Base::ROWS, Base::s;
@@ -32,8 +33,8 @@ struct Chunks6 : Tiles<WARPS_> {
     static constexpr int MET = OWN, D = RAW_K + C * N, STATE = D + C * ODD, FOUND = STATE;
     static constexpr int ENDS = STATE + (WARPS > 1 ? ROWS * LINE : 2 * C * N), DU = ENDS + WARPS * N, DW = DU + N;
 
-    int one_w;      // for all tokens
-    int narrow;     // a tensor begins where four numbers cannot be read at a time
+    int one_w;    // for all tokens
+    int aligned;  // all tensors begin at multiples of 16 bytes
     const void *r, *w, *k, *v, *u;
 
     struct Where : Place {
@@ -42,13 +43,16 @@ struct Chunks6 : Tiles<WARPS_> {
 
     // what a thread has read of a chunk
     struct Read {
-        Words r[EACH], w[EACH], k[EACH], v[2], dy[2];
+        Bits r[EACH], w[EACH], k[EACH], v[2], dy[2];
     };
 
     ON_GPU Where where(int64_t block) const {
         const Place place = this->place(block);
         return {place, one_w ? Head{place.head % s.H * N, 0} : place.tokens};
     }
+
+    ON_GPU bool half(int tensor) const { return (HALF && tensor != W && tensor != U) || s.half(tensor); }
+    ON_GPU bool narrow() const { return !HALF && !aligned; }
 
     ON_GPU int count(int64_t t) const { return static_cast<int>(s.T - t < C ? s.T - t : C); }
 
@@ -58,7 +62,7 @@ struct Chunks6 : Tiles<WARPS_> {
         team.each([&](int thread) {
             for (int i = thread; i < C * SIDE; i += THREADS) shared[A + i] = 0.0f;
             for (int x = thread; x < N; x += THREADS)
-                shared[BONUS + x] = get(u, where.head % s.H * N + x, s.half(U));
+                shared[BONUS + x] = get(u, where.head % s.H * N + x, half(U));
         });
     }
 
@@ -78,16 +82,16 @@ struct Chunks6 : Tiles<WARPS_> {
         for (int n = 0; n < EACH; n++) {
             const int o = token(thread, n);
             const int64_t at = where.tokens.at(t + o) + channel(thread), at_w = where.decays.at(t + o) + channel(thread);
-            read.w[n] = words<NARROW>(w, at_w, s.half(W), o < count);
-            read.k[n] = words<NARROW>(k, at, s.half(K), o < count);
-            if (!END) read.r[n] = words<NARROW>(r, at, s.half(R), o < count);
+            read.w[n] = bits_of<NARROW>(w, at_w, half(W), o < count);
+            read.k[n] = bits_of<NARROW>(k, at, half(K), o < count);
+            if (!END) read.r[n] = bits_of<NARROW>(r, at, half(R), o < count);
         }
 #pragma unroll
         for (int n = 0; n < 2; n++) {
             const int o = value_token(thread, n);
             const int64_t at = where.tokens.at(t + o) + where.part * ROWS + value(thread);
-            read.v[n] = words<NARROW>(v, at, s.half(V), o < count);
-            if (dy) read.dy[n] = words<NARROW>(dy, at, s.half(V), o < count);
+            read.v[n] = bits_of<NARROW>(v, at, half(V), o < count);
+            if (RAW && !END) read.dy[n] = bits_of<NARROW>(dy, at, half(V), o < count);
         }
     }
 
@@ -95,7 +99,7 @@ struct Chunks6 : Tiles<WARPS_> {
     ON_GPU void gather(Read (&read)[LANES], const Where &where, int64_t t, int warp, const void *dy) const {
         lanes([&](int g, int i, int l) {
             const int thread = warp * 32 + g * 4 + i;
-            if (narrow)
+            if (narrow())
                 gather<END, true>(read[l], where, t, thread, dy);
             else
                 gather<END, false>(read[l], where, t, thread, dy);
@@ -111,24 +115,24 @@ struct Chunks6 : Tiles<WARPS_> {
             const void *from = which == R ? r : which == W ? w : which == K ? k : which == V ? v : dy;
             const int64_t token = t + i % C, at = where.tokens.at(token);
             if (token >= s.T || !from || (which == W && one_w)) continue;
-            const char *line = static_cast<const char *>(from) + (s.half(tensor) ? at * 2 : at * 4);
+            const char *line = static_cast<const char *>(from) + (half(tensor) ? at * 2 : at * 4);
             soon(line);
-            if (!s.half(tensor)) soon(line + 128);
+            if (!half(tensor)) soon(line + 128);
         }
     }
 
     // What was read goes to shared memory: v and dy to eleven bits, r, k and decays as they are, and r . u . k.
     template <bool END>
-    ON_GPU void spread(const Read (&read)[LANES], float *shared, int count, int warp, bool dy) const {
+    ON_GPU void spread(const Read (&read)[LANES], float *shared, int count, int warp) const {
         float own[LANES][EACH];
         lanes([&](int g, int i, int l) {
             const int thread = warp * 32 + g * 4 + i, x = channel(thread);
-            const Four bonus = four(shared + BONUS + x);
+            const Quad bonus = quad(shared + BONUS + x);
 #pragma unroll
             for (int n = 0; n < EACH; n++) {
                 const int o = token(thread, n);
-                const Four k = four(read[l].k[n], s.half(K)), w = four(read[l].w[n], s.half(W));
-                Four rate, decay;
+                const Quad k = quad(read[l].k[n], half(K)), w = quad(read[l].w[n], half(W));
+                Quad rate, decay;
 #pragma unroll
                 for (int c = 0; c < 4; c++) {
                     rate.x[c] = o < count ? rate_of(w.x[c]) : 0.0f;
@@ -137,7 +141,7 @@ struct Chunks6 : Tiles<WARPS_> {
                 set(shared + DECAY + o * N + x, decay);
                 set(shared + RAW_K + o * STEP + x, k);
                 if (END) continue;
-                const Four r = four(read[l].r[n], s.half(R));
+                const Quad r = quad(read[l].r[n], half(R));
                 set(shared + RAW_R + o * STEP + x, r);
                 if (RAW) set(shared + RATE + o * N + x, rate);
                 own[l][n] = 0.0f;
@@ -147,8 +151,8 @@ struct Chunks6 : Tiles<WARPS_> {
 #pragma unroll
             for (int n = 0; n < 2; n++) {
                 const int to = value_token(thread, n) * WIDE + value(thread);
-                set(shared + VT + to, tf32(four(read[l].v[n], s.half(V))));
-                if (dy) set(shared + YT + to, tf32(four(read[l].dy[n], s.half(V))));
+                set(shared + VT + to, tf32(quad(read[l].v[n], half(V))));
+                if (RAW && !END) set(shared + YT + to, tf32(quad(read[l].dy[n], half(V))));
             }
         });
         if (END) return;
@@ -255,7 +259,7 @@ struct Chunks6 : Tiles<WARPS_> {
             for (int n = 0; n < 2; n++) {
                 const int o = value_token(thread, n);
                 const int64_t at = where.tokens.at(t + o) + where.part * ROWS + x;
-                if (o < count) put(to, at, s.half(V), four(shared + YT + o * WIDE + x), narrow);
+                if (o < count) put(to, at, half(V), quad(shared + YT + o * WIDE + x), narrow());
             }
         });
         lanes_meet();
@@ -335,28 +339,11 @@ struct Chunks6 : Tiles<WARPS_> {
         }
     }
 
-    // Factors whose inner index goes from lane to lane, t and t + 4: the transpose of 8 rows from m on, 16 columns,
-    ON_GPU static Left apart_turned(const float *m) {
-        Left a;
-        lanes([&](int g, int t, int l) {
-            const float *at = m + t * WIDE + g;
-            a.x[l][0] = at[0], a.x[l][1] = at[8], a.x[l][2] = at[4 * WIDE], a.x[l][3] = at[4 * WIDE + 8];
-        });
-        return a;
-    }
-
-    // and 8 rows, 8 columns
-    ON_GPU static Right apart(const float *m, int wide) {
-        Right b;
-        lanes([&](int g, int t, int l) { b.x[l][0] = m[t * wide + g], b.x[l][1] = m[(t + 4) * wide + g]; });
-        return b;
-    }
-
     // The transpose of (C, ROWS) in shared memory, a warp's 16 columns: f(its half, tokens of it)
     template <class F>
     ON_GPU static void over_tokens(const float *rows, int warp, F f) {
 #pragma unroll
-        for (int o = 0; o < 2; o++) f(o, apart_turned(rows + o * 8 * WIDE + warp * 16));
+        for (int o = 0; o < 2; o++) f(o, apart_turned(rows + o * 8 * WIDE + warp * 16, WIDE));
     }
 
     // A warp's rows of a state += the transpose of those of (C, ROWS) times (C, N), after all it holds decayed.
@@ -372,6 +359,25 @@ struct Chunks6 : Tiles<WARPS_> {
     ON_GPU static void add_state(Sum &sum, const Sum *S, const float *tokens) {
 #pragma unroll
         for (int i = 0; i < N / 8; i++) multiply(sum, left(S[i]), right_turned(tokens + i * 8, LINE));
+    }
+
+    // f(where four numbers of a warp's state lie in memory, what they are): all lanes beside each other
+    template <class F>
+    ON_GPU static void packed(Sum *S, int warp, F f) {
+#pragma unroll
+        for (int i = 0; i < N / 8; i++)
+            lanes([&](int g, int t, int l) { f(((warp * (N / 8) + i) * 32 + g * 4 + t) * 4, S[i].x[l]); });
+    }
+
+    ON_GPU static void keep(Sum *S, float *memory, int warp) {
+        packed(S, warp, [&](int at, const float *x) { set(memory + at, {{x[0], x[1], x[2], x[3]}}); });
+    }
+
+    ON_GPU static void recall(Sum *S, const float *memory, int warp) {
+        packed(S, warp, [&](int at, float *x) {
+            const Quad found = quad(memory + at);
+            x[0] = found.x[0], x[1] = found.x[1], x[2] = found.x[2], x[3] = found.x[3];
+        });
     }
 
     // Where 8 columns of a state lie in shared memory, of rows with a set bit of 4 in the place of their neighbours'.
