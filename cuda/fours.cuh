@@ -74,19 +74,21 @@ ON_GPU void set(float *to, const Quad &x) {
 
 ON_GPU Quad tf32(const Quad &x) { return {{tf32(x.x[0]), tf32(x.x[1]), tf32(x.x[2]), tf32(x.x[3])}}; }
 
+// Four numbers go to memory, to a place that is a multiple of 16 bytes.
+ON_GPU void write(float *to, const Quad &x) {
+    Four all;
+    memcpy(&all, x.x, 16);
+    store(to, all);
+}
+
 ON_GPU void put(void *to, int64_t at, bool half, const Quad &x, bool narrow) {
     if (narrow) {
 #pragma unroll
         for (int i = 0; i < 4; i++) put(to, at + i, half, x.x[i]);
     } else if (half) {
-        const uint32_t two[2] = {to_bf16s(x.x[0], x.x[1]), to_bf16s(x.x[2], x.x[3])};
-#ifdef __CUDACC__
-        *reinterpret_cast<uint2 *>(static_cast<uint16_t *>(to) + at) = make_uint2(two[0], two[1]);
-#else
-        memcpy(static_cast<uint16_t *>(to) + at, two, 8);
-#endif
+        store(static_cast<uint16_t *>(to) + at, Two{to_bf16s(x.x[0], x.x[1]), to_bf16s(x.x[2], x.x[3])});
     } else {
-        set(static_cast<float *>(to) + at, x);
+        write(static_cast<float *>(to) + at, x);
     }
 }
 

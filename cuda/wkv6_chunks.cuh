@@ -370,7 +370,7 @@ struct Chunks6 : Tiles<WARPS_> {
     }
 
     ON_GPU static void keep(Sum *S, float *memory, int warp) {
-        packed(S, warp, [&](int at, const float *x) { set(memory + at, {{x[0], x[1], x[2], x[3]}}); });
+        packed(S, warp, [&](int at, const float *x) { ::write(memory + at, {{x[0], x[1], x[2], x[3]}}); });
     }
 
     ON_GPU static void recall(Sum *S, const float *memory, int warp) {
