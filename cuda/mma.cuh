@@ -18,6 +18,53 @@ constexpr int LANES = 1;
 constexpr int LANES = 32;
 #endif
 
+// Numbers that are loaded and stored together: where they lie is a multiple of their bytes.
+struct alignas(8) Pair {
+    float x[2];
+};
+struct alignas(16) Quad {
+    float x[4];
+};
+struct alignas(16) Words {
+    uint32_t x[4];
+};
+
+ON_GPU Pair &pair(float *at) { return *reinterpret_cast<Pair *>(at); }
+ON_GPU const Pair &pair(const float *at) { return *reinterpret_cast<const Pair *>(at); }
+ON_GPU Quad &quad(float *at) { return *reinterpret_cast<Quad *>(at); }
+ON_GPU const Quad &quad(const float *at) { return *reinterpret_cast<const Quad *>(at); }
+
+// two bf16 in a word, the first one below
+ON_GPU Pair wide_of(uint32_t word) {
+    const uint32_t bits[2] = {word << 16, word & 0xffff0000u};
+    Pair found;
+    memcpy(&found, bits, 8);
+    return found;
+}
+
+ON_GPU uint32_t word_of(Pair x) { return to_bf16s(x.x[0], x.x[1]); }
+
+// 2 to the power of x
+ON_GPU float power(float x) {
+#ifdef __CUDACC__
+    float found;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(found) : "f"(x));
+    return found;
+#else
+    return exp2f(x);
+#endif
+}
+
+// `at_most` in one instruction
+ON_GPU float least(float x, float most) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(most));
+    return x;
+#else
+    return at_most(x, most);
+#endif
+}
+
 template <int COUNT>
 struct Fragment {
     float x[LANES][COUNT];
@@ -50,26 +97,24 @@ ON_GPU void clear(Sum &sum) {
     cells(sum, [](int, int, float &x) { x = 0.0f; });
 }
 
-// To the nearest number of eleven bits, half away from zero: tensor cores ignore the bits behind, and so cut. What is no
-// number stays none: a card's has all bits set, and would become one.
-ON_GPU float tf32(float x) {
+// Tensor cores ignore the bits behind the eleventh, and so cut. After a product with this they cut to one of the two
+// numbers of eleven bits that are next, on average the nearer; a number of eleven bits stays what it is, and what is no
+// number stays none.
+constexpr float NEAR = 1.0f + 0.7213f / 2048;
+
+ON_GPU float tf32(float x) { return x * NEAR; }
+
+// a number as tensor cores see it
+ON_GPU float cut(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
-    bits += 0x1000u;
-    float found;
-    memcpy(&found, &bits, 4);
-    return x == x ? found : x;
+    bits &= 0xffffe000u;
+    memcpy(&x, &bits, 4);
+    return x;
 }
 
 ON_GPU void multiply(Sum &sum, const Left &a, const Right &b) {
 #ifndef __CUDACC__
-    const auto cut = [](float x) {
-        uint32_t bits;
-        memcpy(&bits, &x, 4);
-        bits &= 0xffffe000u;
-        memcpy(&x, &bits, 4);
-        return x;
-    };
     float left[16][8], right[8][8];
     for (int lane = 0; lane < 32; lane++) {
         for (int i = 0; i < 4; i++) left[lane / 4 + i % 2 * 8][lane % 4 + i / 2 * 4] = cut(a.x[lane][i]);
@@ -109,6 +154,37 @@ ON_GPU Left left(const Sum &sum) {
         a.x[l][2] = tf32(sum.x[l][1]), a.x[l][3] = tf32(sum.x[l][3]);
     });
     return a;
+}
+
+// Quad times eight rows of four numbers, of eleven bits: a lane gets number t of row g of each. f(which, row) is where
+// a row lies, at a multiple of 16 bytes. They are a left factor: rows 0 to 7, then 8 to 15, of four places along the
+// inner index, and again of four more. Or two right ones.
+template <class F>
+ON_GPU Left fours(F f) {
+    Left a;
+#ifndef __CUDACC__
+    lanes([&](int g, int t, int l) {
+        for (int i = 0; i < 4; i++) a.x[l][i] = f(i, g)[t];
+    });
+#elif __CUDA_ARCH__ >= 750
+    const int lane = threadIdx.x % 32;
+    const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(f(lane / 8, lane % 8)));
+    float *x = a.x[0];
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+                 : "r"(at)
+                 : "memory");
+#else
+    __trap();
+#endif
+    return a;
+}
+
+// one of two right factors
+ON_GPU Right half_of(const Left &both, int n) {
+    Right b;
+    lanes([&](int, int, int l) { b.x[l][0] = both.x[l][2 * n], b.x[l][1] = both.x[l][2 * n + 1]; });
+    return b;
 }
 
 // 16 rows from m on, 8 columns; its numbers must be of eleven bits already, as those of all that follow.
@@ -164,7 +240,39 @@ ON_GPU void columns(Sum &sum, F f) {
 #endif
 }
 
-// A block as warps: f(warp, what it keeps in fragments) between two barriers, or f(thread).
+// The sums of the columns of eight Sums, two in each lane: f(column, both).
+template <class F>
+ON_GPU void all_columns(const Sum *sums, F f) {
+#ifdef __CUDACC__
+    const int lane = threadIdx.x % 32;
+    float found[16];
+#pragma unroll
+    for (int i = 0; i < 16; i++) found[i] = sums[i / 2].x[0][i % 2] + sums[i / 2].x[0][2 + i % 2];
+#pragma unroll
+    for (int step = 0; step < 3; step++) {  // a lane keeps half of them, and adds what another lane has of these
+        const int half = 8 >> step;
+        const bool second = lane & 2 * half;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            if (i >= half) break;
+            const float kept = second ? found[i + half] : found[i], given = second ? found[i] : found[i + half];
+            found[i] = kept + __shfl_xor_sync(0xffffffffu, given, 2 * half);
+        }
+    }
+    f(2 * lane, Pair{{found[0], found[1]}});
+#else
+    for (int column = 0; column < 64; column += 2) {
+        Pair found = {};
+        for (int row = 0; row < 16; row++)
+            for (int e = 0; e < 2; e++)
+                found.x[e] += sums[column / 8].x[row % 8 * 4 + column % 8 / 2][row / 8 * 2 + e];
+        f(column, found);
+    }
+#endif
+}
+
+// A block as warps: f(warp, what it keeps in fragments) between two barriers, or f(thread); `any` tells whether f was
+// true of a thread.
 template <class Own, int WARPS>
 struct Team {
 #ifdef __CUDACC__
@@ -180,6 +288,11 @@ struct Team {
     ON_GPU void each(Phase phase) {
         phase(static_cast<int>(threadIdx.x));
         __syncthreads();
+    }
+
+    template <class Phase>
+    ON_GPU bool any(Phase phase) {
+        return __syncthreads_or(phase(static_cast<int>(threadIdx.x)));
     }
 #else
     Own own[WARPS];
@@ -197,6 +310,13 @@ struct Team {
     template <class Phase>
     void each(Phase phase) {
         for (int n = 0; n < 32 * WARPS; n++) phase(grid_way ? 32 * WARPS - 1 - n : n);
+    }
+
+    template <class Phase>
+    bool any(Phase phase) {
+        bool found = false;
+        for (int n = 0; n < 32 * WARPS; n++) found |= phase(grid_way ? 32 * WARPS - 1 - n : n);
+        return found;
     }
 #endif
 };

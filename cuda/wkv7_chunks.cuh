@@ -1,4 +1,8 @@
 // What the forward and the backward of RWKV-7 on tensor cores share; wkv7_chunks.cu has the formulas.
+//
+// Of 16 tokens a lane holds, in the two Sums (or left factors) n = 0 and 1 of a pair, columns 2t and 2t + 1: tokens
+// 4t + 2n and 4t + 2n + 1. So the four that it multiplies in both lie beside each other, and are one load of 16 bytes.
+// Where numbers lie in shared memory is chosen so that no two lanes that are served together want one bank.
 
 #pragma once
 
@@ -7,74 +11,90 @@
 namespace {
 
 enum { R, W, K, V, A, B_ };       // bits of Sizes::halves
-constexpr float STEEP = 0.7f;     // a log decay below its negative (the soft clamp's are above -0.61) stands alone
-constexpr float STEEPEST = 36.0f; // a log decay below its negative counts as this: exp(-36) is 2e-16 of the state
+constexpr float LOG2E = 1.44269504f, RATES = 0.52876637f;  // log2(e), and log2 of it
+constexpr float STEEP = 0.7f * LOG2E;     // a log2 decay below its negative (the soft clamp's are above) stands alone
+constexpr float STEEPEST = 36.0f * LOG2E; // a log2 decay below its negative counts as this: 2e-16 of the state
 
 // Tokens [t + first, t + first + count) of a chunk; all others of the 16 leave the state as it is.
 struct Window {
     int64_t t;
     int first, count;
     ON_GPU bool has(int token) const { return token >= first && token < first + count; }
+    // of four tokens of a quarter, a bit each
+    ON_GPU unsigned quarter(int q) const { return ((1u << count) - 1) << first >> 4 * q & 15; }
 };
 
-template <int WARPS_>
+// HALF: all inputs and results of a token are bf16, and begin at multiples of 16 bytes. BACK: with what the backward
+// needs beyond.
+template <int WARPS_, bool HALF, bool BACK>
 struct Chunks : Tiles<WARPS_> {
     using Base = Tiles<WARPS_>;
-    using Base::WARPS, Base::THREADS, Base::ROWS, Base::WIDE, Base::s, Base::add_rows, Base::add_sums;
+    using Base::WARPS, Base::THREADS, Base::ROWS, Base::s;
     using Place = typename Base::Place;
-    static constexpr int AB = 0, AK = C * SHORT, RB = 2 * AK, RK = 3 * AK, M = 4 * AK;
-    static constexpr int RT = 5 * AK, AT = RT + C * LONG, KT = AT + C * LONG, BT = KT + C * LONG;
-    static constexpr int VT = BT + C * LONG, DECAY = VT + C * WIDE, MIDDLE = DECAY + C * N, LAST = MIDDLE + N;
-    static constexpr int FLAG = LAST + N, COMMON = FLAG + 4;
+    static constexpr int LINE = N + 4, WIDE = ROWS + 4;         // floats from a token to the next
+    static constexpr int SIZE = C * C, COPIES = BACK ? 2 : 1;   // of a matrix; the second one is the transpose
+    static constexpr int AB = 0, AK = SIZE, RB = 2 * SIZE, RK = 3 * SIZE, M = 4 * SIZE, TURNED = 5 * SIZE;
+    // (C, LINE) of each; the same again as (N, C), r~ and a~ for the backward alone
+    static constexpr int RT = COPIES * TURNED, AT = RT + C * LINE, KT = AT + C * LINE, BT = KT + C * LINE;
+    static constexpr int KC = BT + C * LINE, BC = KC + N * C, RC = BC + N * C, AC = RC + (BACK ? N * C : 0);
+    static constexpr int VT = AC + (BACK ? N * C : 0), MIDDLE = VT + C * WIDE, LAST = MIDDLE + N, COMMON = LAST + N;
+    // of the backward: dY, and the sums of log2 decays from the middle on, up to each border between tokens
+    static constexpr int YT = COMMON, SUMS = YT + C * WIDE;
 
     const void *r, *w, *k, *v, *a, *b;
 
+    // where numbers lie: of (C, N), (N, C), (C, C), (C, ROWS)
+    ON_GPU static constexpr int line(int token, int x) {
+        return token * LINE + ((x / 8 * 8 + x % 8 / 2) ^ (token & 8) ^ (x % 2 + x / 32) % 2 * 4);
+    }
+    ON_GPU static constexpr int column(int x, int token) { return x * C + (token ^ (x & 6) * 2); }
+    ON_GPU static constexpr int spot(int row, int x) { return row * C + (x ^ (row & 4) * 2); }
+    ON_GPU static constexpr int wide(int token, int x) { return token * WIDE + (x ^ (token & 8)); }
+    ON_GPU static constexpr int token(int n, int x) { return x / 2 * 4 + 2 * n + x % 2; }
+
     ON_GPU Window whole(int64_t t) const { return {t, 0, static_cast<int>(s.T - t < C ? s.T - t : C)}; }
 
-    ON_GPU float read(const void *from, int tensor, const Place &place, Window at, int token, int x) const {
-        return at.has(token) ? get(from, place.tokens.at(at.t + token) + x, s.half(tensor)) : 0.0f;
+    // where channel x of the first token of a quarter lies
+    ON_GPU static int64_t begin(const Place &place, Window at, int q, int x) {
+        return place.tokens.at(at.t + 4 * q) + x;
     }
 
-    // No turn was steep yet: what a block finds in shared memory was left there by another.
+    // two neighbouring numbers of each of four tokens of a tensor, from `first` on; 0 of tokens that `has` lacks
+    ON_GPU void pairs(Pair *to, const void *from, int tensor, int64_t first, int64_t step, unsigned has) const {
+        if (HALF) {
+            const uint16_t *at = static_cast<const uint16_t *>(from) + first;
+#pragma unroll
+            for (int o = 0; o < 4; o++, at += step)
+                to[o] = wide_of(has >> o & 1 ? *reinterpret_cast<const uint32_t *>(at) : 0);
+        } else {
+#pragma unroll
+            for (int o = 0; o < 4; o++)
+#pragma unroll
+                for (int e = 0; e < 2; e++)
+                    to[o].x[e] = has >> o & 1 ? get(from, first + o * step + e, s.half(tensor)) : 0.0f;
+        }
+    }
+
+    ON_GPU static float rate(float w) { return least(power(w * LOG2E + RATES), STEEPEST); }
+
+    // Whether a decay of a window is steep.
     template <class Team>
-    ON_GPU static void begin(Team &team, float *shared) {
-        team.each([&](int thread) {
-            if (thread < 2) shared[FLAG + thread] = -1.0f;
+    ON_GPU bool steep(Team &team, const Place &place, Window at) const {
+        return team.any([&](int thread) {
+            float most = 0.0f;
+            for (int i = thread; i < C * N; i += THREADS)
+                if (at.has(i / N)) most = fmaxf(most, rate(get(w, place.tokens.at(at.t + i / N) + i % N, s.half(W))));
+            return most > STEEP;
         });
     }
 
-    // The sums of the log decays of each channel, up to each token, go to DECAY. Gives whether one is steep. Each
-    // call gives the next `turn`: what says so lies in two places in turns, so that nobody overwrites what another has
-    // yet to read.
+    // The pieces of a chunk with a steep decay, as a bit for the first token of each: as long as none is steep, or a
+    // single token.
     template <class Team>
-    ON_GPU bool decays(Team &team, float *shared, const Place &place, Window at, int64_t turn) const {
-        team.each([&](int thread) {
-            for (int x = thread; x < N; x += THREADS) {
-                float rates[C], sum = 0.0f, most = 0.0f;
-#pragma unroll
-                for (int o = 0; o < C; o++) rates[o] = at.has(o) ? get(w, place.tokens.at(at.t + o) + x, s.half(W)) : -1e9f;
-#pragma unroll
-                for (int o = 0; o < C; o++) {
-                    const float rate = at_most(rate_of(rates[o]), STEEPEST);
-                    sum -= rate, most = fmaxf(most, rate);
-                    shared[DECAY + o * N + x] = sum;
-                    if (o == C / 2 - 1) shared[MIDDLE + x] = sum;
-                }
-                const float middle = shared[MIDDLE + x];
-                shared[LAST + x] = expf(sum - middle), shared[MIDDLE + x] = expf(middle);
-                if (most > STEEP) shared[FLAG + turn % 2] = static_cast<float>(turn % (1 << 24));
-            }
-        });
-        return shared[FLAG + turn % 2] == static_cast<float>(turn % (1 << 24));
-    }
-
-    // The pieces of a chunk, as a bit for the first token of each: as long as no decay is steep, or a single token.
-    // `turn` counts the calls of `decays`, whose results of the last piece are there.
-    template <class Team>
-    ON_GPU unsigned pieces(Team &team, float *shared, const Place &place, Window whole, int64_t &turn) const {
+    ON_GPU unsigned pieces(Team &team, const Place &place, Window whole) const {
         unsigned found = 0;
         for (int first = 0, count = whole.count; first < whole.count;) {
-            if (decays(team, shared, place, {whole.t, first, count}, turn++) && count > 1) {
+            if (count > 1 && steep(team, place, {whole.t, first, count})) {
                 count = (count + 1) / 2;
                 continue;
             }
@@ -84,7 +104,9 @@ struct Chunks : Tiles<WARPS_> {
         return found;
     }
 
+    // the whole, or a piece of it
     ON_GPU static Window piece(Window whole, unsigned pieces, int which) {
+        if (!pieces) return whole;
         for (int n = 0; n < which; n++) pieces &= pieces - 1;
         int first = 0, end = 0;
         while (!(pieces >> first & 1)) first++;
@@ -100,97 +122,116 @@ struct Chunks : Tiles<WARPS_> {
 
     // r a k b times their halves of the decay, v, and `more` (like v) go to shared memory, to eleven bits. The halves
     // meet in the middle of the chunk: there a state is multiplied by what is at MIDDLE, and at the end by LAST.
-    // What the chunk at `next` reads, if there is one, is asked for meanwhile.
+    // What the chunk at `next` reads, if there is one, is asked for meanwhile. Gives whether a decay is steep.
     template <class Team>
-    ON_GPU void load(Team &team, float *shared, const Place &place, Window at, const void *more, int more_at,
-                     int64_t next) const {
-        team.each([&](int thread) {
-            for (int i = thread; i < 6 * C; i += THREADS) {
-                const int64_t t = next + i % C;
-                if (t < 0 || t >= s.T) continue;
-                const int which = i / C, size = s.half(which) ? 2 : 4;
-                const void *from = which < 3 ? (which == R ? r : which == W ? w : k) : which == V ? v : which == A ? a : b;
-                const char *line = static_cast<const char *>(from) + place.tokens.at(t) * size;
-                soon(line);
-                if (size == 4) soon(line + 128);
-            }
-#pragma unroll 2
-            for (int i = thread; i < C * N; i += THREADS) {
-                const int o = i / N, x = i % N, to = o * LONG + x;
-                const float middle = shared[DECAY + (C / 2 - 1) * N + x], sum = shared[DECAY + i] - middle;
-                const float before = (o ? shared[DECAY + i - N] : 0.0f) - middle;
-                shared[RT + to] = tf32(read(r, R, place, at, o, x) * expf(sum));
-                shared[AT + to] = tf32(read(a, A, place, at, o, x) * expf(before));
-                shared[KT + to] = tf32(read(k, K, place, at, o, x) * expf(-sum));
-                shared[BT + to] = tf32(read(b, B_, place, at, o, x) * expf(-sum));
-            }
-#pragma unroll 2
-            for (int i = thread; i < C * ROWS; i += THREADS) {
-                const int o = i / ROWS, x = i % ROWS;
-                shared[VT + o * WIDE + x] = tf32(read(v, V, place, at, o, place.part * ROWS + x));
-                if (more) shared[more_at + o * WIDE + x] = tf32(read(more, V, place, at, o, place.part * ROWS + x));
-            }
+    ON_GPU bool load(Team &team, float *shared, const Place &place, Window at, const void *more, int64_t next) const {
+        return team.any([&](int thread) {
+            ask(thread, place, more, next);
+            eight(shared + VT, v, thread, place, at);
+            if (BACK && more) eight(shared + YT, more, thread, place, at);
+            bool found = false;
+            for (int q = thread / 32; q < 4; q += WARPS) found |= quarter(shared, place, at, q, thread % 32);
+            return found;
         });
     }
 
-    // x y^T of two (C, 8 * tiles) in shared memory, what is above the diagonal (on it too, if strict) left out
-    ON_GPU static void outer(float *to, const float *x, const float *y, int wide, int tiles, bool strict, bool round) {
-#pragma unroll
-        for (int n = 0; n < 2; n++) {
-            Sum sum;
-            clear(sum);
-            for (int i = 0; i < tiles; i++)
-                multiply(sum, left(x + i * 8, wide), right_turned(y + n * 8 * wide + i * 8, wide));
-            cells(sum, [&](int row, int column, float &found) {
-                const bool seen = n * 8 + column < row + !strict;
-                to[row * SHORT + n * 8 + column] = !seen ? 0.0f : round ? tf32(found) : found;
-            });
-        }
-    }
-
-    // What a token takes from those before it, at AB AK RB RK, and the inverse of 1 - AB at M.
-    template <class Team>
-    ON_GPU void between(Team &team, float *shared) const {
-        team.warps([&](int warp, auto &) {
+    ON_GPU void ask(int thread, const Place &place, const void *more, int64_t next) const {
 #pragma unroll 1
-            for (int which = warp; which < 4; which += WARPS) {
-                const float *x = shared + (which < 2 ? AT : RT), *y = shared + (which % 2 ? KT : BT);
-                outer(shared + which * AK, x, y, LONG, N / 8, which < 2, which != 0);
-            }
-        });
-        team.each([&](int thread) {
-            if (thread >= C) return;
-            float found[C];  // a column of the inverse, from above, in fp32
-#pragma unroll
-            for (int i = 0; i < C; i++) {
-                float sum = i == thread ? 1.0f : 0.0f;
-#pragma unroll
-                for (int o = 0; o < i; o++) sum += shared[AB + i * SHORT + o] * found[o];
-                found[i] = sum;
-                shared[M + i * SHORT + thread] = tf32(sum);
-            }
-        });
+        for (int i = thread; i < 7 * C; i += THREADS) {
+            const int64_t t = next + i % C;
+            const int which = i / C, size = HALF || s.half(which < 6 ? which : V) ? 2 : 4;
+            const void *one = which == R ? r : which == W ? w : which == K ? k : v;
+            const void *from = which < A ? one : which == A ? a : which == B_ ? b : more;
+            if (t < 0 || t >= s.T || !from) continue;
+            const char *line = static_cast<const char *>(from) + place.tokens.at(t) * size;
+            soon(line);
+            if (size == 4) soon(line + 128);
+        }
     }
 
-    // u of the chunk, transposed, from the state at its middle
-    ON_GPU static void find_u(Sum *U, const Sum *S, const float *shared, int warp) {
-        Sum X[2];
+    // eight values of a token each thread
+    ON_GPU void eight(float *to, const void *from, int thread, const Place &place, Window at) const {
+        const int o = thread / (ROWS / 8), x = thread % (ROWS / 8) * 8;
+        const int64_t first = place.tokens.at(at.t + o) + place.part * ROWS + x;
+        Quad found[2] = {};
+        if (at.has(o)) {
+            if (HALF) {
+                const Words words = *reinterpret_cast<const Words *>(static_cast<const uint16_t *>(from) + first);
 #pragma unroll
-        for (int n = 0; n < 2; n++) {
-            clear(X[n]), clear(U[n]);
-            Base::add_state(X[n], S, shared + AT + n * 8 * LONG);
-            add_rows(X[n], shared + VT, warp, shared + AK + n * 8 * SHORT, SHORT, true);
+                for (int i = 0; i < 4; i++) {
+                    const Pair two = wide_of(words.x[i]);
+                    found[i / 2].x[i % 2 * 2] = two.x[0], found[i / 2].x[i % 2 * 2 + 1] = two.x[1];
+                }
+            } else {
+#pragma unroll
+                for (int i = 0; i < 8; i++) found[i / 4].x[i % 4] = tf32(get(from, first + i, s.half(V)));
+            }
+        }
+        quad(to + wide(o, x)) = found[0], quad(to + wide(o, x) + 4) = found[1];
+    }
+
+    // Pair channels of four tokens. The sums of log2 decays begin in the middle of the chunk: a quarter that does not
+    // touch it looks at the decays of the one between. Gives whether a decay is steep.
+    ON_GPU bool quarter(float *shared, const Place &place, Window at, int q, int lane) const {
+        const int x = 2 * lane;
+        const int64_t first = begin(place, at, q, x), step = place.tokens.step;
+        const int between = q == 0 ? 1 : 2;
+        const unsigned has = at.quarter(q), inner = q == 0 || q == 3 ? at.quarter(between) : 0;
+        Pair in[4][4], rates[4], inner_rates[4], sums[5], end = {};
+        pairs(rates, w, W, first, step, has);
+        pairs(inner_rates, w, W, begin(place, at, between, x), step, inner);
+        pairs(in[0], r, R, first, step, has), pairs(in[1], a, A, first, step, has);
+        pairs(in[2], k, K, first, step, has), pairs(in[3], b, B_, first, step, has);
+        float most = 0.0f;
+        sums[0] = {};
+#pragma unroll
+        for (int o = 0; o < 4; o++)
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const float found = has >> o & 1 ? rate(rates[o].x[e]) : 0.0f;
+                sums[o + 1].x[e] = sums[o].x[e] - found, most = fmaxf(most, found);
+                if (inner >> o & 1) end.x[e] += rate(inner_rates[o].x[e]);
+            }
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            const float from = q == 3 ? -end.x[e] : q == 2 ? 0.0f : end.x[e] - sums[4].x[e];
+#pragma unroll
+            for (int o = 0; o < 5; o++) sums[o].x[e] += from;
+        }
+        if (q == 0) pair(shared + MIDDLE + x) = {{power(-sums[0].x[0]), power(-sums[0].x[1])}};
+        if (q == 3) pair(shared + LAST + x) = {{power(sums[4].x[0]), power(sums[4].x[1])}};
+        if (BACK) {
+#pragma unroll
+            for (int o = 0; o < 5; o++)
+                if (o || !q) pair(shared + SUMS + (4 * q + o) * N + x) = sums[o];
+        }
+        factors(shared, q, x, in, sums);
+        return most > STEEP;
+    }
+
+    // r a k b of four tokens, times the halves of the decay, to their places
+    ON_GPU static void factors(float *shared, int q, int x, Pair (&in)[4][4], const Pair *sums) {
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            float before = power(sums[0].x[e]) * NEAR;
+#pragma unroll
+            for (int o = 0; o < 4; o++) {
+                const float after = power(sums[o + 1].x[e]) * NEAR, less = power(-sums[o + 1].x[e]) * NEAR;
+                in[0][o].x[e] *= after, in[1][o].x[e] *= before, in[2][o].x[e] *= less, in[3][o].x[e] *= less;
+                before = after;
+            }
         }
 #pragma unroll
-        for (int n = 0; n < 2; n++) add_sums(U[n], X, shared + M + n * 8 * SHORT, SHORT, true);
-    }
-
-    // what the chunk writes into the state at its middle
-    ON_GPU static void update(Sum *S, const Sum *U, const float *shared, int warp) {
+        for (int i = 0; i < 4; i++) {
+            float *lines = shared + RT + i * C * LINE;
+            const int even = line(4 * q, x), odd = line(4 * q, x + 1);
 #pragma unroll
-        for (int i = 0; i < N / 8; i++) {
-            add_sums(S[i], U, shared + BT + i * 8, LONG, false);
-            add_rows(S[i], shared + VT, warp, shared + KT + i * 8, LONG, false);
+            for (int o = 0; o < 4; o++) lines[even + o * LINE] = in[i][o].x[0], lines[odd + o * LINE] = in[i][o].x[1];
+            if (!BACK && i < 2) continue;
+            float *columns = shared + (i == 0 ? RC : i == 1 ? AC : i == 2 ? KC : BC);
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+                quad(columns + column(x + e, 4 * q)) = {{in[i][0].x[e], in[i][1].x[e], in[i][2].x[e], in[i][3].x[e]}};
         }
     }
 };

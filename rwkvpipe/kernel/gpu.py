@@ -28,7 +28,7 @@ OLDEST = (7, 0)
 WIDEST = 128
 TENSOR_CORES = (8, 0)  # since when cards multiply matrices of eleven bits
 CHUNK, TILED = 16, 64  # tokens that go through them together; channels of a head that goes through them
-# bytes of shared memory that a head in one part takes at most there; RWKV-7's takes 80,000 in two parts
+# bytes of shared memory that a head in one part takes at most there; RWKV-7's takes 86,000 in two parts
 SHARED = {"wkv7": 110_000, "wkv6": 83_000}
 KINDS = takes.EITHER
 DIVIDED = (0, 1, 2, 4, 5)  # gradients of r w k a b come from each part of a head
