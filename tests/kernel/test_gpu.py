@@ -436,6 +436,22 @@ def test_the_order_in_which_warps_and_threads_run_between_barriers_changes_nothi
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("parts, w", [(1, None), (1, [0.5, 2.0]), (2, [0.5, 2.0]), (4, None)])
+def test_tensor_cores_give_the_same_bits_whether_bf16_is_read_two_at_a_time_or_not(tiled, monkeypatch, parts, w):
+    def anywhere(*inputs):
+        """Tensors that begin at no multiple of four bytes."""
+        return wkv7(*(torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for x in inputs[:-1]), inputs[-1])
+
+    monkeypatch.setattr(gpu, "_parts", lambda operator, v: parts)
+    inputs, stream = in_bf16("wkv7", 1, 37, 2, 64, w=w), torch.Generator().manual_seed(3)
+    pulls = [torch.randn(x.shape, generator=stream).bfloat16() for x in (inputs[3], inputs[-1])]
+    wide = results(wkv7, inputs, pulls=pulls)
+    half = [*(x.bfloat16() for x in inputs[:-1]), inputs[-1]]
+    for operator in (wkv7, anywhere):
+        for found, one in zip(results(operator, half, pulls=pulls), wide, strict=True):
+            assert torch.equal(found, one.to(found.dtype))
+
+
 @pytest.mark.parametrize("which, parts", [("wkv7", 1), ("wkv7", 4), ("wkv6", 2), ("wkv5", 4)])
 def test_tensor_cores_write_all_results_and_nothing_beside_them(tiled, guards, monkeypatch, which, parts):
     monkeypatch.setattr(gpu, "_parts", lambda operator, v: parts)
