@@ -97,12 +97,16 @@ ON_GPU void clear(Sum &sum) {
     cells(sum, [](int, int, float &x) { x = 0.0f; });
 }
 
-// Tensor cores ignore the bits behind the eleventh, and so cut. After a product with this they cut to one of the two
-// numbers of eleven bits that are next, on average the nearer; a number of eleven bits stays what it is, and what is no
-// number stays none.
-constexpr float NEAR = 1.0f + 0.7213f / 2048;
-
-ON_GPU float tf32(float x) { return x * NEAR; }
+// To the nearest number of eleven bits, half away from zero: tensor cores ignore the bits behind, and so cut. What is no
+// number stays none: a card's has all bits set, and would become one.
+ON_GPU float tf32(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    bits += 0x1000u;
+    float found;
+    memcpy(&found, &bits, 4);
+    return x == x ? found : x;
+}
 
 // a number as tensor cores see it
 ON_GPU float cut(float x) {

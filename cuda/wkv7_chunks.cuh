@@ -213,11 +213,12 @@ struct Chunks : Tiles<WARPS_> {
     ON_GPU static void factors(float *shared, int q, int x, Pair (&in)[4][4], const Pair *sums) {
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-            float before = power(sums[0].x[e]) * NEAR;
+            float before = power(sums[0].x[e]);
 #pragma unroll
             for (int o = 0; o < 4; o++) {
-                const float after = power(sums[o + 1].x[e]) * NEAR, less = power(-sums[o + 1].x[e]) * NEAR;
-                in[0][o].x[e] *= after, in[1][o].x[e] *= before, in[2][o].x[e] *= less, in[3][o].x[e] *= less;
+                const float after = power(sums[o + 1].x[e]), less = power(-sums[o + 1].x[e]);
+                in[0][o].x[e] = tf32(in[0][o].x[e] * after), in[1][o].x[e] = tf32(in[1][o].x[e] * before);
+                in[2][o].x[e] = tf32(in[2][o].x[e] * less), in[3][o].x[e] = tf32(in[3][o].x[e] * less);
                 before = after;
             }
         }
