@@ -108,6 +108,10 @@ ON_GPU float tf32(float x) {
     return x == x ? found : x;
 }
 
+// The same in one instruction, for errors that are larger by a twentieth: what is cut after this product is on average
+// the nearer of the two next numbers. One of eleven bits stays what it is.
+ON_GPU float nearly(float x) { return x * (1.0f + 0.7213f / 2048); }
+
 // a number as tensor cores see it
 ON_GPU float cut(float x) {
     uint32_t bits;
@@ -160,7 +164,17 @@ ON_GPU Left left(const Sum &sum) {
     return a;
 }
 
-// Quad times eight rows of four numbers, of eleven bits: a lane gets number t of row g of each. f(which, row) is where
+// The same, `nearly`.
+ON_GPU Left left_nearly(const Sum &sum) {
+    Left a;
+    lanes([&](int, int, int l) {
+        a.x[l][0] = nearly(sum.x[l][0]), a.x[l][1] = nearly(sum.x[l][2]);
+        a.x[l][2] = nearly(sum.x[l][1]), a.x[l][3] = nearly(sum.x[l][3]);
+    });
+    return a;
+}
+
+// Four times eight rows of four numbers, of eleven bits: a lane gets number t of row g of each. f(which, row) is where
 // a row lies, at a multiple of 16 bytes. They are a left factor: rows 0 to 7, then 8 to 15, of four places along the
 // inner index, and again of four more. Or two right ones.
 template <class F>

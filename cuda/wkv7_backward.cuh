@@ -128,7 +128,7 @@ struct Backward : Products<WARPS, HALF, true> {
         clear(X[0]), clear(X[1]);
 #pragma unroll
         for (int i = 0; i < N / 8; i++) {
-            const Left state = left(own.S[i]);
+            const Left state = left_nearly(own.S[i]);
             Base::add_channels(X, state, shared + AT, i);
         }
         Base::solve(U, X, v, shared);
@@ -149,7 +149,7 @@ struct Backward : Products<WARPS, HALF, true> {
         for (int n = 0; n < 2; n++) clear(X[n]), clear(D[n]), clear(E[n]);
 #pragma unroll
         for (int i = 0; i < N / 8; i++) {
-            const Left state = left(own.S[i]), grad = left(own.G[i]);
+            const Left state = left_nearly(own.S[i]), grad = left_nearly(own.G[i]);
             Base::add_channels(X, state, shared + AT, i);
             Base::add_channels(D, grad, shared + BT, i), Base::add_channels(E, grad, shared + KT, i);
             lay(state, shared + SM, warp, i), lay(grad, shared + GM, warp, i);
@@ -157,7 +157,7 @@ struct Backward : Products<WARPS, HALF, true> {
         if (at.count > 1) together(own, shared, warp);
         Base::values(v, shared + VT, warp), Base::values(y, shared + YT, warp);
         Base::solve(U, X, v, shared);
-        Base::places(U, warp, [&](int to, float found) { shared[UT + to] = tf32(found); });
+        Base::places(U, warp, [&](int to, float found) { shared[UT + to] = nearly(found); });
 #pragma unroll
         for (int n = 0; n < 2; n++) {
             Base::add_matrix(D[n], y, shared + TURNED + RB, n);
@@ -167,7 +167,7 @@ struct Backward : Products<WARPS, HALF, true> {
 #pragma unroll
         for (int n = 0; n < 2; n++) clear(U[n]), Base::add_matrix(U[n], x, shared + TURNED + M, n);
         Base::factors(x, U);
-        Base::places(U, warp, [&](int to, float found) { shared[ZT + to] = tf32(found); });
+        Base::places(U, warp, [&](int to, float found) { shared[ZT + to] = nearly(found); });
 #pragma unroll
         for (int n = 0; n < 2; n++) Base::add_matrix(E[n], x, shared + TURNED + AK, n);
         Base::places(E, warp, [&](int to, float found) { shared[DV + to] = found; });
@@ -276,8 +276,8 @@ struct Backward : Products<WARPS, HALF, true> {
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 const Quad found = quad(from + Base::spot(g + 8 * h, 4 * t));
-                to[0].x[l][h] = tf32(found.x[0]), to[0].x[l][2 + h] = tf32(found.x[1]);
-                to[1].x[l][h] = tf32(found.x[2]), to[1].x[l][2 + h] = tf32(found.x[3]);
+                to[0].x[l][h] = nearly(found.x[0]), to[0].x[l][2 + h] = nearly(found.x[1]);
+                to[1].x[l][h] = nearly(found.x[2]), to[1].x[l][2 + h] = nearly(found.x[3]);
             }
         });
     }
@@ -327,7 +327,8 @@ struct Backward : Products<WARPS, HALF, true> {
 #pragma unroll
         for (int o = 0; o < 4; o++) {
             const float *passed = shared + cell(4 * q + o, x), *found = passed + FOUND;
-            const Pair dr = pair(found), da = pair(found + C * N), dk = pair(found + 2 * C * N), db = pair(found + 3 * C * N);
+            const Pair dr = pair(found), da = pair(found + C * N);
+            const Pair dk = pair(found + 2 * C * N), db = pair(found + 3 * C * N);
             const Pair by_k = pair(passed + PASSED), by_b = pair(passed + PASSED_B);
             const float *sums = shared + SUMS + (4 * q + o) * N + x;
             const Pair before = pair(sums), after = pair(sums + N);

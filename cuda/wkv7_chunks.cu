@@ -80,7 +80,7 @@ struct Forward : Products<WARPS, HALF, false> {
         clear(X[0]), clear(X[1]), clear(Y[0]), clear(Y[1]);
 #pragma unroll
         for (int i = 0; i < N / 8; i++) {
-            const Left state = left(own.S[i]);
+            const Left state = left_nearly(own.S[i]);
             Base::add_channels(X, state, shared + AT, i), Base::add_channels(Y, state, shared + RT, i);
         }
         Base::solve(U, X, v, shared);

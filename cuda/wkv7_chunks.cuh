@@ -170,7 +170,7 @@ struct Chunks : Tiles<WARPS_> {
         quad(to + wide(o, x)) = found[0], quad(to + wide(o, x) + 4) = found[1];
     }
 
-    // Pair channels of four tokens. The sums of log2 decays begin in the middle of the chunk: a quarter that does not
+    // Two channels of four tokens. The sums of log2 decays begin in the middle of the chunk: a quarter that does not
     // touch it looks at the decays of the one between. Gives whether a decay is steep.
     ON_GPU bool quarter(float *shared, const Place &place, Window at, int q, int lane) const {
         const int x = 2 * lane;

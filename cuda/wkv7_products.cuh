@@ -120,7 +120,7 @@ struct Products : Chunks<WARPS_, HALF, BACK> {
     }
 
     // a pair of Sums as left factors
-    ON_GPU static void factors(Left *to, const Sum *sums) { to[0] = left(sums[0]), to[1] = left(sums[1]); }
+    ON_GPU static void factors(Left *to, const Sum *sums) { to[0] = left_nearly(sums[0]), to[1] = left_nearly(sums[1]); }
 
     // f(place in (C, ROWS), number) of a pair of Sums
     template <class F>
