@@ -16,7 +16,9 @@
 //     dr~ = dY S~ + dA_rb b~ + dA_rk k~;  da~ = Z S~ + dA_ab b~ + dA_ak k~;
 //     db~ = U G~ + dA_ab^T a~ + dA_rb^T r~;  dk~ = V G~ + dA_ak^T a~ + dA_rk^T r~;
 //     the gradient of the state before is (G~ + dY^T r~ + Z^T a~) exp(m).
-// What c_t moves, summed from the end, is the gradient of the log decays; what leaves the chunk is moved by the last.
+// What c_t moves, summed from the end, is the gradient of the log decays. The last one moves what leaves the chunk: S~ G~,
+// and b~ (U G~) + k~ (V G~) of all tokens, of which those after t are in the sum from the end with the other sign, and so
+// are left out of both.
 //
 // States are fp32 sums in registers, a row of tiles each warp, [value][key]; factors have eleven bits (tf32), and the
 // inverse is fp32. Everything is kept transposed, value by token, so that what was found is the next left factor as it
