@@ -1,14 +1,10 @@
-// Quad neighbouring numbers, read and written at a time, in memory (fp32 or bf16) and in shared memory.
+// Four neighbouring numbers, read and written at a time, in memory (fp32 or bf16) and in shared memory.
 
 #pragma once
 
 #include "mma.cuh"
 
-struct Quad {
-    float x[4];
-};
-
-// Quad numbers as they lie in memory: two all of bf16, or four of fp32.
+// Four numbers as they lie in memory: two all of bf16, or four of fp32.
 struct Bits {
     uint32_t x[4];
 };
@@ -52,26 +48,6 @@ ON_GPU Quad quad(const Bits &all, bool half) {
     return found;
 }
 
-// Quad numbers in shared memory, which begin at a multiple of four.
-ON_GPU Quad quad(const float *at) {
-    Quad found;
-#ifdef __CUDACC__
-    const float4 all = *reinterpret_cast<const float4 *>(at);
-    found.x[0] = all.x, found.x[1] = all.y, found.x[2] = all.z, found.x[3] = all.w;
-#else
-    memcpy(found.x, at, 16);
-#endif
-    return found;
-}
-
-ON_GPU void set(float *to, const Quad &x) {
-#ifdef __CUDACC__
-    *reinterpret_cast<float4 *>(to) = make_float4(x.x[0], x.x[1], x.x[2], x.x[3]);
-#else
-    memcpy(to, x.x, 16);
-#endif
-}
-
 ON_GPU Quad tf32(const Quad &x) { return {{tf32(x.x[0]), tf32(x.x[1]), tf32(x.x[2]), tf32(x.x[3])}}; }
 
 // Four numbers go to memory, to a place that is a multiple of 16 bytes.
@@ -90,16 +66,6 @@ ON_GPU void put(void *to, int64_t at, bool half, const Quad &x, bool narrow) {
     } else {
         write(static_cast<float *>(to) + at, x);
     }
-}
-
-// Two neighbours in shared memory, which begin at a multiple of two.
-ON_GPU void pair(const float *at, float &x, float &y) {
-#ifdef __CUDACC__
-    const float2 both = *reinterpret_cast<const float2 *>(at);
-    x = both.x, y = both.y;
-#else
-    x = at[0], y = at[1];
-#endif
 }
 
 // what 16 lanes beside each other have, added up in all of them

@@ -138,12 +138,12 @@ struct Chunks6 : Tiles<WARPS_> {
                     rate.x[c] = o < count ? rate_of(w.x[c]) : 0.0f;
                     decay.x[c] = expf(-rate.x[c]);
                 }
-                set(shared + DECAY + o * N + x, decay);
-                set(shared + RAW_K + o * STEP + x, k);
+                quad(shared + DECAY + o * N + x) = decay;
+                quad(shared + RAW_K + o * STEP + x) = k;
                 if (END) continue;
                 const Quad r = quad(read[l].r[n], half(R));
-                set(shared + RAW_R + o * STEP + x, r);
-                if (RAW) set(shared + RATE + o * N + x, rate);
+                quad(shared + RAW_R + o * STEP + x) = r;
+                if (RAW) quad(shared + RATE + o * N + x) = rate;
                 own[l][n] = 0.0f;
 #pragma unroll
                 for (int c = 0; c < 4; c++) own[l][n] += r.x[c] * bonus.x[c] * k.x[c];
@@ -151,8 +151,8 @@ struct Chunks6 : Tiles<WARPS_> {
 #pragma unroll
             for (int n = 0; n < 2; n++) {
                 const int to = value_token(thread, n) * WIDE + value(thread);
-                set(shared + VT + to, tf32(quad(read[l].v[n], half(V))));
-                if (RAW && !END) set(shared + YT + to, tf32(quad(read[l].dy[n], half(V))));
+                quad(shared + VT + to) = tf32(quad(read[l].v[n], half(V)));
+                if (RAW && !END) quad(shared + YT + to) = tf32(quad(read[l].dy[n], half(V)));
             }
         });
         if (END) return;
@@ -231,8 +231,8 @@ struct Chunks6 : Tiles<WARPS_> {
             Right early;
             lanes([&](int g, int t, int l) {
                 const float *at = x + first(g, h) * LINE + i * 8 + 2 * t;
-                pair(at, early.x[l][0], early.x[l][1]);
-                pair(at + (LINE << h), late.x[l][0], late.x[l][2]);
+                const Pair one = pair(at), two = pair(at + (LINE << h));
+                early.x[l][0] = one.x[0], early.x[l][1] = one.x[1], late.x[l][0] = two.x[0], late.x[l][2] = two.x[1];
                 late.x[l][1] = late.x[l][3] = 0.0f;
             });
             multiply(sum[i % 2], late, early);
