@@ -7,7 +7,6 @@
 namespace {
 
 constexpr int C = 16, N = 64;               // tokens of a chunk, channels of a head
-constexpr int LONG = N + 4, SHORT = C + 4;  // floats from a row to the next in shared memory
 
 // WARPS warps do 16 rows of a state each; a head takes N / (16 WARPS) blocks.
 template <int WARPS_>
@@ -34,46 +33,27 @@ struct Tiles {
             cells(S[i], [&](int, int column, float &x) { x *= factors[i * 8 + column]; });
     }
 
-    // sum += transpose of (C, ROWS) rows in shared memory, this warp's 16 columns, times (C, 8) or its transpose
-    ON_GPU static void add_rows(Sum &sum, const float *rows, int warp, const float *m, int wide, bool turned) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const Left x = left_turned(rows + i * 8 * WIDE + warp * 16, WIDE);
-            multiply(sum, x, turned ? right_turned(m + i * 8, wide) : right(m + i * 8 * wide, wide));
-        }
-    }
-
-    // sum += x times (C, 8) or its transpose, where x are two Sums side by side
-    ON_GPU static void add_sums(Sum &sum, const Sum *x, const float *m, int wide, bool turned) {
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-            multiply(sum, left(x[i]), turned ? right_turned(m + i * 8, wide) : right(m + i * 8 * wide, wide));
-    }
-
-    // sum += a warp's state times the transpose of 8 tokens' rows (8, N)
-    ON_GPU static void add_state(Sum &sum, const Sum *S, const float *tokens) {
-#pragma unroll
-        for (int i = 0; i < N / 8; i++) multiply(sum, left(S[i]), right_turned(tokens + i * 8, LONG));
-    }
-
-    // A warp's state goes to shared memory, to eleven bits.
-    ON_GPU static void lay(Sum *S, float *to, int warp) {
-#pragma unroll
-        for (int i = 0; i < N / 8; i++)
-            cells(S[i], [&](int row, int column, float &x) { to[(warp * 16 + row) * LONG + i * 8 + column] = tf32(x); });
-    }
-
-    // f(float in memory, number of S): a warp's state as [tile][lane][4], all lanes beside each other
-    template <class F>
-    ON_GPU static void packed(Sum *S, float *memory, int warp, F f) {
+    // A warp's state goes to memory as [tile][lane][4], all lanes beside each other, and comes from there.
+    ON_GPU static void keep(const Sum *S, float *memory, int warp) {
 #pragma unroll
         for (int i = 0; i < N / 8; i++)
             lanes([&](int g, int t, int l) {
-                float *at = memory + ((warp * (N / 8) + i) * 32 + g * 4 + t) * 4;
-#pragma unroll
-                for (int o = 0; o < 4; o++) f(at[o], S[i].x[l][o]);
+                const float *x = S[i].x[l];
+                quad(memory + four(warp, i, g, t)) = {{x[0], x[1], x[2], x[3]}};
             });
     }
+
+    ON_GPU static void recall(Sum *S, const float *memory, int warp) {
+#pragma unroll
+        for (int i = 0; i < N / 8; i++)
+            lanes([&](int g, int t, int l) {
+                const Quad found = quad(memory + four(warp, i, g, t));
+#pragma unroll
+                for (int o = 0; o < 4; o++) S[i].x[l][o] = found.x[o];
+            });
+    }
+
+    ON_GPU static int four(int warp, int i, int g, int t) { return ((warp * (N / 8) + i) * 32 + g * 4 + t) * 4; }
 
     // f(place in a state of (H, N, N), number of S)
     template <class F>

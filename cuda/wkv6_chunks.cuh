@@ -361,25 +361,6 @@ struct Chunks6 : Tiles<WARPS_> {
         for (int i = 0; i < N / 8; i++) multiply(sum, left(S[i]), right_turned(tokens + i * 8, LINE));
     }
 
-    // f(where four numbers of a warp's state lie in memory, what they are): all lanes beside each other
-    template <class F>
-    ON_GPU static void packed(Sum *S, int warp, F f) {
-#pragma unroll
-        for (int i = 0; i < N / 8; i++)
-            lanes([&](int g, int t, int l) { f(((warp * (N / 8) + i) * 32 + g * 4 + t) * 4, S[i].x[l]); });
-    }
-
-    ON_GPU static void keep(Sum *S, float *memory, int warp) {
-        packed(S, warp, [&](int at, const float *x) { ::write(memory + at, {{x[0], x[1], x[2], x[3]}}); });
-    }
-
-    ON_GPU static void recall(Sum *S, const float *memory, int warp) {
-        packed(S, warp, [&](int at, float *x) {
-            const Quad found = quad(memory + at);
-            x[0] = found.x[0], x[1] = found.x[1], x[2] = found.x[2], x[3] = found.x[3];
-        });
-    }
-
     // Where 8 columns of a state lie in shared memory, of rows with a set bit of 4 in the place of their neighbours'.
     ON_GPU static int columns_at(int i, int row) { return i / 2 * 16 + (row & 4 ? 8 - i % 2 * 8 : i % 2 * 8); }
 

@@ -48,9 +48,7 @@ struct Backward : Products<WARPS, HALF, true> {
                 const int64_t chunk = back ? 2 * chunks - 2 - job : job;
                 float *state = states + chunk * ROWS * N;
                 if (job < chunks) {
-                    team.warps([&](int warp, Own &own) {
-                        Base::packed(own.S, state, warp, [](float &memory, float &x) { memory = x; });
-                    });
+                    team.warps([&](int warp, Own &own) { Base::keep(own.S, state, warp); });
                 }
                 through(team, shared, place, begin + chunk * C, back, state);
             }
@@ -61,9 +59,7 @@ struct Backward : Products<WARPS, HALF, true> {
     }
 
     ON_GPU void recall(Threads &team, const float *from) const {
-        team.warps([&](int warp, Own &own) {
-            Base::packed(own.S, const_cast<float *>(from), warp, [](float &memory, float &x) { x = memory; });
-        });
+        team.warps([&](int warp, Own &own) { Base::recall(own.S, from, warp); });
     }
 
     // The state, or its gradient, goes through a chunk. In pieces: for each gradient first the state once more up to
@@ -294,7 +290,7 @@ struct Backward : Products<WARPS, HALF, true> {
 
     // two neighbouring numbers of a gradient of each of four tokens, as `pairs` reads them
     ON_GPU void give_pairs(void *to, int tensor, int64_t first, int64_t step, unsigned has, const Pair *x) const {
-        if (HALF && PARTS == 1) {
+        if (HALF && PARTS == 1 && (tensor != W || s.half(W))) {
             uint16_t *at = static_cast<uint16_t *>(to) + first;
 #pragma unroll
             for (int o = 0; o < 4; o++, at += step)

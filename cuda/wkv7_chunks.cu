@@ -63,7 +63,7 @@ struct Forward : Products<WARPS, HALF, false> {
                 const bool keeps = kept && t % KEEP == 0 && n == 0;
                 float *to = keeps ? kept + (block * s.segments(KEEP) + t / KEEP) * ROWS * N : nullptr;
                 team.warps([&](int warp, Own &own) {
-                    if (to) Base::packed(own.S, to, warp, [](float &memory, float &x) { memory = x; });
+                    if (to) Base::keep(own.S, to, warp);
                     step(own, shared, warp);
                     this->give(y, shared + YT, warp, place, at);
                 });
@@ -111,8 +111,8 @@ struct ChunksAnyBackward : Backward<WARPS, false> {};
 // Forward and Backward as types, for what the tensors are; -1 where a head cannot be divided so
 template <class F>
 int chosen(const int64_t *z, std::initializer_list<const void *> tensors, F f) {
-    bool half = z[4] == 63;
-    for (const void *each : tensors) half = half && reinterpret_cast<uintptr_t>(each) % 16 == 0;
+    bool half = (z[4] | 1 << W) == 63;
+    for (const void *each : tensors) half = half && wide(each);
     if (half) return divided<ChunksForward, ChunksBackward>(z[5], f);
     return divided<ChunksAnyForward, ChunksAnyBackward>(z[5], f);
 }
@@ -120,7 +120,8 @@ int chosen(const int64_t *z, std::initializer_list<const void *> tensors, F f) {
 }  // namespace
 
 // sizes: B T H N, a bit for each of r w k v a b that is in bf16, and into how many parts (1, 2, 4) each head is divided.
-// Given back are 0, the GPU's error, or -1 for sizes that there is no kernel for: N must be 64.
+// Given back are 0, the GPU's error, or -1 for sizes that there is no kernel for: N must be 64, and
+// what is kept, and the room, begin at multiples of 16 bytes.
 extern "C" {
 
 // floats that the forward keeps, and that the backward wants as room
@@ -131,7 +132,7 @@ int64_t wkv7_chunks_room(const int64_t *z) { return chunks_room(z); }
 // takes B T H N /r/w/k/v/a/b parts: r w k v a b B*T*H*N, start B*H*N*N, y B*T*H*N, end B*H*N*N, kept? any
 int wkv7_chunks_forward(const int64_t *z, int64_t stream, const void *r, const void *w, const void *k, const void *v,
                         const void *a, const void *b, const float *start, void *y, float *end, float *kept) {
-    if (z[3] != N) return -1;
+    if (z[3] != N || !wide(kept)) return -1;
     return chosen(z, {r, w, k, v, a, b, y}, [&](auto forward, auto) {
         using Kernel = decltype(forward);
         return launch(Kernel{{{{{{z[0], z[1], z[2], z[3], z[4]}}, r, w, k, v, a, b}}, start, y, end, kept}},
@@ -145,7 +146,7 @@ int wkv7_chunks_forward(const int64_t *z, int64_t stream, const void *r, const v
 int wkv7_chunks_backward(const int64_t *z, int64_t stream, const void *r, const void *w, const void *k, const void *v,
                          const void *a, const void *b, const float *kept, const void *dy, const float *dend, void *dr,
                          void *dw, void *dk, void *dv, void *da, void *db, float *dstart, float *room) {
-    if (z[3] != N) return -1;
+    if (z[3] != N || !wide(kept, room)) return -1;
     return chosen(z, {r, w, k, v, a, b, dy, dr, dw, dk, dv, da, db}, [&](auto, auto backward) {
         using Kernel = decltype(backward);
         return launch(Kernel{{{{{{z[0], z[1], z[2], z[3], z[4]}}, r, w, k, v, a, b}}, kept, dy, dend, dr, dw, dk, dv,

@@ -24,8 +24,8 @@ struct Window {
     ON_GPU unsigned quarter(int q) const { return ((1u << count) - 1) << first >> 4 * q & 15; }
 };
 
-// HALF: all inputs and results of a token are bf16, and begin at multiples of 16 bytes. BACK: with what the backward
-// needs beyond.
+// HALF: all inputs and results of a token are bf16, but for w, which mixed precision leaves in fp32, and begin at
+// multiples of 16 bytes. BACK: with what the backward needs beyond.
 template <int WARPS_, bool HALF, bool BACK>
 struct Chunks : Tiles<WARPS_> {
     using Base = Tiles<WARPS_>;
@@ -61,7 +61,11 @@ struct Chunks : Tiles<WARPS_> {
 
     // two neighbouring numbers of each of four tokens of a tensor, from `first` on; 0 of tokens that `has` lacks
     ON_GPU void pairs(Pair *to, const void *from, int tensor, int64_t first, int64_t step, unsigned has) const {
-        if (HALF) {
+        if (HALF && tensor == W && !s.half(W)) {
+            const float *at = static_cast<const float *>(from) + first;
+#pragma unroll
+            for (int o = 0; o < 4; o++, at += step) to[o] = has >> o & 1 ? pair(at) : Pair{};
+        } else if (HALF) {
             const uint16_t *at = static_cast<const uint16_t *>(from) + first;
 #pragma unroll
             for (int o = 0; o < 4; o++, at += step)
@@ -139,7 +143,7 @@ struct Chunks : Tiles<WARPS_> {
 #pragma unroll 1
         for (int i = thread; i < 7 * C; i += THREADS) {
             const int64_t t = next + i % C;
-            const int which = i / C, size = HALF || s.half(which < 6 ? which : V) ? 2 : 4;
+            const int which = i / C, size = (HALF && which != W) || s.half(which < 6 ? which : V) ? 2 : 4;
             const void *one = which == R ? r : which == W ? w : which == K ? k : v;
             const void *from = which < A ? one : which == A ? a : which == B_ ? b : more;
             if (t < 0 || t >= s.T || !from) continue;
