@@ -55,7 +55,7 @@ def draw(*shape: int) -> Tensor:
 def recurrence(which: str, tokens: int, back: bool) -> Callable[[], object]:
     """The forward of a head, or its backward alone."""
     x = [draw(1, tokens, 1, N) for _ in range(6)]
-    x[1] = -0.5 - x[1].abs()
+    x[1] = -0.5 - x[1].abs().float()  # as mixed precision gives it
     x[4], x[5] = 0.1 * x[4], 0.1 * x[5]
     x = [*(x if which == "wkv7" else [*x[:4], x[4][0, 0]]), torch.zeros(1, 1, N, N)]
     apply = (gpu.Wkv7 if which == "wkv7" else gpu.Wkv6).apply

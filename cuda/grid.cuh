@@ -55,8 +55,14 @@ struct Block {
     }
 };
 
+// blocks that a multiprocessor has beside each other at least: the compiler leaves registers for them
+template <class Kernel, class = void>
+constexpr int least_beside = 1;
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::THREADS) run(const Kernel kernel) {
+constexpr int least_beside<Kernel, std::void_t<decltype(Kernel::BESIDE)>> = Kernel::BESIDE;
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::THREADS, least_beside<Kernel>) run(const Kernel kernel) {
     extern __shared__ __align__(16) float shared[];
     typename Kernel::Threads block;
     kernel.work(static_cast<int64_t>(blockIdx.x), block, shared);
