@@ -55,9 +55,9 @@ struct Block {
     }
 };
 
-// blocks that a multiprocessor has beside each other at least: the compiler leaves registers for them
+// blocks that a multiprocessor has beside each other at least, for which the compiler leaves registers; 0 leaves it to it
 template <class Kernel, class = void>
-constexpr int least_beside = 1;
+constexpr int least_beside = 0;
 template <class Kernel>
 constexpr int least_beside<Kernel, std::void_t<decltype(Kernel::BESIDE)>> = Kernel::BESIDE;
 

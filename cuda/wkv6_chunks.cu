@@ -102,7 +102,7 @@ struct ChunksBackward : Chunks6<WARPS, HALF, true> {
     using Base::A, Base::X, Base::RT, Base::KT, Base::VT, Base::YT, Base::OVER, Base::DECAY, Base::RATE, Base::BONUS;
     using Base::LINE, Base::SIDE, Base::MET, Base::FOUND, Base::ENDS, Base::DU, Base::DW;
     using Base::WIDE, Base::ROWS, Base::PARTS, Base::THREADS, Base::EACH, Base::s;
-    static constexpr int BESIDE = HALF && WARPS == 4 ? 3 : 1;
+    static constexpr int BESIDE = HALF && WARPS == 4 ? 3 : 0;
     using Where = typename Base::Where;
     struct Own {
         Sum S[N / 8], G[N / 8], dr[N / 8 / WARPS];
