@@ -1,11 +1,12 @@
 """The library that nvcc makes for a card, on a runtime that runs its PTX here: what Python calls is the real thing."""
 
 import ctypes
+import os
 import subprocess
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -15,6 +16,7 @@ from benchmarks.ptx.machine import Machine
 from benchmarks.ptx.memory import Memory
 from benchmarks.ptx.program import Kernel, kernels
 from rwkvpipe.base import compiler
+from rwkvpipe.base.lock import lock
 from rwkvpipe.kernel import gpu
 
 RUNTIME = Path(__file__).with_name("runtime.cpp")
@@ -31,19 +33,26 @@ def made(target: str = "sm_90a") -> Path:
     said = compiler.version(words)
     name = compiler.short_digest(gpu.name(*FLAGS), target, RUNTIME.read_bytes(), said)
     home = compiler.folder() / f"ptx-{target}-{name}"
-    if not home.exists():
-        home.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=home.parent) as beside:
-            folder = Path(beside) / "made"
-            folder.mkdir()
-            kept = ["--keep", "--keep-dir", str(folder), "--threads", "2"]
-            command = [*words, *FLAGS, *kept, f"-arch={target}", *map(str, [*gpu.sources(), RUNTIME])]
-            subprocess.run([*command, "-o", str(folder / "card.so")], check=True, capture_output=True, text=True)
-            for file in set(folder.iterdir()) - {folder / "card.so", *folder.glob(f"*.compute_{target[3:]}.ptx")}:
-                file.unlink()
-            with suppress(OSError):  # another has made it meanwhile
-                folder.rename(home)
+    home.parent.mkdir(parents=True, exist_ok=True)
+    held = lock(home.with_suffix(".lock"), waiting="the kernels on paper: being compiled")
+    try:
+        if not home.exists():
+            _make(words, target, home)
+    finally:
+        os.close(held)
     return home
+
+
+def _make(words: list[str], target: str, home: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=home.parent) as beside:
+        folder = Path(beside) / "made"
+        folder.mkdir()
+        kept = ["--keep", "--keep-dir", str(folder), "--threads", "2"]
+        command = [*words, *FLAGS, *kept, f"-arch={target}", *map(str, [*gpu.sources(), RUNTIME])]
+        subprocess.run([*command, "-o", str(folder / "card.so")], check=True, capture_output=True, text=True)
+        for file in set(folder.iterdir()) - {folder / "card.so", *folder.glob(f"*.compute_{target[3:]}.ptx")}:
+            file.unlink()
+        folder.rename(home)
 
 
 class Card:
