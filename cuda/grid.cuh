@@ -297,6 +297,19 @@ inline int64_t run_of(int64_t tokens, int64_t channels, int64_t least) {
     return run < least ? least : run < MOST ? run : MOST;
 }
 
+constexpr float LOG2E = 1.44269504f;  // log2(e)
+
+// 2 to the power of x
+ON_GPU float power(float x) {
+#ifdef __CUDACC__
+    float found;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(found) : "f"(x));
+    return found;
+#else
+    return exp2f(x);
+#endif
+}
+
 // 1 / x of an x of at least 1, to a unit in the last place
 ON_GPU float inverse(float x) {
 #ifdef __CUDA_ARCH__
@@ -333,7 +346,6 @@ struct Sizes {
     ON_GPU bool half(int tensor) const { return halves >> tensor & 1; }
     // heads of all rows are numbered through
     ON_GPU Head head(int64_t number) const { return {(number / H * T * H + number % H) * N, H * N}; }
-    ON_GPU int64_t at(int64_t number, int64_t t) const { return head(number).at(t); }
 };
 
 // x, but at most `most`; what is no number stays none

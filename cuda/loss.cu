@@ -10,23 +10,11 @@ constexpr float NONE = -HUGE_VALF;
 
 // Exponentials are powers of two here, of numbers scaled by this; what they are measured from is rounded once and then
 // the same number for all, so that its rounding is nobody's error.
-constexpr float LOG2E = 1.44269504f;
-
 ON_GPU float scaled(float x) {
 #ifdef __CUDA_ARCH__
     return __fmul_rn(x, LOG2E);  // not made one with what is added to it
 #else
     return x * LOG2E;
-#endif
-}
-
-ON_GPU float power(float x) {
-#ifdef __CUDA_ARCH__
-    float found;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(found) : "f"(x));
-    return found;
-#else
-    return exp2f(x);
 #endif
 }
 

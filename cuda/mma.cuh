@@ -44,17 +44,6 @@ ON_GPU Pair wide_of(uint32_t word) {
 
 ON_GPU uint32_t word_of(Pair x) { return to_bf16s(x.x[0], x.x[1]); }
 
-// 2 to the power of x
-ON_GPU float power(float x) {
-#ifdef __CUDACC__
-    float found;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(found) : "f"(x));
-    return found;
-#else
-    return exp2f(x);
-#endif
-}
-
 // `at_most` in one instruction
 ON_GPU float least(float x, float most) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800

@@ -11,7 +11,7 @@
 namespace {
 
 enum { R, W, K, V, A, B_ };       // bits of Sizes::halves
-constexpr float LOG2E = 1.44269504f, RATES = 0.52876637f;  // log2(e), and log2 of it
+constexpr float RATES = 0.52876637f;      // log2 of log2(e)
 constexpr float STEEP = 0.7f * LOG2E;     // a log2 decay below its negative (the soft clamp's are above) stands alone
 constexpr float STEEPEST = 36.0f * LOG2E; // a log2 decay below its negative counts as this: 2e-16 of the state
 

@@ -56,7 +56,8 @@ def _make(words: list[str], target: str, home: Path) -> None:
 
 
 class Card:
-    """A card on paper. `counts` has, for each kernel that ran, what it did; `blocks` how many blocks of it."""
+    """A card on paper. For each kernel that ran `counts` has what it did, `blocks` how many blocks of it there were, and
+    `shared` the bytes of shared memory of each."""
 
     def __init__(self, folder: Path):
         self.programs: dict[str, Kernel] = {}
@@ -65,6 +66,7 @@ class Card:
         self.memory = Memory()
         self.counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.blocks: Counter[str] = Counter()
+        self.shared: dict[str, int] = {}
         self.failed: list[Exception] = []
         self.library = gpu.loaded(folder / "card.so")
         kind = ctypes.CFUNCTYPE(
@@ -106,6 +108,7 @@ class Card:
                 machine.run(block, shared)
             self.counts[program.name] += machine.counts
             self.blocks[program.name] += blocks
+            self.shared[program.name] = shared
         except Exception as error:  # a callback must not raise
             self.failed.append(error)
             return ILLEGAL

@@ -83,6 +83,16 @@ def test_the_head_s_loss_is_pytorch_s(on_paper, drawn, n, D, V):
     same(found, in_torch(lambda x, weight: [head_loss(x, weight, wanted)], [x, weight]), 4e-6)
 
 
+@pytest.mark.parametrize("which", ["wkv7", "wkv6"])
+@pytest.mark.parametrize("parts, most", [(1, None), (2, 99 * 1024), (4, 99 * 1024)])  # cards with little have that
+def test_heads_are_divided_where_shared_memory_would_not_do(on_paper, monkeypatch, which, parts, most):
+    monkeypatch.setattr(gpu, "_parts", lambda operator, v: parts)
+    on_paper.shared.clear()
+    with gpu.roughly(True):
+        results(OPERATORS[which][0], in_bf16(which, 1, 16, 1, 64))
+    assert 2**15 < max(on_paper.shared.values()) <= (most or gpu.SHARED[which])
+
+
 def test_counts_are_as_reported(card):
     if compiler.version(compiler.nvcc()) != json.loads(counts.REPORT.read_text())["nvcc"]:
         pytest.skip("the report is of another nvcc")
