@@ -56,8 +56,8 @@ def _make(words: list[str], target: str, home: Path) -> None:
 
 
 class Card:
-    """A card on paper. For each kernel that ran `counts` has what it did, `blocks` how many blocks of it there were, and
-    `shared` the bytes of shared memory of each."""
+    """A card on paper. For each kernel that ran `counts` has what it did, `blocks` how many blocks of it there were,
+    and `shared` the bytes of shared memory of each."""
 
     def __init__(self, folder: Path):
         self.programs: dict[str, Kernel] = {}
