@@ -7,9 +7,12 @@ import torch
 
 from benchmarks import counts
 from rwkvpipe.base import compiler
+from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.kernel import blend, gate, gpu
 from rwkvpipe.kernel.blend import squared_relu
-from rwkvpipe.kernel.loss import head_loss
+from rwkvpipe.kernel.loss import Wanted, head_loss
+from rwkvpipe.model import layers, rwkv6, rwkv7
+from rwkvpipe.model.family import build
 from tests.kernel.operators import error, results
 from tests.kernel.test_gpu import OPERATORS, exact, in_bf16, made, rms
 from tests.kernel.test_passes import BY_HEAD, KINDS, case, in_torch, learnt, mixed, same
@@ -97,3 +100,24 @@ def test_counts_are_as_reported(card):
     if compiler.version(compiler.nvcc()) != json.loads(counts.REPORT.read_text())["nvcc"]:
         pytest.skip("the report is of another nvcc")
     assert counts.measure() == json.loads(counts.REPORT.read_text())
+
+
+@pytest.mark.parametrize("family", ["rwkv7", "rwkv6"])
+def test_training_in_bf16_takes_the_kernels_that_are_made_for_it(card, as_on_a_card, monkeypatch, family):
+    monkeypatch.setattr("rwkvpipe.model.rwkv7.fits", lambda *inputs: False)  # what only the CPU has
+    for module in (rwkv6, rwkv7, layers):  # products of a card give bf16
+        monkeypatch.setattr(module, "through", lambda layer, x: layer(x))
+        monkeypatch.setattr(module, "linear", lambda x, matrix: x @ matrix, raising=False)
+    model = build(RwkvConfig(family=family, n_layer=2, n_embd=64, head_size=64, vocab_size=32))
+    model.initialise(0)
+    card.blocks.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        x, _ = model.features(torch.arange(32)[None] * 7 % 30)
+        logits = model.ln_out(x).flatten(0, 1)
+        asked = Wanted(torch.arange(32) % 30, torch.ones(32), 1 / 32, 0.0, torch.bfloat16)
+        head_loss(logits, model.head.weight, asked).backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in model.parameters() if x.requires_grad)
+    ran = " ".join(card.blocks)
+    wanted = {"ChunksForward", "ChunksBackward", "Finish", "Loss", *(("Mix", "Prepare") if family == "rwkv7" else ())}
+    assert all(kernel in ran for kernel in wanted), ran
+    assert "Any" not in ran and "WayILln1E" not in ran, ran
