@@ -95,7 +95,7 @@ class Card:
                 if isinstance(tensor, Tensor):
                     self.memory.allow(tensor.data_ptr(), tensor.nbytes)
         words = [gpu.build.word(x) for x in given]
-        status = getattr(self.library, function)(gpu._array(sizes), ctypes.c_int64(0), *words)
+        status = getattr(library, function)(gpu._array(sizes), ctypes.c_int64(0), *words)
         if self.failed:
             raise self.failed.pop()
         return status

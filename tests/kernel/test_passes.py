@@ -322,7 +322,7 @@ def test_a_line_says_that_our_kernels_compute_what_surrounds_the_recurrence(on_h
     gpu._said.clear()
     with caplog.at_level("INFO", logger="rwkvpipe"):
         squared_relu(torch.ones(3))
-    assert "kernel: what surrounds the recurrence by our kernels on cpu (built for the host)" in caplog.text
+    assert "kernel: what surrounds the recurrence by our kernels on cpu (" in caplog.text
 
 
 @pytest.mark.gpu
