@@ -78,7 +78,6 @@ class Card:
             ctypes.POINTER(ctypes.c_void_p),
         )
         self._told = kind(self._launched)
-        self.library.runtime_tell(self._told, ctypes.c_size_t(MOST))
 
     @contextmanager
     def computes(self) -> Iterator[None]:
@@ -94,6 +93,7 @@ class Card:
             for tensor in each if isinstance(each, list | tuple) else [each]:
                 if isinstance(tensor, Tensor):
                     self.memory.allow(tensor.data_ptr(), tensor.nbytes)
+        self.library.runtime_tell(self._told, ctypes.c_size_t(MOST))  # cards may share one library
         words = [gpu.build.word(x) for x in given]
         status = getattr(library, function)(gpu._array(sizes), ctypes.c_int64(0), *words)
         if self.failed:
