@@ -3,7 +3,6 @@
 Nothing here is a time. Beside the counts stands what an H100 takes for each of them at least, if it does nothing else.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from benchmarks import registers
 from benchmarks.ptx.card import Card, made
 from benchmarks.ptx.memory import SECTOR
 from rwkvpipe.base import compiler
@@ -140,9 +140,7 @@ def measure(target: str = "sm_90a") -> dict:
 
 def write(found: dict) -> None:
     """Keep a report where the page finds it."""
-    lines = ",\n".join(json.dumps(line) for line in found["lines"])
-    head = json.dumps({key: value for key, value in found.items() if key != "lines"})
-    REPORT.write_text(f'{head[:-1]}, "lines": [\n{lines}\n]}}\n')
+    registers.keep(REPORT, found, "lines")
 
 
 def table(found: dict) -> str:

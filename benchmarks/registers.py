@@ -68,11 +68,16 @@ def measure() -> dict:
     return {"what": "registers", "sources": gpu.name(), "nvcc": compiler.version(compiler.nvcc()), "kernels": lines}
 
 
+def keep(report: Path, found: dict, rows: str) -> None:
+    """A report as JSON, with each of its `rows` in a line."""
+    lines = ",\n".join(json.dumps(line) for line in found[rows])
+    head = json.dumps({key: value for key, value in found.items() if key != rows})
+    report.write_text(f'{head[:-1]}, "{rows}": [\n{lines}\n]}}\n')
+
+
 def write(found: dict) -> None:
     """Keep a report where the page finds it."""
-    lines = ",\n".join(json.dumps(line) for line in found["kernels"])
-    head = json.dumps({key: value for key, value in found.items() if key != "kernels"})
-    REPORT.write_text(f'{head[:-1]}, "kernels": [\n{lines}\n]}}\n')
+    keep(REPORT, found, "kernels")
 
 
 def table(found: dict) -> str:

@@ -19,17 +19,15 @@ def _address(m: Threads, text: str) -> tuple[np.ndarray, int]:
     return m.source(base, np.dtype("u8")), int(more or "0", 0)
 
 
-def _where(m: Threads, each: Instruction, text: str, here: np.ndarray, size: int) -> np.ndarray:
-    base, more = text
+def _where(m: Threads, each: Instruction, place: tuple[np.ndarray, int], here: np.ndarray, size: int) -> np.ndarray:
+    """Of each thread where it reads or writes; what that costs is counted."""
+    base, more = place
     at = base[here].astype(np.int64) + more
-    space = each.name[1]
-    if space in ("global", "shared"):
-        lanes = m.lane[here]
-        if space == "global":
-            m.counts["sectors"] += sectors(at, size, lanes)
-        else:
-            m.counts["wavefronts"] += wavefronts(at, size, lanes)
-    return at.astype(np.uint64) if space == "global" else at
+    if each.name[1] == "global":
+        m.counts["sectors"] += sectors(at, size, m.lane[here])
+    elif each.name[1] == "shared":
+        m.counts["wavefronts"] += wavefronts(at, size, m.lane[here])
+    return at
 
 
 def load(m: Threads, each: Instruction) -> Step:
@@ -46,7 +44,7 @@ def load(m: Threads, each: Instruction) -> Step:
         if space != "param" and (at % (of.itemsize * count)).any():
             raise Fault(f"{'.'.join(each.name)} at a place that is not aligned")
         for n, target in enumerate(targets):
-            to = at + type(at[0])(n * of.itemsize)
+            to = at + n * of.itemsize
             if space == "param":
                 found = m.parameters[to[0] : to[0] + of.itemsize].view(of)
                 m.put(target, found, here)
@@ -99,7 +97,7 @@ def store(m: Threads, each: Instruction) -> Step:
         if (at % (of.itemsize * count)).any():
             raise Fault(f"{'.'.join(each.name)} at a place that is not aligned")
         for n, numbers in enumerate(sources):
-            to = at + type(at[0])(n * of.itemsize)
+            to = at + n * of.itemsize
             numbers = np.ascontiguousarray(numbers[here]).view(bits)
             if each.name[1] == "global":
                 m.memory.write(to, of.itemsize, numbers)
