@@ -11,7 +11,7 @@ def results(operator, inputs, seed=1, pulls=None):
     if pulls is None:
         stream = torch.Generator().manual_seed(seed)
         pulls = [torch.randn(x.shape, generator=stream, dtype=torch.float64) for x in (y, S)]
-    torch.autograd.backward((y, S), [pull.to(x.dtype) for pull, x in zip(pulls, (y, S), strict=True)])
+    torch.autograd.backward((y, S), [pull.to(x) for pull, x in zip(pulls, (y, S), strict=True)])
     return [y.detach(), S.detach(), *(x.grad for x in inputs)]
 
 
