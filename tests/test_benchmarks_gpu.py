@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import card, gpu, outside, sanitize, tables
+from rwkvpipe.kernel import gpu as gpu_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -99,6 +100,41 @@ def test_a_figure_that_cannot_be_taken_says_why_and_the_others_are_taken(monkeyp
         "| c | took too long | a card |",
     ]
     assert "there was no time left" in gpu.table(gpu.measure("a card", 0))
+
+
+def test_rows_that_do_not_fit_are_not_in_the_figures_of_those_that_do(monkeypatch):
+    cuda, memory = torch.cuda, {"most": 0}
+
+    def made(rows):
+        def step():
+            memory["most"] = max(memory["most"], 10**9 * rows)
+            if rows > 4:
+                raise cuda.OutOfMemoryError("CUDA out of memory")
+
+        return step
+
+    monkeypatch.setattr(cuda, "reset_peak_memory_stats", lambda: memory.update(most=0))
+    monkeypatch.setattr(cuda, "max_memory_allocated", lambda: memory["most"])
+    monkeypatch.setattr(cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(cuda, name, lambda: None)
+    found = card._steps(torch.device("cuda"), made, 100, 7)
+    assert found["rows"] == 4 and found["gigabytes"] == 4.0 and found["mfu"] > 0
+
+
+def test_a_prompt_is_read_the_way_the_engine_reads_it(monkeypatch):
+    ways = []
+
+    class Model:
+        def eval(self):
+            return self
+
+        def features(self, ids):
+            ways.append(gpu_kernels.way("wkv7", torch.zeros(1, 16, 1, 64))[0])
+
+    monkeypatch.setattr(card, "_model", lambda name, device: Model())
+    card.figure("cpu", "read", "2x64", "16")
+    assert set(ways) == {"wkv7_chunks"}
 
 
 def test_the_page_says_of_each_figure_that_it_is_taken_or_not():

@@ -33,8 +33,10 @@ def recorded(work: Callable[[], None], device: torch.device, pool: tuple | None)
             work()
     here.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    # on a stream of this card, whichever is the current one; what other threads do to the card meanwhile is theirs
-    with torch.cuda.device(device), torch.cuda.graph(graph, pool, side, capture_error_mode="thread_local"):
+    # on a stream of this card, whichever is the current one; what other threads do to the card meanwhile is theirs.
+    # What cannot be recorded leaves torch on the side: back from there
+    once = torch.cuda.graph(graph, pool, side, capture_error_mode="thread_local")
+    with torch.cuda.device(device), torch.cuda.stream(here), once:
         work()
     return graph.replay
 

@@ -1,5 +1,8 @@
 """Steps that are recorded for a card: without one, the record is done again by the processor."""
 
+from contextlib import contextmanager, nullcontext
+from unittest import mock
+
 import pytest
 import torch
 
@@ -232,6 +235,45 @@ def test_reading_that_cannot_be_recorded_is_done_as_it_is_and_a_line_says_so(rea
     for _ in range(3):
         same(recorded.read([[1, 2, 3]]), plain.read([[1, 2, 3]]))
     assert caplog.text.count("reading 1 rows of 16 tokens is not recorded: operation not permitted") == 1
+
+
+class Streams:
+    """In the place of torch.cuda: the current stream, and a recording that ends as after an error."""
+
+    def __init__(self):
+        self.current = "the first"
+
+    def current_stream(self, device):
+        return mock.Mock(wait_stream=lambda other: None)
+
+    @contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, "the first" if stream is not self.side else "the side"
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def Stream(self, device):
+        self.side = mock.Mock(wait_stream=lambda other: None)
+        return self.side
+
+    @contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode):
+        self.current = "the side"
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")  # and the stream stays
+
+
+def test_what_cannot_be_recorded_leaves_no_other_stream_behind(monkeypatch):
+    streams = Streams()
+    for name in ("current_stream", "stream", "Stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, getattr(streams, name))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", mock.Mock)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    with pytest.raises(RuntimeError, match="previous error during capture"):
+        graph.recorded(lambda: None, torch.device("cuda", 0), None)
+    assert streams.current == "the first"
 
 
 @pytest.mark.gpu
