@@ -39,15 +39,7 @@ struct FinishForward : Finishing<Way> {
     float *found;  // (tokens, H, FOUND), for the backward; or null
 
     ON_GPU void work(int64_t block, Threads &threads, float *) const {
-        threads.alone([&](int thread, Own &own) {
-            own.at = this->place(block, thread);
-            this->rows(own.by, own.at);
-        });
-        for (int64_t t = 0; t < this->run; t++) {
-            threads.alone([&](int, Own &own) {
-                own.sums[0] = own.sums[1] = own.squares = 0.0f;
-                if (this->there(own.at)) begin(own);
-            });
+        this->walk(*this, block, threads, [&] {
             threads.add_up(this->lanes(), 2, [](Own &own) { return own.sums; });
             threads.alone([&](int, Own &own) {
                 own.sums[0] /= static_cast<float>(this->N);
@@ -59,12 +51,10 @@ struct FinishForward : Finishing<Way> {
                 }
             });
             threads.add_up(this->lanes(), 1, [](Own &own) { return &own.squares; });
-            threads.alone([&](int, Own &own) {
-                if (this->there(own.at)) end(own);
-                this->on(own.at);
-            });
-        }
+        });
     }
+
+    ON_GPU void clear(Own &own) const { own.sums[0] = own.sums[1] = own.squares = 0.0f; }
 
     ON_GPU void begin(Own &own) const {
         float with[EACH], key[EACH];
@@ -114,24 +104,13 @@ struct FinishBackward : Finishing<Way> {
     float *sums;
 
     ON_GPU void work(int64_t block, Threads &threads, float *) const {
-        threads.alone([&](int thread, Own &own) {
-            own.at = this->place(block, thread);
-            this->rows(own.by, own.at);
-            memset(own.sums, 0, sizeof own.sums);
-        });
-        for (int64_t t = 0; t < this->run; t++) {
-            threads.alone([&](int, Own &own) {
-                own.all[0] = own.all[1] = own.all[2] = 0.0f;
-                if (this->there(own.at)) begin(own);
-            });
-            threads.add_up(this->lanes(), 3, [](Own &own) { return own.all; });
-            threads.alone([&](int, Own &own) {
-                if (this->there(own.at)) end(own);
-                this->on(own.at);
-            });
-        }
+        threads.alone([&](int, Own &own) { memset(own.sums, 0, sizeof own.sums); });
+        this->walk(*this, block, threads,
+                   [&] { threads.add_up(this->lanes(), 3, [](Own &own) { return own.all; }); });
         threads.alone([&](int, Own &own) { this->template keep<COUNT>(sums, own.at, own.sums); });
     }
+
+    ON_GPU void clear(Own &own) const { own.all[0] = own.all[1] = own.all[2] = 0.0f; }
 
     ON_GPU void begin(Own &own) const {
         const float *of = found + own.at.mark * FOUND, mean = of[MEAN], bonus = of[BONUS];

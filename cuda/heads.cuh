@@ -47,6 +47,27 @@ struct Heads {
 
     ON_GPU bool there(const Place &place) const { return place.left > 0 && place.count > 0; }
 
+    // What a kernel does with its block: token by token it begins, the threads of a head add up what they have, it ends.
+    template <class Kernel, class Threads, class AddUp>
+    ON_GPU static void walk(const Kernel &kernel, int64_t block, Threads &threads, AddUp add_up) {
+        using Own = typename Kernel::Own;
+        threads.alone([&](int thread, Own &own) {
+            own.at = kernel.place(block, thread);
+            kernel.rows(own.by, own.at);
+        });
+        for (int64_t t = 0; t < kernel.run; t++) {
+            threads.alone([&](int, Own &own) {
+                kernel.clear(own);
+                if (kernel.there(own.at)) kernel.begin(own);
+            });
+            add_up();
+            threads.alone([&](int, Own &own) {
+                if (kernel.there(own.at)) kernel.end(own);
+                kernel.on(own.at);
+            });
+        }
+    }
+
     ON_GPU void on(Place &place) const { place.left--, place.at += H * N, place.mark += H; }
 
     ON_GPU void from(float *x, const void *tensor, int which, const Place &place, int64_t at) const {

@@ -79,9 +79,9 @@ struct Loss : Way {
             for (int64_t first = thread * WIDE; first < V; first += ALL) read(own.top, to, first);
             tops[thread] = own.top;
         });
-        for (int half = WIDTH / 2; half; half /= 2)
+        for (int apart = WIDTH / 2; apart; apart /= 2)
             threads.each([&](int thread, Own &) {
-                if (thread < half) tops[thread].add(tops[thread + half]);
+                if (thread < apart) tops[thread].add(tops[thread + apart]);
             });
         threads.each([&](int thread, Own &) {
             if (thread) return;

@@ -34,22 +34,11 @@ struct PrepareForward : Preparing<Way> {
     float *norms;  // (tokens, H), for the backward; or null
 
     ON_GPU void work(int64_t block, Threads &threads, float *) const {
-        threads.alone([&](int thread, Own &own) {
-            own.at = this->place(block, thread);
-            this->rows(own.by, own.at);
-        });
-        for (int64_t t = 0; t < this->run; t++) {
-            threads.alone([&](int, Own &own) {
-                own.square = 0.0f;
-                if (this->there(own.at)) begin(own);
-            });
-            threads.add_up(this->lanes(), 1, [](Own &own) { return &own.square; });
-            threads.alone([&](int, Own &own) {
-                if (this->there(own.at)) end(own);
-                this->on(own.at);
-            });
-        }
+        this->walk(*this, block, threads,
+                   [&] { threads.add_up(this->lanes(), 1, [](Own &own) { return &own.square; }); });
     }
+
+    ON_GPU void clear(Own &own) const { own.square = 0.0f; }
 
     ON_GPU void begin(Own &own) const {
         float x[EACH], fade[EACH];
@@ -93,24 +82,13 @@ struct PrepareBackward : Preparing<Way> {
     float *sums;
 
     ON_GPU void work(int64_t block, Threads &threads, float *) const {
-        threads.alone([&](int thread, Own &own) {
-            own.at = this->place(block, thread);
-            this->rows(own.by, own.at);
-            memset(own.sums, 0, sizeof own.sums);
-        });
-        for (int64_t t = 0; t < this->run; t++) {
-            threads.alone([&](int, Own &own) {
-                own.turned = 0.0f;
-                if (this->there(own.at)) begin(own);
-            });
-            threads.add_up(this->lanes(), 1, [](Own &own) { return &own.turned; });
-            threads.alone([&](int, Own &own) {
-                if (this->there(own.at)) end(own);
-                this->on(own.at);
-            });
-        }
+        threads.alone([&](int, Own &own) { memset(own.sums, 0, sizeof own.sums); });
+        this->walk(*this, block, threads,
+                   [&] { threads.add_up(this->lanes(), 1, [](Own &own) { return &own.turned; }); });
         threads.alone([&](int, Own &own) { this->template keep<COUNT>(sums, own.at, own.sums); });
     }
+
+    ON_GPU void clear(Own &own) const { own.turned = 0.0f; }
 
     ON_GPU void begin(Own &own) const {
         float rate[EACH], fade[EACH], from_w[EACH], from_b[EACH];
