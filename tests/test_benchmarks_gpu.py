@@ -1,6 +1,7 @@
 """The figures of a card: without one there is a line, and on any device the code that takes them runs."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +149,12 @@ SANITIZER = """#!/bin/sh
 [ "$PYTORCH_NO_CUDA_MEMORY_CACHING" = 1 ] || exit 1
 echo "========= COMPUTE-SANITIZER"
 case "$*" in
+    *"--tool initcheck "*--kernel-name*) exit 1;;
+    *"--target-processes application-only --launch-timeout 600 "*) ;;
+    *) exit 1;;
+esac
+case "$*" in *"--tool initcheck "*|*" --kernel-name kns=_Z3runI "*) ;; *) exit 1;; esac
+case "$*" in
     *"--tool racecheck --error-exitcode 9 "*" -m pytest "*"gpu and not large tests/kernel")
         echo "========= Error: Race reported between Write access and Read access"; echo "3 passed in 1s"; exit 9;;
     *" -m pytest "*"gpu and not large tests/kernel") echo "3 passed in 1s"; echo "========= ERROR SUMMARY: 0 errors";;
@@ -169,6 +176,13 @@ def test_each_tool_of_the_sanitizer_tells_what_it_found(monkeypatch, tmp_path, c
     told = capsys.readouterr().out
     assert told.startswith("on a card\nmemcheck: nothing wrong: 3 passed in 1s\nracecheck: ends with status 9\n")
     assert "Race reported" in told and told.count("nothing wrong") == 3
+
+
+def test_the_sanitizer_is_told_what_our_kernels_are_called():
+    texts = [file.read_text() for file in sorted((ROOT / "cuda").glob("*.cu*"))]
+    names = [name for text in texts for name in re.findall(r"^__global__ .* (\w+)\(const Kernel kernel\)", text, re.M)]
+    assert len(names) == sum(text.count("__global__") for text in texts) == 1
+    assert sanitize.OURS[1] == f"kns=_Z{len(names[0])}{names[0]}I"
 
 
 def test_without_a_card_or_a_sanitizer_nothing_is_checked_and_a_line_says_so(monkeypatch, tmp_path, capsys):
