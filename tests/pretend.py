@@ -312,7 +312,7 @@ def begin() -> None:
     }
     say |= {"get_device_capability": (9, 0), "get_device_properties": SIZES, "is_bf16_supported": True}
     say |= {"mem_get_info": (80 << 30, 85 << 30), "memory_reserved": 0, "memory_allocated": 0, "set_device": None}
-    say |= {"max_memory_allocated": 0, "empty_cache": None, "reset_peak_memory_stats": None}
+    say |= {"max_memory_allocated": 1 << 20, "empty_cache": None, "reset_peak_memory_stats": None}
     for name, value in say.items():
         setattr(torch.cuda, name, lambda *given, value=value, **more: value)
     for name in ("stream", "device", "device_of"):

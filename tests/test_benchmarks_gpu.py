@@ -48,6 +48,16 @@ def test_each_figure_is_taken_on_any_device_of_something_tiny(monkeypatch, capsy
             assert gpu.said(case) not in (gpu.NOT_YET, "")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_each_figure_is_taken_on_a_card_of_something_tiny(monkeypatch, caplog):
+    monkeypatch.setattr(card, "CHECKED", (1, 20, 1))
+    for words in {gpu.small(words) for _, words, peer in gpu.CASES if not peer}:
+        if not set(words.split()) & set(gpu.CLONES):
+            assert all(value > 0 for value in card.figure("cuda", *words.split()).values()), words
+    assert "is not recorded" not in caplog.text
+
+
 def test_the_folder_of_a_clone_is_put_where_a_figure_asks_for_it(monkeypatch, tmp_path):
     given = []
     monkeypatch.setattr(gpu, "asked", lambda device, words, peer, left: given.append(words) or {"rows": 1})

@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from rwkvpipe.base import compiler
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 ROOT = Path(__file__).resolve().parents[1]
 REFUSED = """
 import torch
@@ -63,5 +65,5 @@ def test_it_refuses_what_a_card_refuses():
 @pytest.mark.skipif(compiler.command() is None or compiler.turned_off(), reason="there is no C++ compiler to use here")
 def test_what_is_marked_gpu_goes_all_its_way():
     asked = ("-q", "-p", "tests.pretend", "-p", "no:cacheprovider", "-m", "gpu and not large")
-    done = run("-m", "pytest", *asked, "tests/kernel", "tests/infer", "tests/train")
+    done = run("-m", "pytest", *asked, "tests/kernel", "tests/infer", "tests/train", "tests/test_benchmarks_gpu.py")
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
