@@ -1,13 +1,16 @@
-// Whole numbers: rows of x rounded to 16 bits for products with matrices of 8, whose sums are exact.
+// Whole numbers: rows of x rounded to 16 bits for products with matrices of 8, or of both factors for products with one
+// another, whose sums are exact.
 //
-// BLOCK numbers of a row share what they are times, so that the largest of them becomes MOST; a product's error is then
-// that of 16 bits, which is nothing beside that of the matrix's 8. Sums of a BLOCK's products fit in 32 bits whatever
-// order they are added in, so they are the same on every processor.
+// Some numbers of a row share what they are times, so that the largest of them becomes the most there may be; beside a
+// matrix of 8 bits a product's error is then that of the matrix. Sums of a block's products fit in 32 bits whatever order
+// they are added in, so they are the same on every processor.
 #pragma once
 
 #include "vector.h"
 
 #include <algorithm>
+#include <cstring>
+#include <limits>
 #if defined(__SSE2__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -16,8 +19,14 @@
 
 namespace fixed {
 
-constexpr int64_t BLOCK = 512, MOST = 32767;
-static_assert(BLOCK * MOST * 127 < INT64_C(1) << 31);
+// how many numbers share what they are times, and the largest whole number
+struct Scale {
+    int64_t block, most;
+    int64_t blocks(int64_t n) const { return (n + block - 1) / block; }
+};
+constexpr Scale BESIDE_8 = {512, 32767}, ALIKE = {256, 2895};
+static_assert(BESIDE_8.block * BESIDE_8.most * 127 < INT64_C(1) << 31);
+static_assert(ALIKE.block * ALIKE.most * ALIKE.most < INT64_C(1) << 31);
 constexpr float LEAST = 3.4e-34f;  // a smaller largest number counts as this: what it is times must not be none
 
 typedef int16_t Shorts __attribute__((vector_size(4 * WIDTH)));
@@ -68,34 +77,92 @@ inline Vec joined(Vec a, Vec b, Vec c) {
 #endif
 }
 
-inline int64_t blocks(int64_t n) { return (n + BLOCK - 1) / BLOCK; }
+// y times `up` as whole numbers, in the lower 16 bits: where 1.5 * 2^23 is added, the last bits of a float are those
+inline Ints whole(Vec y, Vec up) { return (Ints)(y * up + 12582912.0f); }
 
-// n numbers of a row rounded, an odd one with a 0 beside it; by: what those of each block are times. A block with a
-// number that is not finite is times NaN.
-__attribute__((noinline)) inline void rounded(const float *x, int64_t n, int16_t *to, float *by) {
-    for (int64_t k = 0; k < n; k += BLOCK, by++) {
-        const int64_t count = std::min(BLOCK, n - k);
-        Vec most = {}, none = {};
-        for (int64_t j = 0; j < count; j += WIDTH) {
-            const Vec y = load_some(x + k + j, count - j), size = y < 0.0f ? -y : y;
-            most = size > most ? size : most;
-            none += y - y;
-        }
-        float largest = LEAST;
+// The largest of `most` and y without its sign, as the bits of floats, which are in the order of what they stand for.
+inline Ints larger(Ints most, Vec y) {
+    const Ints size = (Ints)y & 0x7fffffff;
+    return size > most ? size : most;
+}
+
+// What numbers of which the largest has these bits are times, up and down; down is NaN if there was one that is not finite
+struct Turns {
+    float up, down;
+    Turns(Scale scale, int32_t most) {
+        float largest;
+        std::memcpy(&largest, &most, sizeof largest);
+        const float finite = std::max(LEAST, std::min(largest, std::numeric_limits<float>::max()));
+        up = scale.most / finite, down = largest / scale.most;
+        if (largest < LEAST) down = LEAST / scale.most;
+        if (most >= 0x7f800000) down = std::numeric_limits<float>::quiet_NaN();
+    }
+};
+
+// n numbers of a row rounded, an odd one with a 0 beside it; by, at each `step`: what those of each block are times. A
+// block with a number that is not finite is times NaN.
+__attribute__((noinline)) inline void rounded(Scale scale, const float *x, int64_t n, int16_t *to, float *by,
+                                              int64_t step) {
+    for (int64_t k = 0; k < n; k += scale.block, by += step) {
+        const int64_t count = std::min(scale.block, n - k), full = count / WIDTH * WIDTH;
+        const Vec tail = load_tail(x + k + full, count - full);
+        Ints most = larger(Ints{}, tail);
+        for (int64_t j = 0; j < full; j += WIDTH) most = larger(most, load(x + k + j));
+        int32_t largest = 0;
         for (int i = 0; i < WIDTH; i++) largest = std::max(largest, most[i]);
-        const float up = MOST / largest;
-        *by = largest / MOST + sum(none);
-        const auto whole = [&](Vec y) {
-            const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-            return __builtin_convertvector(__builtin_convertvector((y * up + magic) - magic, Ints), Few);
-        };
-        int64_t j = 0;
-        for (; j + WIDTH <= count; j += WIDTH) *reinterpret_cast<Few *>(to + k + j) = whole(load(x + k + j));
-        if (j == count) continue;
-        const auto last = whole(load_tail(x + k + j, count - j));
-        for (int64_t i = 0; i < count - j; i++) to[k + j + i] = last[i];
+        const Turns times(scale, largest);
+        const Vec up = all(times.up);
+        *by = times.down;
+        const auto few = [&](Vec y) { return __builtin_convertvector(whole(y, up), Few); };
+        for (int64_t j = 0; j < full; j += WIDTH) *reinterpret_cast<Few *>(to + k + j) = few(load(x + k + j));
+        const auto last = few(tail);
+        for (int64_t i = 0; i < count - full; i++) to[k + full + i] = last[i];
     }
     if (n % 2) to[n] = 0;
+}
+
+constexpr int TOGETHER = 4;  // vectors of columns that are read side by side
+
+// `vectors` of a block down columns; the last may be less than whole
+template <bool WHOLE>
+void down(Scale scale, const float *x, int64_t step, int64_t count, int64_t wide, float *to, float *by) {
+    const auto at = [&](int64_t row, int i) {
+        const float *from = x + row * step + i * WIDTH;
+        if (WHOLE) return load(from);
+        return wide > i * WIDTH ? load_some(from, wide - i * WIDTH) : Vec{};
+    };
+    const auto put = [&](float *place, int i, Vec y) {
+        if (WHOLE) return store(place + i * WIDTH, y);
+        if (wide > i * WIDTH) store_some(place + i * WIDTH, y, wide - i * WIDTH);
+    };
+    Ints most[TOGETHER] = {};
+    for (int64_t k = 0; k < count; k++)
+#pragma GCC unroll 4
+        for (int i = 0; i < TOGETHER; i++) most[i] = larger(most[i], at(k, i));
+    Vec up[TOGETHER];
+    for (int i = 0; i < TOGETHER; i++) {
+        Vec less = {};
+        for (int l = 0; l < WIDTH; l++) {
+            const Turns times(scale, most[i][l]);
+            up[i][l] = times.up, less[l] = times.down;
+        }
+        put(by, i, less);
+    }
+    for (int64_t k = 0; k < count; k += 2, to += step)
+#pragma GCC unroll 4
+        for (int i = 0; i < TOGETHER; i++) {
+            const Ints second = k + 1 < count ? whole(at(k + 1, i), up[i]) << 16 : Ints{};
+            put(to, i, (Vec)((whole(at(k, i), up[i]) & 0xffff) | second));
+        }
+}
+
+// The same as `rounded` down columns, for one block: `count` rows of x, `wide` numbers of each, become pairs of rows, and
+// `by` is of each column. `step` is that of x and of pairs.
+inline void rounded_down(Scale scale, const float *x, int64_t step, int64_t count, int64_t wide, float *to, float *by) {
+    int64_t c = 0;
+    for (; c + TOGETHER * WIDTH <= wide; c += TOGETHER * WIDTH)
+        down<true>(scale, x + c, step, count, TOGETHER * WIDTH, to + c, by + c);
+    if (c < wide) down<false>(scale, x + c, step, count, wide - c, to + c, by + c);
 }
 
 }  // namespace fixed

@@ -63,6 +63,7 @@ typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH), aligned(2), may_a
 struct Floats {
     typedef Vec Sum;
     static constexpr int64_t EACH = 1;  // numbers of a matrix's row that meet a word of x
+    static constexpr bool SCALED = false;  // whether what they are times is of blocks of its row, too
     static Vec begun(Vec before) { return before; }
     static Vec spread(const float *x) { return all(*x); }
     static Vec added(Vec sum, Vec w, Vec x) { return sum + w * x; }
@@ -90,18 +91,23 @@ struct Half : Floats {
 struct Pair {
     typedef int8_t Number;
     typedef Ints Sum;
-    static constexpr int64_t EACH = 2;
+    static constexpr int64_t EACH = 2, BLOCK = fixed::BESIDE_8.block;
+    static constexpr bool SCALED = false;
     static Vec at(const int8_t *p) { return (Vec)fixed::widened(p); }
     static Ints begun(Vec) { return Ints{}; }
     static Ints spread(const float *x) { return *reinterpret_cast<const fixed::Word *>(x) + Ints{}; }
     static Ints added(Ints sum, Vec w, Ints x) { return fixed::dot(sum, (fixed::Shorts)w, (fixed::Shorts)x); }
 };
 
+// of 16 bits on both sides
+struct Alike : Pair {
+    static constexpr int64_t BLOCK = fixed::ALIKE.block;
+    static constexpr bool SCALED = true;
+};
+
 // what becomes of a sum of whole numbers, times what they are times, and of one of floats
-inline Vec ended(Ints sum, Vec before, float by) {
-    return fixed::joined(before, __builtin_convertvector(sum, Vec), all(by));
-}
-inline Vec ended(Vec sum, Vec, float) { return sum; }
+inline Vec ended(Ints sum, Vec before, Vec by) { return fixed::joined(before, __builtin_convertvector(sum, Vec), by); }
+inline Vec ended(Vec sum, Vec, Vec) { return sum; }
 
 // what a kernel multiplies: `count` words of each of ROWS rows of x with some panels, `apart` numbers from each other
 template <class Number>
@@ -162,7 +168,7 @@ void panels(const Piece<typename Form::Number> &p) {
         for (int i = 0; i < VECTORS; i++) {
             const int64_t left = p.room - i * WIDTH;
             if (left <= 0) break;
-            const Vec x = ended(found[r][i], before(r, i), p.by ? p.by[r * p.by_step] : 0);
+            const Vec x = ended(found[r][i], before(r, i), all(p.by ? p.by[r * p.by_step] : 0));
             const Vec y = p.scale ? x * load_some(p.scale + i * WIDTH, left) : x;
             store_some(p.to + r * p.to_step + i * WIDTH, y, left);
         }
@@ -173,7 +179,7 @@ void panels(const Piece<typename Form::Number> &p) {
 template <int PANELS, int ROWS_OF_X, class Form>
 void along(const Piece<typename Form::Number> &p) {
     if constexpr (Form::EACH == 1) return panels<PANELS, ROWS_OF_X, Form>(p);
-    constexpr int64_t WORDS = fixed::BLOCK / Form::EACH;
+    constexpr int64_t WORDS = fixed::BESIDE_8.block / Form::EACH;
     for (int64_t k = 0; k < p.count; k += WORDS) {
         auto q = p;
         q.w += k * PANEL * Form::EACH, q.x += k, q.by += k / WORDS;

@@ -14,19 +14,53 @@ template <class Form>
 void many(const Matrix &m, int64_t rows, int threads, const Asked &x, float *to) {
     const tiles::Kept<Form> second = {static_cast<const typename Form::Number *>(m.data), m.words()};
     const tiles::Sizes sizes = {rows, m.out, m.words()};
-    tiles::multiply({x.start, x.step, false}, second, sizes, threads, to, m.scale, false, {x.by, x.by_step});
+    const tiles::Times times = {x.by, x.by_step, 1, nullptr, 0};
+    tiles::multiply({x.start, x.step, false}, second, sizes, threads, to, m.scale, false, times);
 }
 
 // rows of x as a matrix multiplies them, rounded where it is in whole numbers
 Asked asked(const Matrix &m, int64_t rows, int threads, const Room &x) {
     if (m.kind != INT8) return {x.start, x.step, nullptr, 0};
-    const int64_t words = m.words(), blocks = fixed::blocks(m.in);
+    const int64_t words = m.words(), blocks = fixed::BESIDE_8.blocks(m.in);
     float *start = scratch(rows * (words + blocks), ASKED), *by = start + rows * words;
     share((rows + MANY - 1) / MANY, rows * m.in < LARGE ? 1 : threads, [&](int64_t n) {
         for (int64_t r = n * MANY; r < std::min(rows, (n + 1) * MANY); r++)
-            fixed::rounded(x[r], m.in, reinterpret_cast<int16_t *>(start + r * words), by + r * blocks);
+            fixed::rounded(fixed::BESIDE_8, x[r], m.in, reinterpret_cast<int16_t *>(start + r * words), by + r * blocks, 1);
     });
     return {start, words, by, blocks};
+}
+
+// A factor rounded to pairs of whole numbers along what is added up, `deep` numbers; what those of each of `count` rows
+// or columns are times lies block after block, `apart`.
+struct Rounded {
+    tiles::Plain pairs;
+    const float *by;
+    int64_t apart;
+};
+
+constexpr int64_t SOME = 256;  // columns that are worth a task
+
+// along: whether what is added up lies side by side
+Rounded rounded(const float *x, bool along, int64_t count, int64_t deep, int threads, Purpose what) {
+    constexpr fixed::Scale scale = fixed::ALIKE;
+    const int64_t words = (deep + 1) / 2, apart = (count + tiles::WIDE - 1) / tiles::WIDE * tiles::WIDE;
+    float *pairs = scratch(words * count + scale.blocks(deep) * apart, what), *by = pairs + words * count;
+    for (int64_t n = 0; n < scale.blocks(deep); n++) zero(by + n * apart + count, apart - count);
+    if (along) {
+        share((count + MANY - 1) / MANY, threads, [&](int64_t n) {
+            for (int64_t i = n * MANY; i < std::min(count, (n + 1) * MANY); i++)
+                fixed::rounded(scale, x + i * deep, deep, reinterpret_cast<int16_t *>(pairs + i * words), by + i, apart);
+        });
+        return {{pairs, words, false}, by, apart};
+    }
+    const int64_t across = (count + SOME - 1) / SOME;
+    share(across * scale.blocks(deep), threads, [&](int64_t n) {
+        const int64_t k = n / across * scale.block, c = n % across * SOME, wide = std::min(SOME, count - c);
+        const int64_t tall = std::min(scale.block, deep - k);
+        fixed::rounded_down(scale, x + k * count + c, count, tall, wide, pairs + k / 2 * count + c,
+                            by + n / across * apart + c);
+    });
+    return {{pairs, count, true}, by, apart};
 }
 
 }  // namespace
@@ -61,13 +95,21 @@ void panels_times(const int64_t *s, int threads, const void *const *data, const 
     }
 }
 
-// sizes: rows deep columns, whether x and w are turned (x is (deep, rows) in memory, w (columns, deep)), and whether the
-// product (rows, columns) is added to what is there
-// takes R deep columns x_turned turned add: x R*deep, w deep*columns, to R*columns
+// sizes: rows deep columns, whether x and w are turned (x is (deep, rows) in memory, w (columns, deep)), whether the
+// product (rows, columns) is added to what is there, and whether factors are rounded to whole numbers of 12 bits
+// takes R deep columns x_turned turned add whole: x R*deep, w deep*columns, to R*columns
 void multiply(const int64_t *s, int threads, const float *x, const float *w, float *to) {
     const int64_t rows = s[0], deep = s[1], columns = s[2];
-    const tiles::Plain first = {x, s[3] ? rows : deep, s[3] != 0}, second = {w, s[4] ? deep : columns, s[4] != 0};
-    tiles::multiply(first, second, {rows, columns, deep}, threads, to, nullptr, s[5] != 0);
+    const bool x_turned = s[3] != 0, turned = s[4] != 0, add = s[5] != 0, whole = s[6] != 0;
+    if (!whole) {
+        const tiles::Plain first = {x, x_turned ? rows : deep, x_turned}, second = {w, turned ? deep : columns, turned};
+        return tiles::multiply(first, second, {rows, columns, deep}, threads, to, nullptr, add);
+    }
+    const Rounded first = rounded(x, !x_turned, rows, deep, threads, ASKED);
+    const Rounded second = rounded(w, turned, columns, deep, threads, GIVEN);
+    const tiles::Pairs pairs = {{second.pairs.start, second.pairs.step, turned}};
+    const tiles::Times times = {first.by, 1, first.apart, second.by, second.apart};
+    tiles::multiply(first.pairs, pairs, {rows, columns, (deep + 1) / 2}, threads, to, nullptr, add, times);
 }
 
 }  // extern "C"

@@ -49,11 +49,11 @@ struct Soon {
     int64_t step, apart;
 };
 
-// a strip, and panels, which lie `apart`; `deep` words of each. by: what whole numbers are times
+// a strip, and panels, which lie `apart`; `deep` words of each. by: what whole numbers of rows, and of columns, are times
 struct Laid {
     const float *x, *w;
     int64_t apart, deep;
-    const float *by;
+    const float *by, *columns_by;
     Soon soon;
 };
 
@@ -90,7 +90,11 @@ void whole(const Laid &from, float *to, int64_t step, bool onward) {
 #pragma GCC unroll 32
         for (int i = 0; i < VECTORS; i++) {
             float *y = to + r * step + i * WIDTH;
-            store(y, product::ended(found[r][i], onward ? load(y) : Vec{}, from.by[r]));
+            const Vec before = onward ? load(y) : Vec{};
+            if constexpr (Form::SCALED)
+                store(y, product::ended(found[r][i], before, load(from.columns_by + i * WIDTH) * from.by[r]));
+            else
+                store(y, product::ended(found[r][i], before, all(from.by[r])));
         }
 }
 
@@ -163,6 +167,11 @@ struct Plain {
     }
 };
 
+// A second factor of pairs of whole numbers
+struct Pairs : Plain {
+    typedef product::Alike Form;
+};
+
 // Panels as matvec.h has them, as the second factor. Those of fp32 are read where they lie.
 template <class Kind>
 struct Kept {
@@ -196,10 +205,13 @@ struct Sizes {
     int64_t rows, columns, deep;
 };
 
-// what whole numbers of the first are times: of each row, blocks side by side
+// what whole numbers are times: of each row of the first, and of its blocks, so far from each other; of each column of the
+// second, blocks after one another, filled up to whole tiles
 struct Times {
     const float *by;
-    int64_t step;
+    int64_t step, apart;
+    const float *columns;
+    int64_t columns_apart;
 };
 
 // Rows and columns of a product that one thread computes
@@ -230,8 +242,11 @@ struct Task {
             const int64_t row = strip(n), rows = strip(n + 1) - row;
             const Soon next = n + 1 < count ? first.strip(row + rows, k) : first.strip(begin, k + deep);
             float by[HIGH] = {};
+            int64_t block = 0;
+            if constexpr (Form::EACH > 1) block = k * Form::EACH / Form::BLOCK;
             for (int64_t r = 0; r < rows && Form::EACH > 1; r++)
-                by[r] = times.by[(row + r) * times.step + k * Form::EACH / fixed::BLOCK];
+                by[r] = times.by[(row + r) * times.step + block * times.apart];
+            const float *columns_by = Form::SCALED ? times.columns + block * times.columns_apart : nullptr;
             first.lay(row, rows, s.rows, k, deep, laid);
             for (int64_t c = left; c < right; c += WIDE) {
                 const int64_t further = std::min(c + WIDE, right);
@@ -246,7 +261,8 @@ struct Task {
                 else if (n == 0)
                     soon = second.columns(further, k);
                 // where there is but one panel left, it is multiplied twice
-                const Laid from = {laid, here, c + PANEL < right ? apart : 0, deep, by, soon};
+                const int64_t beside = c + PANEL < right ? apart : 0;
+                const Laid from = {laid, here, beside, deep, by, Form::SCALED ? columns_by + c : nullptr, soon};
                 const Place p = {to + row * s.columns + c, s.columns, rows, right - c, add || k > 0};
                 tiles[std::max<int64_t>(LOW, rows) - LOW](from, p);
             }
@@ -266,14 +282,12 @@ void multiply(const Plain &first, const Second &second, const Sizes &s, int thre
               bool add, const Times &times = {}) {
     typedef typename Second::Form Form;
     typedef std::make_integer_sequence<int, HIGH - LOW + 1> Heights;
-    Tiles tiles;
-    if constexpr (Form::EACH > 1)
-        tiles = heights<ALONG, Form>(Heights());
-    else if (first.turned)
-        tiles = heights<BESIDE, product::Floats>(Heights());
-    else
-        tiles = heights<ALONG, product::Floats>(Heights());
-    const int64_t deep = Form::EACH > 1 ? fixed::BLOCK / Form::EACH : length(s.deep, DEEP, 1);
+    typedef std::conditional_t<Form::EACH == 1, product::Floats, Form> Kernel;
+    Tiles tiles = heights<ALONG, Kernel>(Heights());
+    if constexpr (Form::EACH == 1 || Form::SCALED)
+        if (first.turned) tiles = heights<BESIDE, Kernel>(Heights());
+    int64_t deep = length(s.deep, DEEP, 1);
+    if constexpr (Form::EACH > 1) deep = Form::BLOCK / Form::EACH;
     const int64_t wide = length(s.columns, LAID / std::max<int64_t>(1, deep), WIDE);
     const int64_t across = (s.columns + wide - 1) / wide;
     const int64_t parts = threads > 1 ? (TURNS * threads + across - 1) / across : 1;

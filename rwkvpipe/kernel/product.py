@@ -86,10 +86,10 @@ class Products:
         return plain and build.native(a, b) is not None
 
 
-def _multiply(a: Tensor, b: Tensor, into: Tensor, *, add: bool = False) -> Tensor:
+def _multiply(a: Tensor, b: Tensor, into: Tensor, *, add: bool = False, whole: bool = False) -> Tensor:
     """The product of (..., n, k) and (k, m), of which both may be seen turned, where it is to be."""
     (x, x_turned), (matrix, turned) = _as_it_lies(a), _as_it_lies(b)
-    sizes = (a.numel() // a.shape[-1], *b.shape, x_turned, turned, add)
+    sizes = (a.numel() // a.shape[-1], *b.shape, x_turned, turned, add, whole)
     build.call("multiply", sizes, x, matrix, into)
     return into
 
