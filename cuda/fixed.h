@@ -9,7 +9,6 @@
 #include "vector.h"
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -86,16 +85,25 @@ inline Ints larger(Ints most, Vec y) {
     return size > most ? size : most;
 }
 
+inline int32_t largest(Ints most) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_epi32((__m512i)most);
+#else
+    int32_t found = most[0];
+    for (int i = 1; i < WIDTH; i++) found = std::max(found, most[i]);
+    return found;
+#endif
+}
+
 // What numbers of which the largest has these bits are times, up and down; down is NaN if there was one that is not finite
 struct Turns {
-    float up, down;
-    Turns(Scale scale, int32_t most) {
-        float largest;
-        std::memcpy(&largest, &most, sizeof largest);
-        const float finite = std::max(LEAST, std::min(largest, std::numeric_limits<float>::max()));
-        up = scale.most / finite, down = largest / scale.most;
-        if (largest < LEAST) down = LEAST / scale.most;
-        if (most >= 0x7f800000) down = std::numeric_limits<float>::quiet_NaN();
+    Vec up, down;
+    Turns(Scale scale, Ints most) {
+        const float highest = static_cast<float>(scale.most);
+        const Vec size = (Vec)most, least = all(LEAST), at_least = size < least ? least : size;
+        const Ints none = most >= 0x7f800000;
+        up = highest / (none ? all(1.0f) : at_least);
+        down = none ? all(std::numeric_limits<float>::quiet_NaN()) : at_least / highest;
     }
 };
 
@@ -105,64 +113,40 @@ __attribute__((noinline)) inline void rounded(Scale scale, const float *x, int64
                                               int64_t step) {
     for (int64_t k = 0; k < n; k += scale.block, by += step) {
         const int64_t count = std::min(scale.block, n - k), full = count / WIDTH * WIDTH;
-        const Vec tail = load_tail(x + k + full, count - full);
-        Ints most = larger(Ints{}, tail);
+        Ints most = {};
         for (int64_t j = 0; j < full; j += WIDTH) most = larger(most, load(x + k + j));
-        int32_t largest = 0;
-        for (int i = 0; i < WIDTH; i++) largest = std::max(largest, most[i]);
-        const Turns times(scale, largest);
-        const Vec up = all(times.up);
-        *by = times.down;
-        const auto few = [&](Vec y) { return __builtin_convertvector(whole(y, up), Few); };
+        if (full < count) most = larger(most, load_tail(x + k + full, count - full));
+        const Turns times(scale, largest(most) + Ints{});
+        *by = times.down[0];
+        const auto few = [&](Vec y) { return __builtin_convertvector(whole(y, times.up), Few); };
         for (int64_t j = 0; j < full; j += WIDTH) *reinterpret_cast<Few *>(to + k + j) = few(load(x + k + j));
-        const auto last = few(tail);
+        if (full == count) continue;
+        const auto last = few(load_tail(x + k + full, count - full));
         for (int64_t i = 0; i < count - full; i++) to[k + full + i] = last[i];
     }
     if (n % 2) to[n] = 0;
 }
 
-constexpr int TOGETHER = 4;  // vectors of columns that are read side by side
-
-// `vectors` of a block down columns; the last may be less than whole
-template <bool WHOLE>
-void down(Scale scale, const float *x, int64_t step, int64_t count, int64_t wide, float *to, float *by) {
-    const auto at = [&](int64_t row, int i) {
-        const float *from = x + row * step + i * WIDTH;
-        if (WHOLE) return load(from);
-        return wide > i * WIDTH ? load_some(from, wide - i * WIDTH) : Vec{};
-    };
-    const auto put = [&](float *place, int i, Vec y) {
-        if (WHOLE) return store(place + i * WIDTH, y);
-        if (wide > i * WIDTH) store_some(place + i * WIDTH, y, wide - i * WIDTH);
-    };
-    Ints most[TOGETHER] = {};
-    for (int64_t k = 0; k < count; k++)
-#pragma GCC unroll 4
-        for (int i = 0; i < TOGETHER; i++) most[i] = larger(most[i], at(k, i));
-    Vec up[TOGETHER];
-    for (int i = 0; i < TOGETHER; i++) {
-        Vec less = {};
-        for (int l = 0; l < WIDTH; l++) {
-            const Turns times(scale, most[i][l]);
-            up[i][l] = times.up, less[l] = times.down;
-        }
-        put(by, i, less);
-    }
-    for (int64_t k = 0; k < count; k += 2, to += step)
-#pragma GCC unroll 4
-        for (int i = 0; i < TOGETHER; i++) {
-            const Ints second = k + 1 < count ? whole(at(k + 1, i), up[i]) << 16 : Ints{};
-            put(to, i, (Vec)((whole(at(k, i), up[i]) & 0xffff) | second));
-        }
-}
-
-// The same as `rounded` down columns, for one block: `count` rows of x, `wide` numbers of each, become pairs of rows, and
+// The same down columns, of one block: `count` rows of x, `wide` numbers of each, at most SOME, become pairs of rows, and
 // `by` is of each column. `step` is that of x and of pairs.
-inline void rounded_down(Scale scale, const float *x, int64_t step, int64_t count, int64_t wide, float *to, float *by) {
-    int64_t c = 0;
-    for (; c + TOGETHER * WIDTH <= wide; c += TOGETHER * WIDTH)
-        down<true>(scale, x + c, step, count, TOGETHER * WIDTH, to + c, by + c);
-    if (c < wide) down<false>(scale, x + c, step, count, wide - c, to + c, by + c);
+constexpr int64_t SOME = 256;
+__attribute__((noinline)) inline void rounded_down(Scale scale, const float *x, int64_t step, int64_t count,
+                                                   int64_t wide, float *to, float *by) {
+    Ints most[SOME / WIDTH] = {};
+    Vec up[SOME / WIDTH];
+    for (int64_t k = 0; k < count; k++)
+        for (int64_t c = 0; c < wide; c += WIDTH)
+            most[c / WIDTH] = larger(most[c / WIDTH], load_some(x + k * step + c, wide - c));
+    for (int64_t c = 0; c < wide; c += WIDTH) {
+        const Turns times(scale, most[c / WIDTH]);
+        up[c / WIDTH] = times.up;
+        store_some(by + c, times.down, wide - c);
+    }
+    for (int64_t k = 0; k < count; k += 2, x += 2 * step, to += step)
+        for (int64_t c = 0; c < wide; c += WIDTH) {
+            const Ints second = k + 1 < count ? whole(load_some(x + step + c, wide - c), up[c / WIDTH]) << 16 : Ints{};
+            store_some(to + c, (Vec)((whole(load_some(x + c, wide - c), up[c / WIDTH]) & 0xffff) | second), wide - c);
+        }
 }
 
 }  // namespace fixed

@@ -38,8 +38,6 @@ struct Rounded {
     int64_t apart;
 };
 
-constexpr int64_t SOME = 256;  // columns that are worth a task
-
 // along: whether what is added up lies side by side
 Rounded rounded(const float *x, bool along, int64_t count, int64_t deep, int threads, Purpose what) {
     constexpr fixed::Scale scale = fixed::ALIKE;
@@ -53,9 +51,10 @@ Rounded rounded(const float *x, bool along, int64_t count, int64_t deep, int thr
         });
         return {{pairs, words, false}, by, apart};
     }
-    const int64_t across = (count + SOME - 1) / SOME;
+    const int64_t across = (count + fixed::SOME - 1) / fixed::SOME;
     share(across * scale.blocks(deep), threads, [&](int64_t n) {
-        const int64_t k = n / across * scale.block, c = n % across * SOME, wide = std::min(SOME, count - c);
+        const int64_t k = n / across * scale.block, c = n % across * fixed::SOME;
+        const int64_t wide = std::min(fixed::SOME, count - c);
         const int64_t tall = std::min(scale.block, deep - k);
         fixed::rounded_down(scale, x + k * count + c, count, tall, wide, pairs + k / 2 * count + c,
                             by + n / across * apart + c);

@@ -1,4 +1,4 @@
-"""Steps of rwkvpipe, on demand."""
+"""Steps of rwkvpipe, on demand, in the precision that is named."""
 
 import json
 import os
@@ -16,13 +16,14 @@ from rwkvpipe.train.loss import lm_losses
 from rwkvpipe.train.optim import adamw
 from rwkvpipe.weights.store import load_model
 
-folder = Path(sys.argv[1])
+folder, precision = Path(sys.argv[1]), sys.argv[2]
 case = json.loads((folder / "case.json").read_text())
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 model = load_model(folder / "model.safetensors").train()
-choice.settle(model)
+choice.settle(model, rounded=precision == "bf16")
 ids = load_file(folder / "ids.safetensors")["ids"]
-config = TrainConfig(steps=1000, lr=case["lr"], ctx_len=case["ctx_len"], batch=case["batch"])
+sizes = {"ctx_len": case["ctx_len"], "batch": case["batch"]}
+config = TrainConfig(steps=1000, lr=case["lr"], precision=precision, **sizes)
 optimizer = adamw(model, config)
 losses, batch = lm_losses(case["batch"], config), Batch(ids[:, :-1], ids[:, 1:])
 

@@ -1,4 +1,5 @@
-"""Whose products compute on the CPU: torch's of fp32, our own, or the processor's, of numbers rounded to bf16.
+"""Whose products compute on the CPU: torch's of fp32 or our own, and where it may be rounded to bf16 the processor's or
+those of whole numbers, too.
 
 Whichever is faster, found out once for a machine: they are timed beside each other on matrices of a model's size, and
 what was found is kept beside the compiled kernels, for each processor, version of torch and of the kernels. They differ
@@ -27,7 +28,7 @@ log = logging.getLogger("rwkvpipe")
 ROWS, WIDEST = 512, 2048  # of the products that are timed
 ROUNDS = 5
 GAIN = 1.05  # how many times as fast as torch's of fp32 others must be to be worth it
-CALLED = {"own": "own ones", "bf16": "the processor's of bf16"}
+CALLED = {"own": "own ones", "bf16": "the processor's of bf16", "whole": "those of whole numbers of 12 bits"}
 
 
 def begin(model: nn.Module) -> None:
@@ -37,8 +38,8 @@ def begin(model: nn.Module) -> None:
 
 
 def settle(model: nn.Module, began: str | None = None, *, rounded: bool = False) -> str:
-    """Choose products for a model from here on, `torch`, `own` or, for numbers rounded to it, `bf16`; those that a
-    training `began` with stay. Raises ConfigError where the environment asks for what there is not."""
+    """Choose products for a model from here on, `torch`, `own` or, for what may be rounded, `bf16` or `whole`; those
+    that a training `began` with stay. Raises ConfigError where the environment asks for what there is not."""
     asked, shape, ways = compiler.products(), _shape(model), _ways(model, rounded)
     if began is not None:
         name, why = began, "as this training began"
@@ -52,9 +53,11 @@ def settle(model: nn.Module, began: str | None = None, *, rounded: bool = False)
         name, why = "torch", "there is nothing faster here" if rounded else ""
     else:
         name, why = _fastest(ways, shape, rounded)
-    if name == "own" and build.extension() is None:
-        log.warning("products: own ones were to compute, and cannot: %s", build.why_not())
-    if why:
+    if name in ("own", "whole") and build.extension() is None:
+        log.warning("products: %s were to compute, and cannot: %s", CALLED[name], build.why_not())
+    if why and name == "whole":
+        log.info("products of bf16: of whole numbers of 12 bits instead, which are nearer, %s", why)
+    elif why:
         of = "numbers rounded to bf16" if rounded else "fp32"
         log.info("products of %s: %s, %s", of, f"{name} in fp32" if rounded and name != "bf16" else name, why)
     product.choose(name)
@@ -65,7 +68,8 @@ def _ways(model: nn.Module, rounded: bool) -> list[str]:
     """Whose products can compute for a model; none are chosen on cards, and in fp64."""
     if any(value.device.type != "cpu" or value.dtype != torch.float32 for value in model.parameters()):
         return []
-    return ["torch", *["own"] * (build.extension() is not None), *["bf16"] * (rounded and product.has_bf16())]
+    native = build.extension() is not None
+    return ["torch", *["own"] * native, *["bf16"] * (rounded and product.has_bf16()), *["whole"] * (rounded and native)]
 
 
 def _shape(model: nn.Module) -> tuple[int, int] | None:
@@ -113,11 +117,12 @@ def _timed(sizes: list[int], ways: list[str], dtype: torch.dtype | None) -> dict
     draw, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
     x, y, matrix = (torch.randn(n, m, generator=draw) for n, m in ((ROWS, narrow), (ROWS, wide), (wide, narrow)))
     spent: dict[str, list[float]] = {way: [] for way in ways}
+    how = {way: Products(dtype, *(way == name for name in ("bf16", "own", "whole"))) for way in ways}
     torch.set_num_threads(1)
     try:
         for _ in range(ROUNDS):
             for way, seconds in spent.items():
-                seconds.append(_seconds(Products(dtype, way == "bf16", way == "own"), x, y, matrix))
+                seconds.append(_seconds(how[way], x, y, matrix))
     finally:
         torch.set_num_threads(threads)
     found = {"processor": processor(), "torch": torch.__version__, "kernels": build.level(), "sizes": sizes}

@@ -98,17 +98,18 @@ def _narrow(x: Tensor, weight: Tensor, wanted: Wanted, needed: Sequence[bool]) -
     dw = torch.zeros_like(weight) if needed[1] else None
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     how = Products.of(wanted.dtype, x.device)
+    back = how.of_steps
     rows, matrix = how.take(x), how.take(weight)
     plain = replace(wanted, scale=1.0, pull=wanted.pull / wanted.scale)
     for part in parts(x, weight):
-        logits = rows[part] @ matrix.mT
+        logits = how.mm(rows[part], matrix.mT) if how.whole else rows[part] @ matrix.mT
         logits = logits if passes.fit(logits) else logits.to(x.dtype)
         total += _gradients(logits, plain, part).double().sum()
-        steps = how.take(logits)
+        steps = back.take(logits)
         if dx is not None:
-            dx[part] = how.mm(steps, matrix).to(x.dtype).mul_(wanted.scale)
+            dx[part] = back.mm(steps, matrix).to(x.dtype).mul_(wanted.scale)
         if dw is not None:
-            dw += how.mm(steps.mT, rows[part]).to(x.dtype).mul_(wanted.scale)
+            dw += back.mm(steps.mT, rows[part]).to(x.dtype).mul_(wanted.scale)
     return total, dx, dw
 
 

@@ -105,6 +105,7 @@ class _Likelihood(torch.autograd.Function):
                     steps = chances.add_(entropy).mul_((pull[part] * -scale)[:, None]).sub_(weighed).mul_(share)
                 else:
                     steps = share.mul_(-weighed)
+                how = how.of_steps
                 steps = how.take(steps.scatter_add_(1, ids[part, None], weighed))
                 if dx is not None:
                     dx[part] = how.mm(steps, how.take(weight)) * size
