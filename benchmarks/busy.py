@@ -50,7 +50,7 @@ def measure(peer: Path, folder: Path, rounds: int, case: Case) -> dict:
         "rwkv-trainer": (peer, "rwkv_trainer_step.py", {}),
     }
     workers = {
-        f"{name}, {count}": Worker(python, script, folder / "train", threads=count, **environment)
+        f"{name}, {count}": Worker(python, script, folder / "train", "fp32", threads=count, **environment)
         for name, (python, script, environment) in programs.items()
         for count in THREADS
     }

@@ -1,8 +1,9 @@
 """What bf16 does to a training: held-out losses of the demo's first stage, cut short, from several seeds.
 
 Each training is a run of the programs themselves, in fp32 and with products rounded to bf16: as they are computed
-without a product of bf16 in the processor, in fp32, and as they are with one, whose results are rounded, too. The seed
-decides the weights to begin with and the order of the rows; the corpus is the same.
+without a product of bf16 in the processor, in fp32, and as they are with one, whose results are rounded, too; and with
+whole numbers of 12 bits in the place of bf16. The seed decides the weights to begin with and the order of the rows; the
+corpus is the same.
 """
 
 import json
@@ -25,6 +26,7 @@ WAYS = {
     "fp32": ("fp32", "torch"),
     "bf16": ("bf16", "torch"),
     "bf16, results rounded": ("bf16", "bf16"),
+    "whole numbers": ("bf16", "whole"),
 }
 START = """
 import sys

@@ -39,6 +39,8 @@ class Case:
     lr: float = 1e-4
 
 
+# of each of our trainings its precision, and the most that its loss may differ from the peer's
+OURS = {"rwkvpipe": ("fp32", 1e-4), "rwkvpipe, bf16": ("bf16", 5e-3)}
 STEPS = {"rwkv-trainer": "rwkv_trainer_step.py", "rwkvtune": "rwkvtune_step.py"}
 CASES = {"small": Case(), "large": Case(6, 256, vocab_size=1001, ctx_len=512, batch=2)}
 
@@ -128,11 +130,11 @@ def measure(python: Path, folder: Path, rounds: int, case: Case, peer: str = "rw
     """
     prepare(case, folder / "train")
     workers = {
-        "rwkvpipe": Worker(sys.executable, "ours.py", folder / "train"),
-        peer: Worker(python, STEPS[peer], folder / "train"),
+        name: Worker(sys.executable, "ours.py", folder / "train", precision) for name, (precision, _) in OURS.items()
     }
+    workers[peer] = Worker(python, STEPS[peer], folder / "train")
     losses = {name: worker.ask("loss")["loss"] for name, worker in workers.items()}
-    if abs(losses["rwkvpipe"] - losses[peer]) > 1e-4:
+    if any(abs(losses[name] - losses[peer]) > far for name, (_, far) in OURS.items()):
         raise SystemExit(f"the losses differ, so there is nothing to compare: {losses}")
     for worker in workers.values():
         worker.ask("step")  # warms up
@@ -143,13 +145,13 @@ def measure(python: Path, folder: Path, rounds: int, case: Case, peer: str = "rw
     peaks = {name: worker.peak() for name, worker in workers.items()}
     for worker in workers.values():
         worker.close()
-    ratios = [ours / theirs for ours, theirs in zip(seconds["rwkvpipe"], seconds[peer], strict=True)]
+    ratios = {name: [a / b for a, b in zip(seconds[name], seconds[peer], strict=True)] for name in OURS}
     return {
         "what": "train" if peer == "rwkv-trainer" else "tune",
         "case": asdict(case),
         "loss": losses,
         "cpu_seconds": seconds,
-        "ratio": median(ratios),
+        "ratio": {name: median(values) for name, values in ratios.items()},
         "ratios": ratios,
         "megabytes": peaks,
         **conditions(),
@@ -165,10 +167,10 @@ def table(found: dict) -> str:
         " | tokens a CPU s | MB | times as fast |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    times = [1 / ratio for ratio in found["ratios"]]
     for name, seconds in found["cpu_seconds"].items():
         middle = median(seconds)
-        said = f"{median(times):.1f} ({min(times):.1f} to {max(times):.1f})" if name == "rwkvpipe" else "1"
+        times = [1 / ratio for ratio in found["ratios"].get(name, [1])]
+        said = f"{median(times):.1f} ({min(times):.1f} to {max(times):.1f})" if len(times) > 1 else "1"
         held = f"{found['megabytes'][name]:,.0f}"
         rate = f"{tokens / middle:,.0f}"
         lines.append(f"| {name} | {found['loss'][name]:.6f} | {middle:.3f} | {rate} | {held} | {said} |")

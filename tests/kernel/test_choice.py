@@ -31,11 +31,11 @@ def undecided(monkeypatch, tmp_path):
 @pytest.fixture
 def timed(monkeypatch):
     """What is found by time is as told here; how often it was asked for."""
-    told = {"ratio": 2.0, "bf16": 1.0, "asked": 0}
+    told = {"ratio": 2.0, "bf16": 1.0, "whole": 0.1, "asked": 0}
 
     def answer(sizes, ways, dtype):
         told["asked"] += 1
-        return {"seconds": {way: 1 / {"own": told["ratio"], "bf16": told["bf16"]}.get(way, 1.0) for way in ways}}
+        return {"seconds": {way: 1 / (told | {"own": told["ratio"]}).get(way, 1.0) for way in ways}}
 
     monkeypatch.setattr(choice, "_timed", answer)
     return told
@@ -91,6 +91,21 @@ def test_another_processor_torch_or_kernel_is_timed_anew(timed, monkeypatch):
 
 
 @needs_native
+def test_where_whole_numbers_are_fastest_they_are_multiplied_instead_of_bf16(timed, caplog):
+    timed |= {"ratio": 1.1, "whole": 1.6}
+    with caplog.at_level("INFO", logger="rwkvpipe"):
+        assert choice.settle(MODEL, rounded=True) == product.chosen() == "whole"
+    assert (
+        "products of bf16: of whole numbers of 12 bits instead" in caplog.text and "1.60 times as fast" in caplog.text
+    )
+    assert product.Products.of(torch.bfloat16, torch.device("cpu")).whole
+    assert not product.Products.of(None, torch.device("cpu")).whole  # what is to be fp32 stays so
+    assert not product.Products.of(torch.bfloat16, torch.device("cuda")).whole
+    assert not product.asked().whole
+    assert choice.settle(MODEL) == "own"  # fp32 is another matter
+
+
+@needs_native
 def test_where_nothing_can_be_kept_torchs_compute_lest_two_processes_differ(timed, undecided, caplog):
     undecided.rmdir()
     undecided.write_text("no folder")
@@ -132,9 +147,9 @@ def test_a_program_that_reads_chooses_once(timed, monkeypatch):
     assert product.chosen() == "own" and timed["asked"] == 0
 
 
-def trained(folder, *, stop=None, save_every=100):
+def trained(folder, *, stop=None, save_every=100, precision="fp32"):
     """A short training; with `stop` it breaks off before that step, as a crash would. Its weights."""
-    config = TrainConfig(steps=4, warmup=1, lr=0.01, log_every=1)
+    config = TrainConfig(steps=4, warmup=1, lr=0.01, log_every=1, precision=precision)
     model = model_of(RwkvConfig(n_layer=2, n_embd=32, head_size=16, vocab_size=20))
     model.initialise(1)
 
@@ -163,6 +178,19 @@ def test_a_training_goes_on_with_the_products_it_began_with(tmp_path, monkeypatc
     assert torch.equal(again, whole) and product.chosen() == name
     assert checkpoint.latest(tmp_path / "cut", "mark").notes["products"] == name
     assert f"asks for {other}; this training began with {name}" in caplog.text
+
+
+@needs_native
+def test_a_training_in_whole_numbers_goes_on_so_on_a_machine_where_others_are_faster(tmp_path, monkeypatch):
+    monkeypatch.delenv("RWKVPIPE_PRODUCTS", raising=False)
+    monkeypatch.setattr(product, "WORTH", 1)
+    monkeypatch.setattr(choice, "_fastest", lambda *given: ("whole", "it is"))
+    whole = trained(tmp_path / "whole", precision="bf16")
+    with pytest.raises(OSError, match="crash"):
+        trained(tmp_path / "cut", save_every=2, stop=3, precision="bf16")
+    monkeypatch.setattr(choice, "_fastest", lambda *given: ("torch", "it is"))
+    assert not torch.equal(trained(tmp_path / "other", precision="bf16"), whole)
+    assert torch.equal(trained(tmp_path / "cut", precision="bf16"), whole) and product.chosen() == "whole"
 
 
 @needs_native

@@ -66,6 +66,18 @@ def test_a_step_of_training_is_that_of_pytorch_in_fp64(level, family, monkeypatc
 
 
 @needs_native
+@pytest.mark.parametrize("turned", [False, True])
+def test_whole_numbers_are_rounded_and_multiplied_alike(level, turned, monkeypatch):
+    monkeypatch.setattr(product, "WORTH", 1)
+    draw = torch.Generator().manual_seed(0)
+    x, matrix = torch.randn(70, 515, generator=draw), torch.randn(515, 90, generator=draw)
+    x[:, :3], matrix[:5] = 0.0, 1e-38
+    found = product.Products(whole=True).mm(*((each.mT.contiguous().mT if turned else each) for each in (x, matrix)))
+    wanted = product.evened(x.double(), -1) @ product.evened(matrix.double(), 0)
+    assert (found - wanted).norm() <= 1e-4 * wanted.norm()
+
+
+@needs_native
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("rows", [1, 7])
 @pytest.mark.parametrize("family", ["rwkv5", "rwkv6", "rwkv7"])

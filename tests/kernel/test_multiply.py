@@ -1,4 +1,4 @@
-"""Our own products of fp32 against fp64, in values and gradients; what is used of them by models and the loss."""
+"""Our own products of fp32, and of whole numbers, against fp64; what is used of them by models and the loss."""
 
 import math
 from unittest import mock
@@ -14,7 +14,7 @@ from rwkvpipe.kernel.panels import pack, times
 from rwkvpipe.kernel.product import Products, linear
 
 pytestmark = pytest.mark.skipif(build.extension() is None, reason=f"no native kernels here: {build.why_not()}")
-OWN = Products(own=True)
+OWN, WHOLE = Products(own=True), Products(torch.bfloat16, narrow=False, whole=True)
 GUARD = 40
 
 
@@ -60,6 +60,83 @@ def test_products_are_those_of_fp64_and_nothing_beside_them_is_written(n, k, m, 
     assert whole[:GUARD].isnan().all() and whole[-GUARD:].isnan().all()
 
 
+deep = sizes | st.sampled_from([255, 256, 257, 512, 769])
+
+
+@settings(max_examples=60)
+@given(sizes, deep, sizes, st.booleans(), st.booleans(), st.booleans())
+def test_whole_numbers_are_multiplied_exactly(n, k, m, x_turned, turned_too, add):
+    draw = torch.Generator().manual_seed(n + 71 * k + m)
+    x, matrix = (
+        torch.randint(-product.MOST, product.MOST + 1, size, generator=draw).float() for size in ((n, k), (k, m))
+    )
+    x[:, :: product.BLOCK], matrix[:: product.BLOCK] = product.MOST, -product.MOST  # so that a block is times 1
+    before = drawn(n, m, seed=2)
+    into, whole = between_guards(before if add else torch.full((n, m), torch.nan))
+    with mock.patch.object(product, "WORTH", 1):
+        WHOLE.put(into, turned(x, x_turned), turned(matrix, turned_too), add=add)
+    wanted, most = x.double() @ matrix.double(), x.double().abs() @ matrix.double().abs()
+    assert near(into, wanted + before * add, most + before.abs() * add)
+    assert whole[:GUARD].isnan().all() and whole[-GUARD:].isnan().all()
+
+
+@settings(max_examples=30)
+@given(sizes, deep, sizes, st.booleans(), st.booleans(), st.integers(-30, 30))
+def test_what_is_rounded_to_whole_numbers_is_what_the_plain_form_rounds(n, k, m, x_turned, turned_too, size):
+    x, matrix = drawn(n, k) * 10.0**size, drawn(k, m, seed=1)
+    with mock.patch.object(product, "WORTH", 1):
+        found = WHOLE.mm(turned(x, x_turned), turned(matrix, turned_too)).double()
+    wanted = product.evened(x.double(), -1) @ product.evened(matrix.double(), 0)
+    true = x.double() @ matrix.double()
+    most = (x.double().square().sum(1, keepdim=True) * matrix.double().square().sum(0)).sqrt()
+    # where a number lies in the middle between two whole ones, its last digit says which it becomes
+    assert bool(((found - wanted).abs() <= 1e-3 * most).all()) and (found - wanted).norm() <= 2e-4 * most.norm()
+    assert (found - true).norm() <= 1.5e-3 * most.norm()
+
+
+def test_one_number_beside_tiny_ones_costs_no_more_than_is_said():
+    x, matrix = drawn(64, 2560) * 1e-3, drawn(2560, 64, seed=1)
+    x[:, ::256] = 1.0
+    with mock.patch.object(product, "WORTH", 1):
+        found = WHOLE.mm(x, matrix).double()
+    true = x.double() @ matrix.double()
+    said = (product.BLOCK / 12) ** 0.5 / product.MOST
+    plain = (product.evened(x.double(), -1) @ matrix.double() - true).norm()
+    assert 0.3 * said * true.norm() < plain <= 1.1 * said * true.norm()
+    assert (found - true).norm() <= 1.3 * said * true.norm()
+
+
+def test_without_native_code_the_plain_form_computes(monkeypatch):
+    x, matrix, begun = drawn(2, 30, 300), drawn(300, 20, seed=1), drawn(60, 20)
+    monkeypatch.setattr(product, "WORTH", 1)
+    natively = [WHOLE.mm(x, matrix), begun.clone()]
+    WHOLE.put(natively[1], x.flatten(0, 1), matrix, add=True)
+    monkeypatch.setattr(build, "native", lambda *given: None)
+    plainly = [WHOLE.mm(x, matrix), begun.clone()]
+    WHOLE.put(plainly[1], x.flatten(0, 1), matrix, add=True)
+    for one, other in zip(natively, plainly, strict=True):
+        assert (one - other).norm() <= 2e-4 * other.norm()
+    assert not torch.allclose(plainly[0], x @ matrix, rtol=0, atol=1e-5)
+
+
+def test_gradients_of_logits_are_not_rounded_to_whole_numbers(monkeypatch):
+    monkeypatch.setattr(product, "WORTH", 1)
+    monkeypatch.setattr(product, "_chosen", ["whole"])
+    x, weight, ids = drawn(40, 64).requires_grad_(), drawn(300, 64, seed=1).requires_grad_(), torch.arange(40) % 300
+    wanted = Wanted(ids, torch.ones(40), 1 / 40, dtype=torch.bfloat16)
+    multiplied = []
+    multiply = product._multiply
+    monkeypatch.setattr(
+        product, "_multiply", lambda *given, **more: multiplied.append(more) or multiply(*given, **more)
+    )
+    head_loss(x, weight, wanted).backward()
+    assert [more["whole"] for more in multiplied] == [True]
+    logits = product.evened(x.detach(), -1) @ product.evened(weight.detach(), -1).mT
+    steps = (logits.softmax(-1) - torch.nn.functional.one_hot(ids, 300)) / 40
+    for found, true in ((x.grad, steps @ weight.detach()), (weight.grad, steps.mT @ x.detach())):
+        assert (found - true).norm() <= 1e-4 * true.norm()
+
+
 @settings(max_examples=20)
 @given(st.integers(1, 3), sizes, sizes, sizes)
 def test_gradients_are_those_of_fp64(rows, n, k, m):
@@ -76,6 +153,12 @@ def test_gradients_are_those_of_fp64(rows, n, k, m):
         assert near(found.flatten(0, -2), one @ other, one.abs() @ other.abs())
 
 
+def test_whole_numbers_give_the_same_bits_at_any_thread_count(at_any_thread_count):
+    x, matrix, y = drawn(645, 790), drawn(790, 701, seed=1), drawn(645, 701)
+    at_any_thread_count(lambda: [WHOLE.mm(x, matrix), WHOLE.mm(y, matrix.mT), WHOLE.mm(x.mT, y)])
+    assert torch.equal(WHOLE.mm(x[:120], matrix), WHOLE.mm(x, matrix)[:120])  # nor do they depend on the rows beside
+
+
 def test_the_same_bits_come_out_at_any_thread_count(at_any_thread_count):
     x, matrix, begun = drawn(345, 790), drawn(790, 701, seed=1), drawn(345, 701)
 
@@ -90,12 +173,13 @@ def test_the_same_bits_come_out_at_any_thread_count(at_any_thread_count):
     assert torch.equal(times(x, pack(matrix.mT.contiguous(), "fp32")), whole)  # or on how the matrix lies
 
 
-def test_what_is_not_finite_stays_where_it_is(always):
+@pytest.mark.parametrize("how", [OWN, WHOLE])
+def test_what_is_not_finite_stays_where_it_is(always, how):
     x, matrix = drawn(40, 30), drawn(30, 20)
     x[3, 4], x[39, 29] = torch.inf, torch.nan
-    found = OWN.mm(x, matrix)
-    rows = torch.isfinite(found).all(1)
-    assert (~rows).nonzero().flatten().tolist() == [3, 39] and found[39].isnan().all()
+    for found in (how.mm(x, matrix), how.mm(x.mT.contiguous().mT, matrix)):
+        rows = torch.isfinite(found).all(1)
+        assert (~rows).nonzero().flatten().tolist() == [3, 39] and found[39].isnan().all()
 
 
 def test_empty_products_are_zeros(always):

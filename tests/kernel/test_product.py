@@ -21,9 +21,9 @@ def drawn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
-def computed(narrow):
-    """Rounded numbers are multiplied by the processor's own product, or in fp32."""
-    return mock.patch.object(product, "_chosen", ["bf16" if narrow else "torch"])
+def computed(narrow, name=None):
+    """Rounded numbers are multiplied by the processor's own product, or in fp32; or by what is named."""
+    return mock.patch.object(product, "_chosen", [name or ("bf16" if narrow else "torch")])
 
 
 def rounded(x):
@@ -67,7 +67,7 @@ def test_a_product_is_written_or_added_where_it_is_to_be(narrow, add):
     assert torch.allclose(into, wanted, atol=1e-6)
 
 
-def gradients(family, narrow=False, packed=False):
+def gradients(family, narrow=False, packed=False, name=None):
     model = model_of(RwkvConfig(family=family, n_layer=2, n_embd=64, head_size=32, vocab_size=20))
     model.initialise(1)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def gradients(family, narrow=False, packed=False):
             value += 0.05 * drawn(*value.shape, seed=number)
     ids = torch.arange(2 * 21).view(2, 21) * 7 % 20
     starts = ids == 0 if packed else None
-    with computed(narrow):
+    with computed(narrow, name):
         features, _ = model.features(ids, starts=starts)
         logits = model.logits(features)
         (logits * drawn(*logits.shape)).sum().backward()
@@ -91,6 +91,19 @@ def test_a_model_computed_with_rounded_products_is_near_to_what_it_is(family, na
         found = gradients(family, narrow, packed)
     for one, other in zip(found, wanted, strict=True):
         assert one.dtype == torch.float32 and 0 < (one - other).norm() <= 0.1 * other.norm()
+
+
+@pytest.mark.parametrize("family", ["rwkv5", "rwkv6", "rwkv7"])
+def test_a_model_computed_with_whole_numbers_is_nearer_than_with_bf16(family, monkeypatch):
+    wanted = gradients(family)
+    monkeypatch.setattr(product, "WORTH", 1)
+    with ROUNDING:
+        found, narrow = gradients(family, name="whole"), gradients(family)
+    far = [
+        [(one - other).norm() / other.norm() for one, other in zip(each, wanted, strict=True)]
+        for each in (found, narrow)
+    ]
+    assert 0 < max(far[0]) <= 0.05 and sum(far[0]) < 0.5 * sum(far[1])
 
 
 @needs_native
