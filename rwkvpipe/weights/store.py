@@ -95,14 +95,24 @@ def write(path: str | Path, config: RwkvConfig, tensors: Mapping[str, Tensor]) -
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
-    """A model with the weights of a checkpoint, in fp32, ready to compute (eval mode)."""
-    config, tensors = read(path)
-    for name, value in tensors.items():
-        if not torch.isfinite(value).all():
+    """A model with the weights of a checkpoint, in fp32, ready to compute (eval mode); one tensor after the other is
+    read, so that no more is held than the model."""
+    found = open_model(path)
+    with torch.device("meta"):
+        model = build(found.config)
+    weights = {}
+    for name, like in model.state_dict().items():
+        value = found.tensors[name]
+        if not _finite(value):
             raise WeightsError(f"{path}: {name} holds NaN or infinity; fetch or train these weights again")
-    model = build(config)
-    model.load_state_dict(tensors)  # copies, so bf16 becomes fp32
+        weights[name] = torch.empty(like.shape).copy_(value)  # so that no file is behind it, and bf16 becomes fp32
+    model.load_state_dict(weights, assign=True)
     return model.to(device).eval()
+
+
+def _finite(value: Tensor) -> bool:
+    """Whether all numbers are; a sum that is shows it in a tenth of the time."""
+    return bool(value.sum(dtype=torch.float32).isfinite()) or bool(value.isfinite().all())
 
 
 def _head_size(source: Source, width: int) -> int:

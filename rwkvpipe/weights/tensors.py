@@ -41,6 +41,9 @@ class Tensors(Mapping[str, Tensor]):
             raise KeyError(name)
         return self.load(name)
 
+    def __contains__(self, name: object) -> bool:  # else asked by reading it
+        return name in self.like
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.like)
 
@@ -64,11 +67,9 @@ def held(tensors: Mapping[str, Tensor]) -> Tensors:
     return Tensors(like, lambda name: tensors[name].detach())
 
 
-def from_bytes(data: bytearray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+def from_bytes(data: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """A tensor over these bytes."""
-    if not data:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(shape)
+    return data.view(dtype).reshape(shape)
 
 
 def to_bytes(value: Tensor) -> memoryview:
@@ -82,12 +83,12 @@ def said(error: Exception) -> str:
     return text if len(text) <= 160 else f"{text[:160]}..."
 
 
-def piece_of(path: Path, start: int, length: int) -> bytearray:
-    """Bytes of a file. Raises WeightsError when it has become shorter."""
-    data = bytearray(length)
+def piece_of(path: Path, start: int, length: int) -> Tensor:
+    """Bytes of a file (length,). Raises WeightsError when it has become shorter."""
+    data = torch.empty(length, dtype=torch.uint8)
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
-        view = memoryview(data)
+        view = memoryview(data.numpy())
         while view:
             count = file.readinto(view)
             if not count:
@@ -109,8 +110,8 @@ def open_safetensors(path: str | Path) -> tuple[Tensors, dict[str, str]]:
         raise WeightsError(f"{path}: no such file") from None
     except safetensors.SafetensorError as error:
         raise WeightsError(f"{path}: damaged or cut short ({said(error)}); fetch it again") from None
-    size = int.from_bytes(piece_of(path, 0, 8), "little")
-    header = json.loads(piece_of(path, 8, size))
+    size = int.from_bytes(to_bytes(piece_of(path, 0, 8)), "little")
+    header = json.loads(bytes(to_bytes(piece_of(path, 8, size))))
     header.pop("__metadata__", None)
     for name, entry in header.items():
         if entry["dtype"] not in CODES:

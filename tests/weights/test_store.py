@@ -12,6 +12,7 @@ from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.base.errors import WeightsError
 from rwkvpipe.model.family import build
 from rwkvpipe.weights import store
+from rwkvpipe.weights import tensors as tensors_on_disk
 
 CONFIG = RwkvConfig(n_layer=2, n_embd=64, head_size=32, vocab_size=11)
 DEAD = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")
@@ -222,6 +223,29 @@ def test_a_loaded_model_computes_in_fp32(tmp_path, tensors):
     assert not model.training
     assert {value.dtype for value in model.parameters()} == {torch.float32}
     assert torch.equal(model.head.weight, tensors["head.weight"].bfloat16().float())
+
+
+def test_a_model_is_read_once_and_draws_no_numbers(tmp_path, tensors, monkeypatch):
+    path = saved(tmp_path / "a.safetensors", tensors)
+    read, random = [], torch.get_rng_state()
+    piece_of = tensors_on_disk.piece_of
+    monkeypatch.setattr(tensors_on_disk, "piece_of", lambda *given: read.append(given[1]) or piece_of(*given))
+    model = store.load_model(path)
+    assert len(read) == len(set(read)) and torch.equal(torch.get_rng_state(), random)
+    pointers = [value.data_ptr() for value in model.state_dict().values()]
+    assert not any(place % 64 for place in pointers) and len(set(pointers)) == len(pointers)
+    assert all(value.requires_grad for value in model.parameters())
+
+
+@pytest.mark.parametrize("size", [3e38, torch.inf, -torch.inf, torch.nan])
+def test_only_what_is_no_number_is_refused(tmp_path, tensors, size):
+    tensors["emb.weight"][3:5, :2] = size  # the sum of the largest numbers is none
+    path = saved(tmp_path / "a.safetensors", tensors)
+    if size == 3e38:
+        assert store.load_model(path).emb.weight[3, 0] == size
+        return
+    with pytest.raises(WeightsError, match="emb.weight holds NaN or infinity"):
+        store.load_model(path)
 
 
 def test_a_trained_checkpoint_gives_the_given_logits(shared_data):
