@@ -26,6 +26,7 @@ from rwkvpipe.kernel import build
 BLOCK, MOST = 256, 2895  # as cuda/fixed.h has them: BLOCK MOST^2 < 2^31
 LEAST = 3.4e-34  # a smaller largest number counts as this
 WORTH = 1 << 21  # multiplications below which starting an own product takes as long as torch's does
+SPREAD = 128  # whole numbers: how many products of one save the time that rounding it takes
 _chosen: list[str] = []  # the newest last
 
 
@@ -76,8 +77,10 @@ class Products:
 
     def take(self, x: Tensor) -> Tensor:
         """Numbers as `mm` multiplies them."""
-        if self.dtype is None or self.whole:
+        if self.dtype is None:
             return x
+        if self.whole:
+            return x.float()
         rounded = x.to(self.dtype)
         return rounded if self.narrow else rounded.float()
 
@@ -101,8 +104,12 @@ class Products:
 
     def _worth(self, a: Tensor, b: Tensor) -> bool:
         """Whether no product of torch's computes this one."""
-        plain = (self.own or self.whole) and b.dim() == 2 and a.numel() * b.shape[1] >= WORTH
-        return plain and a.dtype == torch.float32 and (self.whole or build.native(a, b) is not None)
+        if not (self.own or self.whole) or b.dim() != 2 or a.dtype != torch.float32:
+            return False
+        n, (k, m) = a.numel() // max(1, a.shape[-1]), b.shape
+        if self.whole:
+            return n * m >= SPREAD * (n + m) and 2 * k >= SPREAD
+        return n * k * m >= WORTH and build.native(a, b) is not None
 
     def _multiplied(self, into: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
         if build.native(a, b):

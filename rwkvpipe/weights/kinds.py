@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkvpipe.base.config import LoraConfig
+from rwkvpipe.kernel.product import linear
 from rwkvpipe.weights.rounded import Rounded, product, rounded
 
 OVER = 8  # directions more than asked for, which make those asked for of a randomized SVD exact
@@ -71,7 +72,7 @@ class Adapted(nn.Module):
 
     def plain(self, x: Tensor) -> Tensor:
         """W x."""
-        return F.linear(x, self.weight) if self.weight is not None else product(x, self.rounded)
+        return linear(x, self.weight.mT) if self.weight is not None else product(x, self.rounded)
 
     @staticmethod
     def shapes(out: int, inside: int, rank: int) -> dict[str, tuple[int, ...]]:
@@ -106,7 +107,7 @@ class Adapted(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """s B A x."""
-        return F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scaling
+        return linear(linear(x, self.lora_A.mT), self.lora_B.mT) * self.scaling
 
     def _kept_inputs(self, x: Tensor) -> Tensor:
         """Mask of the inputs that stay, already divided by their share: a function of step, matrix and row alone.
@@ -174,7 +175,7 @@ class PissaLinear(Adapted):
 
     def adapted(self, x: Tensor, dropped: Tensor) -> Tensor:
         """What is frozen reads `x`, what is trained `dropped`."""
-        frozen = F.linear(F.linear(x, self.lora_A0), self.lora_B0) * self.scaling
+        frozen = linear(linear(x, self.lora_A0.mT), self.lora_B0.mT) * self.scaling
         return self.plain(x) + (self.product(dropped) - frozen)
 
 
@@ -242,7 +243,7 @@ class DishaLinear(Adapted):
         """D^T times the sum of the pieces."""
         rank = len(self.disha)
         x = F.pad(x, (0, -x.shape[-1] % rank))
-        return F.linear(x.unflatten(-1, (-1, rank)).sum(-2), self.disha.T)
+        return linear(x.unflatten(-1, (-1, rank)).sum(-2), self.disha)
 
 
 KINDS: dict[str, type[Adapted]] = {

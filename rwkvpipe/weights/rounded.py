@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rwkvpipe.kernel.product import asked
 from rwkvpipe.kernel.rounding import from_int8, to_int8
 
 BLOCK = 64
@@ -75,7 +76,7 @@ def _nf4(numbers: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def product(x: Tensor, matrix: Rounded) -> Tensor:
-    """(..., in) to (..., out): what F.linear gives with the matrix opened, which the backward opens again."""
+    """(..., in) to (..., out): what `linear` gives with the matrix opened, which the backward opens again."""
     return _Product.apply(x, matrix)
 
 
@@ -83,13 +84,23 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, matrix):
         kind = x.device.type
-        ctx.matrix, ctx.given = matrix, x.dtype
+        ctx.matrix, ctx.given, ctx.how = (
+            matrix,
+            x.dtype,
+            asked() if kind == "cpu" and x.dtype != torch.float64 else None,
+        )
         ctx.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         with torch.autocast(kind, enabled=False):
-            return x.to(ctx.dtype) @ matrix.open().to(ctx.dtype).mT
+            return _times(x, matrix.open().mT, ctx)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         with torch.autocast(grad.device.type, enabled=False):
-            return (grad.to(ctx.dtype) @ ctx.matrix.open().to(ctx.dtype)).to(ctx.given), None
+            return _times(grad, ctx.matrix.open(), ctx).to(ctx.given), None
+
+
+def _times(x: Tensor, matrix: Tensor, ctx) -> Tensor:
+    if ctx.how is not None:
+        return ctx.how.mm(ctx.how.take(x), ctx.how.take(matrix))
+    return x.to(ctx.dtype) @ matrix.to(ctx.dtype)

@@ -168,6 +168,7 @@ def trained(folder, *, stop=None, save_every=100, precision="fp32"):
 @pytest.mark.parametrize(("name", "other"), [("own", "torch"), ("torch", "own")])
 def test_a_training_goes_on_with_the_products_it_began_with(tmp_path, monkeypatch, caplog, name, other):
     monkeypatch.setattr(product, "WORTH", 1)
+    monkeypatch.setattr(product, "SPREAD", 0)
     monkeypatch.setenv("RWKVPIPE_PRODUCTS", name)
     whole = trained(tmp_path / "whole")
     with pytest.raises(OSError, match="crash"):
@@ -184,6 +185,7 @@ def test_a_training_goes_on_with_the_products_it_began_with(tmp_path, monkeypatc
 def test_a_training_in_whole_numbers_goes_on_so_on_a_machine_where_others_are_faster(tmp_path, monkeypatch):
     monkeypatch.delenv("RWKVPIPE_PRODUCTS", raising=False)
     monkeypatch.setattr(product, "WORTH", 1)
+    monkeypatch.setattr(product, "SPREAD", 0)
     monkeypatch.setattr(choice, "_fastest", lambda *given: ("whole", "it is"))
     whole = trained(tmp_path / "whole", precision="bf16")
     with pytest.raises(OSError, match="crash"):

@@ -22,6 +22,7 @@ GUARD = 40
 def always(monkeypatch):
     """Own products are chosen, and used however small they are."""
     monkeypatch.setattr(product, "WORTH", 1)
+    monkeypatch.setattr(product, "SPREAD", 0)
     monkeypatch.setattr(product, "_chosen", ["own"])
 
 
@@ -53,7 +54,7 @@ sizes = st.integers(1, 20) | st.integers(21, 70)
 def test_products_are_those_of_fp64_and_nothing_beside_them_is_written(n, k, m, x_turned, turned_too, add):
     x, matrix, before = drawn(n, k), drawn(k, m, seed=1), drawn(n, m, seed=2)
     into, whole = between_guards(before if add else torch.full((n, m), torch.nan))
-    with mock.patch.object(product, "WORTH", 1):
+    with mock.patch.multiple(product, WORTH=1, SPREAD=0):
         OWN.put(into, turned(x, x_turned), turned(matrix, turned_too), add=add)
     wanted, most = x.double() @ matrix.double(), x.double().abs() @ matrix.double().abs()
     assert near(into, wanted + before * add, most + before.abs() * add)
@@ -73,7 +74,7 @@ def test_whole_numbers_are_multiplied_exactly(n, k, m, x_turned, turned_too, add
     x[:, :: product.BLOCK], matrix[:: product.BLOCK] = product.MOST, -product.MOST  # so that a block is times 1
     before = drawn(n, m, seed=2)
     into, whole = between_guards(before if add else torch.full((n, m), torch.nan))
-    with mock.patch.object(product, "WORTH", 1):
+    with mock.patch.multiple(product, WORTH=1, SPREAD=0):
         WHOLE.put(into, turned(x, x_turned), turned(matrix, turned_too), add=add)
     wanted, most = x.double() @ matrix.double(), x.double().abs() @ matrix.double().abs()
     assert near(into, wanted + before * add, most + before.abs() * add)
@@ -84,7 +85,7 @@ def test_whole_numbers_are_multiplied_exactly(n, k, m, x_turned, turned_too, add
 @given(sizes, deep, sizes, st.booleans(), st.booleans(), st.integers(-30, 30))
 def test_what_is_rounded_to_whole_numbers_is_what_the_plain_form_rounds(n, k, m, x_turned, turned_too, size):
     x, matrix = drawn(n, k) * 10.0**size, drawn(k, m, seed=1)
-    with mock.patch.object(product, "WORTH", 1):
+    with mock.patch.multiple(product, WORTH=1, SPREAD=0):
         found = WHOLE.mm(turned(x, x_turned), turned(matrix, turned_too)).double()
     wanted = product.evened(x.double(), -1) @ product.evened(matrix.double(), 0)
     true = x.double() @ matrix.double()
@@ -94,10 +95,19 @@ def test_what_is_rounded_to_whole_numbers_is_what_the_plain_form_rounds(n, k, m,
     assert (found - true).norm() <= 1.5e-3 * most.norm()
 
 
+@pytest.mark.parametrize(
+    ("n", "k", "m", "worth"),
+    [(1024, 256, 256, True), (256, 512, 1024, True), (512, 768, 16, False), (512, 16, 768, False)],
+)
+def test_numbers_that_few_products_need_are_not_rounded(n, k, m, worth):
+    x, matrix = drawn(n, k), drawn(k, m, seed=1)
+    assert torch.equal(WHOLE.mm(x, matrix), x @ matrix) != worth
+
+
 def test_one_number_beside_tiny_ones_costs_no_more_than_is_said():
     x, matrix = drawn(64, 2560) * 1e-3, drawn(2560, 64, seed=1)
     x[:, ::256] = 1.0
-    with mock.patch.object(product, "WORTH", 1):
+    with mock.patch.multiple(product, WORTH=1, SPREAD=0):
         found = WHOLE.mm(x, matrix).double()
     true = x.double() @ matrix.double()
     said = (product.BLOCK / 12) ** 0.5 / product.MOST
@@ -109,6 +119,7 @@ def test_one_number_beside_tiny_ones_costs_no_more_than_is_said():
 def test_without_native_code_the_plain_form_computes(monkeypatch):
     x, matrix, begun = drawn(2, 30, 300), drawn(300, 20, seed=1), drawn(60, 20)
     monkeypatch.setattr(product, "WORTH", 1)
+    monkeypatch.setattr(product, "SPREAD", 0)
     natively = [WHOLE.mm(x, matrix), begun.clone()]
     WHOLE.put(natively[1], x.flatten(0, 1), matrix, add=True)
     monkeypatch.setattr(build, "native", lambda *given: None)
@@ -121,6 +132,7 @@ def test_without_native_code_the_plain_form_computes(monkeypatch):
 
 def test_gradients_of_logits_are_not_rounded_to_whole_numbers(monkeypatch):
     monkeypatch.setattr(product, "WORTH", 1)
+    monkeypatch.setattr(product, "SPREAD", 0)
     monkeypatch.setattr(product, "_chosen", ["whole"])
     x, weight, ids = drawn(40, 64).requires_grad_(), drawn(300, 64, seed=1).requires_grad_(), torch.arange(40) % 300
     wanted = Wanted(ids, torch.ones(40), 1 / 40, dtype=torch.bfloat16)
@@ -145,7 +157,7 @@ def test_gradients_are_those_of_fp64(rows, n, k, m):
         drawn(k, m, seed=1).requires_grad_(),
         drawn(rows, n, m, seed=2),
     )
-    with mock.patch.object(product, "WORTH", 1), mock.patch.object(product, "_chosen", ["own"]):
+    with mock.patch.multiple(product, WORTH=1, SPREAD=0), mock.patch.object(product, "_chosen", ["own"]):
         y = linear(x, matrix)
         y.backward(grad)
     a, b, c = x.detach().double().flatten(0, 1), matrix.detach().double(), grad.double().flatten(0, 1)
@@ -153,7 +165,7 @@ def test_gradients_are_those_of_fp64(rows, n, k, m):
         assert near(found.flatten(0, -2), one @ other, one.abs() @ other.abs())
 
 
-def test_whole_numbers_give_the_same_bits_at_any_thread_count(at_any_thread_count):
+def test_whole_numbers_give_the_same_bits_at_any_thread_count(at_any_thread_count, always):
     x, matrix, y = drawn(645, 790), drawn(790, 701, seed=1), drawn(645, 701)
     at_any_thread_count(lambda: [WHOLE.mm(x, matrix), WHOLE.mm(y, matrix.mT), WHOLE.mm(x.mT, y)])
     assert torch.equal(WHOLE.mm(x[:120], matrix), WHOLE.mm(x, matrix)[:120])  # nor do they depend on the rows beside
@@ -201,6 +213,7 @@ def gradients(model):
 def test_all_matrices_of_a_model_that_trains_are_multiplied_so(family, small_model, monkeypatch):
     wanted = gradients(small_model(family))
     monkeypatch.setattr(product, "WORTH", 1)
+    monkeypatch.setattr(product, "SPREAD", 0)
     monkeypatch.setattr(product, "_chosen", ["own"])
     count = []
     multiply = product._multiply

@@ -4,9 +4,9 @@ import hashlib
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from rwkvpipe.base.config import LoraConfig, RwkvConfig
+from rwkvpipe.kernel.product import linear
 from rwkvpipe.model.family import build
 from rwkvpipe.train.precision import arithmetic
 from rwkvpipe.train.stage import write_adapter
@@ -95,7 +95,7 @@ def test_products_and_gradients_are_those_of_the_opened_matrix(kind, precision):
     for open_matrix in (True, False):
         x = drawn(3, 4, 20, seed=1).requires_grad_()
         with arithmetic(precision, torch.device("cpu")):
-            y = F.linear(x, matrix.open()) if open_matrix else product(x, matrix)
+            y = linear(x, matrix.open().mT) if open_matrix else product(x, matrix)
         y.backward(drawn(3, 4, 12, seed=2).to(y.dtype))
         found.append((y.detach(), x.grad))
     for a, b in zip(*found, strict=True):
