@@ -33,6 +33,7 @@ import sys
 from rwkvpipe import pretrain
 from rwkvpipe.kernel import choice, product
 choice.settle = lambda model, began=None, rounded=False: product.choose({name!r}) or {name!r}
+product.SPREAD = 0  # whatever is to be rounded is
 pretrain.main(sys.argv[1:])
 """
 
