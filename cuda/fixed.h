@@ -76,8 +76,23 @@ inline Vec joined(Vec a, Vec b, Vec c) {
 #endif
 }
 
-// y times `up` as whole numbers, in the lower 16 bits: where 1.5 * 2^23 is added, the last bits of a float are those
-inline Ints whole(Vec y, Vec up) { return (Ints)(y * up + 12582912.0f); }
+// y times `up`, rounded, as whole numbers: the product is rounded first, with a multiplication that no compiler joins to
+// anything, so that the same numbers come out everywhere
+inline Ints whole(Vec y, Vec up) {
+    const Vec x = y * up;
+#if defined(__AVX512F__)
+    return (Ints)_mm512_cvtps_epi32((__m512)x);
+#elif defined(__AVX__)
+    return (Ints)_mm256_cvtps_epi32((__m256)x);
+#elif defined(__SSE2__)
+    return (Ints)_mm_cvtps_epi32((__m128)x);
+#elif defined(__aarch64__)
+    return (Ints)vcvtnq_s32_f32((float32x4_t)x);
+#else
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+    return __builtin_convertvector((x + magic) - magic, Ints);
+#endif
+}
 
 // The largest of `most` and y without its sign, as the bits of floats, which are in the order of what they stand for.
 inline Ints larger(Ints most, Vec y) {
