@@ -142,25 +142,31 @@ __attribute__((noinline)) inline void rounded(Scale scale, const float *x, int64
     if (n % 2) to[n] = 0;
 }
 
-// The same down columns, of one block: `count` rows of x, `wide` numbers of each, at most SOME, become pairs of rows, and
-// `by` is of each column. `step` is that of x and of pairs.
-constexpr int64_t SOME = 256;
-__attribute__((noinline)) inline void rounded_down(Scale scale, const float *x, int64_t step, int64_t count,
-                                                   int64_t wide, float *to, float *by) {
+// rows of a block, as many at most as share what they are times, and its columns
+struct Block {
+    int64_t count, wide;
+};
+
+// The same down columns, of one block: rows of x become pairs of rows, and `by` is of each column.
+constexpr int64_t SOME = 256;  // columns at most
+__attribute__((noinline)) inline void rounded_down(Scale scale, Block block, const float *x, int64_t x_step, float *to,
+                                                   int64_t to_step, float *by) {
+    const int64_t count = block.count, wide = block.wide;
     Ints most[SOME / WIDTH] = {};
     Vec up[SOME / WIDTH];
     for (int64_t k = 0; k < count; k++)
         for (int64_t c = 0; c < wide; c += WIDTH)
-            most[c / WIDTH] = larger(most[c / WIDTH], load_some(x + k * step + c, wide - c));
+            most[c / WIDTH] = larger(most[c / WIDTH], load_some(x + k * x_step + c, wide - c));
     for (int64_t c = 0; c < wide; c += WIDTH) {
         const Turns times(scale, most[c / WIDTH]);
         up[c / WIDTH] = times.up;
         store_some(by + c, times.down, wide - c);
     }
-    for (int64_t k = 0; k < count; k += 2, x += 2 * step, to += step)
+    for (int64_t k = 0; k < count; k += 2, x += 2 * x_step, to += to_step)
         for (int64_t c = 0; c < wide; c += WIDTH) {
-            const Ints second = k + 1 < count ? whole(load_some(x + step + c, wide - c), up[c / WIDTH]) << 16 : Ints{};
-            store_some(to + c, (Vec)((whole(load_some(x + c, wide - c), up[c / WIDTH]) & 0xffff) | second), wide - c);
+            const Vec other = k + 1 < count ? load_some(x + x_step + c, wide - c) : Vec{};
+            const Ints first = whole(load_some(x + c, wide - c), up[c / WIDTH]), second = whole(other, up[c / WIDTH]);
+            store_some(to + c, (Vec)((first & 0xffff) | second << 16), wide - c);
         }
 }
 

@@ -13,7 +13,7 @@ constexpr int64_t MANY = 16;  // rows that make it worth to lay them together, a
 template <class Form>
 void many(const Matrix &m, int64_t rows, int threads, const Asked &x, float *to) {
     const tiles::Kept<Form> second = {static_cast<const typename Form::Number *>(m.data), m.words()};
-    const tiles::Sizes sizes = {rows, m.out, m.words()};
+    const tiles::Sizes sizes = {rows, m.out, m.words(), m.out};
     const tiles::Times times = {x.by, x.by_step, 1, nullptr, 0};
     tiles::multiply({x.start, x.step, false}, second, sizes, threads, to, m.scale, false, times);
 }
@@ -30,36 +30,67 @@ Asked asked(const Matrix &m, int64_t rows, int threads, const Room &x) {
     return {start, words, by, blocks};
 }
 
-// A factor rounded to pairs of whole numbers along what is added up, `deep` numbers; what those of each of `count` rows
-// or columns are times lies block after block, `apart`.
+// a factor: whether what is added up lies side by side, and how far it is to the next
+struct Factor {
+    const float *start;
+    bool along;
+    int64_t step;
+    // from row or column `first`, and from k on
+    Factor from(int64_t first, int64_t k) const {
+        return {start + (along ? first * step + k : k * step + first), along, step};
+    }
+};
+
+// A factor rounded to pairs of whole numbers along what is added up; what those of each row or column are times lies block
+// after block, `apart`.
 struct Rounded {
     tiles::Plain pairs;
     const float *by;
     int64_t apart;
 };
 
-// along: whether what is added up lies side by side
-Rounded rounded(const float *x, bool along, int64_t count, int64_t deep, int threads, Purpose what) {
+constexpr int64_t PIECE = 16 * fixed::ALIKE.block;  // numbers each way that are rounded before they are multiplied
+
+// `count` rows or columns of a factor, `deep` numbers of each
+Rounded rounded(const Factor &x, int64_t count, int64_t deep, int threads, Purpose what) {
     constexpr fixed::Scale scale = fixed::ALIKE;
     const int64_t words = (deep + 1) / 2, apart = (count + tiles::WIDE - 1) / tiles::WIDE * tiles::WIDE;
     float *pairs = scratch(words * count + scale.blocks(deep) * apart, what), *by = pairs + words * count;
     for (int64_t n = 0; n < scale.blocks(deep); n++) zero(by + n * apart + count, apart - count);
-    if (along) {
+    if (x.along) {
         share((count + MANY - 1) / MANY, threads, [&](int64_t n) {
-            for (int64_t i = n * MANY; i < std::min(count, (n + 1) * MANY); i++)
-                fixed::rounded(scale, x + i * deep, deep, reinterpret_cast<int16_t *>(pairs + i * words), by + i, apart);
+            for (int64_t i = n * MANY; i < std::min(count, (n + 1) * MANY); i++) {
+                int16_t *to = reinterpret_cast<int16_t *>(pairs + i * words);
+                fixed::rounded(scale, x.start + i * x.step, deep, to, by + i, apart);
+            }
         });
         return {{pairs, words, false}, by, apart};
     }
     const int64_t across = (count + fixed::SOME - 1) / fixed::SOME;
     share(across * scale.blocks(deep), threads, [&](int64_t n) {
         const int64_t k = n / across * scale.block, c = n % across * fixed::SOME;
-        const int64_t wide = std::min(fixed::SOME, count - c);
-        const int64_t tall = std::min(scale.block, deep - k);
-        fixed::rounded_down(scale, x + k * count + c, count, tall, wide, pairs + k / 2 * count + c,
+        const fixed::Block block = {std::min(scale.block, deep - k), std::min(fixed::SOME, count - c)};
+        fixed::rounded_down(scale, block, x.from(c, k).start, x.step, pairs + k / 2 * count + c, count,
                             by + n / across * apart + c);
     });
     return {{pairs, count, true}, by, apart};
+}
+
+// The product of both rounded, piece by piece: each number's blocks are added in their order, whatever the pieces.
+void multiply_rounded(const tiles::Sizes &s, int threads, const Factor &x, const Factor &w, float *to, bool add) {
+    for (int64_t k = 0; k < s.deep; k += PIECE)
+        for (int64_t c = 0; c < s.columns; c += PIECE) {
+            const int64_t deep = std::min(PIECE, s.deep - k), wide = std::min(PIECE, s.columns - c);
+            const Rounded second = rounded(w.from(c, k), wide, deep, threads, GIVEN);
+            const tiles::Pairs pairs = {{second.pairs.start, second.pairs.step, w.along}};
+            for (int64_t r = 0; r < s.rows; r += PIECE) {
+                const int64_t tall = std::min(PIECE, s.rows - r);
+                const Rounded first = rounded(x.from(r, k), tall, deep, threads, ASKED);
+                const tiles::Times times = {first.by, 1, first.apart, second.by, second.apart};
+                tiles::multiply(first.pairs, pairs, {tall, wide, (deep + 1) / 2, s.step}, threads,
+                                to + r * s.step + c, nullptr, add || k > 0, times);
+            }
+        }
 }
 
 }  // namespace
@@ -100,15 +131,10 @@ void panels_times(const int64_t *s, int threads, const void *const *data, const 
 void multiply(const int64_t *s, int threads, const float *x, const float *w, float *to) {
     const int64_t rows = s[0], deep = s[1], columns = s[2];
     const bool x_turned = s[3] != 0, turned = s[4] != 0, add = s[5] != 0, whole = s[6] != 0;
-    if (!whole) {
-        const tiles::Plain first = {x, x_turned ? rows : deep, x_turned}, second = {w, turned ? deep : columns, turned};
-        return tiles::multiply(first, second, {rows, columns, deep}, threads, to, nullptr, add);
-    }
-    const Rounded first = rounded(x, !x_turned, rows, deep, threads, ASKED);
-    const Rounded second = rounded(w, turned, columns, deep, threads, GIVEN);
-    const tiles::Pairs pairs = {{second.pairs.start, second.pairs.step, turned}};
-    const tiles::Times times = {first.by, 1, first.apart, second.by, second.apart};
-    tiles::multiply(first.pairs, pairs, {rows, columns, (deep + 1) / 2}, threads, to, nullptr, add, times);
+    const int64_t x_step = x_turned ? rows : deep, step = turned ? deep : columns;
+    const tiles::Sizes sizes = {rows, columns, deep, columns};
+    if (whole) return multiply_rounded(sizes, threads, {x, !x_turned, x_step}, {w, turned, step}, to, add);
+    tiles::multiply({x, x_step, x_turned}, tiles::Plain{w, step, turned}, sizes, threads, to, nullptr, add);
 }
 
 }  // extern "C"

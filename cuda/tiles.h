@@ -203,6 +203,7 @@ struct Kept {
 
 struct Sizes {
     int64_t rows, columns, deep;
+    int64_t step;  // of the product, from row to row
 };
 
 // what whole numbers are times: of each row of the first, and of its blocks, so far from each other; of each column of the
@@ -263,7 +264,7 @@ struct Task {
                 // where there is but one panel left, it is multiplied twice
                 const int64_t beside = c + PANEL < right ? apart : 0;
                 const Laid from = {laid, here, beside, deep, by, Form::SCALED ? columns_by + c : nullptr, soon};
-                const Place p = {to + row * s.columns + c, s.columns, rows, right - c, add || k > 0};
+                const Place p = {to + row * s.step + c, s.step, rows, right - c, add || k > 0};
                 tiles[std::max<int64_t>(LOW, rows) - LOW](from, p);
             }
         }
@@ -300,7 +301,7 @@ void multiply(const Plain &first, const Second &second, const Sizes &s, int thre
         float *panels = scratch(room + STRIP);
         for (int64_t k = 0; k < s.deep; k += deep) task.words(k, std::min(deep, s.deep - k), panels, panels + room);
         for (int64_t row = begin; row < end && scale; row++) {
-            float *y = to + row * s.columns;
+            float *y = to + row * s.step;
             for (int64_t c = left; c < right; c += WIDTH)
                 store_some(y + c, load_some(y + c, right - c) * load_some(scale + c, right - c), right - c);
         }

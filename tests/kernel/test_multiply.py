@@ -81,6 +81,16 @@ def test_whole_numbers_are_multiplied_exactly(n, k, m, x_turned, turned_too, add
     assert whole[:GUARD].isnan().all() and whole[-GUARD:].isnan().all()
 
 
+@pytest.mark.parametrize("turned_too", [False, True])
+@pytest.mark.parametrize("x_turned", [False, True])
+@pytest.mark.parametrize(("n", "k", "m"), [(3, 8500, 5), (4100, 260, 7), (5, 259, 4120)])
+def test_large_matrices_are_rounded_piece_by_piece(always, n, k, m, x_turned, turned_too):
+    x, matrix, into = drawn(n, k), drawn(k, m, seed=1), drawn(n, m)
+    wanted = into + product.evened(x.double(), -1) @ product.evened(matrix.double(), 0)
+    WHOLE.put(into, turned(x, x_turned), turned(matrix, turned_too), add=True)
+    assert (into - wanted).norm() <= 1e-4 * wanted.norm()
+
+
 @settings(max_examples=30)
 @given(sizes, deep, sizes, st.booleans(), st.booleans(), st.integers(-30, 30))
 def test_what_is_rounded_to_whole_numbers_is_what_the_plain_form_rounds(n, k, m, x_turned, turned_too, size):
