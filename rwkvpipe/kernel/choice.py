@@ -56,7 +56,7 @@ def settle(model: nn.Module, began: str | None = None, *, rounded: bool = False)
     if name in ("own", "whole") and build.extension() is None:
         log.warning("products: %s were to compute, and cannot: %s", CALLED[name], build.why_not())
     if why and name == "whole":
-        log.info("products of bf16: of whole numbers of 12 bits instead, which are nearer, %s", why)
+        log.info("products of bf16: whole numbers of 12 bits in their place, which round less; %s", why)
     elif why:
         of = "numbers rounded to bf16" if rounded else "fp32"
         log.info("products of %s: %s, %s", of, f"{name} in fp32" if rounded and name != "bf16" else name, why)

@@ -96,7 +96,7 @@ def test_where_whole_numbers_are_fastest_they_are_multiplied_instead_of_bf16(tim
     with caplog.at_level("INFO", logger="rwkvpipe"):
         assert choice.settle(MODEL, rounded=True) == product.chosen() == "whole"
     assert (
-        "products of bf16: of whole numbers of 12 bits instead" in caplog.text and "1.60 times as fast" in caplog.text
+        "products of bf16: whole numbers of 12 bits in their place" in caplog.text and "1.60 times as fast" in caplog.text
     )
     assert product.Products.of(torch.bfloat16, torch.device("cpu")).whole
     assert not product.Products.of(None, torch.device("cpu")).whole  # what is to be fp32 stays so
