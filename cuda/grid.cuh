@@ -332,6 +332,26 @@ ON_GPU void soon(const void *line) {
 #endif
 }
 
+// Asks for 16 bytes of memory that go to shared memory while other things are done, or for zeros if `none`; both begin
+// at a multiple of 16 bytes. They are there when those who asked for them have `arrived` and all met.
+ON_GPU void bring(void *to, const void *from, bool none) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(none ? 0 : 16) : "memory");
+#else
+    if (none)
+        memset(to, 0, 16);
+    else
+        memcpy(to, from, 16);
+#endif
+}
+
+ON_GPU void arrived() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 // Where the tokens of a head lie: channel 0 of token t. A division takes as long as 30 additions, so a head is looked
 // for once and not at each of its numbers.
 struct Head {
@@ -349,7 +369,14 @@ struct Sizes {
 };
 
 // x, but at most `most`; what is no number stays none
-ON_GPU float at_most(float x, float most) { return x > most ? most : x; }
+ON_GPU float at_most(float x, float most) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(most));
+    return x;
+#else
+    return x > most ? most : x;
+#endif
+}
 
 // exp(w), but at most what leaves nothing of a state either way: its products with a decay of 0 are then 0, not NaN
 ON_GPU float rate_of(float w) { return at_most(expf(w), 1e4f); }

@@ -25,9 +25,6 @@ struct alignas(8) Pair {
 struct alignas(16) Quad {
     float x[4];
 };
-struct alignas(16) Words {
-    uint32_t x[4];
-};
 
 ON_GPU Pair &pair(float *at) { return *reinterpret_cast<Pair *>(at); }
 ON_GPU const Pair &pair(const float *at) { return *reinterpret_cast<const Pair *>(at); }
@@ -42,17 +39,9 @@ ON_GPU Pair wide_of(uint32_t word) {
     return found;
 }
 
-ON_GPU uint32_t word_of(Pair x) { return to_bf16s(x.x[0], x.x[1]); }
+ON_GPU Pair wide_of(Pair x) { return x; }
 
-// `at_most` in one instruction
-ON_GPU float least(float x, float most) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(most));
-    return x;
-#else
-    return at_most(x, most);
-#endif
-}
+ON_GPU uint32_t word_of(Pair x) { return to_bf16s(x.x[0], x.x[1]); }
 
 template <int COUNT>
 struct Fragment {
@@ -136,6 +125,15 @@ ON_GPU void multiply(Sum &sum, const Left &a, const Right &b) {
 #endif
 }
 
+// The same number, of which the compiler knows nothing: what is made of it is not kept through a loop, where registers
+// are few.
+ON_GPU int fresh(int x) {
+#ifdef __CUDACC__
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
+}
+
 // All lanes have read what one of them is to overwrite.
 ON_GPU void lanes_meet() {
 #ifdef __CUDACC__
@@ -204,47 +202,11 @@ ON_GPU Left left(const float *m, int wide) {
     return a;
 }
 
-// the transpose of 8 rows from m on, 16 columns
-ON_GPU Left left_turned(const float *m, int wide) {
-    Left a;
-    lanes([&](int g, int t, int l) {
-        const float *at = m + 2 * t * wide + g;
-        a.x[l][0] = at[0], a.x[l][1] = at[8], a.x[l][2] = at[wide], a.x[l][3] = at[wide + 8];
-    });
-    return a;
-}
-
-// 8 rows from m on, 8 columns
-ON_GPU Right right(const float *m, int wide) {
-    Right b;
-    lanes([&](int g, int t, int l) { b.x[l][0] = m[2 * t * wide + g], b.x[l][1] = m[(2 * t + 1) * wide + g]; });
-    return b;
-}
-
-// their transpose
+// the transpose of 8 rows from m on, 8 columns
 ON_GPU Right right_turned(const float *m, int wide) {
     Right b;
     lanes([&](int g, int t, int l) { b.x[l][0] = m[g * wide + 2 * t], b.x[l][1] = m[g * wide + 2 * t + 1]; });
     return b;
-}
-
-// The sums of the columns of `sum`, one in each lane with g = 0: f(column, found).
-template <class F>
-ON_GPU void columns(Sum &sum, F f) {
-#ifdef __CUDACC__
-    float first = sum.x[0][0] + sum.x[0][2], second = sum.x[0][1] + sum.x[0][3];
-#pragma unroll
-    for (int far = 4; far < 32; far *= 2) {
-        first += __shfl_xor_sync(0xffffffffu, first, far);
-        second += __shfl_xor_sync(0xffffffffu, second, far);
-    }
-    const int lane = threadIdx.x % 32;
-    if (lane < 4) f(2 * lane, first), f(2 * lane + 1, second);
-#else
-    float found[8] = {};
-    cells(sum, [&](int, int column, float &x) { found[column] += x; });
-    for (int column = 0; column < 8; column++) f(column, found[column]);
-#endif
 }
 
 // The sums of the columns of eight Sums, two in each lane: f(column, both).
@@ -279,15 +241,20 @@ ON_GPU void all_columns(const Sum *sums, F f) {
 }
 
 // A block as warps: f(warp, what it keeps in fragments) between two barriers, or f(thread); `any` tells whether f was
-// true of a thread.
+// true of a thread of a warp, and `alone` goes without a barrier.
 template <class Own, int WARPS>
 struct Team {
 #ifdef __CUDACC__
     Own own;
 
     template <class Phase>
-    ON_GPU void warps(Phase phase) {
+    ON_GPU void alone(Phase phase) {
         phase(static_cast<int>(threadIdx.x / 32), own);
+    }
+
+    template <class Phase>
+    ON_GPU void warps(Phase phase) {
+        alone(phase);
         __syncthreads();
     }
 
@@ -299,7 +266,7 @@ struct Team {
 
     template <class Phase>
     ON_GPU bool any(Phase phase) {
-        return __syncthreads_or(phase(static_cast<int>(threadIdx.x)));
+        return __syncthreads_or(phase(static_cast<int>(threadIdx.x / 32), own));
     }
 #else
     Own own[WARPS];
@@ -315,6 +282,11 @@ struct Team {
     }
 
     template <class Phase>
+    void alone(Phase phase) {
+        warps(phase);
+    }
+
+    template <class Phase>
     void each(Phase phase) {
         for (int n = 0; n < 32 * WARPS; n++) phase(grid_way ? 32 * WARPS - 1 - n : n);
     }
@@ -322,7 +294,7 @@ struct Team {
     template <class Phase>
     bool any(Phase phase) {
         bool found = false;
-        for (int n = 0; n < 32 * WARPS; n++) found |= phase(grid_way ? 32 * WARPS - 1 - n : n);
+        warps([&](int warp, Own &own) { found |= phase(warp, own); });
         return found;
     }
 #endif

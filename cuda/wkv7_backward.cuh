@@ -14,13 +14,17 @@ struct Backward : Products<WARPS, HALF, true> {
     using Base::VT, Base::YT, Base::SUMS;
     using Base::ROWS, Base::PARTS, Base::THREADS, Base::s;
     using Place = typename Base::Place;
+    using Spot = typename Base::Spot;
+    using Couple = typename Base::Couple;
     struct Own {
         Sum S[N / 8], G[N / 8];
+        typename Base::Factors again[LANES][4 / WARPS];  // of the chunk, for the gradients of its decays
     };
     using Threads = Team<Own, WARPS>;
     static constexpr int UT = SUMS + (C + 1) * N, ZT = UT + C * WIDE, DV = ZT + C * WIDE;
     static constexpr int SM = DV + C * WIDE, GM = SM + ROWS * N, ENDS = GM + ROWS * N, PASSED_B = ENDS + WARPS * N;
-    static constexpr int FLOATS = PASSED_B + C * N + (WARPS == 4 ? 0 : C * N);
+    static constexpr int REST = PASSED_B + C * N + (WARPS == 4 ? 0 : C * N);
+    static constexpr int STAGE = WARPS == 4 ? GM : REST, FLOATS = REST + (WARPS == 4 ? 0 : Base::STAGED);
     // in the place of what nobody reads any more: what k~ and b~ have from the gradient of the state, ..
     static constexpr int PASSED = WARPS == 4 ? DV : PASSED_B + C * N;
     // .. and what is moved by quarters of the tokens beyond one
@@ -40,17 +44,20 @@ struct Backward : Products<WARPS, HALF, true> {
         });
         for (int64_t segment = s.segments(KEEP) - 1; segment >= 0; segment--) {
             const int64_t begin = segment * KEEP, end = s.T < begin + KEEP ? s.T : begin + KEEP;
-            const int64_t chunks = (end - begin + C - 1) / C;
+            const int chunks = static_cast<int>(end - begin + C - 1) / C;
             recall(team, kept + (block * s.segments(KEEP) + segment) * ROWS * N);
             // forward through all chunks but the last, then back through all
-            for (int64_t job = 0; job < 2 * chunks - 1; job++) {
+            for (int job = 0; job < 2 * chunks - 1; job++) {
                 const bool back = job >= chunks - 1;
-                const int64_t chunk = back ? 2 * chunks - 2 - job : job;
+                const int chunk = back ? 2 * chunks - 2 - job : job;
                 float *state = states + chunk * ROWS * N;
                 if (job < chunks) {
-                    team.warps([&](int warp, Own &own) { Base::keep(own.S, state, warp); });
+                    team.alone([&](int warp, Own &own) { Base::keep(own.S, state, warp); });
                 }
-                through(team, shared, place, begin + chunk * C, back, state);
+                const int next = !back ? chunk + 1 : chunk ? chunk - 1 : -KEEP / C;
+                const Ahead ahead = {this->whole(begin + next * C), job + 1 >= chunks - 1 && next >= 0};
+                const bool first = end == s.T && job == 0;
+                through(team, shared, place, {begin + chunk * C, back, first, state}, ahead);
             }
         }
         team.warps([&](int warp, Own &own) {
@@ -59,59 +66,99 @@ struct Backward : Products<WARPS, HALF, true> {
     }
 
     ON_GPU void recall(Threads &team, const float *from) const {
-        team.warps([&](int warp, Own &own) { Base::recall(own.S, from, warp); });
+        team.alone([&](int warp, Own &own) { Base::recall(own.S, from, warp); });
     }
+
+    // a chunk that the state, or its gradient, goes through: whether it is the first of all, and where its state lies
+    struct Job {
+        int64_t t;
+        bool back, first;
+        const float *state;
+    };
+
+    // the chunk that comes next, and whether it is to be gone back through
+    struct Ahead {
+        Window at;
+        bool back;
+    };
 
     // The state, or its gradient, goes through a chunk. In pieces: for each gradient first the state once more up to
     // there.
-    ON_GPU void through(Threads &team, float *shared, const Place &place, int64_t t, bool back,
-                        const float *state) const {
-        const Window whole = this->whole(t);
+    ON_GPU void through(Threads &team, float *shared, const Place &place, Job job, Ahead ahead) const {
+        const Window whole = this->whole(job.t);
+        const void *more = job.back ? dy : nullptr;
         unsigned pieces = 0;
         for (int goal = 0, n = 0; goal >= 0;) {
             const Window at = Base::piece(whole, pieces, n);
-            if (back && n == 0) recall(team, state);
-            const bool steep = this->load(team, shared, place, at, back ? dy : nullptr, back ? t - C : t + C);
+            if (job.back && n == 0) recall(team, job.state);
+            if (HALF && (job.first || pieces))
+                team.warps([&](int warp, Own &) {
+                    this->ask(shared + STAGE, place, at, more, warp);
+                    arrived();
+                });
+            const bool steep = this->load(team, shared, shared + STAGE, place, at, more);
             if (steep && !pieces && whole.count > 1) {
                 pieces = this->pieces(team, place, whole), goal = Base::count(pieces) - 1;
                 continue;
             }
-            const bool now = back && n == goal;
-            this->between(team, shared);
+            const bool now = job.back && n == goal, last = n == goal && (goal == 0 || !job.back);
+            const auto ask = [&](int warp, Own &) {
+                if (last) this->ask(shared + STAGE, place, ahead.at, ahead.back ? dy : nullptr, warp);
+            };
+            if (!now) team.alone(ask);
+            this->between(team, shared, job.back);
             team.warps([&](int warp, Own &own) {
                 if (now) {
                     values(own, shared, warp, at);
                     this->give(dv, shared + DV, warp, place, at);
                 } else {
                     onward(own, shared, warp);
+                    arrived();
                 }
             });
-            if (now) gradients(team, shared, place, at);
+            if (now) gradients(team, shared, place, at, ask);
             if (n < goal) {
                 n++;
             } else {
-                goal = back ? goal - 1 : -1, n = 0;
+                goal = job.back ? goal - 1 : -1, n = 0;
             }
         }
     }
 
-    ON_GPU void gradients(Threads &team, float *shared, const Place &place, Window at) const {
+    template <class Ask>
+    ON_GPU void gradients(Threads &team, float *shared, const Place &place, Window at, Ask ask) const {
         team.warps([&](int warp, Own &) {
 #pragma unroll 1
             for (int which = warp; which < 4; which += WARPS) {
                 const float *x = shared + (which < 2 ? ZT : YT), *y = shared + (which % 2 ? VT : UT);
-                Base::template outer<true>(shared + which * SIZE, x, y, which < 2, false);
+                float *to = shared + which * SIZE;
+                Base::template outer<true>(to, to + TURNED, x, y, {true, true, which < 2, false});
             }
         });
-        team.warps([&](int warp, Own &) {
+        team.warps([&](int warp, Own &own) {
+            lanes([&](int g, int t, int l) {
+#pragma unroll
+                for (int n = 0; n < 4 / WARPS; n++)
+                    this->read(own.again[l][n], place, at, Base::spot_of(warp + n * WARPS, 4 * g + t));
+            });
 #pragma unroll 1
-            for (int which = warp; which < 4; which += WARPS) keys(shared, which);
+            for (int which = warp; which < 4; which += WARPS) keys(shared, which / 2, which % 2);
         });
-        team.each([&](int thread) {
-            for (int q = thread / 32; q < 4; q += WARPS) channels(shared, place, at, q, 2 * (thread % 32));
+        team.alone(ask);
+        team.warps([&](int warp, Own &own) {
+            lanes([&](int g, int t, int l) {
+#pragma unroll
+                for (int n = 0; n < 4 / WARPS; n++)
+                    channels(shared, own.again[l][n].rakb, place, at, Base::spot_of(warp + n * WARPS, 4 * g + t));
+            });
         });
-        team.each([&](int thread) {
-            for (int q = thread / 32; q < 4; q += WARPS) decays(shared, place, at, q, 2 * (thread % 32));
+        team.warps([&](int warp, Own &own) {
+            lanes([&](int g, int t, int l) {
+#pragma unroll
+                for (int n = 0; n < 4 / WARPS; n++)
+                    decays(shared, own.again[l][n].w, place, at, Base::spot_of(warp + n * WARPS, 4 * g + t));
+            });
+            arrived();
         });
     }
 
@@ -199,7 +246,7 @@ struct Backward : Products<WARPS, HALF, true> {
 #pragma unroll
                 for (int o = 0; o < 4; o++) both[i].x[l][o] = own.S[i].x[l][o] * own.G[i].x[l][o];
             });
-        all_columns(both, [&](int column, Pair x) { pair(shared + ENDS + warp * N + column) = x; });
+        all_columns(both, [&](int column, Pair x) { pair(shared + ENDS + warp * N + Base::spread(column)) = x; });
     }
 
     // Of a single token all that its decay moves is known: no difference of large numbers.
@@ -217,52 +264,58 @@ struct Backward : Products<WARPS, HALF, true> {
                     moved[i].x[l][o] = own.S[i].x[l][o] * (shared[Base::MIDDLE + x] * grad);
                 }
             });
-        all_columns(moved, [&](int column, Pair x) { pair(shared + ENDS + warp * N + column) = x; });
+        all_columns(moved, [&](int column, Pair x) { pair(shared + ENDS + warp * N + Base::spread(column)) = x; });
     }
 
-    // dr~, da~, dk~ or db~; the dA lie where the A lay. Of the last two, what comes by the state goes to PASSED, the
-    // rest to FOUND.
-    ON_GPU static void keys(float *shared, int which) {
-        const float *first = shared + (which == 0 ? YT : which == 1 ? ZT : which == 2 ? VT : UT);
-        const float *state = shared + (which < 2 ? SM : GM), *turned = shared + (which < 2 ? 0 : TURNED);
-        const float *one = turned + (which == 1 ? AB : which == 2 ? RK : RB);
-        const float *other = turned + (which == 0 ? RK : which == 3 ? AB : AK);
-        const float *with_one = shared + (which < 2 ? BC : RC), *with_other = shared + (which < 2 ? KC : AC);
-        float *found = shared + FOUND + which * C * N;
-        Sum sums[N / 8];
+    // dr~ and da~ (pair 0), or dk~ and db~, of 32 channels; the dA lie where the A lay. Of the last two, what comes by
+    // the state goes to PASSED, the rest to FOUND.
+    ON_GPU static void keys(float *shared, int pair, int half) {
+        constexpr int TILES = N / 16;
+        const float *first[] = {shared + (pair ? VT : YT), shared + (pair ? UT : ZT)};
+        const float *state = shared + (pair ? GM : SM);
+        Sum sums[2][TILES];
 #pragma unroll
-        for (int i = 0; i < N / 8; i++) clear(sums[i]);
+        for (int i = 0; i < 2 * TILES; i++) clear(sums[i / TILES][i % TILES]);
 #pragma unroll
         for (int o = 0; o < ROWS / 8; o++) {
-            Left x;  // values t and t + 8 of four in turns
-            lanes([&](int g, int t, int l) {
+            Left x[2];  // values t and t + 8 of four in turns
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const int token = g + i % 2 * 8;
-                    x.x[l][i] = first[Base::wide(token, o / 2 * 16 + i / 2 * 8) + o % 2 * 4 + t];
-                }
-            });
+            for (int n = 0; n < 2; n++)
+                x[n] = fours([&](int m, int row) {
+                    return first[n] + Base::wide(row + m % 2 * 8, o / 2 * 16 + m / 2 * 8) + o % 2 * 4;
+                });
 #pragma unroll
-            for (int i = 0; i < N / 8; i++) {
+            for (int i = 0; i < TILES; i++) {
                 Right y;
                 lanes([&](int g, int t, int l) {
-                    const Pair found = pair(state + both(4 * o + t, i, 2 * g));
+                    const Pair found = ::pair(state + both(4 * o + t, half * TILES + i, 2 * g));
                     y.x[l][0] = found.x[0], y.x[l][1] = found.x[1];
                 });
-                multiply(sums[i], x, y);
+                multiply(sums[0][i], x[0], y), multiply(sums[1][i], x[1], y);
             }
         }
-        if (which >= 2) {
-            float *passed = shared + (which == 2 ? PASSED : PASSED_B);
+        if (pair) {
 #pragma unroll
-            for (int i = 0; i < N / 8; i++) write(sums[i], passed, i), clear(sums[i]);
+            for (int n = 0; n < 2; n++)
+#pragma unroll
+                for (int i = 0; i < TILES; i++)
+                    write(sums[n][i], shared + (n ? PASSED_B : PASSED), half * TILES + i), clear(sums[n][i]);
         }
-        Left x[2], z[2];
-        matrix(x, one), matrix(z, other);
+        Left by[2][2][2];  // of each of the two: what it has from b~ and k~, or from r~ and a~
+        matrix(by[0][0], shared + (pair ? TURNED + RK : RB)), matrix(by[0][1], shared + (pair ? TURNED + AK : RK));
+        matrix(by[1][0], shared + (pair ? TURNED + RB : AB)), matrix(by[1][1], shared + (pair ? TURNED + AB : AK));
 #pragma unroll
-        for (int i = 0; i < N / 8; i++) {
-            Base::add_columns(sums[i], x, with_one, i), Base::add_columns(sums[i], z, with_other, i);
-            write(sums[i], found, i);
+        for (int i = 0; i < TILES; i++) {
+            const int tile = half * TILES + i;
+            Right from[2][2];
+            Base::channels_of(from[0], shared + (pair ? RC : BC), tile);
+            Base::channels_of(from[1], shared + (pair ? AC : KC), tile);
+#pragma unroll
+            for (int n = 0; n < 2; n++) {
+#pragma unroll
+                for (int o = 0; o < 4; o++) multiply(sums[n][i], by[n][o / 2][o % 2], from[o / 2][o % 2]);
+                write(sums[n][i], shared + FOUND + (2 * pair + n) * C * N, tile);
+            }
         }
     }
 
@@ -279,7 +332,7 @@ struct Backward : Products<WARPS, HALF, true> {
     }
 
     // where numbers of a (C, N) that `keys` finds lie
-    ON_GPU static constexpr int cell(int token, int x) { return token * N + (x ^ token % 4 * 8); }
+    ON_GPU static constexpr int cell(int token, int x) { return token * N + (Base::spread(x) ^ token % 4 * 8); }
 
     ON_GPU static void write(const Sum &sum, float *to, int tile) {
         lanes([&](int g, int t, int l) {
@@ -314,19 +367,23 @@ struct Backward : Products<WARPS, HALF, true> {
     // The gradients of r a k b of two channels of four tokens. What the decay of a token moves has three parts: what
     // reads the state from this token on (`owns`, and `a` of the next), what wrote into it before (`olds`), and what
     // lies beyond these four. With the inputs as they are: rounded ones would cost half as much error again.
-    ON_GPU void channels(float *shared, const Place &place, Window at, int q, int x) const {
-        const int64_t first = Base::begin(place, at, q, x), step = place.tokens.step, to = apart(place) + first;
+    ON_GPU void channels(float *shared, const Couple (&rakb)[4][4], const Place &place, Window at, Spot spot) const {
+        const int q = spot.q, x = spot.x;
+        const int64_t step = place.tokens.step, to = apart(place) + Base::begin(place, at, q, x);
         const unsigned has = at.quarter(q);
         Pair r[4], a[4], k[4], b[4], owns[4], nexts[4], olds[4];
-        this->pairs(r, this->r, R, first, step, has), this->pairs(a, this->a, A, first, step, has);
-        this->pairs(k, this->k, K, first, step, has), this->pairs(b, this->b, B_, first, step, has);
+#pragma unroll
+        for (int o = 0; o < 4; o++) {
+            r[o] = wide_of(rakb[0][o]), a[o] = wide_of(rakb[1][o]);
+            k[o] = wide_of(rakb[2][o]), b[o] = wide_of(rakb[3][o]);
+        }
 #pragma unroll
         for (int o = 0; o < 4; o++) {
             const float *passed = shared + cell(4 * q + o, x), *found = passed + FOUND;
             const Pair dr = pair(found), da = pair(found + C * N);
             const Pair dk = pair(found + 2 * C * N), db = pair(found + 3 * C * N);
             const Pair by_k = pair(passed + PASSED), by_b = pair(passed + PASSED_B);
-            const float *sums = shared + SUMS + (4 * q + o) * N + x;
+            const float *sums = shared + SUMS + (4 * q + o) * N + Base::spread(x);
             const Pair before = pair(sums), after = pair(sums + N);
 #pragma unroll
             for (int e = 0; e < 2; e++) {
@@ -352,17 +409,16 @@ struct Backward : Products<WARPS, HALF, true> {
             for (int e = 0; e < 2; e++) owns[o].x[e] += old.x[e], old.x[e] += olds[o].x[e];
             pair(shared + FOUND + cell(4 * q + o, x)) = owns[o];
         }
-        pair(shared + AFTER + q * N + x) = later, pair(shared + BEFORE + q * N + x) = old;
+        const int all = q * N + Base::spread(x);
+        pair(shared + AFTER + all) = later, pair(shared + BEFORE + all) = old;
     }
 
     // the gradients of w of two channels of four tokens
-    ON_GPU void decays(float *shared, const Place &place, Window at, int q, int x) const {
-        const int64_t first = Base::begin(place, at, q, x), step = place.tokens.step;
-        const unsigned has = at.quarter(q);
+    ON_GPU void decays(float *shared, const Pair *w, const Place &place, Window at, Spot spot) const {
+        const int q = spot.q, x = spot.x;
         Pair found[4], beyond = {};
-        this->pairs(found, this->w, W, first, step, has);
         const auto add = [&](int from) {
-            const Pair more = pair(shared + from + x);
+            const Pair more = pair(shared + from + Base::spread(x));
             beyond.x[0] += more.x[0], beyond.x[1] += more.x[1];
         };
 #pragma unroll
@@ -372,14 +428,14 @@ struct Backward : Products<WARPS, HALF, true> {
             if (i != q && at.count > 1) add((i < q ? BEFORE : AFTER) + i * N);
 #pragma unroll
         for (int o = 0; o < 4; o++) {
-            const Pair here = pair(shared + FOUND + cell(4 * q + o, x));
+            const Pair here = pair(shared + FOUND + cell(4 * q + o, x)), wide = this->wide_w(w[o]);
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 const float moved = at.count > 1 ? beyond.x[e] + here.x[e] : beyond.x[e];
-                found[o].x[e] = -moved * least(power(found[o].x[e] * LOG2E), 1e4f);
+                found[o].x[e] = -moved * at_most(power(wide.x[e] * LOG2E), 1e4f);
             }
         }
-        give_pairs(dw, W, apart(place) + first, step, has, found);
+        give_pairs(dw, W, apart(place) + Base::begin(place, at, q, x), place.tokens.step, at.quarter(q), found);
     }
 };
 

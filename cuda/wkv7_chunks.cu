@@ -39,7 +39,7 @@ struct Forward : Products<WARPS, HALF, false> {
         Sum S[N / 8];
     };
     using Threads = Team<Own, WARPS>;
-    static constexpr int YT = Base::COMMON, FLOATS = YT + C * WIDE;
+    static constexpr int YT = Base::COMMON, STAGE = YT + C * WIDE, FLOATS = STAGE + Base::STAGED, BESIDE = WARPS == 4 ? 4 : 1;
     const float *start;
     void *y;
     float *end, *kept;  // kept may be null, if no backward will follow
@@ -54,18 +54,28 @@ struct Forward : Products<WARPS, HALF, false> {
             unsigned pieces = 0;
             for (int n = 0, count = 1; n < count; n++) {
                 const Window at = Base::piece(whole, pieces, n);
-                const bool steep = this->load(team, shared, place, at, nullptr, t + C);
+                if (HALF && (!t || pieces))
+                    team.warps([&](int warp, Own &) {
+                        this->ask(shared + STAGE, place, at, nullptr, warp);
+                        arrived();
+                    });
+                const bool steep = this->load(team, shared, shared + STAGE, place, at, nullptr);
                 if (steep && !pieces && whole.count > 1) {
                     pieces = this->pieces(team, place, whole), count = Base::count(pieces), n = -1;
                     continue;
                 }
-                this->between(team, shared);
+                if (n == count - 1)
+                    team.alone([&](int warp, Own &) {
+                        this->ask(shared + STAGE, place, this->whole(t + C), nullptr, warp);
+                    });
+                this->between(team, shared, true);
                 const bool keeps = kept && t % KEEP == 0 && n == 0;
                 float *to = keeps ? kept + (block * s.segments(KEEP) + t / KEEP) * ROWS * N : nullptr;
                 team.warps([&](int warp, Own &own) {
                     if (to) Base::keep(own.S, to, warp);
                     step(own, shared, warp);
                     this->give(y, shared + YT, warp, place, at);
+                    arrived();
                 });
             }
         }

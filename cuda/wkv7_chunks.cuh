@@ -3,6 +3,9 @@
 // Of 16 tokens a lane holds, in the two Sums (or left factors) n = 0 and 1 of a pair, columns 2t and 2t + 1: tokens
 // 4t + 2n and 4t + 2n + 1. So the four that it multiplies in both lie beside each other, and are one load of 16 bytes.
 // Where numbers lie in shared memory is chosen so that no two lanes that are served together want one bank.
+//
+// What a chunk reads of memory is asked for while the one before it is computed, and waits at STAGE until it is its
+// turn. Of r w k a b a thread has two channels of four tokens, a quarter: the two quarters of a half lie in one warp.
 
 #pragma once
 
@@ -40,6 +43,8 @@ struct Chunks : Tiles<WARPS_> {
     static constexpr int VT = AC + (BACK ? N * C : 0), MIDDLE = VT + C * WIDE, LAST = MIDDLE + N, COMMON = LAST + N;
     // of the backward: dY, and the sums of log2 decays from the middle on, up to each border between tokens
     static constexpr int YT = COMMON, SUMS = YT + C * WIDE;
+    // floats that wait until it is their turn
+    static constexpr int STAGED = HALF ? 3 * C * N + C * ROWS / (BACK ? 1 : 2) : 0;
 
     const void *r, *w, *k, *v, *a, *b;
 
@@ -47,12 +52,31 @@ struct Chunks : Tiles<WARPS_> {
     ON_GPU static constexpr int line(int token, int x) {
         return token * LINE + ((x / 8 * 8 + x % 8 / 2) ^ (token & 8) ^ (x % 2 + x / 32) % 2 * 4);
     }
-    ON_GPU static constexpr int column(int x, int token) { return x * C + (token ^ (x & 6) * 2); }
+    ON_GPU static constexpr int column(int x, int token) { return (x ^ x / 8 % 2) * C + (token ^ (x & 6) * 2); }
     ON_GPU static constexpr int spot(int row, int x) { return row * C + (x ^ (row & 4) * 2); }
     ON_GPU static constexpr int wide(int token, int x) { return token * WIDE + (x ^ (token & 8)); }
     ON_GPU static constexpr int token(int n, int x) { return x / 2 * 4 + 2 * n + x % 2; }
+    ON_GPU static constexpr int spread(int x) { return x ^ x / 32 * 16; }
 
-    ON_GPU Window whole(int64_t t) const { return {t, 0, static_cast<int>(s.T - t < C ? s.T - t : C)}; }
+    // what a thread has of r a k b and w, as they lie in memory
+    using Couple = std::conditional_t<HALF, uint32_t, Pair>;
+    struct Factors {
+        Couple rakb[4][4];
+        Pair w[4];  // w in bf16 is the first half of it, as it is
+    };
+
+    // four tokens, the quarter q, and the channels x and x + 1; of a lane of the warp `which` of four
+    struct Spot {
+        int q, x;
+    };
+    ON_GPU static Spot spot_of(int which, int lane) {
+        return {which / 2 * 2 + lane / 16, which % 2 * 16 + lane / 8 % 2 * 32 + lane % 8 * 2};
+    }
+
+    // the chunk at t; of none of the tokens if there are none
+    ON_GPU Window whole(int64_t t) const {
+        return {t, 0, t < 0 || t >= s.T ? 0 : static_cast<int>(s.T - t < C ? s.T - t : C)};
+    }
 
     // where channel x of the first token of a quarter lies
     ON_GPU static int64_t begin(const Place &place, Window at, int q, int x) {
@@ -60,16 +84,12 @@ struct Chunks : Tiles<WARPS_> {
     }
 
     // two neighbouring numbers of each of four tokens of a tensor, from `first` on; 0 of tokens that `has` lacks
-    ON_GPU void pairs(Pair *to, const void *from, int tensor, int64_t first, int64_t step, unsigned has) const {
-        if (HALF && tensor == W && !s.half(W)) {
-            const float *at = static_cast<const float *>(from) + first;
-#pragma unroll
-            for (int o = 0; o < 4; o++, at += step) to[o] = has >> o & 1 ? pair(at) : Pair{};
-        } else if (HALF) {
+    ON_GPU void couples(Couple *to, const void *from, int tensor, int64_t first, int64_t step, unsigned has) const {
+        if constexpr (HALF) {
             const uint16_t *at = static_cast<const uint16_t *>(from) + first;
 #pragma unroll
             for (int o = 0; o < 4; o++, at += step)
-                to[o] = wide_of(has >> o & 1 ? *reinterpret_cast<const uint32_t *>(at) : 0);
+                to[o] = has >> o & 1 ? *reinterpret_cast<const uint32_t *>(at) : 0;
         } else {
 #pragma unroll
             for (int o = 0; o < 4; o++)
@@ -79,15 +99,87 @@ struct Chunks : Tiles<WARPS_> {
         }
     }
 
-    ON_GPU static float rate(float w) { return least(power(w * LOG2E + RATES), STEEPEST); }
+    // the same of w
+    ON_GPU void couples(Pair *to, int64_t first, int64_t step, unsigned has) const {
+        if constexpr (HALF) {
+            const int size = s.half(W) ? 2 : 4;
+            const char *at = static_cast<const char *>(w) + first * size;
+#pragma unroll
+            for (int o = 0; o < 4; o++, at += step * size) {
+                to[o] = {};
+                if (!(has >> o & 1)) continue;
+                if (size == 2)
+                    to[o].x[0] = *reinterpret_cast<const float *>(at);
+                else
+                    to[o] = *reinterpret_cast<const Pair *>(at);
+            }
+        } else {
+            couples(to, w, W, first, step, has);
+        }
+    }
+
+    ON_GPU Pair wide_w(Pair found) const {
+        uint32_t word;
+        memcpy(&word, &found, 4);
+        return HALF && s.half(W) ? wide_of(word) : found;
+    }
+
+    // r a k b and w of a spot in a window, from memory
+    ON_GPU void read(Factors &to, const Place &place, Window at, Spot spot) const {
+        const int64_t first = begin(place, at, spot.q, spot.x), step = place.tokens.step;
+        const unsigned has = at.quarter(spot.q);
+        couples(to.rakb[0], r, R, first, step, has), couples(to.rakb[1], a, A, first, step, has);
+        couples(to.rakb[2], k, K, first, step, has), couples(to.rakb[3], b, B_, first, step, has);
+        couples(to.w, first, step, has);
+    }
+
+    // Where eight numbers from x on lie at STAGE, in fours of 16 bytes: of a token of r a k b, and of w in fp32.
+    ON_GPU static constexpr int staged(int which, int token, int x) {
+        return ((which * C + token) * N + (x ^ (token & 4) * 4)) / 2;
+    }
+    ON_GPU static constexpr int staged_w(int token, int x) { return 2 * C * N + token * N + spread(x); }
+    ON_GPU static constexpr int staged_values(int which, int token, int x) {
+        return 3 * C * N + ((which * C + token) * ROWS + x) / 2;
+    }
+
+    // Asks for all that `load` wants of a window, and of `more`, if there is such (like v), if it can wait at STAGE.
+    ON_GPU void ask(float *stage, const Place &place, Window at, const void *more, int warp) const {
+        if constexpr (!HALF) return;
+        const auto from = [&](const void *tensor, int64_t first) { return static_cast<const uint16_t *>(tensor) + first; };
+        lanes([&](int g, int t, int) {
+            for (int i = 32 * warp + 4 * g + t; i < C * N / 8; i += THREADS) {
+                const int token = i / (N / 8), x = i % (N / 8) * 8;
+                const bool none = !at.has(token);
+                const int64_t first = place.tokens.at(at.t + token) + x;
+                bring(stage + staged(0, token, x), from(r, first), none);
+                bring(stage + staged(1, token, x), from(a, first), none);
+                bring(stage + staged(2, token, x), from(k, first), none);
+                bring(stage + staged(3, token, x), from(b, first), none);
+                float *to = stage + staged_w(token, x);
+                if (s.half(W))
+                    bring(to, from(w, first), none);
+                else
+                    bring(to, from(w, 2 * first), none), bring(to + 4, from(w, 2 * first + 8), none);
+            }
+            const int i = 32 * warp + 4 * g + t, token = i / (ROWS / 8), x = i % (ROWS / 8) * 8;
+            const int64_t first = place.tokens.at(at.t + token) + place.part * ROWS + x;
+            bring(stage + staged_values(0, token, x), from(v, first), !at.has(token));
+            if (BACK && more) bring(stage + staged_values(1, token, x), from(more, first), !at.has(token));
+        });
+    }
+
+    ON_GPU static float rate(float w) { return at_most(power(w * LOG2E + RATES), STEEPEST); }
 
     // Whether a decay of a window is steep.
     template <class Team>
     ON_GPU bool steep(Team &team, const Place &place, Window at) const {
-        return team.any([&](int thread) {
+        return team.any([&](int warp, auto &) {
             float most = 0.0f;
-            for (int i = thread; i < C * N; i += THREADS)
-                if (at.has(i / N)) most = fmaxf(most, rate(get(w, place.tokens.at(at.t + i / N) + i % N, s.half(W))));
+            lanes([&](int g, int t, int) {
+                for (int i = 32 * warp + 4 * g + t; i < C * N; i += THREADS)
+                    if (at.has(i / N))
+                        most = fmaxf(most, rate(get(w, place.tokens.at(at.t + i / N) + i % N, s.half(W))));
+            });
             return most > STEEP;
         });
     }
@@ -126,113 +218,144 @@ struct Chunks : Tiles<WARPS_> {
 
     // r a k b times their halves of the decay, v, and `more` (like v) go to shared memory, to eleven bits. The halves
     // meet in the middle of the chunk: there a state is multiplied by what is at MIDDLE, and at the end by LAST.
-    // What the chunk at `next` reads, if there is one, is asked for meanwhile. Gives whether a decay is steep.
+    // What was asked for is read from `stage`. Gives whether a decay is steep.
     template <class Team>
-    ON_GPU bool load(Team &team, float *shared, const Place &place, Window at, const void *more, int64_t next) const {
-        return team.any([&](int thread) {
-            ask(thread, place, more, next);
-            eight(shared + VT, v, thread, place, at);
-            if (BACK && more) eight(shared + YT, more, thread, place, at);
+    ON_GPU bool load(Team &team, float *shared, const float *stage, const Place &place, Window at,
+                     const void *more) const {
+        return team.any([&](int warp, auto &) {
             bool found = false;
-            for (int q = thread / 32; q < 4; q += WARPS) found |= quarter(shared, place, at, q, thread % 32);
+            lanes([&](int g, int t, int) {
+                const int lane = 4 * g + t;
+                eight(shared + VT, stage, 0, v, 32 * warp + lane, place, at);
+                if (BACK && more) eight(shared + YT, stage, 1, more, 32 * warp + lane, place, at);
+                for (int which = warp; which < 4; which += WARPS)
+                    found |= quarter(shared, stage, place, at, spot_of(which, lane), !BACK || more);
+            });
             return found;
         });
     }
 
-    ON_GPU void ask(int thread, const Place &place, const void *more, int64_t next) const {
-#pragma unroll 1
-        for (int i = thread; i < 7 * C; i += THREADS) {
-            const int64_t t = next + i % C;
-            const int which = i / C, size = (HALF && which != W) || s.half(which < 6 ? which : V) ? 2 : 4;
-            const void *one = which == R ? r : which == W ? w : which == K ? k : v;
-            const void *from = which < A ? one : which == A ? a : which == B_ ? b : more;
-            if (t < 0 || t >= s.T || !from) continue;
-            const char *line = static_cast<const char *>(from) + place.tokens.at(t) * size;
-            soon(line);
-            if (size == 4) soon(line + 128);
-        }
-    }
-
     // eight values of a token each thread
-    ON_GPU void eight(float *to, const void *from, int thread, const Place &place, Window at) const {
+    ON_GPU void eight(float *to, const float *stage, int which, const void *from, int thread, const Place &place,
+                      Window at) const {
         const int o = thread / (ROWS / 8), x = thread % (ROWS / 8) * 8;
-        const int64_t first = place.tokens.at(at.t + o) + place.part * ROWS + x;
         Quad found[2] = {};
-        if (at.has(o)) {
-            if (HALF) {
-                const Words words = *reinterpret_cast<const Words *>(static_cast<const uint16_t *>(from) + first);
+        if constexpr (HALF) {
+            uint32_t words[4];
+            memcpy(words, &quad(stage + staged_values(which, o, x)), 16);
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const Pair two = wide_of(words.x[i]);
-                    found[i / 2].x[i % 2 * 2] = two.x[0], found[i / 2].x[i % 2 * 2 + 1] = two.x[1];
-                }
-            } else {
-#pragma unroll
-                for (int i = 0; i < 8; i++) found[i / 4].x[i % 4] = tf32(get(from, first + i, s.half(V)));
+            for (int i = 0; i < 4; i++) {
+                const Pair two = wide_of(words[i]);
+                found[i / 2].x[i % 2 * 2] = two.x[0], found[i / 2].x[i % 2 * 2 + 1] = two.x[1];
             }
+        } else if (at.has(o)) {
+            const int64_t first = place.tokens.at(at.t + o) + place.part * ROWS + x;
+#pragma unroll
+            for (int i = 0; i < 8; i++) found[i / 4].x[i % 4] = tf32(get(from, first + i, s.half(V)));
         }
         quad(to + wide(o, x)) = found[0], quad(to + wide(o, x) + 4) = found[1];
     }
 
-    // Two channels of four tokens. The sums of log2 decays begin in the middle of the chunk: a quarter that does not
-    // touch it looks at the decays of the one between. Gives whether a decay is steep.
-    ON_GPU bool quarter(float *shared, const Place &place, Window at, int q, int lane) const {
-        const int x = 2 * lane;
-        const int64_t first = begin(place, at, q, x), step = place.tokens.step;
-        const int between = q == 0 ? 1 : 2;
-        const unsigned has = at.quarter(q), inner = q == 0 || q == 3 ? at.quarter(between) : 0;
-        Pair in[4][4], rates[4], inner_rates[4], sums[5], end = {};
-        pairs(rates, w, W, first, step, has);
-        pairs(inner_rates, w, W, begin(place, at, between, x), step, inner);
-        pairs(in[0], r, R, first, step, has), pairs(in[1], a, A, first, step, has);
-        pairs(in[2], k, K, first, step, has), pairs(in[3], b, B_, first, step, has);
-        float most = 0.0f;
-        sums[0] = {};
+    // what `read` reads, or what was asked for
+    ON_GPU void take(Factors &to, const float *stage, const Place &place, Window at, Spot spot) const {
+        if constexpr (HALF) {
 #pragma unroll
-        for (int o = 0; o < 4; o++)
+            for (int o = 0; o < 4; o++) {
+                const int token = 4 * spot.q + o;
 #pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const float found = has >> o & 1 ? rate(rates[o].x[e]) : 0.0f;
-                sums[o + 1].x[e] = sums[o].x[e] - found, most = fmaxf(most, found);
-                if (inner >> o & 1) end.x[e] += rate(inner_rates[o].x[e]);
+                for (int n = 0; n < 4; n++) memcpy(&to.rakb[n][o], stage + staged(n, token, spot.x), 4);
+                if (s.half(W))
+                    to.w[o].x[0] = stage[staged_w(token, spot.x / 8 * 8) + spot.x % 8 / 2];
+                else
+                    to.w[o] = pair(stage + staged_w(token, spot.x));
             }
+        } else {
+            read(to, place, at, spot);
+        }
+    }
+
+    // The rates of decay of two channels of four tokens, and their sum.
+    ON_GPU Pair rates(Pair *to, const Pair *w, unsigned has) const {
+        Pair sum = {};
+#pragma unroll
+        for (int o = 0; o < 4; o++) {
+            const Pair wide = wide_w(w[o]);
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+                to[o].x[e] = has >> o & 1 ? rate(wide.x[e]) : 0.0f, sum.x[e] += to[o].x[e];
+        }
+        return sum;
+    }
+
+    // The same sum of the quarter beside, which 16 lanes on have.
+    ON_GPU Pair beside(Pair sum, const float *stage, const Place &place, Window at, Spot spot) const {
+#ifdef __CUDACC__
+#pragma unroll
+        for (int e = 0; e < 2; e++) sum.x[e] = __shfl_xor_sync(0xffffffffu, sum.x[e], 16);
+        return sum;
+#else
+        (void)sum;
+        Factors there;
+        Pair found[4];
+        take(there, stage, place, at, {spot.q ^ 1, spot.x});
+        return rates(found, there.w, at.quarter(spot.q ^ 1));
+#endif
+    }
+
+    // Two channels of four tokens. The sums of log2 decays begin in the middle of the chunk: a quarter that does not
+    // touch it wants those of the one between. Gives whether a decay is steep.
+    ON_GPU bool quarter(float *shared, const float *stage, const Place &place, Window at, Spot spot,
+                        bool more) const {
+        const int q = spot.q, x = spot.x;
+        Factors asked;
+        take(asked, stage, place, at, spot);
+        Pair in[4][4], found[4], sums[5];
+        const Pair sum = rates(found, asked.w, at.quarter(q)), between = beside(sum, stage, place, at, spot);
+        float most = 0.0f;
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-            const float from = q == 3 ? -end.x[e] : q == 2 ? 0.0f : end.x[e] - sums[4].x[e];
+            sums[0].x[e] = q < 2 ? sum.x[e] + (q == 0 ? between.x[e] : 0.0f) : q == 2 ? 0.0f : -between.x[e];
 #pragma unroll
-            for (int o = 0; o < 5; o++) sums[o].x[e] += from;
+            for (int o = 0; o < 4; o++)
+                sums[o + 1].x[e] = sums[o].x[e] - found[o].x[e], most = fmaxf(most, found[o].x[e]);
         }
         if (q == 0) pair(shared + MIDDLE + x) = {{power(-sums[0].x[0]), power(-sums[0].x[1])}};
         if (q == 3) pair(shared + LAST + x) = {{power(sums[4].x[0]), power(sums[4].x[1])}};
-        if (BACK) {
+        if (BACK && more) {
 #pragma unroll
             for (int o = 0; o < 5; o++)
-                if (o || !q) pair(shared + SUMS + (4 * q + o) * N + x) = sums[o];
+                if (o || !q) pair(shared + SUMS + (4 * q + o) * N + spread(x)) = sums[o];
         }
-        factors(shared, q, x, in, sums);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+#pragma unroll
+            for (int o = 0; o < 4; o++) in[i][o] = wide_of(asked.rakb[i][o]);
+        factors(shared, spot, in, sums, more);
         return most > STEEP;
     }
 
-    // r a k b of four tokens, times the halves of the decay, to their places
-    ON_GPU static void factors(float *shared, int q, int x, Pair (&in)[4][4], const Pair *sums) {
+    // r a k b of four tokens, times the halves of the decay, to their places; r, and a transposed, if `more`
+    ON_GPU static void factors(float *shared, Spot spot, Pair (&in)[4][4], const Pair *sums, bool more) {
+        const auto scaled = [](float sum) { return nearly(power(sum)); };
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-            float before = power(sums[0].x[e]);
+            float before = scaled(sums[0].x[e]);
 #pragma unroll
             for (int o = 0; o < 4; o++) {
-                const float after = power(sums[o + 1].x[e]), less = power(-sums[o + 1].x[e]);
-                in[0][o].x[e] = tf32(in[0][o].x[e] * after), in[1][o].x[e] = tf32(in[1][o].x[e] * before);
-                in[2][o].x[e] = tf32(in[2][o].x[e] * less), in[3][o].x[e] = tf32(in[3][o].x[e] * less);
+                const float after = scaled(sums[o + 1].x[e]), less = scaled(-sums[o + 1].x[e]);
+                in[0][o].x[e] *= after, in[1][o].x[e] *= before, in[2][o].x[e] *= less, in[3][o].x[e] *= less;
                 before = after;
             }
         }
+        const int q = spot.q, x = spot.x;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
+            if (i == 0 && !more) continue;
             float *lines = shared + RT + i * C * LINE;
             const int even = line(4 * q, x), odd = line(4 * q, x + 1);
 #pragma unroll
             for (int o = 0; o < 4; o++) lines[even + o * LINE] = in[i][o].x[0], lines[odd + o * LINE] = in[i][o].x[1];
-            if (!BACK && i < 2) continue;
+            if (i < 2 && !(BACK && more)) continue;
             float *columns = shared + (i == 0 ? RC : i == 1 ? AC : i == 2 ? KC : BC);
 #pragma unroll
             for (int e = 0; e < 2; e++)

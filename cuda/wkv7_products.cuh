@@ -14,18 +14,24 @@ struct Products : Chunks<WARPS_, HALF, BACK> {
     using Base::spot, Base::column, Base::wide, Base::token;
     using Place = typename Base::Place;
 
-    // x y^T of two (C, N) or, if VALUES, (C, ROWS), what is above the diagonal (on it too, if strict) left out
+    // What is to be found of a product, and how: itself and its transpose, without the diagonal, to eleven bits.
+    struct Wanted {
+        bool plain, turned, strict, round;
+    };
+
+    // x y^T of two (C, N) or, if VALUES, (C, ROWS), what is above the diagonal left out; its transpose goes to `turned`
     template <bool VALUES>
-    ON_GPU static void outer(float *to, const float *x, const float *y, bool strict, bool round) {
+    ON_GPU static void outer(float *to, float *turned, const float *x, const float *y, Wanted wanted) {
         constexpr int tiles = VALUES ? ROWS / 8 : N / 8, apart = VALUES ? WIDE : LINE;
-        Sum sums[2];
-        clear(sums[0]), clear(sums[1]);
+        Sum sums[2][2];  // of even tiles and of odd ones: two at a time take as long as one
+#pragma unroll
+        for (int n = 0; n < 4; n++) clear(sums[n / 2][n % 2]);
 #pragma unroll
         for (int i = 0; i < tiles; i++) {
             const Left one = fours([&](int m, int row) { return x + four_of(row + m % 2 * 8, i, m / 2, apart); });
             const Left both = fours([&](int m, int row) { return y + four_of(row + m / 2 * 8, i, m % 2, apart); });
 #pragma unroll
-            for (int n = 0; n < 2; n++) multiply(sums[n], one, half_of(both, n));
+            for (int n = 0; n < 2; n++) multiply(sums[i % 2][n], one, half_of(both, n));
         }
 #pragma unroll
         for (int n = 0; n < 2; n++)
@@ -35,12 +41,12 @@ struct Products : Chunks<WARPS_, HALF, BACK> {
                     Pair found;
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
-                        const int row = g + 8 * h, x = 8 * n + 2 * t + e;
-                        const float number = round ? tf32(sums[n].x[l][2 * h + e]) : sums[n].x[l][2 * h + e];
-                        found.x[e] = x < row + !strict ? number : 0.0f;
-                        if (BACK) to[TURNED + spot(x, row)] = found.x[e];
+                        const bool below = n < h || (n == h && 2 * t + e < g + !wanted.strict);
+                        const float sum = sums[0][n].x[l][2 * h + e] + sums[1][n].x[l][2 * h + e];
+                        found.x[e] = below ? (wanted.round ? tf32(sum) : sum) : 0.0f;
+                        if (wanted.turned) turned[spot(8 * n + 2 * t + e, g + 8 * h)] = found.x[e];
                     }
-                    pair(to + spot(g + 8 * h, 8 * n + 2 * t)) = found;
+                    if (wanted.plain) pair(to + spot(g + 8 * h, 8 * n + 2 * t)) = found;
                 }
             });
     }
@@ -50,43 +56,45 @@ struct Products : Chunks<WARPS_, HALF, BACK> {
         return token * apart + 8 * i + (i % 2 ? -(token & 8) : token & 8) + 4 * last;
     }
 
-    // What a token takes from those before it, at AB AK RB RK, and the inverse of 1 - AB at M.
+    // What a token takes from those before it, at AB AK RB RK, and the inverse of 1 - AB at M. Of AB there is the
+    // transpose alone, and in the backward of RB and RK; without r where it is for the state alone.
     template <class Team>
-    ON_GPU void between(Team &team, float *shared) const {
+    ON_GPU void between(Team &team, float *shared, bool with_r) const {
         team.warps([&](int warp, auto &) {
 #pragma unroll 1
-            for (int which = warp; which < 4; which += WARPS) {
+            for (int which = warp; which < (with_r ? 4 : 2); which += WARPS) {
                 const float *x = shared + (which < 2 ? AT : RT), *y = shared + (which % 2 ? KT : BT);
-                outer<false>(shared + which * SIZE, x, y, which < 2, which != 0);
-                if (which == 0) invert(shared);
+                const bool first = which == 0, plain = BACK ? which == 1 : !first;
+                float *to = shared + which * SIZE, *turned = to + (BACK ? TURNED : 0);
+                outer<false>(to, turned, x, y, {plain, BACK || first, which < 2, !first});
+                if (first) invert(shared, turned);
             }
         });
     }
 
-    // in fp32, a column each lane, from above
-    ON_GPU static void invert(float *shared) {
+    // in fp32, a column each lane, from above: what is found is at once added to all below it
+    ON_GPU static void invert(float *shared, const float *turned) {
         lanes_meet();
         lanes([&](int g, int t, int) {
-            const int x = 4 * g + t;
+            const int x = fresh(4 * g + t);
             if (x >= C) return;
             float found[C];
 #pragma unroll
-            for (int i = 0; i < C; i++) {
-                float sum = i == x ? 1.0f : 0.0f;
+            for (int i = 0; i < C; i++) found[i] = i == x ? 1.0f : 0.0f;
 #pragma unroll
-                for (int o = 0; o < i; o += 4) {
-                    const Quad from = quad(shared + AB + spot(i, o));
+            for (int o = 0; o < C - 1; o++)
+#pragma unroll
+                for (int i = (o + 1) / 4 * 4; i < C; i += 4) {
+                    const Quad from = quad(turned + spot(o, i));
 #pragma unroll
                     for (int e = 0; e < 4; e++)
-                        if (o + e < i) sum += from.x[e] * found[o + e];
+                        if (i + e > o) found[i + e] += from.x[e] * found[o];
                 }
-                found[i] = sum;
-                shared[M + spot(i, x)] = tf32(sum);
-            }
+#pragma unroll
+            for (int i = 0; i < C; i++) shared[M + spot(i, x)] = found[i] = tf32(found[i]);
 #pragma unroll
             for (int o = 0; o < (BACK ? C : 0); o += 4)
-                quad(shared + TURNED + M + spot(x, o)) = {
-                    {tf32(found[o]), tf32(found[o + 1]), tf32(found[o + 2]), tf32(found[o + 3])}};
+                quad(shared + TURNED + M + spot(x, o)) = {{found[o], found[o + 1], found[o + 2], found[o + 3]}};
         });
     }
 
@@ -98,29 +106,39 @@ struct Products : Chunks<WARPS_, HALF, BACK> {
         multiply(sums[0], x, half_of(both, 0)), multiply(sums[1], x, half_of(both, 1));
     }
 
-    // sum += 16 tokens x times four of each lane
+    // 16 tokens as two right factors, four of each lane
     template <class F>
-    ON_GPU static void add_tokens(Sum &sum, const Left *x, F place) {
-        Right b[2];
+    ON_GPU static void tokens(Right *to, F place) {
         lanes([&](int g, int t, int l) {
             const Quad found = quad(place(g, t));
-            b[0].x[l][0] = found.x[0], b[0].x[l][1] = found.x[1], b[1].x[l][0] = found.x[2], b[1].x[l][1] = found.x[3];
+#pragma unroll
+            for (int e = 0; e < 4; e++) to[e / 2].x[l][e % 2] = found.x[e];
         });
-        multiply(sum, x[0], b[0]), multiply(sum, x[1], b[1]);
     }
 
     // sum += x times the transpose of tokens n of a (C, C)
     ON_GPU static void add_matrix(Sum &sum, const Left *x, const float *matrix, int n) {
-        add_tokens(sum, x, [&](int g, int t) { return matrix + spot(token(n, g), 4 * t); });
+        Right both[2];
+        tokens(both, [&](int g, int t) { return matrix + spot(token(n, g), 4 * t); });
+        multiply(sum, x[0], both[0]), multiply(sum, x[1], both[1]);
     }
 
-    // sum += x times 8 channels from 8 i on, of (N, C)
+    // 8 channels from 8 i on, of (N, C)
+    ON_GPU static void channels_of(Right *to, const float *columns, int i) {
+        tokens(to, [&](int g, int t) { return columns + 8 * i * C + column(g ^ i % 2, 4 * t); });
+    }
+
+    // sum += x times these
     ON_GPU static void add_columns(Sum &sum, const Left *x, const float *columns, int i) {
-        add_tokens(sum, x, [&](int g, int t) { return columns + 8 * i * C + column(g, 4 * t); });
+        Right both[2];
+        channels_of(both, columns, i);
+        multiply(sum, x[0], both[0]), multiply(sum, x[1], both[1]);
     }
 
     // a pair of Sums as left factors
-    ON_GPU static void factors(Left *to, const Sum *sums) { to[0] = left_nearly(sums[0]), to[1] = left_nearly(sums[1]); }
+    ON_GPU static void factors(Left *to, const Sum *sums) {
+        to[0] = left_nearly(sums[0]), to[1] = left_nearly(sums[1]);
+    }
 
     // f(place in (C, ROWS), number) of a pair of Sums
     template <class F>
@@ -175,11 +193,13 @@ struct Products : Chunks<WARPS_, HALF, BACK> {
             const Quad found[2] = {quad(from + wide(o, x)), quad(from + wide(o, x) + 4)};
             const int64_t first = place.tokens.at(at.t + o) + place.part * ROWS + x;
             if (HALF) {
-                Words words;
+                uint32_t words[4];
 #pragma unroll
                 for (int i = 0; i < 4; i++)
-                    words.x[i] = word_of({{found[i / 2].x[i % 2 * 2], found[i / 2].x[i % 2 * 2 + 1]}});
-                *reinterpret_cast<Words *>(static_cast<uint16_t *>(to) + first) = words;
+                    words[i] = word_of({{found[i / 2].x[i % 2 * 2], found[i / 2].x[i % 2 * 2 + 1]}});
+                Four all;
+                memcpy(&all, words, 16);
+                store(static_cast<uint16_t *>(to) + first, all);
             } else {
                 for (int i = 0; i < 8; i++) put(to, first + i, s.half(V), found[i / 4].x[i % 4]);
             }

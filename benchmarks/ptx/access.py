@@ -105,3 +105,41 @@ def store(m: Threads, each: Instruction) -> Step:
                 m.shared.write(to, of.itemsize, numbers, m.warp_bit[here])
 
     return store
+
+
+def copy(m: Threads, each: Instruction) -> Step:
+    """cp.async: 16 bytes of memory, or zeros if it reads none, go to shared memory; wait_all: they are there."""
+    if each.name[2:] == ("wait_all",):
+        return lambda here: _arrive(m, here)
+    if each.name[2:] != ("cg", "shared", "global") or each.operands[2] != "16" or len(each.operands) != 4:
+        raise ValueError(f"PTX that is not known: {'.'.join(each.name)}")
+    (to, further), (source, beyond) = (_address(m, operand) for operand in each.operands[:2])
+    size = m.source(each.operands[3], np.dtype("u4"))
+
+    def ask(here: np.ndarray) -> None:
+        at, some = to.astype(np.int64) + further, here & (size > 0)
+        if not np.isin(size[here], (0, 16)).all():
+            raise Fault("cp.async of a part of 16 bytes")
+        m.counts["wavefronts"] += wavefronts(at[here], 16, m.lane[here])
+        m.shared.ask(at[here], 16, m.warp_bit[here])
+        words = np.zeros((m.threads, 4), np.uint32)
+        if some.any():
+            places = source[some].astype(np.int64) + beyond
+            m.counts["sectors"] += sectors(places, 16, m.lane[some])
+            if (places % 16).any():
+                raise Fault("cp.async from a place that is not aligned")
+            words[some] = np.stack([m.memory.read(places + n, 4) for n in range(0, 16, 4)], 1)
+        m.coming.append((here.copy(), at.copy(), words))
+
+    return ask
+
+
+def _arrive(m: Threads, here: np.ndarray) -> None:
+    """All that these threads asked for is there."""
+    left = []
+    for asked, at, words in m.coming:
+        now = asked & here
+        m.shared.arrive(at[now], words[now], m.warp_bit[now])
+        if (asked & ~here).any():
+            left.append((asked & ~here, at, words))
+    m.coming = left

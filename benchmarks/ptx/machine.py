@@ -15,7 +15,7 @@ from benchmarks.ptx.memory import WARP, Fault, Memory
 from benchmarks.ptx.program import ENDS, Instruction, Kernel
 from benchmarks.ptx.threads import NOWHERE, Threads
 
-OF_THEIR_OWN = ("ld", "st", "mma", "bar", "shfl", "prefetch", "ldmatrix")  # counted by their names
+OF_THEIR_OWN = ("ld", "st", "mma", "bar", "shfl", "prefetch", "ldmatrix", "cp")  # counted by their names
 TOGETHER = ("mma", "shfl", "ldmatrix")
 FLOATS = ("fma", "add", "sub", "mul", "max", "min")
 

@@ -68,12 +68,14 @@ def _one(words: np.ndarray, which: np.ndarray) -> int:
 
 
 class Shared:
-    """Memory of a block: bytes, who has written and read each word since the last barrier, as a bit for each warp."""
+    """Memory of a block: bytes, who has written and read each word since the last barrier, as a bit for each warp, and
+    which words are asked for and have not arrived."""
 
     def __init__(self, size: int) -> None:
         self.bytes = np.full(size + -size % 16, 0xFF, np.uint8)
         self.size = size
         self.written = np.zeros(len(self.bytes) // WORD, bool)
+        self.coming = np.zeros(len(self.written), bool)
         self.readers = np.zeros(len(self.written), np.uint32)
         self.writers = np.zeros(len(self.written), np.uint32)
 
@@ -85,7 +87,25 @@ class Shared:
     def _checked(self, at: np.ndarray, size: int) -> np.ndarray:
         if (at % size).any() or len(at) and int(at.max()) + size > self.size:
             raise Fault(f"{size} bytes at {int(at.max())} of {self.size} of shared memory, or not aligned")
+        for n in range(max(1, size // WORD)):
+            if self.coming[at // WORD + n].any():
+                raise Fault(f"word {_one(at // WORD + n, self.coming[at // WORD + n])} of shared memory has not arrived")
         return at // WORD
+
+    def ask(self, at: np.ndarray, size: int, warps: np.ndarray) -> None:
+        """These bytes are to be overwritten at any time until they `arrive`."""
+        first = self._checked(at, size)
+        for n in range(size // WORD):
+            if ((self.readers[first + n] | self.writers[first + n]) & ~warps).any():
+                raise Fault("a race: shared memory is asked for where another warp reads or writes")
+        for n in range(size // WORD):
+            self.coming[first + n] = True
+
+    def arrive(self, at: np.ndarray, words: np.ndarray, warps: np.ndarray) -> None:
+        """What was asked for is there: (threads, words) from these places on."""
+        for n in range(words.shape[1]):
+            self.coming[at // WORD + n] = False
+            self.write(at + n * WORD, WORD, np.ascontiguousarray(words[:, n]), warps)
 
     def read(self, at: np.ndarray, size: int, warps: np.ndarray) -> np.ndarray:
         """Numbers as they lie there. Raises Fault for those that nobody wrote, or another warp has just written."""

@@ -22,6 +22,7 @@ def step(m: Threads, each: Instruction) -> Step:
         "mma": together.matrices,
         "bar": together.barrier,
         "ldmatrix": access.load_matrices,
+        "cp": access.copy,
     }
     what = each.name[0]
     if what in special:

@@ -39,6 +39,7 @@ class Threads:
         """A block, with so many bytes of shared memory."""
         self.special["%ctaid.x"][:] = block
         self.shared = Shared(shared)
+        self.coming: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # asked for: by which threads, where to, what
         self.at = np.where(self.lane < self.asked, 0, NOWHERE).astype(np.int32)
         self.waits = np.zeros(self.threads, bool)
         self.joined: Step | None = None  # what all that wait come to know

@@ -45,6 +45,15 @@ EARLY = SOME + "@%p1 bra $L__A;\nret;\n$L__A:\n"  # the second warp is no whole 
 SUMS = "{%f0, %f1, %f2, %f3}"
 PRODUCT = f"mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {SUMS}, {SUMS}, {{%f0, %f1}}, {SUMS};"
 WRITE = "st.shared.u32 [%r4], %r1;\n"
+ASK = """
+shl.b32 %r5, %r1, 4;
+add.s32 %r6, %r3, %r5;
+mul.wide.u32 %rd5, %r1, 16;
+add.s64 %rd5, %rd2, %rd5;
+mov.u32 %r7, 16;
+cp.async.cg.shared.global [%r6], [%rd5], 16, %r7;
+"""
+ARRIVED = "cp.async.wait_all;\n"
 
 
 @pytest.mark.parametrize(
@@ -67,6 +76,12 @@ WRITE = "st.shared.u32 [%r4], %r1;\n"
         ("setp.lt.u32 %p1, %r1, 32;\n@%p1 bra $L__A;\nret;\n$L__A:\n" + MEET, "ended"),
         ("setp.lt.u32 %p1, %r1, 32;\n@%p1 bra $L__A;\n" + MEET + "ret;\n$L__A:\n" + MEET, "different barriers"),
         ("trap;", "a trap"),
+        (ASK + "ld.shared.u32 %r8, [%r6];", "not arrived"),
+        (ASK + MEET + "ld.shared.u32 %r8, [%r6];", "not arrived"),
+        (ASK + ARRIVED + "xor.b32 %r8, %r6, 512;\nld.shared.u32 %r9, [%r8];", "a race"),  # of the other warp, at once
+        (WRITE + "ld.shared.u32 %r8, [%r4];\n" + ASK, "a race"),
+        (ASK.replace("[%rd5]", "[%rd5+8]"), "not aligned"),
+        (ASK.replace("mov.u32 %r7, 16", "mov.u32 %r7, 4"), "a part"),
     ],
 )
 def test_what_a_kernel_must_not_do_is_seen(body, said):
@@ -150,6 +165,20 @@ def test_matrices_come_by_rows_whose_places_lanes_give():
         row = n // 32 * 32 + 31 - (8 + n % 32 // 4)
         assert to[n] == 4 * row + (3 if n % 4 == 3 else 0)
     assert machine.counts["wavefronts"] == 2 * 4 + 2 * 4
+
+
+def test_what_was_asked_for_is_there_once_it_was_waited_for():
+    """Each thread reads what the other warp asked for; odd ones ask for zeros."""
+    to, machine = run(
+        "st.global.u32 [%rd4], 7;\nst.global.u32 [%rd4+256], 8;\nst.global.u32 [%rd4+512], 9;\nbar.sync 0;\n"
+        + ASK.replace("mov.u32 %r7, 16;", "and.b32 %r7, %r1, 1;\nxor.b32 %r7, %r7, 1;\nshl.b32 %r7, %r7, 4;")
+        + ARRIVED
+        + MEET
+        + "xor.b32 %r8, %r6, 512;\nld.shared.u32 %r9, [%r8];\nst.global.u32 [%rd4], %r9;"
+    )
+    asked = np.arange(64) ^ 32
+    assert to[:64].tolist() == [0 if n % 2 else 7 + n // 16 if n < 48 else 3 * 64 + 4 * (n - 48) for n in asked]
+    assert machine.counts["cp"] == 4 and machine.counts["wavefronts"] == 8 + 8
 
 
 @pytest.mark.parametrize("how, wanted", [("or", 1), ("and", 0)])
