@@ -43,21 +43,20 @@ struct Backward : Products<WARPS, HALF, true> {
             Base::plain(own.G, place, warp, [&](int64_t at, float &x) { x = dend[at]; });
         });
         for (int64_t segment = s.segments(KEEP) - 1; segment >= 0; segment--) {
-            const int64_t begin = segment * KEEP, end = s.T < begin + KEEP ? s.T : begin + KEEP;
-            const int chunks = static_cast<int>(end - begin + C - 1) / C;
+            const int64_t begin = segment * KEEP;
+            const int tokens = s.T - begin < KEEP ? static_cast<int>(s.T - begin) : KEEP, chunks = (tokens + C - 1) / C;
             recall(team, kept + (block * s.segments(KEEP) + segment) * ROWS * N);
             // forward through all chunks but the last, then back through all
             for (int job = 0; job < 2 * chunks - 1; job++) {
                 const bool back = job >= chunks - 1;
                 const int chunk = back ? 2 * chunks - 2 - job : job;
                 float *state = states + chunk * ROWS * N;
-                if (job < chunks) {
-                    team.alone([&](int warp, Own &own) { Base::keep(own.S, state, warp); });
-                }
-                const int next = !back ? chunk + 1 : chunk ? chunk - 1 : -KEEP / C;
-                const Ahead ahead = {this->whole(begin + next * C), job + 1 >= chunks - 1 && next >= 0};
-                const bool first = end == s.T && job == 0;
-                through(team, shared, place, {begin + chunk * C, back, first, state}, ahead);
+                if (!back) keep(team, state);
+                const int next = !back ? chunk + 1 : chunk - 1;
+                const Ahead ahead = {next < 0 ? this->whole(begin - KEEP) : Base::part(begin, tokens, next),
+                                     job + 1 >= chunks - 1 && next >= 0};
+                const bool first = job == 0 && begin + KEEP >= s.T;
+                through(team, shared, place, {Base::part(begin, tokens, chunk), back, first, job == chunks - 1, state}, ahead);
             }
         }
         team.warps([&](int warp, Own &own) {
@@ -69,11 +68,16 @@ struct Backward : Products<WARPS, HALF, true> {
         team.alone([&](int warp, Own &own) { Base::recall(own.S, from, warp); });
     }
 
-    // a chunk that the state, or its gradient, goes through: whether it is the first of all, and where its state lies
+    ON_GPU void keep(Threads &team, float *to) const {
+        team.alone([&](int warp, Own &own) { Base::keep(own.S, to, warp); });
+    }
+
+    // a chunk that the state, or its gradient, goes through: whether it is the first of all, whether the state is that
+    // before it already, and where that lies, or is to
     struct Job {
-        int64_t t;
-        bool back, first;
-        const float *state;
+        Window whole;
+        bool back, first, here;
+        float *state;
     };
 
     // the chunk that comes next, and whether it is to be gone back through
@@ -85,20 +89,20 @@ struct Backward : Products<WARPS, HALF, true> {
     // The state, or its gradient, goes through a chunk. In pieces: for each gradient first the state once more up to
     // there.
     ON_GPU void through(Threads &team, float *shared, const Place &place, Job job, Ahead ahead) const {
-        const Window whole = this->whole(job.t);
-        const void *more = job.back ? dy : nullptr;
+        const Window whole = job.whole;
         unsigned pieces = 0;
         for (int goal = 0, n = 0; goal >= 0;) {
             const Window at = Base::piece(whole, pieces, n);
-            if (job.back && n == 0) recall(team, job.state);
+            if (job.back && n == 0 && (pieces || !job.here)) recall(team, job.state);
             if (HALF && (job.first || pieces))
                 team.warps([&](int warp, Own &) {
-                    this->ask(shared + STAGE, place, at, more, warp);
+                    this->ask(shared + STAGE, place, at, job.back ? dy : nullptr, warp);
                     arrived();
                 });
-            const bool steep = this->load(team, shared, shared + STAGE, place, at, more);
+            const bool steep = this->load(team, shared, shared + STAGE, place, at, dy, job.back);
             if (steep && !pieces && whole.count > 1) {
                 pieces = this->pieces(team, place, whole), goal = Base::count(pieces) - 1;
+                if (job.here) keep(team, job.state);
                 continue;
             }
             const bool now = job.back && n == goal, last = n == goal && (goal == 0 || !job.back);
@@ -137,9 +141,10 @@ struct Backward : Products<WARPS, HALF, true> {
         });
         team.warps([&](int warp, Own &own) {
             lanes([&](int g, int t, int l) {
+                const int lane = fresh(4 * g + t);
 #pragma unroll
                 for (int n = 0; n < 4 / WARPS; n++)
-                    this->read(own.again[l][n], place, at, Base::spot_of(warp + n * WARPS, 4 * g + t));
+                    this->read(own.again[l][n], place, at, Base::spot_of(warp + n * WARPS, lane));
             });
 #pragma unroll 1
             for (int which = warp; which < 4; which += WARPS) keys(shared, which / 2, which % 2);
@@ -147,16 +152,18 @@ struct Backward : Products<WARPS, HALF, true> {
         team.alone(ask);
         team.warps([&](int warp, Own &own) {
             lanes([&](int g, int t, int l) {
+                const int lane = fresh(4 * g + t);
 #pragma unroll
                 for (int n = 0; n < 4 / WARPS; n++)
-                    channels(shared, own.again[l][n].rakb, place, at, Base::spot_of(warp + n * WARPS, 4 * g + t));
+                    channels(shared, own.again[l][n].rakb, place, at, Base::spot_of(warp + n * WARPS, lane));
             });
         });
         team.warps([&](int warp, Own &own) {
             lanes([&](int g, int t, int l) {
+                const int lane = fresh(4 * g + t);
 #pragma unroll
                 for (int n = 0; n < 4 / WARPS; n++)
-                    decays(shared, own.again[l][n].w, place, at, Base::spot_of(warp + n * WARPS, 4 * g + t));
+                    decays(shared, own.again[l][n].w, place, at, Base::spot_of(warp + n * WARPS, lane));
             });
             arrived();
         });

@@ -59,7 +59,7 @@ struct Forward : Products<WARPS, HALF, false> {
                         this->ask(shared + STAGE, place, at, nullptr, warp);
                         arrived();
                     });
-                const bool steep = this->load(team, shared, shared + STAGE, place, at, nullptr);
+                const bool steep = this->load(team, shared, shared + STAGE, place, at, nullptr, true);
                 if (steep && !pieces && whole.count > 1) {
                     pieces = this->pieces(team, place, whole), count = Base::count(pieces), n = -1;
                     continue;

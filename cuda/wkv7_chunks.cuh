@@ -16,6 +16,7 @@ namespace {
 enum { R, W, K, V, A, B_ };       // bits of Sizes::halves
 constexpr float RATES = 0.52876637f;      // log2 of log2(e)
 constexpr float STEEP = 0.7f * LOG2E;     // a log2 decay below its negative (the soft clamp's are above) stands alone
+constexpr float NEVER = -1e4f;            // a w whose rate of decay is 0
 constexpr float STEEPEST = 36.0f * LOG2E; // a log2 decay below its negative counts as this: 2e-16 of the state
 
 // Tokens [t + first, t + first + count) of a chunk; all others of the 16 leave the state as it is.
@@ -76,6 +77,11 @@ struct Chunks : Tiles<WARPS_> {
     // the chunk at t; of none of the tokens if there are none
     ON_GPU Window whole(int64_t t) const {
         return {t, 0, t < 0 || t >= s.T ? 0 : static_cast<int>(s.T - t < C ? s.T - t : C)};
+    }
+
+    // chunk n of so many tokens from t on
+    ON_GPU static Window part(int64_t t, int tokens, int n) {
+        return {t + n * C, 0, tokens - n * C < C ? tokens - n * C : C};
     }
 
     // where channel x of the first token of a quarter lies
@@ -147,7 +153,8 @@ struct Chunks : Tiles<WARPS_> {
         if constexpr (!HALF) return;
         const auto from = [&](const void *tensor, int64_t first) { return static_cast<const uint16_t *>(tensor) + first; };
         lanes([&](int g, int t, int) {
-            for (int i = 32 * warp + 4 * g + t; i < C * N / 8; i += THREADS) {
+            const int thread = fresh(32 * warp + 4 * g + t);
+            for (int i = thread; i < C * N / 8; i += THREADS) {
                 const int token = i / (N / 8), x = i % (N / 8) * 8;
                 const bool none = !at.has(token);
                 const int64_t first = place.tokens.at(at.t + token) + x;
@@ -161,7 +168,7 @@ struct Chunks : Tiles<WARPS_> {
                 else
                     bring(to, from(w, 2 * first), none), bring(to + 4, from(w, 2 * first + 8), none);
             }
-            const int i = 32 * warp + 4 * g + t, token = i / (ROWS / 8), x = i % (ROWS / 8) * 8;
+            const int token = thread / (ROWS / 8), x = thread % (ROWS / 8) * 8;
             const int64_t first = place.tokens.at(at.t + token) + place.part * ROWS + x;
             bring(stage + staged_values(0, token, x), from(v, first), !at.has(token));
             if (BACK && more) bring(stage + staged_values(1, token, x), from(more, first), !at.has(token));
@@ -218,18 +225,19 @@ struct Chunks : Tiles<WARPS_> {
 
     // r a k b times their halves of the decay, v, and `more` (like v) go to shared memory, to eleven bits. The halves
     // meet in the middle of the chunk: there a state is multiplied by what is at MIDDLE, and at the end by LAST.
-    // What was asked for is read from `stage`. Gives whether a decay is steep.
+    // What was asked for is read from `stage`. The backward wants r, `more` and the sums only `with_r`. Gives whether a
+    // decay is steep.
     template <class Team>
     ON_GPU bool load(Team &team, float *shared, const float *stage, const Place &place, Window at,
-                     const void *more) const {
+                     const void *more, bool with_r) const {
         return team.any([&](int warp, auto &) {
             bool found = false;
             lanes([&](int g, int t, int) {
                 const int lane = 4 * g + t;
                 eight(shared + VT, stage, 0, v, 32 * warp + lane, place, at);
-                if (BACK && more) eight(shared + YT, stage, 1, more, 32 * warp + lane, place, at);
+                if (BACK && with_r) eight(shared + YT, stage, 1, more, 32 * warp + lane, place, at);
                 for (int which = warp; which < 4; which += WARPS)
-                    found |= quarter(shared, stage, place, at, spot_of(which, lane), !BACK || more);
+                    found |= quarter(shared, stage, place, at, spot_of(which, lane), with_r);
             });
             return found;
         });
@@ -282,7 +290,7 @@ struct Chunks : Tiles<WARPS_> {
             const Pair wide = wide_w(w[o]);
 #pragma unroll
             for (int e = 0; e < 2; e++)
-                to[o].x[e] = has >> o & 1 ? rate(wide.x[e]) : 0.0f, sum.x[e] += to[o].x[e];
+                to[o].x[e] = rate(has >> o & 1 ? wide.x[e] : NEVER), sum.x[e] += to[o].x[e];
         }
         return sum;
     }
@@ -305,7 +313,7 @@ struct Chunks : Tiles<WARPS_> {
     // Two channels of four tokens. The sums of log2 decays begin in the middle of the chunk: a quarter that does not
     // touch it wants those of the one between. Gives whether a decay is steep.
     ON_GPU bool quarter(float *shared, const float *stage, const Place &place, Window at, Spot spot,
-                        bool more) const {
+                        bool with_r) const {
         const int q = spot.q, x = spot.x;
         Factors asked;
         take(asked, stage, place, at, spot);
@@ -321,7 +329,7 @@ struct Chunks : Tiles<WARPS_> {
         }
         if (q == 0) pair(shared + MIDDLE + x) = {{power(-sums[0].x[0]), power(-sums[0].x[1])}};
         if (q == 3) pair(shared + LAST + x) = {{power(sums[4].x[0]), power(sums[4].x[1])}};
-        if (BACK && more) {
+        if (BACK && with_r) {
 #pragma unroll
             for (int o = 0; o < 5; o++)
                 if (o || !q) pair(shared + SUMS + (4 * q + o) * N + spread(x)) = sums[o];
@@ -330,12 +338,13 @@ struct Chunks : Tiles<WARPS_> {
         for (int i = 0; i < 4; i++)
 #pragma unroll
             for (int o = 0; o < 4; o++) in[i][o] = wide_of(asked.rakb[i][o]);
-        factors(shared, spot, in, sums, more);
+        factors(shared, spot, in, sums, with_r);
         return most > STEEP;
     }
 
-    // r a k b of four tokens, times the halves of the decay, to their places; r, and a transposed, if `more`
-    ON_GPU static void factors(float *shared, Spot spot, Pair (&in)[4][4], const Pair *sums, bool more) {
+    // r a k b of four tokens, times the halves of the decay, to their places; r, and in the backward a
+    // transposed, `with_r`
+    ON_GPU static void factors(float *shared, Spot spot, Pair (&in)[4][4], const Pair *sums, bool with_r) {
         const auto scaled = [](float sum) { return nearly(power(sum)); };
 #pragma unroll
         for (int e = 0; e < 2; e++) {
@@ -350,12 +359,12 @@ struct Chunks : Tiles<WARPS_> {
         const int q = spot.q, x = spot.x;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            if (i == 0 && !more) continue;
+            if (i == 0 && !with_r) continue;
             float *lines = shared + RT + i * C * LINE;
             const int even = line(4 * q, x), odd = line(4 * q, x + 1);
 #pragma unroll
             for (int o = 0; o < 4; o++) lines[even + o * LINE] = in[i][o].x[0], lines[odd + o * LINE] = in[i][o].x[1];
-            if (i < 2 && !(BACK && more)) continue;
+            if (i < 2 && !(BACK && with_r)) continue;
             float *columns = shared + (i == 0 ? RC : i == 1 ? AC : i == 2 ? KC : BC);
 #pragma unroll
             for (int e = 0; e < 2; e++)

@@ -33,9 +33,10 @@ struct Products : Chunks<WARPS_, HALF, BACK> {
 #pragma unroll
             for (int n = 0; n < 2; n++) multiply(sums[i % 2][n], one, half_of(both, n));
         }
+        lanes([&](int g_, int t_, int l) {
+            const int lane = fresh(4 * g_ + t_), g = lane / 4, t = lane % 4;
 #pragma unroll
-        for (int n = 0; n < 2; n++)
-            lanes([&](int g, int t, int l) {
+            for (int n = 0; n < 2; n++)
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     Pair found;
@@ -48,7 +49,7 @@ struct Products : Chunks<WARPS_, HALF, BACK> {
                     }
                     if (wanted.plain) pair(to + spot(g + 8 * h, 8 * n + 2 * t)) = found;
                 }
-            });
+        });
     }
 
     // the first four of eight numbers of a token, or the last
@@ -188,7 +189,7 @@ struct Products : Chunks<WARPS_, HALF, BACK> {
     ON_GPU void give(void *to, const float *from, int warp, const Place &place, Window at) const {
         lanes_meet();
         lanes([&](int g, int t, int) {
-            const int lane = 4 * g + t, o = lane / 2, x = warp * 16 + lane % 2 * 8;
+            const int lane = fresh(4 * g + t), o = lane / 2, x = warp * 16 + lane % 2 * 8;
             if (!at.has(o)) return;
             const Quad found[2] = {quad(from + wide(o, x)), quad(from + wide(o, x) + 4)};
             const int64_t first = place.tokens.at(at.t + o) + place.part * ROWS + x;
