@@ -44,19 +44,18 @@ struct Backward : Products<WARPS, HALF, true> {
         });
         for (int64_t segment = s.segments(KEEP) - 1; segment >= 0; segment--) {
             const int64_t begin = segment * KEEP;
-            const int tokens = s.T - begin < KEEP ? static_cast<int>(s.T - begin) : KEEP, chunks = (tokens + C - 1) / C;
+            const int tokens = fresh(s.T - begin < KEEP ? static_cast<int>(s.T - begin) : KEEP);
+            const int last = (tokens - 1) / C;
             recall(team, kept + (block * s.segments(KEEP) + segment) * ROWS * N);
             // forward through all chunks but the last, then back through all
-            for (int job = 0; job < 2 * chunks - 1; job++) {
-                const bool back = job >= chunks - 1;
-                const int chunk = back ? 2 * chunks - 2 - job : job;
+            for (int left = last; left >= -last; left--) {
+                const int chunk = last - (left < 0 ? -left : left), next = left > 0 ? chunk + 1 : chunk - 1;
                 float *state = states + chunk * ROWS * N;
-                if (!back) keep(team, state);
-                const int next = !back ? chunk + 1 : chunk - 1;
+                if (left > 0) keep(team, state);
                 const Ahead ahead = {next < 0 ? this->whole(begin - KEEP) : Base::part(begin, tokens, next),
-                                     job + 1 >= chunks - 1 && next >= 0};
-                const bool first = job == 0 && begin + KEEP >= s.T;
-                through(team, shared, place, {Base::part(begin, tokens, chunk), back, first, job == chunks - 1, state}, ahead);
+                                     left <= 1 && next >= 0};
+                const bool first = left == last && begin + KEEP >= s.T;
+                through(team, shared, place, {Base::part(begin, tokens, chunk), left <= 0, first, left == 0, state}, ahead);
             }
         }
         team.warps([&](int warp, Own &own) {

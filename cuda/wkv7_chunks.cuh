@@ -141,12 +141,16 @@ struct Chunks : Tiles<WARPS_> {
 
     // Where eight numbers from x on lie at STAGE, in fours of 16 bytes: of a token of r a k b, and of w in fp32.
     ON_GPU static constexpr int staged(int which, int token, int x) {
-        return ((which * C + token) * N + (x ^ (token & 4) * 4)) / 2;
+        return (which * C + token) * (N / 2) + (x >> 1 ^ (token & 4) * 2);
     }
     ON_GPU static constexpr int staged_w(int token, int x) { return 2 * C * N + token * N + spread(x); }
     ON_GPU static constexpr int staged_values(int which, int token, int x) {
-        return 3 * C * N + ((which * C + token) * ROWS + x) / 2;
+        return 3 * C * N + (which * C + token) * (ROWS / 2) + (x >> 1);
     }
+
+    // of eight values that a thread has, the token and the first one
+    ON_GPU static int row_of(unsigned thread) { return thread / (ROWS / 8); }
+    ON_GPU static int value_of(unsigned thread) { return thread % (ROWS / 8) * 8; }
 
     // Asks for all that `load` wants of a window, and of `more`, if there is such (like v), if it can wait at STAGE.
     ON_GPU void ask(float *stage, const Place &place, Window at, const void *more, int warp) const {
@@ -154,8 +158,9 @@ struct Chunks : Tiles<WARPS_> {
         const auto from = [&](const void *tensor, int64_t first) { return static_cast<const uint16_t *>(tensor) + first; };
         lanes([&](int g, int t, int) {
             const int thread = fresh(32 * warp + 4 * g + t);
-            for (int i = thread; i < C * N / 8; i += THREADS) {
-                const int token = i / (N / 8), x = i % (N / 8) * 8;
+#pragma unroll
+            for (int i = 0; i < C * N / 8; i += THREADS) {
+                const int token = static_cast<unsigned>(thread + i) / (N / 8), x = thread % (N / 8) * 8;
                 const bool none = !at.has(token);
                 const int64_t first = place.tokens.at(at.t + token) + x;
                 bring(stage + staged(0, token, x), from(r, first), none);
@@ -168,7 +173,7 @@ struct Chunks : Tiles<WARPS_> {
                 else
                     bring(to, from(w, 2 * first), none), bring(to + 4, from(w, 2 * first + 8), none);
             }
-            const int token = thread / (ROWS / 8), x = thread % (ROWS / 8) * 8;
+            const int token = row_of(thread), x = value_of(thread);
             const int64_t first = place.tokens.at(at.t + token) + place.part * ROWS + x;
             bring(stage + staged_values(0, token, x), from(v, first), !at.has(token));
             if (BACK && more) bring(stage + staged_values(1, token, x), from(more, first), !at.has(token));
@@ -246,7 +251,7 @@ struct Chunks : Tiles<WARPS_> {
     // eight values of a token each thread
     ON_GPU void eight(float *to, const float *stage, int which, const void *from, int thread, const Place &place,
                       Window at) const {
-        const int o = thread / (ROWS / 8), x = thread % (ROWS / 8) * 8;
+        const int o = row_of(thread), x = value_of(thread);
         Quad found[2] = {};
         if constexpr (HALF) {
             uint32_t words[4];
