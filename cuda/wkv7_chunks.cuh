@@ -145,12 +145,8 @@ struct Chunks : Tiles<WARPS_> {
     }
     ON_GPU static constexpr int staged_w(int token, int x) { return 2 * C * N + token * N + spread(x); }
     ON_GPU static constexpr int staged_values(int which, int token, int x) {
-        return 3 * C * N + (which * C + token) * (ROWS / 2) + (x >> 1);
+        return 3 * C * N + (which * C + token) * (ROWS / 2) + (x >> 1 ^ (token & 1) * (ROWS / 4));
     }
-
-    // of eight values that a thread has, the token and the first one
-    ON_GPU static int row_of(unsigned thread) { return thread / (ROWS / 8); }
-    ON_GPU static int value_of(unsigned thread) { return thread % (ROWS / 8) * 8; }
 
     // Asks for all that `load` wants of a window, and of `more`, if there is such (like v), if it can wait at STAGE.
     ON_GPU void ask(float *stage, const Place &place, Window at, const void *more, int warp) const {
@@ -167,13 +163,14 @@ struct Chunks : Tiles<WARPS_> {
                 bring(stage + staged(1, token, x), from(a, first), none);
                 bring(stage + staged(2, token, x), from(k, first), none);
                 bring(stage + staged(3, token, x), from(b, first), none);
-                float *to = stage + staged_w(token, x);
-                if (s.half(W))
-                    bring(to, from(w, first), none);
-                else
-                    bring(to, from(w, 2 * first), none), bring(to + 4, from(w, 2 * first + 8), none);
+                if (s.half(W)) {
+                    bring(stage + staged_w(token, x), from(w, first), none);
+                } else {  // lanes beside each other ask for what lies beside each other
+                    bring(stage + staged_w(token, x / 2), from(w, 2 * first - x), none);
+                    bring(stage + staged_w(token, N / 2 + x / 2), from(w, 2 * first - x + N), none);
+                }
             }
-            const int token = row_of(thread), x = value_of(thread);
+            const int token = static_cast<unsigned>(thread) / (ROWS / 8), x = thread % (ROWS / 8) * 8;
             const int64_t first = place.tokens.at(at.t + token) + place.part * ROWS + x;
             bring(stage + staged_values(0, token, x), from(v, first), !at.has(token));
             if (BACK && more) bring(stage + staged_values(1, token, x), from(more, first), !at.has(token));
@@ -248,25 +245,26 @@ struct Chunks : Tiles<WARPS_> {
         });
     }
 
-    // eight values of a token each thread
-    ON_GPU void eight(float *to, const float *stage, int which, const void *from, int thread, const Place &place,
+    // twice four values of a token each thread
+    ON_GPU void eight(float *to, const float *stage, int which, const void *from, unsigned thread, const Place &place,
                       Window at) const {
-        const int o = row_of(thread), x = value_of(thread);
-        Quad found[2] = {};
-        if constexpr (HALF) {
-            uint32_t words[4];
-            memcpy(words, &quad(stage + staged_values(which, o, x)), 16);
+        const int o = thread / (ROWS / 8);
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const Pair two = wide_of(words[i]);
-                found[i / 2].x[i % 2 * 2] = two.x[0], found[i / 2].x[i % 2 * 2 + 1] = two.x[1];
+        for (int h = 0; h < 2; h++) {
+            const int x = thread % (ROWS / 8) * 4 + h * (ROWS / 2);
+            Quad found = {};
+            if constexpr (HALF) {
+                uint32_t words[2];
+                memcpy(words, &pair(stage + staged_values(which, o, x)), 8);
+                const Pair first = wide_of(words[0]), second = wide_of(words[1]);
+                found = {{first.x[0], first.x[1], second.x[0], second.x[1]}};
+            } else if (at.has(o)) {
+                const int64_t first = place.tokens.at(at.t + o) + place.part * ROWS + x;
+#pragma unroll
+                for (int i = 0; i < 4; i++) found.x[i] = tf32(get(from, first + i, s.half(V)));
             }
-        } else if (at.has(o)) {
-            const int64_t first = place.tokens.at(at.t + o) + place.part * ROWS + x;
-#pragma unroll
-            for (int i = 0; i < 8; i++) found[i / 4].x[i % 4] = tf32(get(from, first + i, s.half(V)));
+            quad(to + wide(o, x)) = found;
         }
-        quad(to + wide(o, x)) = found[0], quad(to + wide(o, x) + 4) = found[1];
     }
 
     // what `read` reads, or what was asked for

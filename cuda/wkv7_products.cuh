@@ -189,7 +189,7 @@ struct Products : Chunks<WARPS_, HALF, BACK> {
     ON_GPU void give(void *to, const float *from, int warp, const Place &place, Window at) const {
         lanes_meet();
         lanes([&](int g, int t, int) {
-            const int lane = fresh(4 * g + t), o = lane / 2, x = warp * 16 + lane % 2 * 8;
+            const int lane = fresh(4 * g + t), o = lane % 16, x = warp * 16 + lane / 16 * 8;
             if (!at.has(o)) return;
             const Quad found[2] = {quad(from + wide(o, x)), quad(from + wide(o, x) + 4)};
             const int64_t first = place.tokens.at(at.t + o) + place.part * ROWS + x;
