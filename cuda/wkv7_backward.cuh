@@ -16,9 +16,11 @@ struct Backward : Products<WARPS, HALF, true> {
     using Place = typename Base::Place;
     using Spot = typename Base::Spot;
     using Couple = typename Base::Couple;
+    using Factors = typename Base::Factors;
+    static constexpr int AHEAD = WARPS > 1 ? 4 / WARPS : 1;  // a warp alone has no registers for all that it has to do
     struct Own {
         Sum S[N / 8], G[N / 8];
-        typename Base::Factors again[LANES][4 / WARPS];  // of the chunk, for the gradients of its decays
+        typename Base::Factors again[LANES][AHEAD];  // of the chunk, for the gradients of its decays
     };
     using Threads = Team<Own, WARPS>;
     static constexpr int UT = SUMS + (C + 1) * N, ZT = UT + C * WIDE, DV = ZT + C * WIDE;
@@ -139,32 +141,33 @@ struct Backward : Products<WARPS, HALF, true> {
             }
         });
         team.warps([&](int warp, Own &own) {
-            lanes([&](int g, int t, int l) {
-                const int lane = fresh(4 * g + t);
-#pragma unroll
-                for (int n = 0; n < 4 / WARPS; n++)
-                    this->read(own.again[l][n], place, at, Base::spot_of(warp + n * WARPS, lane));
-            });
+            if (WARPS > 1) turns(warp, own, [&](Spot spot, Factors &again) { this->read(again, place, at, spot); });
 #pragma unroll 1
             for (int which = warp; which < 4; which += WARPS) keys(shared, which / 2, which % 2);
         });
         team.alone(ask);
         team.warps([&](int warp, Own &own) {
-            lanes([&](int g, int t, int l) {
-                const int lane = fresh(4 * g + t);
-#pragma unroll
-                for (int n = 0; n < 4 / WARPS; n++)
-                    channels(shared, own.again[l][n].rakb, place, at, Base::spot_of(warp + n * WARPS, lane));
+            turns(warp, own, [&](Spot spot, Factors &again) {
+                if (WARPS == 1) this->read(again, place, at, spot);
+                channels(shared, again.rakb, place, at, spot);
             });
         });
         team.warps([&](int warp, Own &own) {
-            lanes([&](int g, int t, int l) {
-                const int lane = fresh(4 * g + t);
-#pragma unroll
-                for (int n = 0; n < 4 / WARPS; n++)
-                    decays(shared, own.again[l][n].w, place, at, Base::spot_of(warp + n * WARPS, lane));
+            turns(warp, own, [&](Spot spot, Factors &again) {
+                if (WARPS == 1) this->read(again, place, at, spot);
+                decays(shared, again.w, place, at, spot);
             });
             arrived();
+        });
+    }
+
+    // f(spot, what is read of it) for all of a warp's
+    template <class F>
+    ON_GPU static void turns(int warp, Own &own, F f) {
+        lanes([&](int g, int t, int l) {
+            const int lane = fresh(4 * g + t);
+#pragma unroll(AHEAD)
+            for (int n = 0; n < 4 / WARPS; n++) f(Base::spot_of(warp + n * WARPS, lane), own.again[l][n % AHEAD]);
         });
     }
 
