@@ -165,9 +165,8 @@ struct Backward : Products<WARPS, HALF, true> {
     template <class F>
     ON_GPU static void turns(int warp, Own &own, F f) {
         lanes([&](int g, int t, int l) {
-            const int lane = fresh(4 * g + t);
 #pragma unroll(AHEAD)
-            for (int n = 0; n < 4 / WARPS; n++) f(Base::spot_of(warp + n * WARPS, lane), own.again[l][n % AHEAD]);
+            for (int n = 0; n < 4 / WARPS; n++) f(Base::spot_of(warp + n * WARPS, 4 * g + t), own.again[l][n % AHEAD]);
         });
     }
 
