@@ -159,9 +159,9 @@ int wkv7_chunks_backward(const int64_t *z, int64_t stream, const void *r, const 
     if (z[3] != N || !wide(kept, room)) return -1;
     return chosen(z, {r, w, k, v, a, b, dy, dr, dw, dk, dv, da, db}, [&](auto, auto backward) {
         using Kernel = decltype(backward);
-        return launch(Kernel{{{{{{z[0], z[1], z[2], z[3], z[4]}}, r, w, k, v, a, b}}, kept, dy, dend, dr, dw, dk, dv,
-                              da, db, dstart, room}},
-                      z[0] * z[2] * z[5], stream);
+        const Kernel kernel{{{{{{{z[0], z[1], z[2], z[3], z[4]}}, r, w, k, v, a, b}}, dr, dw, dk, dv, da, db},
+                             kept, dy, dend, dstart, room}};
+        return launch(kernel, z[0] * z[2] * z[5], stream);
     });
 }
 

@@ -89,7 +89,9 @@ class Shared:
             raise Fault(f"{size} bytes at {int(at.max())} of {self.size} of shared memory, or not aligned")
         for n in range(max(1, size // WORD)):
             if self.coming[at // WORD + n].any():
-                raise Fault(f"word {_one(at // WORD + n, self.coming[at // WORD + n])} of shared memory has not arrived")
+                raise Fault(
+                    f"word {_one(at // WORD + n, self.coming[at // WORD + n])} of shared memory has not arrived"
+                )
         return at // WORD
 
     def ask(self, at: np.ndarray, size: int, warps: np.ndarray) -> None:
