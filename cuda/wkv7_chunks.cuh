@@ -348,14 +348,14 @@ struct Chunks : Tiles<WARPS_> {
     // r a k b of four tokens, times the halves of the decay, to their places; r, and in the backward a
     // transposed, `with_r`
     ON_GPU static void factors(float *shared, Spot spot, Pair (&in)[4][4], const Pair *sums, bool with_r) {
-        const auto scaled = [](float sum) { return nearly(power(sum)); };
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-            float before = scaled(sums[0].x[e]);
+            float before = power(sums[0].x[e]);
 #pragma unroll
             for (int o = 0; o < 4; o++) {
-                const float after = scaled(sums[o + 1].x[e]), less = scaled(-sums[o + 1].x[e]);
-                in[0][o].x[e] *= after, in[1][o].x[e] *= before, in[2][o].x[e] *= less, in[3][o].x[e] *= less;
+                const float after = power(sums[o + 1].x[e]), less = power(-sums[o + 1].x[e]);
+                in[0][o].x[e] = tf32(in[0][o].x[e] * after), in[1][o].x[e] = tf32(in[1][o].x[e] * before);
+                in[2][o].x[e] = tf32(in[2][o].x[e] * less), in[3][o].x[e] = tf32(in[3][o].x[e] * less);
                 before = after;
             }
         }
