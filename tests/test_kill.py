@@ -391,12 +391,22 @@ def test_told_to_stop_it_ends_soon_and_keeps_all(cases, tmp_path, name, number):
         assert f"going on after step {steps} of {steps}" in said
 
 
+def killed_between_points(case, folder: Path) -> tuple[Path, list[Path]]:
+    """A run that was killed late, while no resume point was being written: its folder, and two points or more."""
+    for percent in range(85, 30, -5):
+        out = folder / f"{percent}"
+        assert case.run(out, events=[percent * case.moments // 100])["status"] == -signal.SIGKILL
+        points = sorted((out / "checkpoints").glob("step-*.safetensors"))
+        whole = [point for point in points if point.with_suffix(".json").exists()]
+        if len(whole) > 1 and whole == points:
+            return out, points
+    raise AssertionError("there never were two points")
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "gone", "card"])
 def test_a_damaged_newest_point_falls_back_to_the_one_before_and_says_so(cases, tmp_path, damage):
     case = cases("pretrain")
-    killed = case.run(tmp_path, events=[int(0.85 * case.moments)])
-    assert killed["status"] == -signal.SIGKILL
-    points = sorted((tmp_path / "checkpoints").glob("step-*.safetensors"))
+    out, points = killed_between_points(case, tmp_path)
     newest, raw = points[-1], bytearray(points[-1].read_bytes())
     raw[len(raw) // 2] ^= 4
     if damage == "gone":
@@ -406,7 +416,7 @@ def test_a_damaged_newest_point_falls_back_to_the_one_before_and_says_so(cases, 
         card.write_text(card.read_text().replace('"step": ', '"step": 1', 1))
     else:
         newest.write_bytes({"flip": bytes(raw), "cut": raw[: len(raw) // 2], "empty": b""}[damage])
-    said = case.same(tmp_path, damage)
+    said = case.same(out, damage)
     assert "damaged" in said and f"resume point {newest.stem} is removed" in said
     assert f"going on after step {int(points[-2].stem[5:])} of" in said
 
@@ -485,13 +495,12 @@ def test_a_file_that_may_not_be_read_is_one_line(cases, ground, tmp_path, name):
 
 def test_a_resume_point_that_may_not_be_read_is_not_thrown_away(cases, tmp_path):
     case = cases("pretrain")
-    case.run(tmp_path, events=[int(0.85 * case.moments)])
-    newest = sorted((tmp_path / "checkpoints").glob("step-*.safetensors"))[-1]
+    out, (*_, newest) = killed_between_points(case, tmp_path)
     newest.chmod(0)
-    refused = case.run(tmp_path, humble=True)
+    refused = case.run(out, humble=True)
     assert refused["status"] == 2 and str(newest) in error(refused["said"])
     newest.chmod(0o644)
-    assert f"going on after step {int(newest.stem[5:])} of" in case.same(tmp_path, "rights")
+    assert f"going on after step {int(newest.stem[5:])} of" in case.same(out, "rights")
 
 
 @pytest.mark.slow
