@@ -208,10 +208,12 @@ def test_what_a_card_refuses_is_an_error(monkeypatch):
         wkv7(*made("wkv7", 1, 3, 1, 8))
 
 
-def test_a_card_that_refuses_the_first_kernel_computes_by_chunks(host_library, monkeypatch):
-    cpu = torch.device("cpu")
-    assert gpu.tried(host_library, cpu) == 0
-    status = gpu.tried(Refusing(), cpu)
+def test_a_first_kernel_is_tried(on_host):
+    assert gpu.tried(on_host, torch.device("cpu")) == 0
+
+
+def test_a_card_that_refuses_the_first_kernel_computes_by_chunks(monkeypatch):
+    status = gpu.tried(Refusing(), torch.device("cpu"))
     monkeypatch.delenv("RWKVPIPE_KERNELS", raising=False)
     monkeypatch.setattr(gpu, "target", lambda device: "sm_90")
     monkeypatch.setattr(gpu, "compiled", lambda target: ("path", "nvcc"))
