@@ -5,7 +5,7 @@ import os
 import subprocess
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -79,11 +79,14 @@ class Card:
         )
         self._told = kind(self._launched)
 
+    def names(self) -> dict[str, Callable]:
+        """What takes the place of names of kernel/gpu.py."""
+        return {"at_hand": lambda device: (self.library, "on paper"), "_started": self.start}
+
     @contextmanager
     def computes(self) -> Iterator[None]:
         """Inside, tensors on the CPU go where those on a card would go, to the code that nvcc made for one."""
-        library = mock.patch.object(gpu, "at_hand", lambda device: (self.library, "on paper"))
-        with library, mock.patch.object(gpu, "_started", self.start):
+        with mock.patch.multiple(gpu, **self.names()):
             yield
 
     def start(self, library: ctypes.CDLL, function: str, sizes: Sequence[int], *given) -> int:
