@@ -18,7 +18,7 @@ slow: .venv/test
 large: .venv/test
 	$(BIN)/python -m pytest -q -s -m large
 
-# the GPU's kernels as nvcc makes them, instruction by instruction: an hour
+# the GPU's kernels as nvcc makes them, instruction by instruction: ten minutes
 paper: .venv/test
 	$(PYTEST) --paper -m "not gpu" tests/kernel/test_gpu.py tests/kernel/test_passes.py
 
