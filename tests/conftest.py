@@ -24,7 +24,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 def pytest_addoption(parser):
     """What is tested in more than one way."""
-    parser.addoption("--paper", action="store_true", help="the GPU's kernels as nvcc makes them, run here (ten minutes)")
+    parser.addoption("--paper", action="store_true", help="the GPU's kernels as nvcc makes them, run here: ten minutes")
 
 
 @pytest.fixture(scope="session")
