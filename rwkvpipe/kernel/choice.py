@@ -117,7 +117,7 @@ def _timed(sizes: list[int], ways: list[str], dtype: torch.dtype | None) -> dict
     draw, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
     x, y, matrix = (torch.randn(n, m, generator=draw) for n, m in ((ROWS, narrow), (ROWS, wide), (wide, narrow)))
     spent: dict[str, list[float]] = {way: [] for way in ways}
-    how = {way: Products(dtype, *(way == name for name in ("bf16", "own", "whole"))) for way in ways}
+    how = {way: Products.by(way, dtype) for way in ways}
     torch.set_num_threads(1)
     try:
         for _ in range(ROUNDS):

@@ -68,7 +68,12 @@ class Products:
         """The fastest on a device."""
         if device.type != "cpu" or dtype != torch.bfloat16:
             return cls(dtype, True, chosen() == "own")
-        return cls(dtype, *(chosen() == name for name in ("bf16", "own", "whole")))
+        return cls.by(chosen(), dtype)
+
+    @classmethod
+    def by(cls, name: str | None, dtype: torch.dtype | None) -> "Products":
+        """Those of the processor that `choose` names so."""
+        return cls(dtype, *(name == each for each in ("bf16", "own", "whole")))
 
     @property
     def of_steps(self) -> "Products":
@@ -114,7 +119,8 @@ class Products:
     def _multiplied(self, into: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
         if build.native(a, b):
             return _multiply(a, b, into, add=add, whole=self.whole)
-        return into.copy_(evened(a, -1) @ evened(b, 0) + into * add if add else evened(a, -1) @ evened(b, 0))
+        found = evened(a, -1) @ evened(b, 0)
+        return into.add_(found) if add else into.copy_(found)
 
 
 def evened(x: Tensor, dim: int) -> Tensor:

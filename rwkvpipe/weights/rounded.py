@@ -84,11 +84,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, matrix):
         kind = x.device.type
-        ctx.matrix, ctx.given, ctx.how = (
-            matrix,
-            x.dtype,
-            asked() if kind == "cpu" and x.dtype != torch.float64 else None,
-        )
+        ctx.matrix, ctx.given = matrix, x.dtype
+        ctx.how = asked() if kind == "cpu" and x.dtype != torch.float64 else None
         ctx.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         with torch.autocast(kind, enabled=False):
             return _times(x, matrix.open().mT, ctx)
