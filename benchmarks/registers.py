@@ -15,9 +15,9 @@ from rwkvpipe.kernel import gpu
 
 REPORT = Path(__file__).resolve().parents[1] / "docs/gpu.json"
 # a kernel's line, and what follows it; names are as C++ has them in files: Forward, I5ShapeILi64EE, I3WayILl3ELi4EE (of
-# tensors 0 and 1 in bf16, four numbers at once; n1 for any) or ILi4EE
+# tensors 0 and 1 in bf16, four numbers at once; n1 for any), ILi4EE or ILb1ELi8EE (matrices in bf16, for eight rows)
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\w+)'(.*?)(?=Compiling entry function|\Z)", re.S)
-NAMED = re.compile(r"\d([A-Z][A-Za-z]*?)(?:I3WayILl(n?\d+)E|I5ShapeI|I|E)(?:Li(\d+)|E)")
+NAMED = re.compile(r"\d([A-Z][A-Za-z]*?)(?:I3WayILl(n?\d+)E|I5ShapeI|ILb(\d)E|I|E)(?:Li(\d+)|E)")
 # what the numbers in such names say of blend.cu, prepare.cu, finish.cu and loss.cu; others are all tensors in bf16
 KINDS = {"n1": "any kinds", "0": "fp32", "2": "fp32 to bf16", "263": "bf16, decays fp32"}
 FIGURES = {
@@ -42,9 +42,11 @@ def parsed(file: str, told: str) -> list[dict]:
     """What ptxas -v tells of each kernel."""
     found = []
     for name, target, said in ENTRY.findall(told):
-        kernel, kinds, width = NAMED.search(name).groups()
+        kernel, kinds, half, width = NAMED.search(name).groups()
         if kinds is not None:
             kernel, width = f"{kernel}, {KINDS.get(kinds, 'bf16')}", None
+        if half is not None:
+            kernel = f"{kernel}, matrices in {'bf16' if half == '1' else 'fp32'}"
         line = {"file": file, "kernel": kernel, "width": int(width or 0), "target": target}
         found.append(line | {figure: int(look.search(said)[1]) for figure, look in FIGURES.items()})
     return sorted(found, key=lambda line: (line["kernel"], line["width"]))
@@ -92,8 +94,9 @@ def table(found: dict) -> str:
 
 
 def _lines(kinds: Sequence[str], rows: dict[tuple, dict[str, str]]) -> list[str]:
-    head = [f"| registers | channels of a head | {' | '.join(kinds)} |", f"| --- | --- |{' --- |' * len(kinds)}"]
+    head = [f"| registers | channels of a head, rows | {' | '.join(kinds)} |", f"| --- | --- |{' --- |' * len(kinds)}"]
     for (file, kernel, width), row in rows.items():
         heads = f"64, {16 * width} rows a block" if kernel.startswith("Chunks") else f"up to {width}" if width else ""
+        heads += " rows" * kernel.startswith("Few")
         head.append(f"| {file}: {kernel} | {heads} | {' | '.join(row.get(kind, '') for kind in kinds)} |")
     return head

@@ -217,6 +217,8 @@ def plain(name: tuple[str, ...]) -> tuple[Callable, np.dtype, np.dtype]:
         return pick, of, of
     if of.kind == "f" and what in ("neg", "abs"):
         return (np.negative if what == "neg" else np.abs), of, of
+    if of.kind == "f" and what == "copysign":  # the sign of the first
+        return lambda a, b: np.copysign(b, a), of, of
     if what in ("mul", "mad") and "wide" in name:
         to = _wide(name)
         return lambda a, b, *c: a.astype(to) * b.astype(to) + (c[0] if c else to.type(0)), of, to

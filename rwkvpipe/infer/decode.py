@@ -74,7 +74,7 @@ class Decoder:
         names = ("emb.weight", "blocks.0.ln0.weight", "blocks.0.ln0.bias", "ln_out.weight", "ln_out.bias")
         self.fixed = self._words([parameters.get(name) for name in names])
         layers = range(config.n_layer)
-        self.vectors = self._words([_vector(parameters, n, name) for n in layers for name in form.vectors])
+        self.vectors = self._words([vector(parameters, n, name) for n in layers for name in form.vectors])
         names = [name and f"blocks.{n}.{name}" for n in layers for name in form.matrices]
         packed = [_packed(model, parameters, name, kind) for name in (*names, "head")]
         self.matrices = self._words([data for data, _ in packed])
@@ -106,7 +106,7 @@ def decoder(model: nn.Module) -> Decoder | None:
     return Decoder(model, kind_of(model))
 
 
-def _vector(parameters: dict[str, Tensor], layer: int, name: str) -> Tensor | None:
+def vector(parameters: dict[str, Tensor], layer: int, name: str) -> Tensor | None:
     """A layer's vector; layer 0 has no v0."""
     found = parameters.get(f"blocks.{layer}.{name.removeprefix('1 - ')}")
     return 1 - found if name.startswith("1 - ") else found

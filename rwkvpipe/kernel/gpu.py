@@ -34,6 +34,7 @@ KINDS = takes.EITHER
 DIVIDED = (0, 1, 2, 4, 5)  # gradients of r w k a b come from each part of a head
 _said: set[str] = set()
 _rough: ContextVar[bool] = ContextVar("rough", default=False)
+_over: ContextVar[bool] = ContextVar("over", default=False)
 
 
 def sources() -> list[Path]:
@@ -73,8 +74,8 @@ def loaded(path: Path) -> ctypes.CDLL:
     for operator in ("wkv7", "wkv7_chunks", "wkv6", "wkv6_chunks"):
         for floats in ("kept", "room"):
             getattr(library, f"{operator}_{floats}").restype = ctypes.c_int64
-    for sums in ("mix_sums", "lean_sums", "heads_sums"):
-        getattr(library, sums).restype = ctypes.c_int64
+    for floats in ("mix_sums", "lean_sums", "heads_sums", "step7_room"):
+        getattr(library, floats).restype = ctypes.c_int64
     return library
 
 
@@ -191,6 +192,16 @@ def roughly(rough: bool) -> Iterator[None]:
         _rough.reset(before)
 
 
+@contextmanager
+def over_states() -> Iterator[None]:
+    """Inside, what reads few tokens may write the state after them over the one before, where nothing is learnt."""
+    before = _over.set(True)
+    try:
+        yield
+    finally:
+        _over.reset(before)
+
+
 def against(v: Tensor) -> str | None:
     """Why values do not go to tensor cores, or None where they do."""
     if v.shape[-1] != TILED:
@@ -246,7 +257,8 @@ def _forward(ctx, name: str, tracked: bool, inputs: Sequence[Tensor], *more: int
     v, S = inputs[3], inputs[-1]
     ctx.operator, ctx.parts = way(name, v)
     ctx.sizes = _sizes(inputs[:-1], *more, ctx.parts)
-    y, after, kept = torch.empty_like(v), torch.empty_like(S), None
+    over = _over.get() and not tracked and ctx.operator == name  # token by token a thread writes what it has read
+    y, after, kept = torch.empty_like(v), S if over else torch.empty_like(S), None
     if tracked:
         kept = floats(f"{ctx.operator}_kept", ctx.sizes, v)
         ctx.save_for_backward(*inputs[:-1], kept)

@@ -146,5 +146,7 @@ def _check(function: str, place: Place, x: Tensor, count: int | None, device: to
 def _check_bits(function: str, names: str, bits: int, given: Mapping[str, Given]) -> None:
     for n, name in enumerate(names.removeprefix("/").split("/")):
         for x in [given[name]] if isinstance(given[name], Tensor) else given[name] or ():
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{function}: {name} are to be tensors, whose kind its sizes say")
             if bool(bits >> n & 1) != (x.dtype == torch.bfloat16):
                 raise TypeError(f"{function}: {name} is {x.dtype}, which its sizes deny")

@@ -10,6 +10,7 @@ from rwkvpipe.base.config import RwkvConfig, SamplingConfig
 from rwkvpipe.infer import graph, reading, slots
 from rwkvpipe.infer.engine import Engine
 from rwkvpipe.infer.graph import Chunks, Graphs, enough, graphs
+from rwkvpipe.infer.packed import keep
 from rwkvpipe.infer.reading import Reader
 from rwkvpipe.kernel import gpu
 from rwkvpipe.model.family import build
@@ -292,6 +293,28 @@ def test_a_card_s_graphs_give_what_its_kernels_give_one_by_one(family, caplog):
             logits, plain = network(ids[:, t : t + 1], plain)
             wanted.append(logits[:, -1])
         torch.testing.assert_close(torch.stack(found), torch.stack(wanted), atol=1e-4, rtol=1e-4)
+    assert "is not recorded" not in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("kind, tolerance", [("fp32", 1e-4), ("bf16", 3e-2)])
+@pytest.mark.parametrize("rows", [1, 5, 9])
+@torch.inference_mode()
+def test_a_card_writes_few_rows_by_kernels_of_their_own(kind, tolerance, rows, caplog):
+    network = build(RwkvConfig(n_layer=3, n_embd=192, head_size=64, vocab_size=257))
+    network.initialise(1)
+    network = network.eval().cuda()
+    keep(network, kind)
+    steps, ids = graphs(network), (torch.arange(rows * 9).view(rows, 9) % 257).cuda()
+    assert steps.few is not None
+    state, plain = network.start(rows, ids.device), network.start(rows, ids.device)
+    for t in range(9):
+        found = steps.step(ids[:, t], state)
+        logits, plain = network(ids[:, t : t + 1], plain)
+        assert float((found - logits[:, -1]).norm() / logits.norm()) < tolerance
+    for one, other in zip(parts(state), parts(plain), strict=True):
+        assert float((one - other).norm() / other.norm()) < tolerance
     assert "is not recorded" not in caplog.text
 
 

@@ -38,7 +38,8 @@ def fit(where, function):
     given = []
     for place, (many, count) in zip(places, counts, strict=True):
         each = torch.zeros(5 if count is None else count, dtype=place.dtype or torch.float32)
-        listed = build.words([each] * many) if many is not None and count is None else [each] * (many or 0)
+        told = many is not None and count is None and where == takes.CPU  # where they lie
+        listed = build.words([each] * many) if told else [each] * (many or 0)
         given.append(0.5 if not place.pointer else each if many is None else listed)
     return sizes, places, given
 

@@ -1,0 +1,211 @@
+"""A token of a few rows through a whole model by kernels of a card, built for the host: PyTorch's logits and states."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from rwkvpipe.base.config import LoraConfig, RwkvConfig
+from rwkvpipe.infer import few, graph
+from rwkvpipe.infer.graph import Graphs
+from rwkvpipe.infer.packed import Narrow, keep
+from rwkvpipe.kernel import gpu
+from rwkvpipe.kernel.wkv7 import wkv7
+from rwkvpipe.model.family import build
+from rwkvpipe.model.layers import State
+from rwkvpipe.weights.lora import inject
+
+
+def made(n_embd=64, dim_ffn=None, n_layer=3, vocab_size=37, kind="fp32", seed=0, **more):
+    """A model in which nothing is zero; in bf16 its matrices are rounded, and kept as a card keeps them."""
+    config = RwkvConfig(n_layer=n_layer, n_embd=n_embd, head_size=64, vocab_size=vocab_size, dim_ffn=dim_ffn, **more)
+    model, stream = build(config), torch.Generator().manual_seed(seed)
+    model.initialise(seed)
+    with torch.no_grad():
+        for name, x in model.named_parameters():
+            x.add_((0.5 if x.numel() == n_embd else 0.08) * torch.randn(x.shape, generator=stream))
+            if kind == "bf16" and (x.dim() == 2 and "emb" not in name):
+                x.copy_(x.bfloat16())
+    return model.eval()
+
+
+def narrowed(model):
+    """The same, its layers of a matrix in bf16."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, torch.nn.Linear):
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, Narrow(layer.weight.data.bfloat16()))
+    return model
+
+
+def state_of(model, rows, seed=1):
+    state, stream = model.start(rows), torch.Generator().manual_seed(seed)
+    for part in (*state.att_x, *state.wkv, *state.ffn_x):
+        part.copy_(torch.randn(part.shape, generator=stream))
+    return state
+
+
+def parts(state):
+    return [*state.att_x, *state.wkv, *state.ffn_x]
+
+
+def copied(state, rows=slice(None)):
+    return State(*([x[rows].clone() for x in each] for each in (state.att_x, state.wkv, state.ffn_x)))
+
+
+def exactly(model, ids, state):
+    """Logits and state in fp64."""
+    wide = build(model.config).double()
+    wide.load_state_dict(model.state_dict())
+    state = State(*([x.double() for x in each] for each in (state.att_x, state.wkv, state.ffn_x)))
+    logits, after = wide.eval()(ids[:, None], state)
+    return logits[:, 0], after
+
+
+CASES = [
+    ({}, 1), ({}, 5), ({"n_embd": 128, "dim_ffn": 36, "vocab_size": 6}, 2),
+    ({"n_embd": 192, "d_decay": 3, "d_gate": 70}, 3), ({"n_embd": 1088, "dim_ffn": 2052, "n_layer": 2}, 8),
+    ({"n_embd": 1088, "n_layer": 2}, 1), ({"ln0": False}, 4),
+    ({"dim_ffn": 8196 + 64, "n_layer": 2, "vocab_size": 4200}, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+@pytest.mark.parametrize("sizes, rows", CASES)
+@torch.inference_mode()
+def test_logits_and_states_are_the_model_s(on_host, sizes, rows, kind):
+    model = made(**sizes, kind=kind)
+    ids = torch.randint(model.config.vocab_size, (rows,), generator=torch.Generator().manual_seed(2))
+    state = state_of(model, rows)
+    wanted, after = exactly(model, ids, state)
+    found = torch.full((rows, model.config.vocab_size), torch.nan)
+    steps = few.few(narrowed(model) if kind == "bf16" else model)
+    assert steps.kind == {"fp32": torch.float32, "bf16": torch.bfloat16}[kind]
+    steps.step(ids, state, found)
+    for one, other in zip((found, *parts(state)), (wanted, *parts(after)), strict=True):
+        assert float((one - other).abs().max()) < 1e-5 * float(other.abs().max().clamp(min=1.0))
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+@torch.inference_mode()
+def test_a_row_has_the_same_bits_whatever_rows_are_beside_it_and_in_any_order_of_threads(on_host, kind):
+    model = made(n_embd=128, kind=kind)
+    steps, ids, state = few.Few(narrowed(model) if kind == "bf16" else model), torch.arange(8) % 37, state_of(model, 8)
+
+    def stepped(rows):
+        logits, mine = torch.full((len(ids[rows]), 37), torch.nan), copied(state, rows)
+        steps.step(ids[rows], mine, logits)
+        return [logits, *parts(mine)]
+
+    whole = stepped(slice(None))
+    for rows in (slice(0, 1), slice(7, 8), slice(1, 3), slice(2, 5), slice(3, 7), slice(1, 8)):
+        on_host.grid_order(rows.start % 3)
+        assert all(torch.equal(one, other[rows]) for one, other in zip(stepped(rows), whole, strict=True))
+
+
+@torch.inference_mode()
+def test_nothing_is_written_beside_logits_states_and_room(on_host, guards):
+    model, steps = made(), few.Few(made())
+    state = State(*([x + 0 for x in each] for each in (model.start(3).att_x, model.start(3).wkv, model.start(3).ffn_x)))
+    state = State(*([torch.empty_like(x).zero_() for x in each] for each in (state.att_x, state.wkv, state.ffn_x)))
+    logits = torch.empty(3, 37)
+    steps.step(torch.tensor([1, 2, 3]), state, logits)
+    assert logits.isfinite().all()
+    guards(11)
+
+
+@torch.inference_mode()
+def test_an_id_that_there_is_not_gives_no_numbers_to_its_row_alone(on_host):
+    model = made()
+    logits, state = torch.zeros(3, 37), state_of(model, 3)
+    few.Few(model).step(torch.tensor([5, 37, -1]), state, logits)
+    assert logits[0].isfinite().all() and logits[1:].isnan().all()
+    assert all(part[0].isfinite().all() for part in parts(state))
+
+
+def test_sizes_that_it_is_not_made_for_are_refused(on_host):
+    model = made()
+    with pytest.raises(RuntimeError, match="step7: CUDA error -1"):
+        few.Few(model).step(torch.zeros(9, dtype=torch.long), model.start(9), torch.zeros(9, 37))
+    with pytest.raises(TypeError, match="matrices is"):
+        mixed = few.Few(model)
+        mixed.sizes = (*mixed.sizes[:-1], 1)
+        mixed.step(torch.zeros(1, dtype=torch.long), model.start(1), torch.zeros(1, 37))
+
+
+def adapted():
+    model = made()
+    inject(model, LoraConfig(rank=2))
+    return model.eval()
+
+
+def in_int8():
+    model = made()
+    keep(model, "int8")
+    return model
+
+
+OTHERS = {
+    "heads": lambda: build(RwkvConfig(n_layer=2, n_embd=64, head_size=32, vocab_size=9)),
+    "rwkv6": lambda: made(family="rwkv6"),
+    "ffn": lambda: made(dim_ffn=90), "int8": in_int8, "adapters": adapted,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("which", OTHERS)
+def test_other_models_go_their_own_way(on_host, which):
+    assert few.few(OTHERS[which]()) is None
+
+
+def test_without_a_card_s_kernels_there_is_none():
+    assert few.few(made()) is None
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    """What is to be recorded is done at once, a few times before."""
+    monkeypatch.setattr(graph, "recorded", lambda work, device, pool: [work() for _ in range(graph.WARM)] and work)
+
+
+@pytest.mark.parametrize("family, rows", [("rwkv7", 3), ("rwkv7", 9), ("rwkv6", 3), ("rwkv5", 9)])
+@torch.inference_mode()
+def test_recorded_steps_take_it_for_few_rows_and_write_states_where_they_lie(
+    on_host, recording, monkeypatch, family, rows
+):
+    model = made(family=family)
+    steps, called, states = Graphs(model), [], []
+    started, copied_ = gpu.call, torch.Tensor.copy_
+
+    def call(function, *given):
+        called.append(function)
+        return started(function, *given)
+
+    def copy(mine, found, *more):
+        states.append(mine.shape) if mine.dim() == 4 else None
+        return copied_(mine, found, *more)
+
+    monkeypatch.setattr(gpu, "call", call)
+    monkeypatch.setattr("rwkvpipe.model.rwkv7.fits", lambda *inputs: False)  # what only the CPU has
+    ids, state = torch.arange(rows * 4).view(rows, 4) % 37, model.start(rows)
+    found = []
+    for t in range(4):
+        found.append(steps.step(ids[:, t], state).clone())
+        monkeypatch.setattr(torch.Tensor, "copy_", copy)  # the first state is copied in
+    monkeypatch.setattr(torch.Tensor, "copy_", copied_)
+    assert ("step7" in called) == (family == "rwkv7" and rows <= few.MOST) and not states
+    wanted, after = model(ids)
+    torch.testing.assert_close(torch.stack(found, 1), wanted, atol=2e-5, rtol=2e-5)
+    for one, other in zip(parts(state), parts(after), strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-5)
+
+
+def test_states_are_written_over_only_where_that_is_asked_for_and_nothing_is_learnt(on_host):
+    inputs = [0.3 * torch.randn(2, 3, 2, 64) for _ in range(6)]
+    start = torch.randn(2, 2, 64, 64)
+    _, wanted = wkv7(*inputs, start)
+    for over, learnt in ((False, False), (True, False), (True, True)):
+        S = start.clone().requires_grad_(learnt)
+        with torch.set_grad_enabled(learnt), gpu.over_states() if over else nullcontext():
+            _, after = wkv7(*inputs, S)
+        assert (after.data_ptr() == S.data_ptr()) == (over and not learnt)
+        assert torch.equal(after, wanted) and (torch.equal(S, start) or (over and not learnt))
