@@ -97,6 +97,7 @@ def _lines(kinds: Sequence[str], rows: dict[tuple, dict[str, str]]) -> list[str]
     head = [f"| registers | channels of a head, rows | {' | '.join(kinds)} |", f"| --- | --- |{' --- |' * len(kinds)}"]
     for (file, kernel, width), row in rows.items():
         heads = f"64, {16 * width} rows a block" if kernel.startswith("Chunks") else f"up to {width}" if width else ""
-        heads += " rows" * kernel.startswith("Few")
+        if kernel.startswith("Few"):
+            heads = f"up to {width} rows" if width > 1 else "1 row"
         head.append(f"| {file}: {kernel} | {heads} | {' | '.join(row.get(kind, '') for kind in kinds)} |")
     return head

@@ -102,8 +102,8 @@ struct Embed {
     }
 };
 
-// One of the matrices (outs, columns): how much of the token before is mixed into what it multiplies (or null), and where
-// products go, a row of them every `step`.
+// One of the matrices (outs, columns): how much of the token before is mixed into what it multiplies (or null), and
+// where products go, a row of them every `step`.
 struct Part {
     const void *matrix;
     const float *share;

@@ -1,9 +1,9 @@
 // A token of a few texts through a whole RWKV-7 on a GPU, five kernels a layer: what the normalised stream is projected
-// to; what low ranks say, each head's memory and norm; the way out of these; and the two of the channel mix.
-// rwkvpipe/model/rwkv7.py has the same in PyTorch.
+// to; what low ranks say, each head's memory and norm; the way out of these; and the two of the channel mix. Of many
+// texts the heads alone. rwkvpipe/model/rwkv7.py has the same in PyTorch.
 //
-// Matrices are (out, in) in bf16 or fp32, the second ones of low ranks (rank, D); all else is fp32. Heads are of 64
-// channels. A state is read by one kernel and written by a later one, or by the threads that have read it.
+// Matrices are (out, in) in bf16 or fp32, the second ones of low ranks (rank, D); of few texts all else is fp32. Heads
+// are of 64 channels. A state is read by one kernel and written by a later one, or by the threads that have read it.
 
 #include "few.cuh"
 
@@ -24,12 +24,13 @@ constexpr int64_t LINE = 128, CACHED = 12 << 20, BESIDE = 96;  // bytes of a lin
 // A matrix of low rank (rank, D), and what it is multiplied with, (rows, rank)
 struct Second {
     const void *matrix;  // or null
-    const float *x;
+    const void *x;
     int64_t rank;
 };
 
 // One head of a row. Thread t has 16 numbers of row t / 4 of its memory: four in every 16, from t % 4 * 4 on.
-template <bool HALF>
+// Matrices are in bf16 if HALF says so, what other kernels have made and `out` if NARROW does.
+template <bool HALF, bool NARROW>
 struct Recall {
     static constexpr int THREADS = WIDTH, SLICES = WIDTH / (N / 4);
     enum { R, FADE, KEY, KK, B, V, Y, VECTORS };
@@ -40,9 +41,10 @@ struct Recall {
     using Threads = Block<Own, THREADS>;
     int64_t H;
     Second seconds[LOW];
-    const float *r, *k, *v, *first;  // (rows, D); `first` are layer 0's values, v too in layer 0
+    const void *r, *k, *v, *first;  // (rows, D); `first` are layer 0's values
     const float *w0, *a0, *v0, *k_k, *k_a, *r_k, *weight, *bias;
-    float *memory, *out;  // (rows, H, N, N), which becomes that after the token; (rows, D)
+    float *memory;  // (rows, H, N, N), which becomes that after the token
+    void *out;      // (rows, D)
     Ahead ahead[2];
     int64_t heads;  // of all rows; what blocks there are beyond them ask for what is read next
 
@@ -66,7 +68,7 @@ struct Recall {
             for (int64_t i = thread / (N / 4); second.matrix && i < second.rank; i += SLICES) {
                 float w[4];
                 fetch<4>(w, second.matrix, i * H * N + at, HALF);
-                const float x = second.x[row * second.rank + i];
+                const float x = get(second.x, row * second.rank + i, NARROW);
 #pragma unroll
                 for (int c = 0; c < 4; c++) found[n][c] += x * w[c];
             }
@@ -76,10 +78,12 @@ struct Recall {
     // what the recurrence takes of channel c of the head, the `channel` of a row, and its part of the sums over these
     ON_GPU void prepare(Own &own, const Shared &to, int c, int64_t row, int64_t channel, bool write) const {
         const int64_t at = row + channel;
-        const float x = k[at], with = r[at], kk = x * k_k[channel], rate = sigmoid(a0[channel] + to.said[RATE * N + c]);
+        const float x = get(k, at, NARROW), with = get(r, at, NARROW), kk = x * k_k[channel];
+        const float rate = sigmoid(a0[channel] + to.said[RATE * N + c]);
         const float key = x + x * (rate - 1.0f) * k_a[channel];
-        float value = v[at];
-        if (seconds[LEAN].matrix) value += (first[at] - value) * sigmoid(v0[channel] + to.said[LEAN * N + c]);
+        float value = get(v, at, NARROW);
+        if (seconds[LEAN].matrix)
+            value += (get(first, at, NARROW) - value) * sigmoid(v0[channel] + to.said[LEAN * N + c]);
         own.sums[0] = kk * kk, own.sums[1] = with * key * r_k[channel];
         if (!write) return;
         to.vector(R)[c] = with, to.vector(KEY)[c] = key, to.vector(KK)[c] = kk;
@@ -170,7 +174,8 @@ struct Recall {
             const int64_t channel = head % H * N + thread;
             const float normed = (y(thread) - own.sums[0]) / sqrtf(own.sums[1] / N + 64e-5f);
             const float bonus = (at.few[1] + at.few[3]) * at.vector(V)[thread];
-            out[head * N + thread] = (normed * weight[channel] + bias[channel] + bonus) * at.said[GATE * N + thread];
+            const float found = (normed * weight[channel] + bias[channel] + bonus) * at.said[GATE * N + thread];
+            put(out, head * N + thread, NARROW, found);
         });
     }
 
@@ -226,7 +231,7 @@ struct Step {
         if (const int status = times<HALF>(in, R, stream)) return status;
         constexpr int64_t BYTES = HALF ? 2 : 4;
         const auto second = [&](int which, Low of) { return Second{matrix(layer, which), low(of), ranks[of]}; };
-        const Recall<HALF> heads = {
+        const Recall<HALF, false> heads = {
             H, {second(W2, DECAY), second(A2, RATE), layer ? second(V2, LEAN) : Second{}, second(G2, GATE)},
             at(OF_R), at(OF_K), values, at(FIRST), vector(layer, W0), vector(layer, A0), vector(layer, V0),
             vector(layer, K_K), vector(layer, K_A), vector(layer, R_K), vector(layer, LN_X), vector(layer, LN_X_BIAS),
@@ -266,6 +271,24 @@ struct Step {
 }  // namespace
 
 extern "C" {
+
+// The heads of one layer alone, of any number of rows: of what is projected, and bent, to what goes the way out. All of
+// one kind but vectors and memory; xs: (rows, rank) of w a v g, whose matrices are (rank, D), v's null in layer 0. The
+// memory becomes that after the token. vectors: w0 a0 v0 (or null) k_k k_a r_k, the norm's weight and bias. Given back
+// are 0, the GPU's error, or -1 for other kinds.
+// takes R H dw da dv dg /r/k/v/first/out/xs/matrices: r k v first R*H*64, xs 4 of any, matrices 4 of any, vectors 8 of
+// any, memory R*H*4096, out R*H*64
+int recall7(const int64_t *z, int64_t stream, const void *r, const void *k, const void *v, const void *first,
+            const void *const *xs, const void *const *matrices, const float *const *vectors, float *memory,
+            void *out) {
+    const auto started = [&](auto kernel) {
+        kernel = {z[1], {}, r, k, v, first, vectors[0], vectors[1], vectors[2], vectors[3], vectors[4], vectors[5],
+                  vectors[6], vectors[7], memory, out, {}, z[0] * z[1]};
+        for (int n = 0; n < LOW; n++) kernel.seconds[n] = {matrices[n], xs[n], z[2 + n]};
+        return launch(kernel, z[0] * z[1], stream);
+    };
+    return z[6] == 127 ? started(Recall<true, true>()) : z[6] == 0 ? started(Recall<false, false>()) : -1;
+}
 
 // floats of `room`
 int64_t step7_room(const int64_t *z) { return z[0] * (Step::ROOMS * z[2] + z[4] + z[6] + z[7] + z[8] + z[9]); }

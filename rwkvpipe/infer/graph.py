@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor, nn
 
-from rwkvpipe.infer import few
+from rwkvpipe.infer.decode_card import card_decoder
 from rwkvpipe.kernel import gpu
 from rwkvpipe.model.layers import State
 
@@ -76,7 +76,7 @@ class Graphs(Recorded):
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
-        self.few = few.few(model)
+        self.decoder = card_decoder(model)
         self.ids = torch.zeros(0, 1, dtype=torch.long, device=self.device)
         self.state = State([], [], [])
         self.logits = torch.zeros(0)
@@ -113,8 +113,8 @@ class Graphs(Recorded):
 
     def _work(self, rows: int) -> None:
         own = self._part(rows)
-        if self.few is not None and rows <= few.MOST:
-            self.few.step(self.ids[:rows, 0], own, self.logits[:rows])
+        if self.decoder is not None:
+            self.decoder.step(self.ids[:rows, 0], own, self.logits[:rows])
             return
         with gpu.over_states():
             logits, after = self.model(self.ids[:rows], own)

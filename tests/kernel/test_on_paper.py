@@ -8,11 +8,13 @@ import torch
 from benchmarks import counts
 from rwkvpipe.base import compiler
 from rwkvpipe.base.config import RwkvConfig
+from rwkvpipe.infer.decode_card import CardDecoder
 from rwkvpipe.kernel import blend, gate, gpu
 from rwkvpipe.kernel.blend import squared_relu
 from rwkvpipe.kernel.loss import Wanted, head_loss
 from rwkvpipe.model import layers, rwkv6, rwkv7
 from rwkvpipe.model.family import build
+from tests.kernel import test_step
 from tests.kernel.operators import error, results
 from tests.kernel.test_gpu import OPERATORS, exact, in_bf16, made, rms
 from tests.kernel.test_passes import BY_HEAD, KINDS, case, in_torch, learnt, mixed, same
@@ -94,6 +96,24 @@ def test_heads_are_divided_where_shared_memory_would_not_do(on_paper, monkeypatc
     with gpu.roughly(True):
         results(OPERATORS[which][0], in_bf16(which, 1, 16, 1, 64))
     assert 2**15 < max(on_paper.shared.values()) <= (most or gpu.SHARED[which])
+
+
+@torch.inference_mode()
+def test_a_token_of_a_few_rows_takes_five_kernels_a_layer(on_paper):
+    model, rows = test_step.made(n_layer=2, n_embd=128, dim_ffn=36, vocab_size=6, kind="bf16", d_decay=3), 3
+    ids, state, logits = torch.tensor([1, 5, 2]), test_step.state_of(model, rows), torch.full((rows, 6), torch.nan)
+    wanted, after = test_step.exactly(model, ids, state)
+    on_paper.blocks.clear()
+    CardDecoder(test_step.narrowed(model)).few(ids, state, logits)
+    for one, other in zip((logits, *test_step.parts(state)), (wanted, *test_step.parts(after)), strict=True):
+        assert error(one, other, 1.0) < 1e-5
+    ran = {name: count for name, count in on_paper.blocks.items() if count}
+    assert len(ran) == 3 and all("Few" in name or "Recall" in name or "Embed" in name for name in ran)
+    # outputs by four of each matrix: projections with low ranks, the way out, the channel mix, the head; none else
+    config, of = model.config, {name: -(-size // 4) for name, size in {"D": 128, "w": 3, "F": 36, "V": 6}.items()}
+    a, v, g = (-(-getattr(config, f"d_{name}") // 4) for name in ("aaa", "mv", "gate"))
+    few_blocks = 2 * (3 * of["D"] + of["w"] + a + g + of["D"] + of["F"] + of["D"]) + v + of["V"]
+    assert sorted(ran.values()) == sorted([rows, 2 * (rows * 2 + 96), few_blocks])
 
 
 def test_counts_are_as_reported(card):

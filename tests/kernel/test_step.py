@@ -1,4 +1,4 @@
-"""A token of a few rows through a whole model by kernels of a card, built for the host: PyTorch's logits and states."""
+"""A token of every row through a whole model by a card's kernels, built for the host: PyTorch's logits and states."""
 
 from contextlib import nullcontext
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from rwkvpipe.base.config import LoraConfig, RwkvConfig
-from rwkvpipe.infer import few, graph
+from rwkvpipe.infer import graph
+from rwkvpipe.infer.decode_card import MOST, CardDecoder, card_decoder
 from rwkvpipe.infer.graph import Graphs
 from rwkvpipe.infer.packed import Narrow, keep
 from rwkvpipe.kernel import gpu
@@ -79,18 +80,36 @@ def test_logits_and_states_are_the_model_s(on_host, sizes, rows, kind):
     state = state_of(model, rows)
     wanted, after = exactly(model, ids, state)
     found = torch.full((rows, model.config.vocab_size), torch.nan)
-    steps = few.few(narrowed(model) if kind == "bf16" else model)
+    steps = card_decoder(narrowed(model) if kind == "bf16" else model)
     assert steps.kind == {"fp32": torch.float32, "bf16": torch.bfloat16}[kind]
     steps.step(ids, state, found)
     for one, other in zip((found, *parts(state)), (wanted, *parts(after)), strict=True):
         assert float((one - other).abs().max()) < 1e-5 * float(other.abs().max().clamp(min=1.0))
 
 
+@pytest.mark.parametrize("kind, tolerance", [("fp32", 1e-6), ("bf16", 1.5e-2)])
+@pytest.mark.parametrize("sizes, rows", [({}, 9), ({"n_embd": 192, "d_decay": 3, "d_gate": 70, "ln0": False}, 2)])
+@torch.inference_mode()
+def test_many_rows_have_the_model_s_logits_and_states(on_host, sizes, rows, kind, tolerance):
+    model = made(**sizes, kind=kind)
+    ids = torch.randint(model.config.vocab_size, (rows,), generator=torch.Generator().manual_seed(2))
+    state, logits = state_of(model, rows), torch.full((rows, model.config.vocab_size), torch.nan)
+    wanted, after = exactly(model, ids, state)
+    steps = card_decoder(narrowed(model) if kind == "bf16" else model)
+    (steps.step if rows > MOST else steps.many)(ids, state, logits)
+    for one, other in zip((logits, *parts(state)), (wanted, *parts(after)), strict=True):
+        assert float((one - other).norm() / other.norm()) < tolerance
+
+
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
 @torch.inference_mode()
 def test_a_row_has_the_same_bits_whatever_rows_are_beside_it_and_in_any_order_of_threads(on_host, kind):
     model = made(n_embd=128, kind=kind)
-    steps, ids, state = few.Few(narrowed(model) if kind == "bf16" else model), torch.arange(8) % 37, state_of(model, 8)
+    steps, ids, state = (
+        CardDecoder(narrowed(model) if kind == "bf16" else model),
+        torch.arange(8) % 37,
+        state_of(model, 8),
+    )
 
     def stepped(rows):
         logits, mine = torch.full((len(ids[rows]), 37), torch.nan), copied(state, rows)
@@ -105,7 +124,7 @@ def test_a_row_has_the_same_bits_whatever_rows_are_beside_it_and_in_any_order_of
 
 @torch.inference_mode()
 def test_nothing_is_written_beside_logits_states_and_room(on_host, guards):
-    model, steps = made(), few.Few(made())
+    model, steps = made(), CardDecoder(made())
     state = State(*([x + 0 for x in each] for each in (model.start(3).att_x, model.start(3).wkv, model.start(3).ffn_x)))
     state = State(*([torch.empty_like(x).zero_() for x in each] for each in (state.att_x, state.wkv, state.ffn_x)))
     logits = torch.empty(3, 37)
@@ -118,7 +137,7 @@ def test_nothing_is_written_beside_logits_states_and_room(on_host, guards):
 def test_an_id_that_there_is_not_gives_no_numbers_to_its_row_alone(on_host):
     model = made()
     logits, state = torch.zeros(3, 37), state_of(model, 3)
-    few.Few(model).step(torch.tensor([5, 37, -1]), state, logits)
+    CardDecoder(model).step(torch.tensor([5, 37, -1]), state, logits)
     assert logits[0].isfinite().all() and logits[1:].isnan().all()
     assert all(part[0].isfinite().all() for part in parts(state))
 
@@ -126,11 +145,14 @@ def test_an_id_that_there_is_not_gives_no_numbers_to_its_row_alone(on_host):
 def test_sizes_that_it_is_not_made_for_are_refused(on_host):
     model = made()
     with pytest.raises(RuntimeError, match="step7: CUDA error -1"):
-        few.Few(model).step(torch.zeros(9, dtype=torch.long), model.start(9), torch.zeros(9, 37))
-    with pytest.raises(TypeError, match="matrices is"):
-        mixed = few.Few(model)
-        mixed.sizes = (*mixed.sizes[:-1], 1)
+        CardDecoder(model).few(torch.zeros(9, dtype=torch.long), model.start(9), torch.zeros(9, 37))
+    mixed = CardDecoder(model)
+    mixed.matrices[0] = mixed.matrices[0].bfloat16()
+    with pytest.raises(TypeError, match="matrices is torch.bfloat16, which its sizes deny"):
         mixed.step(torch.zeros(1, dtype=torch.long), model.start(1), torch.zeros(1, 37))
+    with pytest.raises(RuntimeError, match="recall7: CUDA error -1"):
+        gpu.call("recall7", (1, 1, 2, 2, 2, 2, 1), torch.zeros(64).bfloat16(), *[torch.zeros(64)] * 3,
+                 *[[torch.zeros(4)] * 4] * 2, [torch.zeros(64)] * 8, torch.zeros(4096), torch.zeros(64))  # fmt: skip
 
 
 def adapted():
@@ -154,11 +176,11 @@ OTHERS = {
 
 @pytest.mark.parametrize("which", OTHERS)
 def test_other_models_go_their_own_way(on_host, which):
-    assert few.few(OTHERS[which]()) is None
+    assert card_decoder(OTHERS[which]()) is None
 
 
 def test_without_a_card_s_kernels_there_is_none():
-    assert few.few(made()) is None
+    assert card_decoder(made()) is None
 
 
 @pytest.fixture
@@ -169,9 +191,7 @@ def recording(monkeypatch):
 
 @pytest.mark.parametrize("family, rows", [("rwkv7", 3), ("rwkv7", 9), ("rwkv6", 3), ("rwkv5", 9)])
 @torch.inference_mode()
-def test_recorded_steps_take_it_for_few_rows_and_write_states_where_they_lie(
-    on_host, recording, monkeypatch, family, rows
-):
+def test_recorded_steps_take_it_and_write_states_where_they_lie(on_host, recording, monkeypatch, family, rows):
     model = made(family=family)
     steps, called, states = Graphs(model), [], []
     started, copied_ = gpu.call, torch.Tensor.copy_
@@ -185,14 +205,13 @@ def test_recorded_steps_take_it_for_few_rows_and_write_states_where_they_lie(
         return copied_(mine, found, *more)
 
     monkeypatch.setattr(gpu, "call", call)
-    monkeypatch.setattr("rwkvpipe.model.rwkv7.fits", lambda *inputs: False)  # what only the CPU has
     ids, state = torch.arange(rows * 4).view(rows, 4) % 37, model.start(rows)
     found = []
     for t in range(4):
         found.append(steps.step(ids[:, t], state).clone())
         monkeypatch.setattr(torch.Tensor, "copy_", copy)  # the first state is copied in
     monkeypatch.setattr(torch.Tensor, "copy_", copied_)
-    assert ("step7" in called) == (family == "rwkv7" and rows <= few.MOST) and not states
+    assert not states and (("step7" if rows <= MOST else "recall7") in called) == (family == "rwkv7")
     wanted, after = model(ids)
     torch.testing.assert_close(torch.stack(found, 1), wanted, atol=2e-5, rtol=2e-5)
     for one, other in zip(parts(state), parts(after), strict=True):

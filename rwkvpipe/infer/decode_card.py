@@ -1,0 +1,122 @@
+"""A token of every row by kernels for it on an NVIDIA card (`cuda/step7.cu`), for RWKV-7 with heads of 64 channels.
+
+The model's own step is hundreds of kernels, most of which a card is done with before the next one has begun. For a few
+rows there are five a layer, which read each weight once for all of them: that is what such a token costs. For more, a
+head's low ranks, memory and norm are one kernel, and the matrices are PyTorch's to multiply.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rwkvpipe.infer.decode import FORMS, vector
+from rwkvpipe.infer.packed import Narrow
+from rwkvpipe.kernel import gpu, passes
+from rwkvpipe.model.layers import State
+
+MOST = 8  # rows that are few
+N = 64  # channels of a head
+WHOLE = 16  # bytes that are read at once
+FORM = FORMS["rwkv7"]
+NAMES = [name.rpartition(".")[2] if "ffn" not in name else name.replace(".", "_") for name in FORM.matrices]
+SHARES, HEADS = slice(4, 10), slice(10, 18)  # of a layer's vectors: what is mixed, what heads take
+LOW = "wavg"
+
+
+class CardDecoder:
+    """The weights of a model as they are now, laid out for `step`."""
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module):
+        config, parameters = model.config, dict(model.named_parameters())
+        layers = range(config.n_layer)
+        self.kind = model.head.data.dtype if isinstance(model.head, Narrow) else torch.float32
+        self.ranks = tuple(getattr(config, name) for name in FORM.ranks)
+        self.sizes = (config.n_layer, config.n_embd, config.n_embd // N, config.dim_ffn, config.vocab_size)
+        names = ("emb.weight", "blocks.0.ln0.weight", "blocks.0.ln0.bias", "ln_out.weight", "ln_out.bias")
+        self.fixed = _lying([parameters.get(name) for name in names])
+        self.vectors = _lying([vector(parameters, n, name) for n in layers for name in FORM.vectors])
+        found = [_matrix(model, name) for name in (*_names(model), "head")]
+        self.matrices = _lying([x if x is None else x.to(self.kind) for x in found], self.kind)
+
+    def step(self, ids: Tensor, state: State, logits: Tensor) -> None:
+        """Write logits (rows, V) after an id for each row, (rows,), and over the state that after it."""
+        (self.few if len(ids) <= MOST else self.many)(ids, state, logits)
+
+    def few(self, ids: Tensor, state: State, logits: Tensor) -> None:
+        """The same for a few rows, in fp32 but for the matrices. Raises RuntimeError for more than MOST."""
+        sizes = (len(ids), *self.sizes, *self.ranks, gpu.halves(self.matrices[-1]))
+        room = gpu.floats("step7_room", sizes, logits)
+        weights = (self.fixed, self.vectors, self.matrices)
+        gpu.call("step7", sizes, ids, logits, state.att_x, state.wkv, state.ffn_x, *weights, room)
+
+    def many(self, ids: Tensor, state: State, logits: Tensor) -> None:
+        """The same for any number of rows, in what the matrices are in but for the stream and the state."""
+        emb, *first_norm = self.fixed[:3]
+        x, first = emb[ids], None
+        if first_norm[0].numel():
+            x = F.layer_norm(x, x.shape[-1:], *first_norm)
+        for n in range(self.sizes[0]):
+            rows = self.vectors[n * len(FORM.vectors) :][: len(FORM.vectors)]
+            at = dict(zip(NAMES, self.matrices[n * len(NAMES) :], strict=False))
+            r, w, k, v, a, g = self._mixes(x, rows[:2], state.att_x[n], rows[SHARES])
+            xs = [F.linear(w, at["w1"]).tanh_(), F.linear(a, at["a1"]), v[:0], F.linear(g, at["g1"]).sigmoid_()]
+            if n:
+                xs[2] = F.linear(v, at["v1"])
+            r, k, v = F.linear(r, at["receptance"]), F.linear(k, at["key"]), F.linear(v, at["value"])
+            first, out, seconds = v if first is None else first, torch.empty_like(v), [at[f"{name}2"] for name in LOW]
+            kinds = gpu.halves(r, k, v, first, out, xs[0], seconds[0])
+            sizes = (len(ids), self.sizes[2], *self.ranks, kinds)
+            gpu.call("recall7", sizes, r, k, v, first, xs, seconds, rows[HEADS], state.wkv[n], out)
+            x = x + F.linear(out, at["output"])
+            (k,) = self._mixes(x, rows[2:4], state.ffn_x[n], rows[-1:])
+            x = x + F.linear(passes.Square.apply(F.linear(k, at["ffn_key"])), at["ffn_value"])
+        x = F.layer_norm(x, x.shape[-1:], *self.fixed[3:])
+        logits.copy_(F.linear(x.to(self.kind), self.matrices[-1]))
+
+    def _mixes(self, x: Tensor, norm: Sequence[Tensor], last: Tensor, shares: Sequence[Tensor]) -> list[Tensor]:
+        """The stream normalised and mixed with `last`, which it becomes, as products take it."""
+        x = F.layer_norm(x, x.shape[-1:], *norm)
+        found = passes.Mix.apply(self.kind, x[:, None], last, *shares)
+        last.copy_(x)
+        return [y[:, 0] for y in found]
+
+
+def card_decoder(model: nn.Module) -> CardDecoder | None:
+    """The kernels' form of a model's step, or None where the model's own is to be used: a line says that they run."""
+    config, device = model.config, next(model.parameters()).device
+    if config.family != "rwkv7" or config.head_size != N or config.dim_ffn % 4 or gpu.at_hand(device)[0] is None:
+        return None
+    kinds = {type(_found(model, name)) for name in (*_names(model), "head")} - {nn.Parameter, type(None)}
+    if kinds not in ({nn.Linear}, {Narrow}):  # adapters, or fewer bits
+        return None
+    gpu.announce("writing token by token", device)
+    return CardDecoder(model)
+
+
+def _names(model: nn.Module) -> list[str]:
+    """Of all matrices of layers."""
+    return [f"blocks.{n}.{name}" for n in range(model.config.n_layer) for name in FORM.matrices]
+
+
+def _found(model: nn.Module, name: str) -> nn.Module | Tensor | None:
+    """A layer of a matrix, or a matrix of low rank; None where there is none, as layer 0 has none of v."""
+    whole, _, last = name.rpartition(".")
+    return getattr(model.get_submodule(whole), last, None)
+
+
+def _matrix(model: nn.Module, name: str) -> Tensor | None:
+    """A matrix (out, in), the second one of a low rank (rank, D)."""
+    found = _found(model, name)
+    if isinstance(found, Tensor):
+        return found if name.endswith("2") else found.mT
+    return found.data if isinstance(found, Narrow) else found and found.weight
+
+
+def _lying(tensors: Sequence[Tensor | None], kind: torch.dtype = torch.float32) -> list[Tensor]:
+    """The same numbers without gaps, from places on where some can be read at once; what is None is empty."""
+    like = next(x for x in tensors if x is not None)
+    found = [like.new_empty(0, dtype=kind) if x is None else x.detach().contiguous() for x in tensors]
+    return [x.clone() if x.data_ptr() % WHOLE else x for x in found]
