@@ -116,6 +116,19 @@ def test_a_token_of_a_few_rows_takes_five_kernels_a_layer(on_paper):
     assert sorted(ran.values()) == sorted([rows, 2 * (rows * 2 + 96), few_blocks])
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("kind, tolerance", [("fp32", 1e-5), ("bf16", 3e-2)])
+def test_a_token_of_many_rows_takes_a_kernel_for_heads(on_paper, kind, tolerance):
+    model, rows = test_step.made(n_layer=2, vocab_size=6, kind=kind), 2
+    ids, state, logits = torch.tensor([1, 5]), test_step.state_of(model, rows), torch.full((rows, 6), torch.nan)
+    wanted, after = test_step.exactly(model, ids, state)
+    on_paper.blocks.clear()
+    CardDecoder(test_step.narrowed(model) if kind == "bf16" else model).many(ids, state, logits)
+    for one, other in zip((logits, *test_step.parts(state)), (wanted, *test_step.parts(after)), strict=True):
+        assert float((one - other).norm() / other.norm()) < tolerance
+    assert [count for name, count in on_paper.blocks.items() if "Recall" in name] == [2 * rows]
+
+
 def test_counts_are_as_reported(card):
     if compiler.version(compiler.nvcc()) != json.loads(counts.REPORT.read_text())["nvcc"]:
         pytest.skip("the report is of another nvcc")

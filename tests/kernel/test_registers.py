@@ -80,3 +80,7 @@ def test_a_report_is_read_as_the_compiler_writes_it():
     for way, kinds in ways.items():
         (found,) = registers.parsed("x.cu", said.replace("8BackwardI5ShapeILi64", f"6SquareI3WayILl{way}"))
         assert (found["kernel"], found["width"]) == (f"Square, {kinds}", 0)
+    ways = {"1ELi8": ("matrices in bf16", 8), "1ELb0": ("matrices in bf16", 0), "0ELb0": ("all in fp32", 0)}
+    for way, (kinds, rows) in ways.items():
+        (found,) = registers.parsed("x.cu", said.replace("8BackwardI5ShapeILi64", f"3FewILb{way}"))
+        assert (found["kernel"], found["width"]) == (f"Few, {kinds}", rows)
