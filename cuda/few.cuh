@@ -2,7 +2,7 @@
 // The rows may be normalised before, and mixed with those of the token before; what comes of a product may be bent,
 // squared, or added to what is there.
 //
-// A block has 256 threads, of which each has four columns in every ACROSS, for OUTS rows of a matrix at a time. What it
+// A block has 256 threads, of which each has four columns in every ACROSS, for some rows of a matrix at a time. What it
 // multiplies them by lies in shared memory, STAGED numbers of it. What a matrix has next is asked for before what came
 // is used. All sums are fp32 in one order, so a row has the same bits whatever rows are beside it.
 
@@ -12,8 +12,8 @@
 
 namespace {
 
-constexpr int WIDTH = 256, WARP = 32, WARPS = WIDTH / WARP, OUTS = 4, ACROSS = 4 * WIDTH, STAGED = 8 * ACROSS;
-constexpr int64_t BUSY = 1024, MOST_ROWS = 8;  // blocks that keep a large card busy; rows that there may be
+constexpr int WIDTH = 256, WARP = 32, WARPS = WIDTH / WARP, ACROSS = 4 * WIDTH, STAGED = 8 * ACROSS;
+constexpr int BUSY = 264, MOST_ROWS = 8;  // blocks that keep a large card busy; rows that there may be
 
 enum Becomes { ITSELF, TANGENT, SIGMOID, SQUARED, ADDED };
 
@@ -24,49 +24,90 @@ ON_GPU float bent(float x, Becomes how) {
     return x;
 }
 
+#ifdef __CUDACC__
+// numbers of a lane's first N of x, each summed with the lane `APART` away, which keeps the other half of them
+template <int N, int APART>
+ON_GPU void halve(float *x, int lane) {
+    const bool upper = lane & APART;
+#pragma unroll
+    for (int i = 0; i < (N + 1) / 2; i++) {
+        const float mine = N > 1 && upper ? x[i + N / 2] : x[i], other = N > 1 && !upper ? x[i + N / 2] : x[i];
+        x[i] = mine + __shfl_xor_sync(0xffffffffu, other, APART);
+    }
+    if constexpr (APART > 1) halve<(N + 1) / 2, APART / 2>(x, lane);
+}
+#endif
+
+// Each of MANY numbers of of(what a thread keeps), a power of two up to 32, summed over a warp: the first of them
+// becomes the sum of number lane / (32 / MANY). That takes a third of the exchanges that sums in all lanes would.
+template <int MANY, class Threads, class Of>
+ON_GPU void sum_up(Threads &threads, Of of) {
+#ifdef __CUDACC__
+    halve<MANY, WARP / 2>(of(threads.own), static_cast<int>(threadIdx.x) % WARP);
+#else
+    for (int first = 0; first < WIDTH; first += WARP) {
+        float sums[WARP][MANY];
+        for (int l = 0; l < WARP; l++) memcpy(sums[l], of(threads.own[first + l]), sizeof sums[l]);
+        for (int apart = WARP / 2; apart; apart /= 2)
+            for (int l = 0; l < WARP; l++)
+                for (int i = 0; i < MANY && !(l & apart); i++)
+                    sums[l][i] = sums[l ^ apart][i] = sums[l][i] + sums[l ^ apart][i];
+        for (int l = 0; l < WARP; l++) of(threads.own[first + l])[0] = sums[l][l / (WARP / MANY)];
+    }
+#endif
+}
+
+// the same, each warp's sums to `to`, (WARPS, MANY)
+template <int MANY, class Threads, class Of>
+ON_GPU void sum_to(Threads &threads, float *to, Of of) {
+    sum_up<MANY>(threads, of);
+    threads.each([&](int thread, auto &own) {
+        const int lane = thread % WARP;
+        if (lane % (WARP / MANY) == 0) to[thread / WARP * MANY + lane / (WARP / MANY)] = of(own)[0];
+    });
+}
+
+template <int MANY>
+ON_GPU float of_warps(const float *sums, int number) {
+    float total = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) total += sums[w * MANY + number];
+    return total;
+}
+
 // The mean of each row of x, and one by the root of its variance: of `rows` rows of n numbers, a multiple of four, into
 // `found` (2, ROWS); `room` has 2 WARPS ROWS numbers. own.sums has ROWS.
 template <int ROWS, class Threads>
-ON_GPU void moments(Threads &threads, float *found, float *room, const float *x, int64_t n, int rows) {
-    const auto add_up = [&](auto term) {
+ON_GPU void moments(Threads &threads, float *found, float *room, const float *x, int n, int rows) {
+    float *squares = room + WARPS * ROWS;
+    const float by = 1.0f / static_cast<float>(n);
+    const auto of = [](auto &own) { return own.sums; };
+    const auto add = [&](auto from, auto squared) {
         threads.alone([&](int thread, auto &own) {
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
                 own.sums[r] = 0.0f;
-                for (int64_t c = thread * 4; c < n && r < rows; c += ACROSS) {
+                const float mean = from(r);
+                for (int c = thread * 4; c < n && r < rows; c += ACROSS) {
                     float here[4];
-                    fetch<4>(here, x + r * n, c, false);
+                    fetch<4>(here, x + static_cast<int64_t>(r) * n, c, false);
 #pragma unroll
-                    for (int i = 0; i < 4; i++) own.sums[r] += term(here[i], r);
+                    for (int i = 0; i < 4; i++) {
+                        const float away = here[i] - mean;
+                        own.sums[r] += decltype(squared)::value ? away * away : away;
+                    }
                 }
             }
         });
-        threads.add_up(WARP, ROWS, [](auto &own) { return own.sums; });
     };
-    const auto meet = [&](float *sums) {
-        threads.each([&](int thread, auto &own) {
-            if (thread % WARP) return;
-#pragma unroll
-            for (int r = 0; r < ROWS; r++) sums[thread / WARP * ROWS + r] = own.sums[r];
-        });
-    };
-    const auto all = [n](const float *sums, int r) {
-        float total = 0.0f;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) total += sums[w * ROWS + r];
-        return total / static_cast<float>(n);
-    };
-    add_up([](float x, int) { return x; });
-    meet(room);
-    add_up([&](float x, int r) {
-        const float away = x - all(room, r);
-        return away * away;
-    });
-    meet(room + WARPS * ROWS);
+    add([](int) { return 0.0f; }, std::false_type());
+    sum_to<ROWS>(threads, room, of);
+    add([&](int r) { return of_warps<ROWS>(room, r) * by; }, std::true_type());
+    sum_to<ROWS>(threads, squares, of);
     threads.each([&](int thread, auto &) {
         if (thread >= ROWS) return;
-        found[thread] = all(room, thread);
-        found[ROWS + thread] = 1.0f / sqrtf(all(room + WARPS * ROWS, thread) + 1e-5f);
+        found[thread] = of_warps<ROWS>(room, thread) * by;
+        found[ROWS + thread] = 1.0f / sqrtf(of_warps<ROWS>(squares, thread) * by + 1e-5f);
     });
 }
 
@@ -91,7 +132,7 @@ struct Embed {
         const int64_t id = ids[row];
         const bool there = id >= 0 && id < V;
         const float *from = embedding + (there ? id * D : 0);
-        if (norm.weight) moments<1>(threads, shared, shared + 2, from, D, 1);
+        if (norm.weight) moments<1>(threads, shared, shared + 2, from, static_cast<int>(D), 1);
         threads.alone([&](int thread, Own &) {
             for (int64_t c = thread; c < D; c += THREADS) {
                 float y = from[c];
@@ -108,10 +149,8 @@ struct Part {
     const void *matrix;
     const float *share;
     float *to;
-    int64_t outs, step;
+    int outs, step;
     Becomes how;
-
-    EITHER int64_t groups() const { return (outs + OUTS - 1) / OUTS; }
 };
 
 // what is copied beside, so many numbers
@@ -121,87 +160,72 @@ struct Copy {
     int64_t count;
 };
 
-template <bool HALF, int ROWS>
-struct Few {
-    static constexpr int THREADS = WIDTH, SPAN = STAGED / ROWS, MOST = 7;
-    static constexpr int SUMS = WARPS * OUTS * ROWS, FLOATS = STAGED + SUMS + 2 * ROWS + 2 * WARPS * ROWS;
-    struct Own {
-        Raw<4> next[OUTS];
-        float found[OUTS][ROWS], sums[ROWS];
-    };
-    using Threads = Block<Own, THREADS>;
+// What a kernel of few rows is told, whichever it is. A block has `each` groups of outputs of one part.
+struct Given {
+    static constexpr int MOST = 7;
     Part parts[MOST];
-    int count, rows;
-    int64_t columns;
+    int count, columns;
     const float *x;  // (rows, columns)
     Norm norm;
     const float *before;  // (rows, columns) that is mixed
     float *normed;        // (rows, columns), or null
     Copy copy;
-    int64_t groups, each;  // of outputs, and how many of these a block takes
+    int rows = 0, each = 0, blocks = 0, starts[MOST] = {};  // the last: the first block of each part
+};
 
-    // a group of outputs: its first row of its part's matrix, how many there are, and where what comes of them goes
-    struct Place {
-        const void *matrix;
-        const float *share;
-        float *to;
-        int64_t first, step;
-        int outs;
-        Becomes how;
+template <bool HALF, int ROWS>
+struct Few : Given {
+    static constexpr int THREADS = WIDTH, SPAN = STAGED / ROWS, OUTS = ROWS <= 2 ? 8 : 4, SUMS = OUTS * ROWS;
+    static constexpr int FLOATS = STAGED + WARPS * SUMS + 2 * ROWS + 2 * WARPS * ROWS, BYTES = HALF ? 2 : 4;
+    struct Own {
+        Raw<4> next[OUTS];
+        float found[OUTS][ROWS], sums[ROWS];
     };
+    using Threads = Block<Own, THREADS>;
 
-    ON_GPU Place place(int64_t group) const {
-        Place found = {};
+    // asks for four columns in each of the `left` rows of a matrix that lie from `row` on
+    ON_GPU void ask(Raw<4> *next, const char *row, int left) const {
+        const int64_t step = static_cast<int64_t>(columns) * BYTES;
+        if (left >= OUTS) {
 #pragma unroll
-        for (int n = 0; n < MOST; n++) {
-            const int64_t left = n < count ? parts[n].outs - group * OUTS : 0;
-            const bool here = group >= 0 && left > 0;
-            found.matrix = here ? parts[n].matrix : found.matrix;
-            found.share = here ? parts[n].share : found.share;
-            found.to = here ? parts[n].to : found.to;
-            found.first = here ? group * OUTS : found.first;
-            found.step = here ? parts[n].step : found.step;
-            found.outs = here ? static_cast<int>(left < OUTS ? left : OUTS) : found.outs;
-            found.how = here ? parts[n].how : found.how;
-            group = here ? -1 : group - (n < count ? parts[n].groups() : 0);
+            for (int o = 0; o < OUTS; o++) next[o].read(row + o * step, 0, HALF);
+            return;
         }
-        return found;
-    }
-
-    // asks for four columns from `column` on, in each row of a matrix that a group has
-    ON_GPU void ask(Raw<4> *next, const Place &at, int64_t column) const {
 #pragma unroll
         for (int o = 0; o < OUTS; o++)
-            if (column < columns && o < at.outs)
-                next[o].read(at.matrix, (at.first + o) * columns + column, HALF);
+            if (o < left)
+                next[o].read(row + o * step, 0, HALF);
             else
                 next[o] = {};
     }
 
     // columns from `first` on as they are multiplied; of a row that there is not, zeros
-    ON_GPU void stage(int thread, float *staged, const float *found, const float *share, int64_t first,
-                      bool told) const {
+    ON_GPU void stage(int thread, float *staged, const float *found, const float *share, int first, bool told) const {
+        for (int at = thread * 4; at < SPAN && first + at < columns; at += ACROSS) {
+            const int c = first + at;
+            float by[4], more[4], part[4];
+            if (norm.weight) fetch<4>(by, norm.weight, c, false), fetch<4>(more, norm.bias, c, false);
+            if (share) fetch<4>(part, share, c, false);
 #pragma unroll
-        for (int r = 0; r < ROWS; r++)
-            for (int64_t c = first + thread * 4; c < columns && c < first + SPAN; c += ACROSS) {
-                float y[4] = {}, other[4], by[4];
-                if (r < rows) fetch<4>(y, x + r * columns, c, false);
-                if (r < rows && norm.weight) {
-                    fetch<4>(by, norm.weight, c, false), fetch<4>(other, norm.bias, c, false);
+            for (int r = 0; r < ROWS; r++) {
+                const int64_t row = static_cast<int64_t>(r) * columns;
+                float y[4] = {}, other[4];
+                if (r < rows) fetch<4>(y, x + row, c, false);
+                if (r < rows && norm.weight)
 #pragma unroll
-                    for (int i = 0; i < 4; i++) y[i] = (y[i] - found[r]) * found[ROWS + r] * by[i] + other[i];
-                }
-                if (r < rows && told) lay_down<4>(normed + r * columns, c, false, y);
+                    for (int i = 0; i < 4; i++) y[i] = (y[i] - found[r]) * found[ROWS + r] * by[i] + more[i];
+                if (r < rows && told) lay_down<4>(normed + row, c, false, y);
                 if (r < rows && share) {
-                    fetch<4>(by, share, c, false), fetch<4>(other, before + r * columns, c, false);
+                    fetch<4>(other, before + row, c, false);
 #pragma unroll
-                    for (int i = 0; i < 4; i++) y[i] += (other[i] - y[i]) * by[i];
+                    for (int i = 0; i < 4; i++) y[i] += (other[i] - y[i]) * part[i];
                 }
-                ::share<4>(staged + r * SPAN + (c - first), y);
+                ::share<4>(staged + r * SPAN + at, y);
             }
+        }
     }
 
-    // four columns of a group's rows, times those of each row of x
+    // four columns of some rows of a matrix, times those of each row of x
     ON_GPU static void add(Own &own, const Raw<4> *now, const float *staged) {
         float w[OUTS][4];
 #pragma unroll
@@ -220,91 +244,80 @@ struct Few {
         }
     }
 
-    ON_GPU void finish(int thread, const float *sums, const Place &at) const {
+    ON_GPU void finish(int thread, const float *sums, const Part &part, int out) const {
         const int o = thread / ROWS, r = thread % ROWS;
-        if (o >= at.outs || r >= rows) return;
-        float total = 0.0f;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) total += sums[w * OUTS * ROWS + thread];
-        float *to = at.to + r * at.step + at.first + o;
-        *to = at.how == ADDED ? *to + total : bent(total, at.how);
+        if (thread >= SUMS || out + o >= part.outs || r >= rows) return;
+        const float total = of_warps<SUMS>(sums, thread);
+        float *to = part.to + static_cast<int64_t>(r) * part.step + out + o;
+        *to = part.how == ADDED ? *to + total : bent(total, part.how);
     }
 
-    ON_GPU void work(int64_t block, Threads &threads, float *shared) const {
-        float *staged = shared, *sums = shared + STAGED, *found = sums + SUMS, *room = found + 2 * ROWS;
-        const int64_t begin = block * each, end = begin + each < groups ? begin + each : groups;
-        Place here = place(begin);
-        bool there = false;  // whether all columns lie in shared memory as this group's part has them
+    ON_GPU void work(int64_t number, Threads &threads, float *shared) const {
+        float *staged = shared, *sums = shared + STAGED, *found = sums + WARPS * SUMS, *room = found + 2 * ROWS;
+        const int block = static_cast<int>(number), take = each * OUTS;
+        Part part = parts[0];
+        int begin = block;
+#pragma unroll
+        for (int n = 1; n < MOST; n++)
+            if (block >= starts[n]) part = parts[n], begin = block - starts[n];
+        begin *= take;
+        const int end = begin + take < part.outs ? begin + take : part.outs;
+        const auto row = [&](int out, int column) {
+            return static_cast<const char *>(part.matrix) + (static_cast<int64_t>(out) * columns + column) * BYTES;
+        };
         threads.alone([&](int thread, Own &own) {
-            ask(own.next, here, thread * 4);
-            for (int64_t i = block * THREADS + thread; i < copy.count; i += (groups + each - 1) / each * THREADS)
-                copy.to[i] = copy.from[i];
+            if (thread * 4 < columns) ask(own.next, row(begin, thread * 4), end - begin);
+            for (int64_t i = block * THREADS + thread; i < copy.count; i += blocks * THREADS) copy.to[i] = copy.from[i];
         });
         if (norm.weight) moments<ROWS>(threads, found, room, x, columns, rows);
-        for (int64_t group = begin; group < end; group++) {
-            const Place after = place(group + 1 < end ? group + 1 : groups);
+        for (int out = begin; out < end; out += OUTS) {
             threads.alone([&](int, Own &own) { memset(own.found, 0, sizeof own.found); });
-            for (int64_t first = 0; first < columns; first += SPAN) {
+            for (int first = 0; first < columns; first += SPAN) {
                 if (first > 0) threads.each([](int, Own &) {});  // all have used what was there
-                if (!there || columns > SPAN)
+                if (out == begin || columns > SPAN)
                     threads.each([&](int thread, Own &) {
-                        stage(thread, staged, found, here.share, first, normed && group == 0);
+                        stage(thread, staged, found, part.share, first, normed && block == 0 && out == begin);
                     });
                 threads.alone([&](int thread, Own &own) {
-                    for (int64_t c = first; c < columns && c < first + SPAN; c += ACROSS) {
-                        const int64_t at = c + thread * 4;
+                    const int stop = columns < first + SPAN ? columns : first + SPAN;
+                    for (int c = first + thread * 4; c < stop; c += ACROSS) {
                         Raw<4> now[OUTS];
 #pragma unroll
                         for (int o = 0; o < OUTS; o++) now[o] = own.next[o];
                         if (c + ACROSS < columns)
-                            ask(own.next, here, at + ACROSS);
-                        else
-                            ask(own.next, after, thread * 4);
-                        if (at < columns) add(own, now, staged + (at - first));
+                            ask(own.next, row(out, c + ACROSS), end - out);
+                        else if (out + OUTS < end)
+                            ask(own.next, row(out + OUTS, thread * 4), end - out - OUTS);
+                        add(own, now, staged + (c - first));
                     }
                 });
             }
-            there = after.share == here.share;
-            threads.add_up(WARP, OUTS * ROWS, [](Own &own) { return &own.found[0][0]; });
-            threads.each([&](int thread, Own &own) {
-                if (thread % WARP) return;
-#pragma unroll
-                for (int o = 0; o < OUTS; o++)
-#pragma unroll
-                    for (int r = 0; r < ROWS; r++) sums[(thread / WARP * OUTS + o) * ROWS + r] = own.found[o][r];
-            });
-            threads.each([&](int thread, Own &) { finish(thread, sums, here); });
-            here = after;
+            sum_to<SUMS>(threads, sums, [](Own &own) { return &own.found[0][0]; });
+            threads.each([&](int thread, Own &) { finish(thread, sums, part, out); });
         }
     }
 };
 
-// What a kernel of few rows is told, whichever it is.
-struct Given {
-    Part parts[7];
-    int count;
-    int64_t columns;
-    const float *x;
-    Norm norm;
-    const float *before;
-    float *normed;
-    Copy copy;
-};
-
 template <bool HALF, int ROWS>
-int times(const Given &g, int rows, int64_t stream) {
-    Few<HALF, ROWS> kernel = {{}, g.count, rows, g.columns, g.x, g.norm, g.before, g.normed, g.copy, 0, 0};
-    for (int n = 0; n < g.count; n++) kernel.parts[n] = g.parts[n], kernel.groups += g.parts[n].groups();
-    kernel.each = (kernel.groups + BUSY - 1) / BUSY;
-    return launch(kernel, (kernel.groups + kernel.each - 1) / kernel.each, stream);
+int times(Given given, int rows, int64_t stream) {
+    typedef Few<HALF, ROWS> Kernel;
+    const auto groups = [&](int n) { return (given.parts[n].outs + Kernel::OUTS - 1) / Kernel::OUTS; };
+    int all = 0;
+    for (int n = 0; n < given.count; n++) all += groups(n);
+    given.rows = rows, given.each = (all + BUSY - 1) / BUSY, given.blocks = 0;
+    for (int n = 0; n < Given::MOST; n++) {
+        given.starts[n] = n < given.count ? given.blocks : 0x7fffffff;
+        if (n < given.count) given.blocks += (groups(n) + given.each - 1) / given.each;
+    }
+    return launch(Kernel{given}, given.blocks, stream);
 }
 
 template <bool HALF>
-int times(const Given &g, int rows, int64_t stream) {
-    if (rows <= 1) return times<HALF, 1>(g, rows, stream);
-    if (rows <= 2) return times<HALF, 2>(g, rows, stream);
-    if (rows <= 4) return times<HALF, 4>(g, rows, stream);
-    return times<HALF, 8>(g, rows, stream);
+int times(const Given &given, int rows, int64_t stream) {
+    if (rows <= 1) return times<HALF, 1>(given, rows, stream);
+    if (rows <= 2) return times<HALF, 2>(given, rows, stream);
+    if (rows <= 4) return times<HALF, 4>(given, rows, stream);
+    return times<HALF, 8>(given, rows, stream);
 }
 
 }  // namespace

@@ -215,19 +215,23 @@ struct Step {
         for (int n = 0; n < which; n++) found += R * ranks[n];
         return found;
     }
+    int width() const { return static_cast<int>(D); }
+    static Part one(const void *matrix, const float *share, float *to, int64_t outs, Becomes how) {
+        return {matrix, share, to, static_cast<int>(outs), static_cast<int>(outs), how};
+    }
     Copy state(float *to) const { return {at(NORMED), to, R * D}; }
 
     template <bool HALF>
     int time_mix(int64_t layer, int64_t stream) const {
         const auto part = [&](int which, int share, float *to, int64_t outs, Becomes how) {
-            return Part{matrix(layer, which), vector(layer, share), to, outs, outs, how};
+            return one(matrix(layer, which), vector(layer, share), to, outs, how);
         };
         float *values = at(layer ? OF_V : FIRST);
         Given in = {{part(RECEPTANCE, X_R, at(OF_R), D, ITSELF), part(KEY, X_K, at(OF_K), D, ITSELF),
                      part(VALUE, X_V, values, D, ITSELF), part(W1, X_W, low(DECAY), ranks[DECAY], TANGENT),
                      part(A1, X_A, low(RATE), ranks[RATE], ITSELF), part(G1, X_G, low(GATE), ranks[GATE], SIGMOID),
                      part(V1, X_V, low(LEAN), ranks[LEAN], ITSELF)},
-                    layer ? 7 : 6, D, at(X), norm(layer, LN1), att_x[layer], at(NORMED), {}};
+                    layer ? 7 : 6, width(), at(X), norm(layer, LN1), att_x[layer], at(NORMED), {}};
         if (const int status = times<HALF>(in, R, stream)) return status;
         constexpr int64_t BYTES = HALF ? 2 : 4;
         const auto second = [&](int which, Low of) { return Second{matrix(layer, which), low(of), ranks[of]}; };
@@ -238,18 +242,18 @@ struct Step {
             memory[layer], at(OUT),
             {{matrix(layer, OUTPUT), D * D * BYTES}, {matrix(layer, FFN_KEY), F * D * BYTES}}, R * H};
         if (const int status = launch(heads, R * H + BESIDE, stream)) return status;
-        const Given out = {{{matrix(layer, OUTPUT), nullptr, at(X), D, D, ADDED}}, 1, D, at(OUT), {}, nullptr, nullptr,
-                           state(att_x[layer])};
+        const Given out = {{one(matrix(layer, OUTPUT), nullptr, at(X), D, ADDED)}, 1, width(), at(OUT), {}, nullptr,
+                           nullptr, state(att_x[layer])};
         return times<HALF>(out, R, stream);
     }
 
     template <bool HALF>
     int channel_mix(int64_t layer, int64_t stream) const {
-        const Given key = {{{matrix(layer, FFN_KEY), vector(layer, FFN_X_K), wide(), F, F, SQUARED}}, 1, D, at(X),
+        const Given key = {{one(matrix(layer, FFN_KEY), vector(layer, FFN_X_K), wide(), F, SQUARED)}, 1, width(), at(X),
                            norm(layer, LN2), ffn_x[layer], at(NORMED), {}};
         if (const int status = times<HALF>(key, R, stream)) return status;
-        const Given value = {{{matrix(layer, FFN_VALUE), nullptr, at(X), D, D, ADDED}}, 1, F, wide(), {}, nullptr,
-                             nullptr, state(ffn_x[layer])};
+        const Given value = {{one(matrix(layer, FFN_VALUE), nullptr, at(X), D, ADDED)}, 1, static_cast<int>(F), wide(),
+                             {}, nullptr, nullptr, state(ffn_x[layer])};
         return times<HALF>(value, R, stream);
     }
 
@@ -262,7 +266,7 @@ struct Step {
             if (!status) status = channel_mix<HALF>(layer, stream);
         }
         if (status) return status;
-        const Given head = {{{matrices[L * MATRICES], nullptr, logits, V, V, ITSELF}}, 1, D, at(X),
+        const Given head = {{one(matrices[L * MATRICES], nullptr, logits, V, ITSELF)}, 1, width(), at(X),
                             {fixed[LN_OUT], fixed[LN_OUT_BIAS]}, nullptr, nullptr, {}};
         return times<HALF>(head, R, stream);
     }
