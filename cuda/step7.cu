@@ -7,6 +7,8 @@
 
 #include "few.cuh"
 
+#include <algorithm>
+
 namespace {
 
 constexpr int N = 64, LOW = 4;
@@ -14,12 +16,24 @@ constexpr float LEAST = 1e-12f, HALF_ROOT = 0.60653066f;  // e^{-1/2}
 
 enum Low { DECAY, RATE, LEAN, GATE };
 
-// Memory that kernels to come read: a card's cache takes a few of these while heads wait for one another.
+// Memory that kernels to come read: a card's cache takes some of it while heads wait for one another.
 struct Ahead {
     const void *from;
     int64_t bytes;
 };
-constexpr int64_t LINE = 128, CACHED = 12 << 20, BESIDE = 96;  // bytes of a line, of all of these; blocks that ask
+constexpr int64_t LINE = 128, BESIDE = 96;  // bytes of a line; blocks that ask
+
+// bytes that are asked for: what memory gives meanwhile, but no more than a quarter of the cache
+inline int64_t cached() {
+    int64_t bytes = 12 << 20;
+#ifdef __CUDACC__
+    int device = 0, all = 0;
+    if (cudaGetDevice(&device) == cudaSuccess &&
+        cudaDeviceGetAttribute(&all, cudaDevAttrL2CacheSize, device) == cudaSuccess && all / 4 < bytes)
+        bytes = all / 4;
+#endif
+    return bytes;
+}
 
 // A matrix of low rank (rank, D), and what it is multiplied with, (rows, rank)
 struct Second {
@@ -92,14 +106,10 @@ struct Recall {
     }
 
     ON_GPU void look_ahead(int64_t number) const {
-        int64_t left = CACHED;
 #pragma unroll
-        for (int n = 0; n < 2; n++) {
-            const int64_t bytes = ahead[n].bytes < left ? ahead[n].bytes : left;
-            for (int64_t at = number * LINE; at < bytes; at += BESIDE * THREADS * LINE)
+        for (int n = 0; n < 2; n++)
+            for (int64_t at = number * LINE; at < ahead[n].bytes; at += BESIDE * THREADS * LINE)
                 soon(static_cast<const char *>(ahead[n].from) + at);
-            left -= bytes;
-        }
     }
 
     // what low ranks say of the head's channels, and what the recurrence takes
@@ -234,13 +244,14 @@ struct Step {
                     layer ? 7 : 6, width(), at(X), norm(layer, LN1), att_x[layer], at(NORMED), {}};
         if (const int status = times<HALF>(in, R, stream)) return status;
         constexpr int64_t BYTES = HALF ? 2 : 4;
+        const int64_t most = cached(), first = std::min(D * D * BYTES, most);
         const auto second = [&](int which, Low of) { return Second{matrix(layer, which), low(of), ranks[of]}; };
         const Recall<HALF, false> heads = {
             H, {second(W2, DECAY), second(A2, RATE), layer ? second(V2, LEAN) : Second{}, second(G2, GATE)},
             at(OF_R), at(OF_K), values, at(FIRST), vector(layer, W0), vector(layer, A0), vector(layer, V0),
             vector(layer, K_K), vector(layer, K_A), vector(layer, R_K), vector(layer, LN_X), vector(layer, LN_X_BIAS),
             memory[layer], at(OUT),
-            {{matrix(layer, OUTPUT), D * D * BYTES}, {matrix(layer, FFN_KEY), F * D * BYTES}}, R * H};
+            {{matrix(layer, OUTPUT), first}, {matrix(layer, FFN_KEY), std::min(F * D * BYTES, most - first)}}, R * H};
         if (const int status = launch(heads, R * H + BESIDE, stream)) return status;
         const Given out = {{one(matrix(layer, OUTPUT), nullptr, at(X), D, ADDED)}, 1, width(), at(OUT), {}, nullptr,
                            nullptr, state(att_x[layer])};

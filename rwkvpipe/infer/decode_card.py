@@ -42,7 +42,10 @@ class CardDecoder:
         self.matrices = _lying([x if x is None else x.to(self.kind) for x in found], self.kind)
 
     def step(self, ids: Tensor, state: State, logits: Tensor) -> None:
-        """Write logits (rows, V) after an id for each row, (rows,), and over the state that after it."""
+        """Write logits (rows, V) after an id for each row, (rows,), and over the state that after it.
+
+        Rows that are few are computed in fp32, also beside matrices in bf16; of more, what these multiply is rounded.
+        """
         (self.few if len(ids) <= MOST else self.many)(ids, state, logits)
 
     def few(self, ids: Tensor, state: State, logits: Tensor) -> None:
@@ -55,7 +58,7 @@ class CardDecoder:
     def many(self, ids: Tensor, state: State, logits: Tensor) -> None:
         """The same for any number of rows, in what the matrices are in but for the stream and the state."""
         emb, *first_norm = self.fixed[:3]
-        x, first = emb[ids], None
+        x, first = F.embedding(ids, emb), None
         if first_norm[0].numel():
             x = F.layer_norm(x, x.shape[-1:], *first_norm)
         for n in range(self.sizes[0]):
@@ -89,8 +92,10 @@ def card_decoder(model: nn.Module) -> CardDecoder | None:
     config, device = model.config, next(model.parameters()).device
     if config.family != "rwkv7" or config.head_size != N or config.dim_ffn % 4 or gpu.at_hand(device)[0] is None:
         return None
-    kinds = {type(_found(model, name)) for name in (*_names(model), "head")} - {nn.Parameter, type(None)}
-    if kinds not in ({nn.Linear}, {Narrow}):  # adapters, or fewer bits
+    found = [_found(model, name) for name in (*_names(model), "head")]
+    layers = [layer for layer in found if isinstance(layer, nn.Module)]
+    narrow = [isinstance(layer, Narrow) for layer in layers]
+    if not all(narrow) and not (_plain(layers) and not any(narrow)):  # adapters, or fewer bits
         return None
     gpu.announce("writing token by token", device)
     return CardDecoder(model)
@@ -107,12 +112,20 @@ def _found(model: nn.Module, name: str) -> nn.Module | Tensor | None:
     return getattr(model.get_submodule(whole), last, None)
 
 
+def _plain(layers: Sequence[nn.Module]) -> bool:
+    """Whether all are a matrix as it is, or one into which its adapter was folded."""
+    folded = (getattr(layer, "active", True) is False and layer.weight is not None for layer in layers)
+    return all(type(layer) is nn.Linear or other for layer, other in zip(layers, folded, strict=True))
+
+
 def _matrix(model: nn.Module, name: str) -> Tensor | None:
     """A matrix (out, in), the second one of a low rank (rank, D)."""
     found = _found(model, name)
     if isinstance(found, Tensor):
         return found if name.endswith("2") else found.mT
-    return found.data if isinstance(found, Narrow) else found and found.weight
+    if isinstance(found, Narrow):
+        return found.data
+    return None if found is None else found.weight
 
 
 def _lying(tensors: Sequence[Tensor | None], kind: torch.dtype = torch.float32) -> list[Tensor]:

@@ -72,7 +72,10 @@ class Recorded:
 
 
 class Graphs(Recorded):
-    """Steps of a model for as many rows as come; what a graph's rows have too many of is computed and left out."""
+    """Steps of a model for as many rows as come; what a graph's rows have too many of is computed and left out.
+
+    Weights must not change meanwhile.
+    """
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
@@ -90,7 +93,7 @@ class Graphs(Recorded):
         if size > len(self.ids):
             self._room(size)
         if size not in self.works:  # before the state is there: recording writes
-            self.record(size, f"a step of {size} rows", lambda: self._work(size))
+            self._record(size)
         own = self._part(rows)
         for mine, given in _pairs(own, state):
             if mine.data_ptr() != given.data_ptr():
@@ -106,6 +109,15 @@ class Graphs(Recorded):
         self.ids = torch.zeros(rows, 1, dtype=torch.long, device=self.device)
         self.state = self.model.start(rows, self.device)
         self.logits = torch.zeros(rows, self.model.config.vocab_size, device=self.device)
+
+    def _record(self, size: int) -> None:
+        if self.decoder is not None:
+            try:
+                self._work(size)
+            except RuntimeError as error:
+                log.warning("kernels for a token are not used: %s", error)
+                self.decoder = None
+        self.record(size, f"a step of {size} rows", lambda: self._work(size))
 
     def _part(self, rows: int) -> State:
         """The first rows of the state, in place."""

@@ -7,6 +7,7 @@ import torch
 
 from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.base.errors import ConfigError
+from rwkvpipe.infer.decode_card import FORM, N
 
 COPIES = 4  # of the rows' states: what is written, its next step, a group that was read, rows on their way
 RECORDED = 2  # more of them on a card: where graphs write, and where they read
@@ -52,10 +53,17 @@ def free_bytes(device: torch.device) -> int | None:
     return min(found, default=None)
 
 
+def _copied(config: RwkvConfig, device: torch.device) -> int:
+    """Bytes of the matrices of low rank, which are laid out again for a card's kernels."""
+    if device.type != "cuda" or config.family != "rwkv7" or config.head_size != N:
+        return 0
+    return 8 * config.n_layer * config.n_embd * sum(getattr(config, name) for name in FORM.ranks)
+
+
 def _taken(config: RwkvConfig, rows: int, device: torch.device, chunk: int, logits: int) -> int:
     """Bytes that so many rows take, and what weighs texts beside them."""
     each = row_bytes(config, chunk, COPIES + RECORDED * (device.type == "cuda"))
-    return rows * each + SCORED * min(rows * chunk * config.vocab_size, logits)
+    return rows * each + SCORED * min(rows * chunk * config.vocab_size, logits) + _copied(config, device)
 
 
 def spare_bytes(config: RwkvConfig, rows: int, device: torch.device, *, chunk: int, logits: int) -> int | None:
@@ -70,7 +78,7 @@ def check_rows(config: RwkvConfig, rows: int, device: torch.device, *, chunk: in
     free, taken = free_bytes(device), _taken(config, rows, device, chunk, logits)
     if free is None or taken <= free:
         return
-    most = (free - SCORED * min(chunk * config.vocab_size, logits)) // each
+    most = (free - SCORED * min(chunk * config.vocab_size, logits) - _copied(config, device)) // each
     way = f"{most} would do" if most > 0 else "not even one would do; free some, or take a smaller model"
     raise ConfigError(
         f"rows: {rows} texts at a time take about {taken / 1e9:.1f} GB of memory,"

@@ -21,7 +21,8 @@ PROMPTS = ["User: 1+1\n\nA:", "a", "The quick brown fox jumps", "x" * 40, "ab", 
 
 
 def model(family="rwkv7", **more):
-    found = build(RwkvConfig(family=family, n_layer=2, n_embd=32, head_size=16, vocab_size=257, **more))
+    sizes = {"n_layer": 2, "n_embd": 32, "head_size": 16, "vocab_size": 257} | more
+    found = build(RwkvConfig(family=family, **sizes))
     found.initialise(0)
     with torch.no_grad():
         for n, value in enumerate(found.parameters()):
@@ -298,24 +299,27 @@ def test_a_card_s_graphs_give_what_its_kernels_give_one_by_one(family, caplog):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
-@pytest.mark.parametrize("kind, tolerance", [("fp32", 1e-4), ("bf16", 3e-2)])
-@pytest.mark.parametrize("rows", [1, 5, 9])
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize("sizes", [(192, 768, 257), (1088, 8260, 4200)])  # one block for all, and more than one takes
 @torch.inference_mode()
-def test_a_card_writes_by_kernels_for_it(kind, tolerance, rows, caplog):
-    network = build(RwkvConfig(n_layer=3, n_embd=192, head_size=64, vocab_size=257))
-    network.initialise(1)
-    network = network.eval().cuda()
+def test_a_card_writes_by_kernels_for_it(kind, rows, sizes, caplog):
+    D, F, V = sizes
+    network, plain = (model(n_embd=D, dim_ffn=F, vocab_size=V, head_size=64).cuda() for _ in range(2))
     keep(network, kind)
+    for name, value in plain.named_parameters():
+        if kind == "bf16" and value.dim() == 2 and name != "emb.weight":
+            value.copy_(value.bfloat16())
     steps, ids = graphs(network), (torch.arange(rows * 9).view(rows, 9) % 257).cuda()
     assert steps.decoder is not None
-    state, plain = network.start(rows, ids.device), network.start(rows, ids.device)
+    state, after, rounded = network.start(rows, ids.device), plain.start(rows, ids.device), kind == "bf16" and rows > 8
     for t in range(9):
         found = steps.step(ids[:, t], state)
-        logits, plain = network(ids[:, t : t + 1], plain)
-        assert float((found - logits[:, -1]).norm() / logits.norm()) < tolerance
-    for one, other in zip(parts(state), parts(plain), strict=True):
-        assert float((one - other).norm() / other.norm()) < tolerance
-    assert "is not recorded" not in caplog.text
+        logits, after = plain(ids[:, t : t + 1], after)
+        assert float((found - logits[:, -1]).norm() / logits.norm()) < (0.1 if rounded else 1e-4)
+    for one, other in zip(parts(state), parts(after), strict=True):
+        assert float((one - other).norm() / other.norm()) < (0.1 if rounded else 1e-4)
+    assert "is not recorded" not in caplog.text and "are not used" not in caplog.text
 
 
 @pytest.mark.gpu
@@ -349,10 +353,11 @@ def test_a_card_that_is_not_the_current_one_computes_and_records_too(caplog):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
-def test_a_card_s_engine_writes_what_the_processor_writes():
+@pytest.mark.parametrize("sizes", [{}, {"n_embd": 64, "head_size": 64}])
+def test_a_card_s_engine_writes_what_the_processor_writes(sizes):
     settings = SamplingConfig(temperature=0.0, max_tokens=14, stop=())
 
     def written(network):
         return {c.prompt: c.ids for c in Engine(network, ByteTokenizer(1), 3).generate(PROMPTS, settings)}
 
-    assert written(model().cuda()) == written(model())
+    assert written(model(**sizes).cuda()) == written(model(**sizes))

@@ -14,7 +14,7 @@ from rwkvpipe.kernel import gpu
 from rwkvpipe.kernel.wkv7 import wkv7
 from rwkvpipe.model.family import build
 from rwkvpipe.model.layers import State
-from rwkvpipe.weights.lora import inject
+from rwkvpipe.weights.lora import folded, inject
 
 
 def made(n_embd=64, dim_ffn=None, n_layer=3, vocab_size=37, kind="fp32", seed=0, **more):
@@ -104,29 +104,26 @@ def test_many_rows_have_the_model_s_logits_and_states(on_host, sizes, rows, kind
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
 @torch.inference_mode()
 def test_a_row_has_the_same_bits_whatever_rows_are_beside_it_and_in_any_order_of_threads(on_host, kind):
-    model = made(n_embd=128, kind=kind)
-    steps, ids, state = (
-        CardDecoder(narrowed(model) if kind == "bf16" else model),
-        torch.arange(8) % 37,
-        state_of(model, 8),
-    )
+    model = made(n_embd=1088, dim_ffn=4356, n_layer=2, vocab_size=1061, kind=kind)
+    steps = CardDecoder(narrowed(model) if kind == "bf16" else model)
+    ids, state = torch.arange(8) % 37, state_of(model, 8)
 
     def stepped(rows):
-        logits, mine = torch.full((len(ids[rows]), 37), torch.nan), copied(state, rows)
+        logits, mine = torch.full((len(ids[rows]), 1061), torch.nan), copied(state, rows)
         steps.step(ids[rows], mine, logits)
         return [logits, *parts(mine)]
 
     whole = stepped(slice(None))
-    for rows in (slice(0, 1), slice(7, 8), slice(1, 3), slice(2, 5), slice(3, 7), slice(1, 8)):
+    for rows in (slice(7, 8), slice(1, 3), slice(2, 5), slice(1, 8)):
         on_host.grid_order(rows.start % 3)
         assert all(torch.equal(one, other[rows]) for one, other in zip(stepped(rows), whole, strict=True))
 
 
 @torch.inference_mode()
 def test_nothing_is_written_beside_logits_states_and_room(on_host, guards):
-    model, steps = made(), CardDecoder(made())
-    state = State(*([x + 0 for x in each] for each in (model.start(3).att_x, model.start(3).wkv, model.start(3).ffn_x)))
-    state = State(*([torch.empty_like(x).zero_() for x in each] for each in (state.att_x, state.wkv, state.ffn_x)))
+    model = made()
+    steps, like = CardDecoder(model), model.start(3)
+    state = State(*([torch.empty_like(x).zero_() for x in each] for each in (like.att_x, like.wkv, like.ffn_x)))
     logits = torch.empty(3, 37)
     steps.step(torch.tensor([1, 2, 3]), state, logits)
     assert logits.isfinite().all()
@@ -144,6 +141,12 @@ def test_an_id_that_there_is_not_gives_no_numbers_to_its_row_alone(on_host):
 
 def test_sizes_that_it_is_not_made_for_are_refused(on_host):
     model = made()
+    halves = build(RwkvConfig(n_layer=3, n_embd=64, head_size=32, vocab_size=37)).start(1)
+    for place, size, state in ((2, 2, halves), (3, 66, model.start(1))):  # two heads of 32; dim_ffn no multiple of 4
+        odd = CardDecoder(model)
+        odd.sizes = (*odd.sizes[:place], size, *odd.sizes[place + 1 :])
+        with pytest.raises(RuntimeError, match="step7: CUDA error -1"):
+            odd.few(torch.zeros(1, dtype=torch.long), state, torch.zeros(1, 37))
     with pytest.raises(RuntimeError, match="step7: CUDA error -1"):
         CardDecoder(model).few(torch.zeros(9, dtype=torch.long), model.start(9), torch.zeros(9, 37))
     mixed = CardDecoder(model)
@@ -158,7 +161,34 @@ def test_sizes_that_it_is_not_made_for_are_refused(on_host):
 def adapted():
     model = made()
     inject(model, LoraConfig(rank=2))
+    with torch.no_grad():
+        for name, x in model.named_parameters():
+            if "lora_" in name:
+                x.add_(0.1)
     return model.eval()
+
+
+@torch.inference_mode()
+def test_adapters_that_are_folded_into_their_matrices_are_in_it(on_host):
+    model, ids = adapted(), torch.tensor([3, 1])
+    wanted, _ = model(ids[:, None])
+    assert card_decoder(model) is None
+    with folded(model):
+        logits = torch.zeros(2, 37)
+        card_decoder(model).step(ids, model.start(2), logits)
+    torch.testing.assert_close(logits, wanted[:, 0], atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_weights_that_begin_at_odd_places_are_laid_down_anew(on_host):
+    model, state = made(), state_of(made(), 2)
+    ids, found = torch.tensor([3, 1]), [torch.zeros(2, 37), torch.zeros(2, 37)]
+    CardDecoder(model).step(ids, copied(state), found[0])
+    for x in model.parameters():
+        x.data = torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+    assert any(x.data_ptr() % 16 for x in model.parameters())
+    CardDecoder(model).step(ids, copied(state), found[1])
+    assert torch.equal(*found)
 
 
 def in_int8():
@@ -228,3 +258,49 @@ def test_states_are_written_over_only_where_that_is_asked_for_and_nothing_is_lea
             _, after = wkv7(*inputs, S)
         assert (after.data_ptr() == S.data_ptr()) == (over and not learnt)
         assert torch.equal(after, wanted) and (torch.equal(S, start) or (over and not learnt))
+
+
+@torch.inference_mode()
+def test_kernels_that_a_card_refuses_leave_the_model_s_own_step_and_a_line_says_so(
+    on_host, recording, monkeypatch, caplog
+):
+    def refused(*given):
+        raise RuntimeError("step7: CUDA error 701")
+
+    model = made()
+    steps = Graphs(model)
+    monkeypatch.setattr(steps.decoder, "step", refused)
+    found = steps.step(torch.tensor([3]), model.start(1))
+    torch.testing.assert_close(found, model(torch.tensor([[3]]))[0][:, 0], atol=1e-5, rtol=1e-5)
+    assert "kernels for a token are not used: step7: CUDA error 701" in caplog.text
+
+
+def check_on_card(model, rows, kind, way, near):
+    """A step on the card gives logits and states as in fp64."""
+    ids, state = torch.arange(rows) * 5 % 37, state_of(model, rows)
+    wanted, after = exactly(model, ids, state)
+    mine = State(*([x.cuda() for x in each] for each in (state.att_x, state.wkv, state.ffn_x)))
+    logits = torch.full((rows, model.config.vocab_size), torch.nan).cuda()
+    steps = card_decoder((narrowed(model) if kind == "bf16" else model).cuda())
+    getattr(steps, way)(ids.cuda(), mine, logits)
+    for one, other in zip((logits, *parts(mine)), (wanted, *parts(after)), strict=True):
+        assert near(one.cpu().double(), other)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+@torch.inference_mode()
+def test_a_card_computes_few_rows_exactly(rows, kind):
+    model = made(n_embd=128, dim_ffn=260, n_layer=2, vocab_size=1061, kind=kind)
+    check_on_card(model, rows, kind, "few", lambda one, other: float((one - other).norm() / other.norm()) < 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("kind, tolerance", [("fp32", 1e-5), ("bf16", 2e-2)])
+@torch.inference_mode()
+def test_a_card_computes_many_rows(kind, tolerance):
+    model = made(n_embd=128, n_layer=2, kind=kind)
+    check_on_card(model, 9, kind, "many", lambda one, other: float((one - other).norm() / other.norm()) < tolerance)
