@@ -16,7 +16,11 @@ from benchmarks import registers
 from benchmarks.ptx.card import Card, made
 from benchmarks.ptx.memory import SECTOR
 from rwkvpipe.base import compiler
+from rwkvpipe.base.config import RwkvConfig
+from rwkvpipe.infer.decode_card import CardDecoder
+from rwkvpipe.infer.packed import Narrow
 from rwkvpipe.kernel import gpu, loss, passes
+from rwkvpipe.model.family import build
 
 REPORT = Path(__file__).resolve().parents[1] / "docs/gpu_counts.json"
 # an H100 (SXM): multiprocessors, clock in Hz, warp instructions that each begins in a cycle, bytes of memory a second
@@ -24,6 +28,7 @@ UNITS, CLOCK, SCHEDULERS, BANDWIDTH = 132, 1.755e9, 4, 3.0e12
 ROWS, T, HEADS, N = 8, 4096, 64, 64  # what the page times
 SEGMENT = 64  # tokens: a state is kept in so many
 TOKENS, WIDTH, IDS = 64, 512, 1 << 14  # of what is counted
+ACROSS = 1024  # columns that a block meets at a time, where a token is written
 NO_INSTRUCTIONS = ("wavefronts", "sectors")
 
 
@@ -97,6 +102,21 @@ def losses() -> Tensor:
     return loss._gradients(draw(1, IDS), wanted, slice(0, 1))
 
 
+def token(card: Card) -> tuple[Counter[str], int]:
+    """What matrices in bf16, ACROSS wide, ask for as a token of one row is written, and how many numbers they have."""
+    low = dict.fromkeys(("d_decay", "d_aaa", "d_mv", "d_gate"), 4)
+    model = build(RwkvConfig(n_layer=1, n_embd=ACROSS, head_size=N, vocab_size=4, dim_ffn=4, **low))
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, torch.nn.Linear):
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, Narrow(layer.weight.data.bfloat16()))
+    decoder = CardDecoder(model)
+    counted(card, lambda: decoder.few(torch.tensor([1]), model.start(1), torch.empty(1, 4)))
+    seconds = 3 * 4 * ACROSS  # of low ranks, which heads multiply
+    found = next(counts for name, counts in card.counts.items() if "Few" in name)
+    return found, sum(x.numel() for x in decoder.matrices) - seconds
+
+
 def counted(card: Card, run: Callable[[], object]) -> Counter[str]:
     """All that is counted while something runs."""
     card.counts.clear()
@@ -134,6 +154,8 @@ def measure(target: str = "sm_90a") -> dict:
             for back in (False, True):
                 lines.append(_line(name, back, "number", counted(card, around(name, back)), TOKENS * WIDTH))
         lines.append(_line("loss and its gradient", True, "number", counted(card, losses), IDS))
+        with torch.inference_mode():
+            lines.append(_line("matrices times a token of one row", False, "number", *token(card)))
     said = compiler.version(compiler.nvcc())
     return {"what": "counts", "sources": gpu.name(), "target": target, "nvcc": said, "lines": [vars(x) for x in lines]}
 
@@ -149,9 +171,13 @@ def table(found: dict) -> str:
     head += ["barriers", "ms at least: instructions", "shared memory", "memory"]
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for line in (Line(**each) for each in found["lines"]):
-        name = line.name if "gradient" in line.name else f"{line.name}, {'backward' if line.back else 'forward'}"
+        name = (
+            line.name
+            if "gradient" in line.name or "one row" in line.name
+            else f"{line.name}, {'backward' if line.back else 'forward'}"
+        )
         numbers = (line.instructions, line.matrices, line.wavefronts, line.bytes, line.barriers)
         said = [f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in numbers]
-        least = ["" if "loss" in line.name else f"{x:.2f}" for x in line.least()]
+        least = ["" if "loss" in line.name or "one row" in line.name else f"{x:.2f}" for x in line.least()]
         lines.append(f"| {name} | {' | '.join([*said, *least])} |")
     return "\n".join(lines)
