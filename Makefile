@@ -20,7 +20,7 @@ large: .venv/test
 
 # the GPU's kernels as nvcc makes them, instruction by instruction: ten minutes
 paper: .venv/test
-	$(PYTEST) --paper -m "not gpu" tests/kernel/test_gpu.py tests/kernel/test_passes.py tests/kernel/test_step.py
+	$(PYTEST) --paper -m "not gpu" tests/kernel/test_gpu.py tests/kernel/test_passes.py
 
 peers: .venv/test
 	$(BIN)/python -m benchmarks.peers rwkv rwkv7-hf
