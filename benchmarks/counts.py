@@ -17,8 +17,8 @@ from benchmarks.ptx.card import Card, made
 from benchmarks.ptx.memory import SECTOR
 from rwkvpipe.base import compiler
 from rwkvpipe.base.config import RwkvConfig
+from rwkvpipe.infer import packed
 from rwkvpipe.infer.decode_card import CardDecoder
-from rwkvpipe.infer.packed import Narrow
 from rwkvpipe.kernel import gpu, loss, passes
 from rwkvpipe.model.family import build
 
@@ -106,10 +106,8 @@ def token(card: Card) -> tuple[Counter[str], int]:
     """What matrices in bf16, ACROSS wide, ask for as a token of one row is written, and how many numbers they have."""
     low = dict.fromkeys(("d_decay", "d_aaa", "d_mv", "d_gate"), 4)
     model = build(RwkvConfig(n_layer=1, n_embd=ACROSS, head_size=N, vocab_size=4, dim_ffn=4, **low))
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, torch.nn.Linear):
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, Narrow(layer.weight.data.bfloat16()))
+    with mock.patch.object(packed, "on_card", lambda weight: True):
+        packed.keep(model, "bf16")
     decoder = CardDecoder(model)
     counted(card, lambda: decoder.few(torch.tensor([1]), model.start(1), torch.empty(1, 4)))
     seconds = 3 * 4 * ACROSS  # of low ranks, which heads multiply
@@ -171,13 +169,10 @@ def table(found: dict) -> str:
     head += ["barriers", "ms at least: instructions", "shared memory", "memory"]
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for line in (Line(**each) for each in found["lines"]):
-        name = (
-            line.name
-            if "gradient" in line.name or "one row" in line.name
-            else f"{line.name}, {'backward' if line.back else 'forward'}"
-        )
+        one = "one row" in line.name
+        name = line.name + ("" if one or "gradient" in line.name else f", {'backward' if line.back else 'forward'}")
         numbers = (line.instructions, line.matrices, line.wavefronts, line.bytes, line.barriers)
         said = [f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in numbers]
-        least = ["" if "loss" in line.name or "one row" in line.name else f"{x:.2f}" for x in line.least()]
+        least = ["" if one or "loss" in line.name else f"{x:.2f}" for x in line.least()]
         lines.append(f"| {name} | {' | '.join([*said, *least])} |")
     return "\n".join(lines)

@@ -26,6 +26,7 @@ class Form:
     ranks: tuple[str, ...]
 
 
+FIXED = ("emb.weight", "blocks.0.ln0.weight", "blocks.0.ln0.bias", "ln_out.weight", "ln_out.bias")  # of no layer
 NORMS = ("ln1.weight", "ln1.bias", "ln2.weight", "ln2.bias")
 SHARES = ("att.time_maa_x", "att.time_maa_w", "att.time_maa_k", "att.time_maa_v", "att.time_maa_r", "att.time_maa_g")
 HEADS = ("att.time_decay", "att.time_faaaa", "att.ln_x.weight", "att.ln_x.bias")
@@ -71,8 +72,7 @@ class Decoder:
         ranks = [getattr(config, name) for name in form.ranks] or [0, 0]
         heads = config.n_embd // config.head_size
         self.sizes = (config.n_layer, config.n_embd, heads, config.dim_ffn, config.vocab_size, *ranks)
-        names = ("emb.weight", "blocks.0.ln0.weight", "blocks.0.ln0.bias", "ln_out.weight", "ln_out.bias")
-        self.fixed = self._words([parameters.get(name) for name in names])
+        self.fixed = self._words([parameters.get(name) for name in FIXED])
         layers = range(config.n_layer)
         self.vectors = self._words([vector(parameters, n, name) for n in layers for name in form.vectors])
         names = [name and f"blocks.{n}.{name}" for n in layers for name in form.matrices]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwkvpipe.infer.decode import FORMS, vector
+from rwkvpipe.infer.decode import FIXED, FORMS, vector
 from rwkvpipe.infer.packed import Narrow
 from rwkvpipe.kernel import gpu, passes
 from rwkvpipe.model.layers import State
@@ -20,7 +20,6 @@ MOST = 8  # rows that are few
 N = 64  # channels of a head
 WHOLE = 16  # bytes that are read at once
 FORM = FORMS["rwkv7"]
-NAMES = [name.rpartition(".")[2] if "ffn" not in name else name.replace(".", "_") for name in FORM.matrices]
 SHARES, HEADS = slice(4, 10), slice(10, 18)  # of a layer's vectors: what is mixed, what heads take
 LOW = "wavg"
 
@@ -35,8 +34,7 @@ class CardDecoder:
         self.kind = model.head.data.dtype if isinstance(model.head, Narrow) else torch.float32
         self.ranks = tuple(getattr(config, name) for name in FORM.ranks)
         self.sizes = (config.n_layer, config.n_embd, config.n_embd // N, config.dim_ffn, config.vocab_size)
-        names = ("emb.weight", "blocks.0.ln0.weight", "blocks.0.ln0.bias", "ln_out.weight", "ln_out.bias")
-        self.fixed = _lying([parameters.get(name) for name in names])
+        self.fixed = _lying([parameters.get(name) for name in FIXED])
         self.vectors = _lying([vector(parameters, n, name) for n in layers for name in FORM.vectors])
         found = [_matrix(model, name) for name in (*_names(model), "head")]
         self.matrices = _lying([x if x is None else x.to(self.kind) for x in found], self.kind)
@@ -63,19 +61,19 @@ class CardDecoder:
             x = F.layer_norm(x, x.shape[-1:], *first_norm)
         for n in range(self.sizes[0]):
             rows = self.vectors[n * len(FORM.vectors) :][: len(FORM.vectors)]
-            at = dict(zip(NAMES, self.matrices[n * len(NAMES) :], strict=False))
+            at = dict(zip(FORM.matrices, self.matrices[n * len(FORM.matrices) :], strict=False))
             r, w, k, v, a, g = self._mixes(x, rows[:2], state.att_x[n], rows[SHARES])
-            xs = [F.linear(w, at["w1"]).tanh_(), F.linear(a, at["a1"]), v[:0], F.linear(g, at["g1"]).sigmoid_()]
-            if n:
-                xs[2] = F.linear(v, at["v1"])
-            r, k, v = F.linear(r, at["receptance"]), F.linear(k, at["key"]), F.linear(v, at["value"])
-            first, out, seconds = v if first is None else first, torch.empty_like(v), [at[f"{name}2"] for name in LOW]
+            w, a, g = F.linear(w, at["att.w1"]).tanh_(), F.linear(a, at["att.a1"]), F.linear(g, at["att.g1"]).sigmoid_()
+            xs = [w, a, F.linear(v, at["att.v1"]) if n else v[:0], g]
+            r, k, v = F.linear(r, at["att.receptance"]), F.linear(k, at["att.key"]), F.linear(v, at["att.value"])
+            first, out = v if first is None else first, torch.empty_like(v)
+            seconds = [at[f"att.{name}2"] for name in LOW]
             kinds = gpu.halves(r, k, v, first, out, xs[0], seconds[0])
             sizes = (len(ids), self.sizes[2], *self.ranks, kinds)
             gpu.call("recall7", sizes, r, k, v, first, xs, seconds, rows[HEADS], state.wkv[n], out)
-            x = x + F.linear(out, at["output"])
+            x = x + F.linear(out, at["att.output"])
             (k,) = self._mixes(x, rows[2:4], state.ffn_x[n], rows[-1:])
-            x = x + F.linear(passes.Square.apply(F.linear(k, at["ffn_key"])), at["ffn_value"])
+            x = x + F.linear(passes.Square.apply(F.linear(k, at["ffn.key"])), at["ffn.value"])
         x = F.layer_norm(x, x.shape[-1:], *self.fixed[3:])
         logits.copy_(F.linear(x.to(self.kind), self.matrices[-1]))
 
@@ -94,8 +92,7 @@ def card_decoder(model: nn.Module) -> CardDecoder | None:
         return None
     found = [_found(model, name) for name in (*_names(model), "head")]
     layers = [layer for layer in found if isinstance(layer, nn.Module)]
-    narrow = [isinstance(layer, Narrow) for layer in layers]
-    if not all(narrow) and not (_plain(layers) and not any(narrow)):  # adapters, or fewer bits
+    if not all(isinstance(layer, Narrow) for layer in layers) and not all(map(_plain, layers)):  # adapters, fewer bits
         return None
     gpu.announce("writing token by token", device)
     return CardDecoder(model)
@@ -112,10 +109,9 @@ def _found(model: nn.Module, name: str) -> nn.Module | Tensor | None:
     return getattr(model.get_submodule(whole), last, None)
 
 
-def _plain(layers: Sequence[nn.Module]) -> bool:
-    """Whether all are a matrix as it is, or one into which its adapter was folded."""
-    folded = (getattr(layer, "active", True) is False and layer.weight is not None for layer in layers)
-    return all(type(layer) is nn.Linear or other for layer, other in zip(layers, folded, strict=True))
+def _plain(layer: nn.Module) -> bool:
+    """Whether it is a matrix as it is, or one into which its adapter was folded."""
+    return type(layer) is nn.Linear or (not getattr(layer, "active", True) and layer.weight is not None)
 
 
 def _matrix(model: nn.Module, name: str) -> Tensor | None:

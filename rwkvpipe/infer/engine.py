@@ -44,7 +44,8 @@ def load_vocabulary(path: str | Path, rows: int, model: str | Path) -> Tokenizer
 
 
 class Engine:
-    """Writes on after prompts and weighs texts, `rows` at a time; what comes out does not depend on `rows`.
+    """Writes on after prompts and weighs texts, `rows` at a time; what comes out does not depend on `rows`
+    but for the last digits of logits (docs/inference.md).
 
     The model may have adapters beside its matrices, and initial states. `kind` (see `packed`) is what its matrices are
     kept in from then on, whatever is done with it; None leaves them where they are trained. Raises ConfigError when the

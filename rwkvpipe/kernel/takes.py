@@ -131,9 +131,6 @@ def check(
 
 
 def _check(function: str, place: Place, x: Tensor, count: int | None, device: torch.device) -> None:
-    right = isinstance(x, Tensor) and x.dtype is place.dtype and x.device == device and x.is_contiguous()
-    if right and (count is None or x.numel() == count):  # as they are nearly always
-        return
     kinds = EITHER if place.dtype is None else (place.dtype,)
     if not isinstance(x, Tensor) or x.dtype not in kinds or x.device != device:
         kind = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__

@@ -1,15 +1,16 @@
 """A token of every row through a whole model by a card's kernels, built for the host: PyTorch's logits and states."""
 
 from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch
 
 from rwkvpipe.base.config import LoraConfig, RwkvConfig
-from rwkvpipe.infer import graph
+from rwkvpipe.infer import graph, packed
 from rwkvpipe.infer.decode_card import MOST, CardDecoder, card_decoder
 from rwkvpipe.infer.graph import Graphs
-from rwkvpipe.infer.packed import Narrow, keep
+from rwkvpipe.infer.packed import keep
 from rwkvpipe.kernel import gpu
 from rwkvpipe.kernel.wkv7 import wkv7
 from rwkvpipe.model.family import build
@@ -31,11 +32,9 @@ def made(n_embd=64, dim_ffn=None, n_layer=3, vocab_size=37, kind="fp32", seed=0,
 
 
 def narrowed(model):
-    """The same, its layers of a matrix in bf16."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, torch.nn.Linear):
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, Narrow(layer.weight.data.bfloat16()))
+    """The same, its layers of a matrix in bf16 as a card keeps them."""
+    with mock.patch.object(packed, "on_card", lambda weight: True):
+        keep(model, "bf16")
     return model
 
 
