@@ -7,6 +7,7 @@ share (1, 1, D).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -47,9 +48,11 @@ def prepare(k: Tensor, w: Tensor, a: Tensor, rows: Sequence[Tensor], heads: int)
     rows: w0, a0, k_k, k_a. The soft clamp: w <= -0.5, so that no decay is below 0.545.
     """
     k, w, a = widened(rows[0], k, w, a)
-    on_card = passes.fit(k, w, a, *rows, width=k.shape[-1] // heads)
+    width = k.shape[-1] // heads
+    on_card = passes.fit(k, w, a, *rows, width=width)
     if on_card or (k.numel() and build.native(k, w, a, *rows)):
-        found = (passes.Prepare if on_card else _Prepare).apply(heads, k, w, a, *rows)
+        natively = Pass("prepare", (k.shape[:2].numel(), heads, width), rows=4, results=4)
+        found = passes.Prepare.apply(heads, k, w, a, *rows) if on_card else natively(k, w, a, *rows)
         return tuple(y.unflatten(-1, (heads, -1)) for y in found)
     kind, (w0, a0, k_k, k_a) = k.dtype, rows
     w, rate = F.logsigmoid(w0 + w) - 0.5, torch.sigmoid(a0 + a)
@@ -64,7 +67,7 @@ def lean(v: Tensor, first: Tensor, part: Tensor, v0: Tensor) -> Tensor:
     if passes.fit(v, first, part, v0):
         return passes.Lean.apply(v, first, part, v0)
     if v.numel() and build.native(v, first, part, v0):
-        return _Lean.apply(v, first, part, v0)
+        return Pass("lean", (v.shape[:2].numel(), v.shape[2]), rows=1)(v, first, part, v0)
     return torch.lerp(v, first, torch.sigmoid(v0 + part).to(v.dtype))
 
 
@@ -77,7 +80,8 @@ def finish(y: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor, rows: Seque
     if passes.fit(y, r, k, v, gate, *rows, width=y.shape[-1]):
         return passes.Finish.apply(eps, y, r, k, v, gate, *rows)
     if y.numel() and build.native(y, r, k, v, gate, *rows):
-        return _Finish.apply(eps, y, r, k, v, gate, *rows)
+        sizes = (y.shape[:2].numel(), *y.shape[2:])
+        return Pass("finish", sizes, rows=3, numbers=(eps,))(y, r, k, v, gate, *rows)
     r_k, weight, bias = rows
     bonus = (r * k * r_k).sum(-1, keepdim=True) * v
     normed = F.layer_norm(y.to(weight.dtype), y.shape[-1:], eps=eps)
@@ -89,7 +93,7 @@ def squared_relu(x: Tensor) -> Tensor:
     if passes.fit(x):
         return passes.Square.apply(x)
     if x.numel() and build.native(x):
-        return _Square.apply(x)
+        return Pass("square", (x.numel(),))(x)
     return x.relu().square()
 
 
@@ -117,6 +121,13 @@ def apart(total: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
     return [part.view_as(row) for part, row in zip(parts, rows, strict=True)]
 
 
+def mix_gradients(x: Tensor, last: Tensor, shares: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Of x, last and shares, natively, from the gradients of their mixes."""
+    dx, dlast, sums = torch.empty_like(x), torch.empty_like(last), sums_of(x.shape[:2].numel(), *shares)
+    build.call("mix_backward", (*x.shape, len(shares)), x, last, shares, grads, dx, dlast, *sums)
+    return dx, dlast, *apart(sums[1], shares)
+
+
 class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, last, *shares):
@@ -130,82 +141,45 @@ class _Mix(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads):
         x, last, *shares = ctx.saved_tensors
-        dx, dlast, sums = torch.empty_like(x), torch.empty_like(last), sums_of(x.shape[0] * x.shape[1], *shares)
-        build.call("mix_backward", (*x.shape, len(shares)), x, last, shares, without_gaps(grads), dx, dlast, *sums)
-        return dx, dlast, *apart(sums[1], shares)
+        return mix_gradients(x, last, shares, without_gaps(grads))
 
 
-class _Prepare(torch.autograd.Function):
+@dataclass(frozen=True)
+class Pass:
+    """A native function over all tokens, called with its inputs; only these are kept for the backward, another one."""
+
+    name: str
+    sizes: Sequence[int]
+    """As both functions take them: how many tokens (without rows, numbers) there are, and how wide these are."""
+    rows: int = 0
+    """How many of the inputs, the last ones, all tokens share."""
+    numbers: Sequence[float] = ()
+    """What is given behind the inputs."""
+    results: int = 1
+    """How many there are, each like the last input that is not shared."""
+
+    def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The results; a single one as it is."""
+        found = _Pass.apply(self, *inputs)
+        return found if self.results > 1 else found[0]
+
+
+class _Pass(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, heads, *inputs):
+    def forward(ctx, way, *inputs):
         inputs = without_gaps(inputs)
         ctx.save_for_backward(*inputs)
-        k = inputs[0]
-        ctx.sizes = (k.shape[0] * k.shape[1], heads, k.shape[2] // heads)
-        out = tuple(torch.empty_like(k) for _ in range(4))
-        build.call("prepare_forward", ctx.sizes, *inputs, *out)
+        ctx.way, like = way, inputs[-1 - way.rows]
+        out = tuple(torch.empty_like(like) for _ in range(way.results))
+        build.call(f"{way.name}_forward", way.sizes, *inputs, *way.numbers, *out)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        inputs = ctx.saved_tensors
-        found, sums = [torch.empty_like(x) for x in inputs[:3]], sums_of(ctx.sizes[0], *inputs[3:])
-        build.call("prepare_backward", ctx.sizes, *inputs, *without_gaps(grads), *found, *sums)
-        return None, *found, *apart(sums[1], inputs[3:])
-
-
-class _Lean(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        inputs = without_gaps(inputs)
-        ctx.save_for_backward(*inputs)
-        v = inputs[0]
-        ctx.sizes, out = (v.shape[0] * v.shape[1], v.shape[2]), torch.empty_like(v)
-        build.call("lean_forward", ctx.sizes, *inputs, out)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        inputs = ctx.saved_tensors
-        found, sums = [torch.empty_like(x) for x in inputs[:3]], sums_of(ctx.sizes[0], inputs[3])
-        build.call("lean_backward", ctx.sizes, *inputs, grad.contiguous(), *found, *sums)
-        return *found, *apart(sums[1], inputs[3:])
-
-
-class _Finish(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, eps, *inputs):
-        inputs = without_gaps(inputs)
-        ctx.save_for_backward(*inputs)
-        y, gate = inputs[0], inputs[4]
-        ctx.sizes, ctx.eps, out = (y.shape[0] * y.shape[1], *y.shape[2:]), eps, torch.empty_like(gate)
-        build.call("finish_forward", ctx.sizes, *inputs, eps, out)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        inputs = ctx.saved_tensors
-        found, sums = [torch.empty_like(x) for x in inputs[:5]], sums_of(ctx.sizes[0], *inputs[5:])
-        build.call("finish_backward", ctx.sizes, *inputs, ctx.eps, grad.contiguous(), *found, *sums)
-        return None, *found, *apart(sums[1], inputs[5:])
-
-
-class _Square(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        x = x.contiguous()
-        ctx.save_for_backward(x)
-        out = torch.empty_like(x)
-        build.call("square_forward", (x.numel(),), x, out)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        found = torch.empty_like(x)
-        build.call("square_backward", (x.numel(),), x, grad.contiguous(), found)
-        return found
+        inputs, way = ctx.saved_tensors, ctx.way
+        count = len(inputs) - way.rows
+        found, rows = [torch.empty_like(x) for x in inputs[:count]], inputs[count:]
+        sums = sums_of(way.sizes[0], *rows) if rows else ()
+        build.call(f"{way.name}_backward", way.sizes, *inputs, *way.numbers, *without_gaps(grads), *found, *sums)
+        return None, *found, *(apart(sums[1], rows) if rows else ())

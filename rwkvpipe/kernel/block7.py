@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rwkvpipe.kernel import build, product
-from rwkvpipe.kernel.blend import apart, sums_of, without_gaps
+from rwkvpipe.kernel.blend import apart, mix_gradients, sums_of, without_gaps
 from rwkvpipe.kernel.product import exactly
 
 ROOM = 1 << 24  # numbers of what no result is that a thread keeps room for, from call to call
@@ -76,13 +76,6 @@ def _mixes(x: Tensor, last: Tensor, shares: Sequence[Tensor]) -> list[Tensor]:
     return out
 
 
-def _unmixed(x: Tensor, last: Tensor, shares: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of x, last and shares."""
-    dx, dlast, sums = torch.empty_like(x), torch.empty_like(last), sums_of(x.shape[0] * x.shape[1], *shares)
-    build.call("mix_backward", (*x.shape, len(shares)), x, last, shares, grads, dx, dlast, *sums)
-    return [dx, dlast, *apart(sums[1], shares)]
-
-
 class _Project(torch.autograd.Function):
     @staticmethod
     @exactly
@@ -114,7 +107,7 @@ class _Project(torch.autograd.Function):
             begun.add(number)
         for number in set(range(count)) - begun:  # a mix that nothing reads
             mixes[number].zero_()
-        return None, None, *_unmixed(x, last, shares, mixes), *found
+        return None, None, *mix_gradients(x, last, shares, mixes), *found
 
 
 class _SquareMix(torch.autograd.Function):
@@ -143,7 +136,7 @@ class _SquareMix(torch.autograd.Function):
         dz, flat = how.take(dz), mix.flatten(0, 1)
         dkey = how.mm(dz.mT, how.take(flat)) if wanted[0] else None
         how.put(flat, dz, how.take(key))
-        return None, *_unmixed(x, last, [share], [mix]), dkey, dvalue
+        return None, *mix_gradients(x, last, [share], [mix]), dkey, dvalue
 
 
 def _squares(z: Tensor, out: Tensor) -> Tensor:

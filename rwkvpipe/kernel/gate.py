@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkvpipe.kernel import build, passes
-from rwkvpipe.kernel.blend import Places, apart, sums_of, unmixed, widened, without_gaps
+from rwkvpipe.kernel.blend import Pass, Places, apart, sums_of, unmixed, widened, without_gaps
 
 
 def drift(
@@ -38,7 +38,7 @@ def gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tens
     if passes.fit(y, z, weight, bias, width=y.shape[-1]):
         return passes.Finish.apply(eps, y, None, None, None, z, None, weight, bias)
     if y.numel() and build.native(y, z, weight, bias):
-        return _Gate.apply(eps, y, z, weight, bias)
+        return Pass("gate", (y.shape[:2].numel(), *y.shape[2:]), rows=2, numbers=(eps,))(y, z, weight, bias)
     normed = F.layer_norm(y.to(weight.dtype), y.shape[-1:], eps=eps)
     return (torch.addcmul(bias, normed.flatten(-2), weight) * F.silu(z)).to(z.dtype)
 
@@ -46,7 +46,7 @@ def gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tens
 def sift(z: Tensor, v: Tensor) -> Tensor:
     """v sigmoid(z)."""
     if z.numel() and build.native(z, v):
-        return _Sift.apply(z, v)
+        return Pass("sift", (z.numel(),))(z, v)
     return torch.sigmoid(z) * v
 
 
@@ -69,40 +69,3 @@ class _Drift(torch.autograd.Function):
         sums = sums_of(x.shape[0] * x.shape[1], *shares)
         build.call("drift_backward", x.shape, x, last, shifts, shares, without_gaps(grads), dx, dlast, found, *sums)
         return dx, dlast, *found, *apart(sums[1], shares)
-
-
-class _Gate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, eps, *inputs):
-        inputs = without_gaps(inputs)
-        ctx.save_for_backward(*inputs)
-        y, z = inputs[:2]
-        ctx.sizes, ctx.eps, out = (y.shape[0] * y.shape[1], *y.shape[2:]), eps, torch.empty_like(z)
-        build.call("gate_forward", ctx.sizes, *inputs, eps, out)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        inputs = ctx.saved_tensors
-        found, sums = [torch.empty_like(x) for x in inputs[:2]], sums_of(ctx.sizes[0], *inputs[2:])
-        build.call("gate_backward", ctx.sizes, *inputs, ctx.eps, grad.contiguous(), *found, *sums)
-        return None, *found, *apart(sums[1], inputs[2:])
-
-
-class _Sift(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z, v):
-        z, v = without_gaps((z, v))
-        ctx.save_for_backward(z, v)
-        out = torch.empty_like(z)
-        build.call("sift_forward", (z.numel(),), z, v, out)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        z, v = ctx.saved_tensors
-        dz, dv = torch.empty_like(z), torch.empty_like(z)
-        build.call("sift_backward", (z.numel(),), z, v, grad.contiguous(), dz, dv)
-        return dz, dv

@@ -23,7 +23,7 @@ needs_native = pytest.mark.skipif(build.extension() is None, reason=f"no native 
 
 
 def called(through):
-    """Names of native functions that the package calls through `build.call` or `gpu.call`."""
+    """Names of native functions that the package calls through `build.call`, `gpu.call` or a `Pass`."""
     for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == through:
@@ -59,9 +59,11 @@ def wrong(x, place):
 
 
 def test_every_native_function_that_is_called_says_what_it_takes():
-    names = set(called("build.call"))
-    assert "self.form.function" in names
-    assert names - {"self.form.function"} | {"decode6", "decode7"} == set(takes.functions())
+    names, meant = set(called("build.call")), {"self.form.function": {"decode6", "decode7"}}
+    for end in ("_forward", "_backward"):
+        meant[f"f'{{way.name}}{end}'"] = {name + end for name in called("Pass")}
+    assert names >= set(meant)
+    assert names.union(*meant.values()) - set(meant) == set(takes.functions())
     texts = "".join(file.read_text().partition('extern "C"')[2] for file in takes.SOURCES.glob("*_cpu.cpp"))
     assert set(re.findall(r"^void (\w+)\(const int64_t \*", texts, re.MULTILINE)) == set(takes.functions())
 
