@@ -32,6 +32,9 @@ class Block(nn.Module):
         self.ln1 = nn.LayerNorm(config.n_embd)
         self.ln2 = nn.LayerNorm(config.n_embd)
         self.att = att
+        if config.time_state:
+            heads = config.n_embd // config.head_size
+            att.time_state = nn.Parameter(torch.zeros(heads, config.head_size, config.head_size))
         self.ffn = ffn
 
     def forward(

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.kernel.blend import mix, squared_relu
-from rwkvpipe.kernel.gate import sift
+from rwkvpipe.kernel.gate import gate, sift
 from rwkvpipe.kernel.product import through
+from rwkvpipe.kernel.wkv5 import wkv5
 from rwkvpipe.kernel.wkv6 import wkv6
 
 HEAD_EPS = 64e-5  # group norm's, whatever the head size
@@ -96,14 +97,15 @@ class Borders:
 
 
 def by_document(inputs: tuple[Tensor, ...], memory: Tensor, borders: Borders) -> tuple[Tensor, Tensor]:
-    """The recurrence of RWKV-6 where each document begins without a memory; inputs: r, w, k, v, all by token, and u.
+    """The recurrence of RWKV-6 where each document begins without a memory; inputs: r, w, k, v and u.
 
     What a token reads is the memory before it, so that a document's last token leaves none. Its own part of what it
     reads, which no memory holds, is added again.
     """
     r, w, k, v, u = inputs
     start = memory.masked_fill(borders.anew[:, None, None, None], 0)
-    y, memory = wkv6(r, w.masked_fill(borders.ends, FORGET), k.masked_fill(borders.ends, 0), v, u, start)
+    w = w.expand(k.shape).masked_fill(borders.ends, FORGET)
+    y, memory = wkv6(r, w, k.masked_fill(borders.ends, 0), v, u, start)
     r, k, v = (x[borders.last] for x in (r, k, v))  # (n, H, N)
     own = (r * u * k).sum(-1, keepdim=True) * v
     return y.index_put(borders.last, own.to(y.dtype), accumulate=True), memory
@@ -129,6 +131,49 @@ class HeadNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(n_embd))
         self.bias = nn.Parameter(torch.zeros(n_embd))
+
+
+class GatedTimeMix(nn.Module):
+    """The part of a block that remembers, as RWKV-5 and RWKV-6 have it.
+
+    A family adds `time_faaaa` (H, N), the bonus, and `read(x, last, places)`: what receptance, key, value and gate read
+    of x (B, T, D) and the input before it, without that at `places`; and decays, (H, N) or by token (B, T, H, N).
+    """
+
+    def __init__(self, config: RwkvConfig):
+        super().__init__()
+        D = config.n_embd
+        self.head_size = config.head_size
+        self.receptance, self.key, self.value, self.output, self.gate = (nn.Linear(D, D, bias=False) for _ in range(5))
+        self.ln_x = HeadNorm(D)
+
+    def forward(
+        self,
+        x: Tensor,
+        first: None,
+        last: Tensor,
+        memory: Tensor,
+        lengths: Tensor | None = None,
+        borders: Borders | None = None,
+    ) -> tuple[Tensor, None, Tensor, Tensor]:
+        """x (B, T, D); first: nothing, here; last (B, D) and memory (B, H, N, N): the state.
+
+        Returns what is added to the stream, nothing, and the state after the last token.
+        """
+        xr, xk, xv, xg, w = self.read(x, last, borders and borders.first)
+        last = ending(x, last, lengths)
+        r, k, v = through(self.receptance, xr), through(self.key, xk), through(self.value, xv)
+        r, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in (r, k, v))
+        if lengths is not None:  # what leaves the memory as it is
+            padding = beyond(lengths, k)
+            w, k = w.expand(k.shape).masked_fill(padding, -torch.inf), k.masked_fill(padding, 0)
+        inputs = (r, w, k, v, self.time_faaaa)
+        if borders is not None:
+            y, memory = by_document(inputs, memory, borders)
+        else:
+            y, memory = (wkv5 if w.dim() == 2 else wkv6)(*inputs, memory)
+        y = gate(y, through(self.gate, xg), self.ln_x.weight, self.ln_x.bias, HEAD_EPS)
+        return through(self.output, y), first, last, memory
 
 
 class GatedChannelMix(nn.Module):

@@ -1,26 +1,14 @@
 """RWKV-5.2, with the names, initial values and arithmetic of RWKV-LM's x052."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from rwkvpipe.base.config import RwkvConfig
-from rwkvpipe.kernel.blend import mix
-from rwkvpipe.kernel.gate import gate
-from rwkvpipe.kernel.product import through
-from rwkvpipe.kernel.wkv5 import wkv5
-from rwkvpipe.kernel.wkv6 import wkv6
+from rwkvpipe.kernel.blend import Places, mix
 from rwkvpipe.model.language import LanguageModel, outline
-from rwkvpipe.model.layers import (
-    HEAD_EPS,
-    Borders,
-    GatedChannelMix,
-    HeadNorm,
-    beyond,
-    by_document,
-    channels,
-    decays,
-    ending,
-)
+from rwkvpipe.model.layers import GatedChannelMix, GatedTimeMix, channels, decays
 
 
 def complete(config: RwkvConfig) -> RwkvConfig:
@@ -28,47 +16,20 @@ def complete(config: RwkvConfig) -> RwkvConfig:
     return config.model_copy(update={"dim_ffn": config.dim_ffn or max(32, int(3.5 * config.n_embd) // 32 * 32)})
 
 
-class TimeMix(nn.Module):
-    """The part of a block that remembers."""
+class TimeMix(GatedTimeMix):
+    """With the token shift and the decays of RWKV-5."""
 
     def __init__(self, config: RwkvConfig, layer: int):
-        super().__init__()
+        super().__init__(config)
         D, N = config.n_embd, config.head_size
-        self.head_size = N
         for name in "kvrg":
             setattr(self, f"time_mix_{name}", nn.Parameter(torch.zeros(1, 1, D)))
         self.time_decay, self.time_faaaa = (nn.Parameter(torch.zeros(D // N, N)) for _ in range(2))
-        self.receptance, self.key, self.value, self.output, self.gate = (nn.Linear(D, D, bias=False) for _ in range(5))
-        self.ln_x = HeadNorm(D)
 
-    def forward(
-        self,
-        x: Tensor,
-        first: None,
-        last: Tensor,
-        memory: Tensor,
-        lengths: Tensor | None = None,
-        borders: Borders | None = None,
-    ) -> tuple[Tensor, None, Tensor, Tensor]:
-        """x (B, T, D); first: nothing, here; last (B, D) and memory (B, H, N, N): the state.
-
-        Returns what is added to the stream, nothing, and the state after the last token.
-        """
-        shares = [1 - getattr(self, f"time_mix_{name}") for name in "kvrg"]
-        xk, xv, xr, xg = mix(x, last, shares, borders and borders.first)
-        last = ending(x, last, lengths)
-        r, k, v = through(self.receptance, xr), through(self.key, xk), through(self.value, xv)
-        r, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in (r, k, v))
-        if borders is not None:  # and then decays differ by token
-            y, memory = by_document((r, self.time_decay.expand(k.shape), k, v, self.time_faaaa), memory, borders)
-        elif lengths is None:
-            y, memory = wkv5(r, self.time_decay, k, v, self.time_faaaa, memory)
-        else:  # padding leaves the memory as it is: for once, decays differ by token
-            padding = beyond(lengths, k)
-            w = self.time_decay.expand(k.shape).masked_fill(padding, -torch.inf)
-            y, memory = wkv6(r, w, k.masked_fill(padding, 0), v, self.time_faaaa, memory)
-        y = gate(y, through(self.gate, xg), self.ln_x.weight, self.ln_x.bias, HEAD_EPS)
-        return through(self.output, y), first, last, memory
+    def read(self, x: Tensor, last: Tensor, places: Places | None) -> Sequence[Tensor]:
+        """What receptance, key, value and gate read, (B, T, D), and the decays of all tokens."""
+        xk, xv, xr, xg = mix(x, last, [1 - getattr(self, f"time_mix_{name}") for name in "kvrg"], places)
+        return xr, xk, xv, xg, self.time_decay
 
     def initialise(self, layer: int, n_layer: int, stream: torch.Generator) -> None:
         """RWKV-LM's values: all but the norm and the matrices."""

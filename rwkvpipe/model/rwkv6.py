@@ -1,25 +1,16 @@
 """RWKV-6, with the names, initial values and arithmetic of RWKV-LM's x060."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from rwkvpipe.base.config import RwkvConfig
-from rwkvpipe.kernel.blend import mix
-from rwkvpipe.kernel.gate import drift, gate
-from rwkvpipe.kernel.product import linear, through
-from rwkvpipe.kernel.wkv6 import wkv6
+from rwkvpipe.kernel.blend import Places, mix
+from rwkvpipe.kernel.gate import drift
+from rwkvpipe.kernel.product import linear
 from rwkvpipe.model.language import LanguageModel, outline
-from rwkvpipe.model.layers import (
-    HEAD_EPS,
-    Borders,
-    GatedChannelMix,
-    HeadNorm,
-    beyond,
-    by_document,
-    channels,
-    decays,
-    ending,
-)
+from rwkvpipe.model.layers import GatedChannelMix, GatedTimeMix, channels, decays
 
 SLOTS = "wkvrg"  # the order of what is mixed in time_maa_w1 and time_maa_w2
 
@@ -35,13 +26,12 @@ def complete(config: RwkvConfig) -> RwkvConfig:
     return config.model_copy(update={name: size for name, size in rules.items() if getattr(config, name) is None})
 
 
-class TimeMix(nn.Module):
-    """The part of a block that remembers."""
+class TimeMix(GatedTimeMix):
+    """With the token shift and the decays of RWKV-6."""
 
     def __init__(self, config: RwkvConfig, layer: int):
-        super().__init__()
+        super().__init__(config)
         D, N = config.n_embd, config.head_size
-        self.head_size = N
         self.time_maa_x = nn.Parameter(torch.zeros(1, 1, D))
         for name in SLOTS:
             setattr(self, f"time_maa_{name}", nn.Parameter(torch.zeros(1, 1, D)))
@@ -51,40 +41,15 @@ class TimeMix(nn.Module):
         self.time_decay_w1 = nn.Parameter(torch.zeros(D, config.d_decay))
         self.time_decay_w2 = nn.Parameter(torch.zeros(config.d_decay, D))
         self.time_faaaa = nn.Parameter(torch.zeros(D // N, N))
-        self.receptance, self.key, self.value, self.output, self.gate = (nn.Linear(D, D, bias=False) for _ in range(5))
-        self.ln_x = HeadNorm(D)
-        if config.time_state:
-            self.time_state = nn.Parameter(torch.zeros(D // N, N, N))
 
-    def forward(
-        self,
-        x: Tensor,
-        first: None,
-        last: Tensor,
-        memory: Tensor,
-        lengths: Tensor | None = None,
-        borders: Borders | None = None,
-    ) -> tuple[Tensor, None, Tensor, Tensor]:
-        """x (B, T, D); first: nothing, here; last (B, D) and memory (B, H, N, N): the state.
-
-        Returns what is added to the stream, nothing, and the state after the last token.
-        """
-        places = borders and borders.first
+    def read(self, x: Tensor, last: Tensor, places: Places | None) -> Sequence[Tensor]:
+        """What receptance, key, value and gate read, (B, T, D), and the decays of each token."""
         (xx,) = mix(x, last, [self.time_maa_x], places)
         low = torch.tanh(linear(xx, self.time_maa_w1)).unflatten(-1, (len(SLOTS), -1))
         shifts = [linear(low[..., n, :], self.time_maa_w2[n]) for n in range(len(SLOTS))]
         xw, xk, xv, xr, xg = drift(x, last, shifts, [getattr(self, f"time_maa_{name}") for name in SLOTS], places)
-        last = ending(x, last, lengths)
         w = self.time_decay + linear(torch.tanh(linear(xw, self.time_decay_w1)), self.time_decay_w2)
-        r, k, v = through(self.receptance, xr), through(self.key, xk), through(self.value, xv)
-        r, w, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in (r, w, k, v))
-        if lengths is not None:  # what leaves the memory as it is
-            padding = beyond(lengths, w)
-            w, k = w.masked_fill(padding, -torch.inf), k.masked_fill(padding, 0)
-        inputs = (r, w, k, v, self.time_faaaa)
-        y, memory = wkv6(*inputs, memory) if borders is None else by_document(inputs, memory, borders)
-        y = gate(y, through(self.gate, xg), self.ln_x.weight, self.ln_x.bias, HEAD_EPS)
-        return through(self.output, y), first, last, memory
+        return xr, xk, xv, xg, w.unflatten(-1, (-1, self.head_size))
 
     def initialise(self, layer: int, n_layer: int, stream: torch.Generator) -> None:
         """RWKV-LM's values: all but the norm and the matrices."""

@@ -59,8 +59,6 @@ class TimeMix(nn.Module):
         self.r_k = nn.Parameter(torch.zeros(D // N, N))
         self.receptance, self.key, self.value, self.output = (nn.Linear(D, D, bias=False) for _ in range(4))
         self.ln_x = HeadNorm(D)
-        if config.time_state:
-            self.time_state = nn.Parameter(torch.zeros(D // N, N, N))
 
     def forward(
         self,
