@@ -10,44 +10,27 @@ from hypothesis import strategies as st
 
 from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.kernel import build, gpu
-from rwkvpipe.kernel.wkv5 import wkv5, wkv5_reference
-from rwkvpipe.kernel.wkv6 import wkv6, wkv6_reference
-from rwkvpipe.kernel.wkv7 import wkv7, wkv7_reference
+from rwkvpipe.kernel.wkv6 import wkv6
+from rwkvpipe.kernel.wkv7 import wkv7
 from rwkvpipe.model.family import build as build_model
-from tests.kernel.operators import check_reference, error, reference, results
+from tests.kernel.operators import (
+    CASES,
+    EXTREMES,
+    NAMES,
+    OPERATORS,
+    check_exact,
+    check_reference,
+    error,
+    exact,
+    in_pieces,
+    made,
+    reference,
+    results,
+    with_gaps,
+)
 
-OPERATORS = {"wkv7": (wkv7, wkv7_reference), "wkv6": (wkv6, wkv6_reference), "wkv5": (wkv5, wkv5_reference)}
-NAMES = {"wkv7": "rwkvabs", "wkv6": "rwkvus", "wkv5": "rwkvus"}
-CASES = [("wkv7", case) for case in ("typical", "t1", "t16", "t17n64", "extreme_decay", "repeat_key", "unclamped")]
-CASES += [("wkv6", case) for case in ("typical", "t1", "t17n64", "extreme_decay")]
-CASES += [("wkv5", case) for case in ("typical", "t1", "t17n64", "extreme_decay")]
-# decays of exactly 0, next to the least number there is, of nearly and of exactly 1
-EXTREMES = [-math.inf, -60.0, -17.0, -8.0, 0.0, 3.0, 4.6, 20.0, 1e30]
 LARGE = pytest.mark.large  # too much for a sanitizer, too
 hosted = settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def made(which, B, T, H, N, seed=0, w=None):
-    """Inputs as a model makes them, or with decays out of `w`, and a state."""
-    stream = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=stream)
-
-    r, k, v, decay = (draw(B, T, H, N) for _ in range(4))
-    decay = decay[0, 0] if which == "wkv5" else decay
-    decay = -torch.nn.functional.softplus(decay) - 0.5 if which == "wkv7" else 1.5 * decay - 2
-    if w is not None:
-        decay = torch.tensor(w)[torch.randint(len(w), decay.shape, generator=stream)]
-    if which != "wkv7":
-        return [r, decay, k, v, draw(H, N), draw(B, H, N, N)]
-    kk = torch.nn.functional.normalize(draw(B, T, H, N), dim=-1)
-    return [r, decay, k, v, -kk, kk * torch.rand(B, T, H, N, generator=stream), draw(B, H, N, N)]
-
-
-def exact(which, inputs):
-    """The same in fp64. A decay that has no exponential forgets all, and has no gradient."""
-    return [x.nan_to_num(0.0) for x in results(OPERATORS[which][1], [x.double() for x in inputs])]
 
 
 @pytest.mark.parametrize("which, case", CASES)
@@ -71,9 +54,7 @@ def test_any_sizes_and_decays_are_exact_beside_what_fp32_costs(on_host, which, s
 
 @pytest.mark.parametrize("which, N", [("wkv7", 128), ("wkv6", 100), ("wkv7", 16), ("wkv5", 32)])
 def test_heads_of_all_our_sizes_are_exact(on_host, which, N):
-    inputs = made(which, 1, 19, 1, N)
-    for found, wanted in zip(results(OPERATORS[which][0], inputs), exact(which, inputs), strict=True):
-        assert error(found, wanted) < 2e-6
+    check_exact(which, made(which, 1, 19, 1, N), 2e-6)
 
 
 @pytest.mark.parametrize("which", OPERATORS)
@@ -103,15 +84,8 @@ def test_kinds_may_differ_from_tensor_to_tensor(on_host, which):
 @pytest.mark.parametrize("which", OPERATORS)
 def test_a_row_in_pieces_with_its_state_is_the_row_in_one(on_host, which):
     inputs = made(which, 2, 75, 2, 8)
-    per_token = [n for n, x in enumerate(inputs) if x.dim() == 4 and x.shape[1] == 75]
-    whole, last = OPERATORS[which][0](*inputs)
-    S, parts = inputs[-1], []
-    for first, end in ((0, 1), (1, 70), (70, 70), (70, 75)):
-        cut = [x[:, first:end] if n in per_token else x for n, x in enumerate(inputs[:-1])]
-        y, S = OPERATORS[which][0](*cut, S)
-        parts.append(y)
-    assert error(torch.cat(parts, 1), whole.double()) < 1e-6
-    assert error(S, last.double()) < 1e-6
+    found, wanted = in_pieces(OPERATORS[which][0], inputs, (0, 1, 70, 70, 75)), OPERATORS[which][0](*inputs)
+    assert all(error(one, other) < 1e-6 for one, other in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("which", OPERATORS)
@@ -132,10 +106,10 @@ def test_all_results_and_nothing_beside_them_is_written(on_host, guards, which):
     guards(9)
 
 
-def test_views_with_gaps_give_the_same(on_host):
-    wide = made("wkv7", 2, 19, 4, 12)
-    parts = [x[:, 1:, ::2, 3:] if x is not wide[-1] else x[:, ::2, 3:, 3:] for x in wide]
-    for found, wanted in zip(results(wkv7, parts), results(wkv7, [x.contiguous() for x in parts]), strict=True):
+@pytest.mark.parametrize("which", OPERATORS)
+def test_views_with_gaps_give_the_same(on_host, which):
+    operator, parts = OPERATORS[which][0], with_gaps(made(which, 2, 19, 4, 12))
+    for found, wanted in zip(results(operator, parts), results(operator, [x.contiguous() for x in parts]), strict=True):
         assert torch.equal(found, wanted)
 
 
@@ -416,16 +390,11 @@ def test_tensor_cores_leave_the_state_as_it_is_where_a_row_is_filled_up(tiled, w
 
 @pytest.mark.parametrize("which", OPERATORS)
 def test_rows_in_pieces_give_gradients_through_their_states_on_tensor_cores(tiled, which):
-    def in_pieces(*inputs):
-        operator, S, found = OPERATORS[which][0], inputs[-1], []
-        for first, end in ((0, 37), (37, 70)):
-            cut = [x[:, first:end] if x.dim() == 4 and x.shape[1] == 70 else x for x in inputs[:-1]]
-            y, S = operator(*cut, S)
-            found.append(y)
-        return torch.cat(found, 1), S
+    def twice(*inputs):
+        return in_pieces(OPERATORS[which][0], inputs, (0, 37, 70))
 
     inputs = in_bf16(which, 1, 70, 1, 64)
-    for found, wanted in zip(results(in_pieces, inputs), exact(which, inputs), strict=True):
+    for found, wanted in zip(results(twice, inputs), exact(which, inputs), strict=True):
         assert rms(found, wanted) < 1.2e-3
 
 

@@ -15,8 +15,8 @@ from rwkvpipe.kernel.loss import Wanted, head_loss
 from rwkvpipe.model import layers, rwkv6, rwkv7
 from rwkvpipe.model.family import build
 from tests.kernel import test_step
-from tests.kernel.operators import error, results
-from tests.kernel.test_gpu import OPERATORS, exact, in_bf16, made, rms
+from tests.kernel.operators import OPERATORS, error, exact, made, results
+from tests.kernel.test_gpu import in_bf16, rms
 from tests.kernel.test_passes import BY_HEAD, KINDS, case, in_torch, learnt, mixed, same
 
 pytestmark = pytest.mark.slow
