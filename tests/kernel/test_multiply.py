@@ -46,39 +46,37 @@ def near(found, true, most):
     return bool(((found.double() - true).abs() <= 1e-6 * most + 1e-30).all())
 
 
-sizes = st.integers(1, 20) | st.integers(21, 70)
-
-
-@settings(max_examples=40)
-@given(sizes, sizes | st.sampled_from([384, 385, 800]), sizes, st.booleans(), st.booleans(), st.booleans())
-def test_products_are_those_of_fp64_and_nothing_beside_them_is_written(n, k, m, x_turned, turned_too, add):
-    x, matrix, before = drawn(n, k), drawn(k, m, seed=1), drawn(n, m, seed=2)
-    into, whole = between_guards(before if add else torch.full((n, m), torch.nan))
+def check_product(how, x, matrix, turns, add):
+    """What is put, or added to what was there, is that of fp64, and nothing beside it is written."""
+    before = drawn(len(x), matrix.shape[1], seed=2)
+    into, whole = between_guards(before if add else torch.full_like(before, torch.nan))
     with mock.patch.multiple(product, WORTH=1, SPREAD=0):
-        OWN.put(into, turned(x, x_turned), turned(matrix, turned_too), add=add)
+        how.put(into, turned(x, turns[0]), turned(matrix, turns[1]), add=add)
     wanted, most = x.double() @ matrix.double(), x.double().abs() @ matrix.double().abs()
     assert near(into, wanted + before * add, most + before.abs() * add)
     assert whole[:GUARD].isnan().all() and whole[-GUARD:].isnan().all()
 
 
+sizes = st.integers(1, 20) | st.integers(21, 70)
 deep = sizes | st.sampled_from([255, 256, 257, 512, 769])
+turns = st.tuples(st.booleans(), st.booleans())
+
+
+@settings(max_examples=40)
+@given(sizes, sizes | st.sampled_from([384, 385, 800]), sizes, turns, st.booleans())
+def test_products_are_those_of_fp64_and_nothing_beside_them_is_written(n, k, m, turns, add):
+    check_product(OWN, drawn(n, k), drawn(k, m, seed=1), turns, add)
 
 
 @settings(max_examples=60)
-@given(sizes, deep, sizes, st.booleans(), st.booleans(), st.booleans())
-def test_whole_numbers_are_multiplied_exactly(n, k, m, x_turned, turned_too, add):
+@given(sizes, deep, sizes, turns, st.booleans())
+def test_whole_numbers_are_multiplied_exactly(n, k, m, turns, add):
     draw = torch.Generator().manual_seed(n + 71 * k + m)
     x, matrix = (
         torch.randint(-product.MOST, product.MOST + 1, size, generator=draw).float() for size in ((n, k), (k, m))
     )
     x[:, :: product.BLOCK], matrix[:: product.BLOCK] = product.MOST, -product.MOST  # so that a block is times 1
-    before = drawn(n, m, seed=2)
-    into, whole = between_guards(before if add else torch.full((n, m), torch.nan))
-    with mock.patch.multiple(product, WORTH=1, SPREAD=0):
-        WHOLE.put(into, turned(x, x_turned), turned(matrix, turned_too), add=add)
-    wanted, most = x.double() @ matrix.double(), x.double().abs() @ matrix.double().abs()
-    assert near(into, wanted + before * add, most + before.abs() * add)
-    assert whole[:GUARD].isnan().all() and whole[-GUARD:].isnan().all()
+    check_product(WHOLE, x, matrix, turns, add)
 
 
 @pytest.mark.parametrize("turned_too", [False, True])
