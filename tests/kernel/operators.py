@@ -1,4 +1,4 @@
-"""What tests of the recurrences share: inputs and results of an operator, how far off they are, reference numbers."""
+"""What tests of operators share: inputs and results, of recurrences too, how far off they are, reference numbers."""
 
 import math
 from itertools import pairwise
@@ -53,17 +53,18 @@ def in_pieces(operator, inputs, borders):
 
 
 def results(operator, inputs, seed=1, pulls=None):
-    """y, the last state and all gradients of a random mixture of both, or of one weighed by `pulls`.
+    """What comes out, and all gradients of a random mixture of it, or of one weighed by `pulls`.
 
     Inputs are read where they lie.
     """
     inputs = [x.detach().requires_grad_() for x in inputs]
-    y, S = operator(*inputs)
+    out = operator(*inputs)
+    out = [out] if isinstance(out, torch.Tensor) else list(out)
     if pulls is None:
         stream = torch.Generator().manual_seed(seed)
-        pulls = [torch.randn(x.shape, generator=stream, dtype=torch.float64) for x in (y, S)]
-    torch.autograd.backward((y, S), [pull.to(x) for pull, x in zip(pulls, (y, S), strict=True)])
-    return [y.detach(), S.detach(), *(x.grad for x in inputs)]
+        pulls = [torch.randn(y.shape, generator=stream, dtype=torch.float64) for y in out]
+    pulls = [pull.to(y) for pull, y in zip(pulls, out, strict=True)]
+    return [*(y.detach() for y in out), *torch.autograd.grad(out, inputs, pulls, materialize_grads=True)]
 
 
 def error(found, wanted, least=1e-9):

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkvpipe.kernel import blend, build, gate
+from tests.kernel.operators import results
 
 needs_native = pytest.mark.skipif(build.extension() is None, reason=f"no native kernels here: {build.why_not()}")
 SIZES = st.tuples(st.integers(1, 3), st.integers(1, 70), st.integers(1, 3), st.integers(8, 40))
@@ -60,16 +61,6 @@ def sift(B, T, H, N, seed):
 
 
 EACH = [mix, prepare, lean, finish, squared_relu, drift, gated, sift]
-
-
-def results(operator, inputs, seed=0):
-    """What comes out, and the gradients of a random mixture of it."""
-    inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    out = operator(*inputs)
-    out = [out] if isinstance(out, torch.Tensor) else list(out)
-    draw = drawn(seed + 1)
-    sum((y * draw(*y.shape).to(y.dtype)).sum() for y in out).backward()
-    return [y.detach() for y in out] + [x.grad for x in inputs]
 
 
 def near(found, wanted, tolerance):

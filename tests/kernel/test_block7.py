@@ -12,6 +12,7 @@ from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.kernel import blend, block7, build
 from rwkvpipe.kernel.wkv7 import wkv7_reference
 from rwkvpipe.model.family import build as model_of
+from tests.kernel.operators import results
 
 needs_native = pytest.mark.skipif(build.extension() is None, reason=f"no native kernels here: {build.why_not()}")
 EPS = 0.05
@@ -69,16 +70,6 @@ def square_mix(B, T, H, N, seed):
 
 
 EACH = [project, recall, square_mix]
-
-
-def results(operator, inputs, seed=0):
-    """What comes out, and the gradients of a random mixture of it."""
-    inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    out = operator(*inputs)
-    out = [out] if isinstance(out, torch.Tensor) else list(out)
-    draw = drawn(seed + 1)
-    sum((y * draw(*y.shape).to(y.dtype)).sum() for y in out).backward()
-    return [y.detach() for y in out] + [torch.zeros_like(x) if x.grad is None else x.grad for x in inputs]
 
 
 @needs_native
