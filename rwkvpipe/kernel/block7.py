@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from rwkvpipe.kernel import build, product
 from rwkvpipe.kernel.blend import apart, mix_gradients, sums_of, without_gaps
+from rwkvpipe.kernel.form import tracked
 from rwkvpipe.kernel.product import exactly
 
 ROOM = 1 << 24  # numbers of what no result is that a thread keeps room for, from call to call
@@ -46,9 +47,9 @@ def recall(
     weight and bias (D); lean: layer 0's values, how far to go there, and v0, or nothing. Returns (B, T, D) and the
     memory (B, H, N, N) after the last token.
     """
-    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (*token, *rows, *norm, *lean, memory))
     build.announce("wkv7 and what surrounds it", "cpu", natively=True)
-    return _Recall.apply(tracked, eps, *token, *rows, *norm, memory, *lean)
+    inputs = (*token, *rows, *norm, memory, *lean)
+    return _Recall.apply(tracked(*inputs), eps, *inputs)
 
 
 def square_mix(x: Tensor, last: Tensor, share: Tensor, key: Tensor, value: Tensor) -> Tensor:

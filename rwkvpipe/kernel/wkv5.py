@@ -9,7 +9,8 @@ r k v are (B, T, H, N): batch, time, heads, width of a head; w and u are (H, N).
 import torch
 from torch import Tensor
 
-from rwkvpipe.kernel.wkv6 import computed, start
+from rwkvpipe.kernel.form import computed, start
+from rwkvpipe.kernel.wkv6 import FORMS
 
 
 def wkv5_reference(
@@ -31,4 +32,4 @@ def wkv5(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | 
 
     Computed in fp32 (fp64 for fp64 inputs), as the state has to be.
     """
-    return computed("wkv5", (r, w, k, v, u), state)
+    return computed("wkv5", FORMS, (r, w, k, v, u), state)

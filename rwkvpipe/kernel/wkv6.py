@@ -11,13 +11,12 @@ between them, with the decays before t in the second half times those after s in
 sums of negative numbers: at most 1, and exactly 0 where all is forgotten. So are their gradients.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkvpipe.kernel import build, gpu
+from rwkvpipe.kernel.form import computed, start
 
 LONGEST = 32  # tokens in a chunk, a power of two; measured beside 16 and 64
 STEEPEST = 1e4  # a log decay below its negative counts as this: nothing is left of the state in either case
@@ -44,45 +43,7 @@ def wkv6(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | 
     Computed in fp32 (fp64 for fp64 inputs), as the state has to be. A token with w = -inf and k = 0 leaves the state
     as it is.
     """
-    return computed("wkv6", (r, w, k, v, u), state)
-
-
-def start(r: Tensor, state: Tensor | None) -> Tensor:
-    """The state to begin with: the given one, or zeros. Raises ValueError for one of another shape."""
-    B, _, H, N = r.shape
-    if state is None:
-        return torch.zeros(B, H, N, N, device=r.device)
-    if state.shape != (B, H, N, N):
-        raise ValueError(f"state is {tuple(state.shape)}, the inputs need {(B, H, N, N)}")
-    return state
-
-
-def computed(operator: str, inputs: Sequence[Tensor], state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`wkv6` for w (B, T, H, N), `wkv5` for w (H, N), which costs next to nothing: in the best form there is."""
-    r, w, _, v, _ = inputs
-    wide = torch.float64 if r.dtype == torch.float64 else torch.float32
-    S = start(r, state).to(wide)
-    if r.numel() == 0:
-        return torch.zeros_like(v), S
-    if gpu.computes(operator, *inputs, S):
-        return gpu.Wkv6.apply(_tracked(*inputs, S), *inputs, S)
-    r, w, k, v_, u = (x.to(wide) for x in inputs)
-    natively = build.native(r, w, k, v_, u, S) is not None
-    if r.device.type == "cpu":
-        build.announce(f"{operator} and what surrounds it", r.device.type, natively=natively)
-    tracked = _tracked(r, w, k, v_, u, S)
-    if natively:
-        y, S = _Native.apply(tracked, r, w, k, v_, u, S)
-    else:
-        w = w if w.dim() == 4 else w.expand(1, r.shape[1], *w.shape)
-        with torch.autocast(r.device.type, enabled=False):
-            whole = _step if r.shape[1] == 1 and not tracked else _Chunked.apply
-            y, S = whole(r, w, k, v_, u, S)
-    return y.to(v.dtype), S
-
-
-def _tracked(*inputs: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    return computed("wkv6", FORMS, (r, w, k, v, u), state)
 
 
 class _Native(torch.autograd.Function):
@@ -112,7 +73,7 @@ class _Native(torch.autograd.Function):
 
 def _step(r, w, k, v, u, S):
     """One token."""
-    r, w, k, v = (x[:, 0] for x in (r, w, k, v))
+    r, w, k, v = (x[:, 0] if x.dim() == 4 else x for x in (r, w, k, v))
     y = (S @ r[..., None])[..., 0].addcmul((r * u * k).sum(-1, keepdim=True), v)
     return y[:, None], torch.addcmul(S * torch.exp(-torch.exp(w))[..., None, :], v[..., None], k[..., None, :])
 
@@ -270,3 +231,11 @@ def _tree_gradients(
             d_after1 += _like(gk * k1, log_decay)
             d_before2 += _like(gr * r2, log_decay)
     return d_over
+
+
+def _chunked(r, w, k, v, u, S):
+    """For w (H, N), too, which costs next to nothing."""
+    return _Chunked.apply(r, w if w.dim() == 4 else w.expand(1, r.shape[1], *w.shape), k, v, u, S)
+
+
+FORMS = (gpu.Wkv6.apply, _Native.apply, _chunked, _step)

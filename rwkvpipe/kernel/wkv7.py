@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkvpipe.kernel import build, gpu
+from rwkvpipe.kernel.form import computed, start
 
 LONGEST = 16  # tokens in a chunk; measured, 32 saves a tenth on long rows and wastes more on short ones
 STEEPEST = 36.0  # a log decay below its negative counts as this: exp(-36) is 2e-16 of the state
@@ -24,7 +25,7 @@ def wkv7_reference(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The recurrence token by token, in the arithmetic of its inputs; returns y (B, T, H, N) and the last state."""
-    S = _start(r, state).to(r.dtype)
+    S = start(r, state).to(r.dtype)
     d = torch.exp(-torch.exp(w))
     y = []
     for t in range(r.shape[1]):
@@ -42,36 +43,7 @@ def wkv7(
     Computed in fp32 (fp64 for fp64 inputs), as the state has to be. A token with w = -inf and k = b = 0 leaves the
     state as it is.
     """
-    wide = torch.float64 if r.dtype == torch.float64 else torch.float32
-    S = _start(r, state).to(wide)
-    if r.shape[1] == 0:
-        return torch.zeros_like(v), S
-    if gpu.computes("wkv7", r, w, k, v, a, b, S):
-        return gpu.Wkv7.apply(_tracked(r, w, k, v, a, b, S), r, w, k, v, a, b, S)
-    inputs = [x.to(wide) for x in (r, w, k, v, a, b)]
-    natively = build.native(*inputs, S) is not None
-    if r.device.type == "cpu":
-        build.announce("wkv7 and what surrounds it", r.device.type, natively=natively)
-    tracked = _tracked(*inputs, S)
-    if natively:
-        y, S = _Native.apply(tracked, *inputs, S)
-    else:
-        with torch.autocast(r.device.type, enabled=False):
-            y, S = _step(*inputs, S) if r.shape[1] == 1 and not tracked else _Chunked.apply(*inputs, S)
-    return y.to(v.dtype), S
-
-
-def _tracked(*inputs: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-
-
-def _start(r: Tensor, state: Tensor | None) -> Tensor:
-    B, _, H, N = r.shape
-    if state is None:
-        return torch.zeros(B, H, N, N, device=r.device)
-    if state.shape != (B, H, N, N):
-        raise ValueError(f"state is {tuple(state.shape)}, the inputs need {(B, H, N, N)}")
-    return state
+    return computed("wkv7", FORMS, (r, w, k, v, a, b), state)
 
 
 class _Native(torch.autograd.Function):
@@ -257,3 +229,6 @@ class _Chunked(torch.autograd.Function):
         dw = moved.flip(2).cumsum(2).flip(2).mul_(log_decay)
         found = (x.flatten(1, 2)[:, : dy.shape[1]] for x in (dr, dw, dk, _unchunked(dV, B), da, db))
         return *found, (G * _columns(first[:, :1])[0]).mT.reshape(B, H, N, N)
+
+
+FORMS = (gpu.Wkv7.apply, _Native.apply, _Chunked.apply, _step)
