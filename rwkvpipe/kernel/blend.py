@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkvpipe.kernel import build, passes
+from rwkvpipe.kernel.passes import without_gaps
 
 COUNTS = (1, 2, 4, 5, 6)  # of mixes that native code makes at a time
 Places = tuple[Tensor, ...]
@@ -101,11 +102,6 @@ def widened(row: Tensor, *inputs: Tensor) -> list[Tensor]:
     """On the CPU, what products rounded goes on in fp32, as the weights beside it are, and as native forms take it."""
     wide = row.dtype == torch.float32 and row.device.type == "cpu"
     return [x.float() for x in inputs] if wide else list(inputs)
-
-
-def without_gaps(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same numbers, as native code takes them."""
-    return [x.contiguous() for x in tensors]
 
 
 def sums_of(tokens: int, *rows: Tensor) -> tuple[Tensor, Tensor]:

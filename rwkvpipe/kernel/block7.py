@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rwkvpipe.kernel import build, product
-from rwkvpipe.kernel.blend import apart, mix_gradients, sums_of, without_gaps
+from rwkvpipe.kernel.blend import apart, mix_gradients, sums_of
 from rwkvpipe.kernel.form import tracked
+from rwkvpipe.kernel.passes import without_gaps
 from rwkvpipe.kernel.product import exactly
 
 ROOM = 1 << 24  # numbers of what no result is that a thread keeps room for, from call to call

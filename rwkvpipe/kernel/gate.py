@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkvpipe.kernel import build, passes
-from rwkvpipe.kernel.blend import Pass, Places, apart, sums_of, unmixed, widened, without_gaps
+from rwkvpipe.kernel.blend import Pass, Places, apart, sums_of, unmixed, widened
+from rwkvpipe.kernel.passes import without_gaps
 
 
 def drift(

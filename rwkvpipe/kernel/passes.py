@@ -37,7 +37,7 @@ def to_products(x: Tensor) -> torch.dtype:
 
 
 def without_gaps(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The same numbers, as kernels take them."""
+    """The same numbers, as kernels and native code take them."""
     return [x if x is None else x.contiguous() for x in tensors]
 
 

@@ -6,25 +6,17 @@ r k v are (B, T, H, N): batch, time, heads, width of a head; w and u are (H, N).
 [value, key].
 """
 
-import torch
 from torch import Tensor
 
-from rwkvpipe.kernel.form import computed, start
-from rwkvpipe.kernel.wkv6 import FORMS
+from rwkvpipe.kernel.form import computed
+from rwkvpipe.kernel.wkv6 import FORMS, wkv6_reference
 
 
 def wkv5_reference(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The recurrence token by token, in the arithmetic of its inputs; returns y (B, T, H, N) and the last state."""
-    S = start(r, state).to(r.dtype)
-    d = torch.exp(-torch.exp(w))
-    y = []
-    for t in range(r.shape[1]):
-        own = (r[:, t] * u * k[:, t]).sum(-1, keepdim=True) * v[:, t]
-        y.append((S @ r[:, t, :, :, None])[..., 0] + own)
-        S = S * d[:, None, :] + v[:, t, :, :, None] * k[:, t, :, None, :]
-    return torch.stack(y, 1) if y else torch.zeros_like(r), S
+    return wkv6_reference(r, w.expand_as(r), k, v, u, state)
 
 
 def wkv5(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
