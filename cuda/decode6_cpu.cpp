@@ -3,22 +3,13 @@
 //
 // A row has the same bits whatever rows are beside it, and however many threads there are, as matvec.h has it.
 
-#include "matvec.h"
 #include "token.h"
 
 namespace {
 
-struct Decode {
-    int64_t rows, L, D, H, F, V, mixed, low;  // ranks of what is mixed, and of decays; 0 for RWKV-5
-    Kind kind;
-    const float *const *fixed, *const *vectors;
-    const void *const *matrices;
-    const float *const *scales;
-    float *const *att_x, *const *memory, *const *ffn_x;
-    const int64_t *ids;
-    float *logits;
+struct Decode : Given {
+    int64_t mixed, low;  // ranks of what is mixed, and of decays; 0 for RWKV-5
 
-    enum Fixed { EMB, LN0, LN0_BIAS, LN_OUT, LN_OUT_BIAS };
     enum Vectors { LN1, LN1_BIAS, LN2, LN2_BIAS, X_X, X_W, X_K, X_V, X_R, X_G, DECAY, BONUS, LN_X, LN_X_BIAS, FFN_X_K,
                    FFN_X_R, VECTORS };
     // MIX to MIX_G stay in fp32
@@ -153,17 +144,12 @@ struct Decode {
         float *last = start + 9 * count * step;
         const Rooms at = {room(0), room(1), room(2), room(3), room(4), room(5), room(6), room(7), room(8), {last, low_step},
                           {last + count * low_step, long_step}, start + count * total};
-        for (int64_t i = 0; i < count; i++) {
-            const float *from = fixed[EMB] + ids[begin + i] * D;
-            fixed[LN0] ? norm(from, fixed[LN0], fixed[LN0_BIAS], at.x[i], D) : copy(at.x[i], from, D);
-        }
+        embed(begin, count, at.x);
         for (int64_t layer = 0; layer < L; layer++) {
             time_mix(layer, begin, count, threads, at);
             channel_mix(layer, begin, count, threads, at);
         }
-        for (int64_t i = 0; i < count; i++) norm(at.x[i], fixed[LN_OUT], fixed[LN_OUT_BIAS], at.normed[i], D);
-        const Matrix head = {matrices[L * MATRICES], scales[L * MATRICES], V, D, kind};
-        times(head, count, threads, at.normed, {logits + begin * V, V});
+        finish(begin, count, threads, L * MATRICES, at.x, at.normed);
     }
 };
 
@@ -178,8 +164,8 @@ extern "C" {
 void decode6(const int64_t *s, int threads, const float *const *fixed, const float *const *vectors,
              const void *const *matrices, const float *const *scales, float *const *att_x, float *const *memory,
              float *const *ffn_x, const int64_t *ids, float *logits) {
-    const Decode it = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], static_cast<Kind>(s[8]),
-                       fixed, vectors, matrices, scales, att_x, memory, ffn_x, ids, logits};
+    const Decode it = {{s[0], s[1], s[2], s[3], s[4], s[5], static_cast<Kind>(s[8]), fixed, vectors, matrices, scales,
+                        att_x, memory, ffn_x, ids, logits}, s[6], s[7]};
     in_pieces(it.rows, threads, [&](int64_t begin, int64_t count, int on) { it.rows_of(begin, count, on); });
 }
 

@@ -2,24 +2,15 @@
 //
 // A row has the same bits whatever rows are beside it, and however many threads there are, as matvec.h has it.
 
-#include "matvec.h"
 #include "token.h"
 
 namespace {
 
 constexpr float LEAST = 1e-12f, HALF_ROOT = 0.60653066f;  // e^{-1/2}
 
-struct Decode {
-    int64_t rows, L, D, H, F, V, ranks[4];
-    Kind kind;
-    const float *const *fixed, *const *vectors;
-    const void *const *matrices;
-    const float *const *scales;
-    float *const *att_x, *const *memory, *const *ffn_x;
-    const int64_t *ids;
-    float *logits;
+struct Decode : Given {
+    int64_t ranks[4];
 
-    enum Fixed { EMB, LN0, LN0_BIAS, LN_OUT, LN_OUT_BIAS };
     enum Vectors { LN1, LN1_BIAS, LN2, LN2_BIAS, X_R, X_W, X_K, X_V, X_A, X_G, W0, A0, V0, K_K, K_A, R_K, LN_X, LN_X_BIAS,
                    FFN_X_K, VECTORS };
     enum Matrices { RECEPTANCE, KEY, VALUE, OUTPUT, W1, W2, A1, A2, V1, V2, G1, G2, FFN_KEY, FFN_VALUE, MATRICES };
@@ -134,12 +125,11 @@ struct Decode {
             copy(att_x[layer] + (begin + i) * D, at.normed[i], D);
         }
         const int64_t N = D / H;
-        const auto head = [&](int64_t n, float *room) {
+        for (int64_t n = 0; n < count * H; n++) {
             const int64_t i = n / H, h = n % H, c = h * N;
             float *S = memory[layer] + ((begin + i) * H + h) * N * N;
-            recall(layer, h, S, at.r[i] + c, at.k[i] + c, at.v[i] + c, at.w[i] + c, at.a[i] + c, at.g[i] + c, room);
-        };
-        for (int64_t n = 0; n < count * H; n++) head(n, at.heads);
+            recall(layer, h, S, at.r[i] + c, at.k[i] + c, at.v[i] + c, at.w[i] + c, at.a[i] + c, at.g[i] + c, at.heads);
+        }
         times(matrix(layer, OUTPUT), count, threads, at.r, at.mixed);
     }
 
@@ -151,10 +141,7 @@ struct Decode {
         const auto room = [&](int64_t n) { return Room{start + n * count * step, step}; };
         const Rooms at = {room(0), room(1), room(2), room(3), room(4), room(5), room(6), room(7), room(8), room(9),
                           room(10), {start + 11 * count * step, long_step}, start + count * total};
-        for (int64_t i = 0; i < count; i++) {
-            const float *from = fixed[EMB] + ids[begin + i] * D;
-            fixed[LN0] ? norm(from, fixed[LN0], fixed[LN0_BIAS], at.x[i], D) : copy(at.x[i], from, D);
-        }
+        embed(begin, count, at.x);
         for (int64_t layer = 0; layer < L; layer++) {
             time_mix(layer, begin, count, threads, at);
             for (int64_t i = 0; i < count; i++) {
@@ -168,9 +155,7 @@ struct Decode {
             times(matrix(layer, FFN_VALUE), count, threads, at.wide, at.mixed);
             for (int64_t i = 0; i < count; i++) add(at.x[i], at.mixed[i], D);
         }
-        for (int64_t i = 0; i < count; i++) norm(at.x[i], fixed[LN_OUT], fixed[LN_OUT_BIAS], at.normed[i], D);
-        const Matrix head = {matrices[L * MATRICES], scales[L * MATRICES], V, D, kind};
-        times(head, count, threads, at.normed, {logits + begin * V, V});
+        finish(begin, count, threads, L * MATRICES, at.x, at.normed);
     }
 };
 
@@ -185,8 +170,8 @@ extern "C" {
 void decode7(const int64_t *s, int threads, const float *const *fixed, const float *const *vectors,
              const void *const *matrices, const float *const *scales, float *const *att_x, float *const *memory,
              float *const *ffn_x, const int64_t *ids, float *logits) {
-    const Decode it = {s[0], s[1], s[2], s[3], s[4], s[5], {s[6], s[7], s[8], s[9]}, static_cast<Kind>(s[10]),
-                       fixed, vectors, matrices, scales, att_x, memory, ffn_x, ids, logits};
+    const Decode it = {{s[0], s[1], s[2], s[3], s[4], s[5], static_cast<Kind>(s[10]), fixed, vectors, matrices, scales,
+                        att_x, memory, ffn_x, ids, logits}, {s[6], s[7], s[8], s[9]}};
     in_pieces(it.rows, threads, [&](int64_t begin, int64_t count, int on) { it.rows_of(begin, count, on); });
 }
 

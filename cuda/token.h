@@ -1,8 +1,7 @@
-// What the layers of one token are made of, element by element, in all families.
+// What is alike in all families for one token: what a call is given, its two ends, and what layers are made of.
 #pragma once
 
-#include "threads.h"
-#include "vector.h"
+#include "matvec.h"
 
 #include <algorithm>
 #include <cmath>
@@ -59,3 +58,28 @@ inline void in_pieces(int64_t rows, int threads, const Work &work) {
     const int64_t size = (rows + pieces - 1) / pieces;
     share((rows + size - 1) / size, threads, [&](int64_t n) { work(n * size, std::min(size, rows - n * size), 1); });
 }
+
+struct Given {
+    int64_t rows, L, D, H, F, V;
+    Kind kind;
+    const float *const *fixed, *const *vectors;
+    const void *const *matrices;
+    const float *const *scales;
+    float *const *att_x, *const *memory, *const *ffn_x;
+    const int64_t *ids;
+    float *logits;
+
+    enum Fixed { EMB, LN0, LN0_BIAS, LN_OUT, LN_OUT_BIAS };
+
+    void embed(int64_t begin, int64_t count, const Room &x) const {
+        for (int64_t i = 0; i < count; i++) {
+            const float *from = fixed[EMB] + ids[begin + i] * D;
+            fixed[LN0] ? norm(from, fixed[LN0], fixed[LN0_BIAS], x[i], D) : copy(x[i], from, D);
+        }
+    }
+    // logits of a stream, by the matrix of number `last`
+    void finish(int64_t begin, int64_t count, int threads, int64_t last, const Room &x, const Room &normed) const {
+        for (int64_t i = 0; i < count; i++) norm(x[i], fixed[LN_OUT], fixed[LN_OUT_BIAS], normed[i], D);
+        times({matrices[last], scales[last], V, D, kind}, count, threads, normed, {logits + begin * V, V});
+    }
+};
