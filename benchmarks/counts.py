@@ -102,12 +102,13 @@ def losses() -> Tensor:
     return loss._gradients(draw(1, IDS), wanted, slice(0, 1))
 
 
-def token(card: Card) -> tuple[Counter[str], int]:
-    """What matrices in bf16, ACROSS wide, ask for as a token of one row is written, and how many numbers they have."""
+def token(card: Card, kind: str) -> tuple[Counter[str], int]:
+    """What matrices in bf16 or int8, ACROSS wide, ask for as a token of one row is written, and how many numbers they
+    have."""
     low = dict.fromkeys(("d_decay", "d_aaa", "d_mv", "d_gate"), 4)
     model = build(RwkvConfig(n_layer=1, n_embd=ACROSS, head_size=N, vocab_size=4, dim_ffn=4, **low))
     with mock.patch.object(packed, "on_card", lambda weight: True):
-        packed.keep(model, "bf16")
+        packed.keep(model, kind)
     decoder = CardDecoder(model)
     counted(card, lambda: decoder.few(torch.tensor([1]), model.start(1), torch.empty(1, 4)))
     seconds = 3 * 4 * ACROSS  # of low ranks, which heads multiply
@@ -153,7 +154,9 @@ def measure(target: str = "sm_90a") -> dict:
                 lines.append(_line(name, back, "number", counted(card, around(name, back)), TOKENS * WIDTH))
         lines.append(_line("loss and its gradient", True, "number", counted(card, losses), IDS))
         with torch.inference_mode():
-            lines.append(_line("matrices times a token of one row", False, "number", *token(card)))
+            for kind in ("bf16", "int8"):
+                name = f"matrices in {kind} times a token of one row"
+                lines.append(_line(name, False, "number", *token(card, kind)))
     said = compiler.version(compiler.nvcc())
     return {"what": "counts", "sources": gpu.name(), "target": target, "nvcc": said, "lines": [vars(x) for x in lines]}
 

@@ -15,12 +15,13 @@ from rwkvpipe.kernel import gpu
 
 REPORT = Path(__file__).resolve().parents[1] / "docs/gpu.json"
 # a kernel's line, and what follows it; names are as C++ has them in files: Forward, I5ShapeILi64EE, I3WayILl3ELi4EE (of
-# tensors 0 and 1 in bf16, four numbers at once; n1 for any), ILi4EE, ILb1ELi8EE (matrices in bf16, for eight rows) or
-# ILb1ELb0EE (in bf16, what is multiplied in fp32)
+# tensors 0 and 1 in bf16, four numbers at once; n1 for any), ILi4EE, ILi2ELi8EE (matrices of two bytes a number, for
+# eight rows) or ILi2ELb0EE (of two bytes, what is multiplied in fp32)
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\w+)'(.*?)(?=Compiling entry function|\Z)", re.S)
-NAMED = re.compile(r"\d([A-Z][A-Za-z]*?)(?:I3WayILl(n?\d+)E|I5ShapeI|ILb(\d)E(?:Lb(\d)E)?|I|E)(?:Li(\d+)|E)")
+NAMED = re.compile(r"\d([A-Z][A-Za-z]*?)(?:I3WayILl(n?\d+)E|I5ShapeI|ILi(\d)E(?:Lb(\d)E|(?=Li))|I|E)(?:Li(\d+)|E)")
 # what the numbers in such names say of blend.cu, prepare.cu, finish.cu and loss.cu; others are all tensors in bf16
 KINDS = {"n1": "any kinds", "0": "fp32", "2": "fp32 to bf16", "263": "bf16, decays fp32"}
+BYTES = {"4": "fp32", "2": "bf16", "1": "int8"}
 FIGURES = {
     "registers": re.compile(r"Used (\d+) registers"),
     "spilled": re.compile(r"(\d+) bytes spill stores"),
@@ -43,11 +44,12 @@ def parsed(file: str, told: str) -> list[dict]:
     """What ptxas -v tells of each kernel."""
     found = []
     for name, target, said in ENTRY.findall(told):
-        kernel, kinds, half, narrow, width = NAMED.search(name).groups()
+        kernel, kinds, size, narrow, width = NAMED.search(name).groups()
         if kinds is not None:
             kernel, width = f"{kernel}, {KINDS.get(kinds, 'bf16')}", None
-        if half is not None:
-            kernel += f", {'all' if half == narrow else 'matrices'} in {'bf16' if half == '1' else 'fp32'}"
+        if size is not None:
+            alone = BYTES[size] == {"1": "bf16", "0": "fp32"}.get(narrow)
+            kernel += f", {'all' if alone else 'matrices'} in {BYTES[size]}"
         line = {"file": file, "kernel": kernel, "width": int(width or 0), "target": target}
         found.append(line | {figure: int(look.search(said)[1]) for figure, look in FIGURES.items()})
     return sorted(found, key=lambda line: (line["kernel"], line["width"]))

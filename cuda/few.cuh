@@ -38,8 +38,14 @@ ON_GPU void halve(float *x, int lane) {
 }
 #endif
 
-// Each of MANY numbers of of(what a thread keeps), a power of two up to 32, summed over a warp: the first of them
-// becomes the sum of number lane / (32 / MANY). That takes a third of the exchanges that sums in all lanes would.
+// Each of MANY numbers of of(what a thread keeps), a power of two, summed over a warp: the first of them becomes the
+// sum of number lane / (32 / MANY); of more than 32 the first EACH become those that are the lane's. That takes a third
+// of the exchanges that sums in all lanes would.
+template <int MANY>
+struct Sums {
+    static constexpr int EACH = MANY > WARP ? MANY / WARP : 1, LANES = MANY > WARP ? 1 : WARP / MANY;
+};
+
 template <int MANY, class Threads, class Of>
 ON_GPU void sum_up(Threads &threads, Of of) {
 #ifdef __CUDACC__
@@ -52,7 +58,9 @@ ON_GPU void sum_up(Threads &threads, Of of) {
             for (int l = 0; l < WARP; l++)
                 for (int i = 0; i < MANY && !(l & apart); i++)
                     sums[l][i] = sums[l ^ apart][i] = sums[l][i] + sums[l ^ apart][i];
-        for (int l = 0; l < WARP; l++) of(threads.own[first + l])[0] = sums[l][l / (WARP / MANY)];
+        for (int l = 0; l < WARP; l++)
+            for (int i = 0; i < Sums<MANY>::EACH; i++)
+                of(threads.own[first + l])[i] = sums[l][l / Sums<MANY>::LANES * Sums<MANY>::EACH + i];
     }
 #endif
 }
@@ -60,10 +68,13 @@ ON_GPU void sum_up(Threads &threads, Of of) {
 // the same, each warp's sums to `to`, (WARPS, MANY)
 template <int MANY, class Threads, class Of>
 ON_GPU void sum_to(Threads &threads, float *to, Of of) {
+    constexpr int EACH = Sums<MANY>::EACH, LANES = Sums<MANY>::LANES;
     sum_up<MANY>(threads, of);
     threads.each([&](int thread, auto &own) {
         const int lane = thread % WARP;
-        if (lane % (WARP / MANY) == 0) to[thread / WARP * MANY + lane / (WARP / MANY)] = of(own)[0];
+        if (lane % LANES) return;
+#pragma unroll
+        for (int i = 0; i < EACH; i++) to[thread / WARP * MANY + lane / LANES * EACH + i] = of(own)[i];
     });
 }
 
@@ -143,10 +154,45 @@ struct Embed {
     }
 };
 
-// One of the matrices (outs, columns): how much of the token before is mixed into what it multiplies (or null), and
-// where products go, a row of them every `step`.
+// Four numbers of a matrix as they lie in memory, of so many bytes each: fp32, bf16, or whole numbers.
+template <int BYTES>
+struct Quad {
+    Raw<4> raw;
+
+    ON_GPU void read(const void *from) { raw.read(from, 0, BYTES == 2); }
+    ON_GPU void open(float *x) const {
+#pragma unroll
+        for (int i = 0; i < 4; i++) x[i] = raw.number(i, BYTES == 2);
+    }
+};
+
+// A byte becomes a number without a conversion: as the last one of 2^23, which is then that much more. 128 more make it
+// positive before.
+template <>
+struct Quad<1> {
+    uint32_t word;
+
+    ON_GPU void read(const void *from) { word = *static_cast<const uint32_t *>(from); }
+    ON_GPU void open(float *x) const {
+        const uint32_t above = word ^ 0x80808080u;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+#ifdef __CUDA_ARCH__
+            x[i] = __uint_as_float(__byte_perm(above, 0x4b000000u, 0x7540 + i)) - 8388736.0f;
+#else
+            const uint32_t bits = (above >> 8 * i & 255) | 0x4b000000u;
+            memcpy(x + i, &bits, 4);
+            x[i] -= 8388736.0f;
+#endif
+        }
+    }
+};
+
+// One of the matrices (outs, columns), what whole numbers of each row are times (or null), how much of the token before
+// is mixed into what it multiplies (or null), and where products go, a row of them every `step`.
 struct Part {
     const void *matrix;
+    const float *scale;
     const float *share;
     float *to;
     int outs, step;
@@ -173,28 +219,29 @@ struct Given {
     int rows = 0, each = 0, blocks = 0, starts[MOST] = {};  // the last: the first block of each part
 };
 
-template <bool HALF, int ROWS>
+// Of matrices whose numbers have so many bytes; of those of one byte twice as many rows are asked for at a time.
+template <int BYTES, int ROWS>
 struct Few : Given {
-    static constexpr int THREADS = WIDTH, SPAN = STAGED / ROWS, OUTS = ROWS <= 2 ? 8 : 4, SUMS = OUTS * ROWS;
-    static constexpr int FLOATS = STAGED + WARPS * SUMS + 2 * ROWS + 2 * WARPS * ROWS, BYTES = HALF ? 2 : 4;
+    static constexpr int THREADS = WIDTH, SPAN = STAGED / ROWS, OUTS = (ROWS <= 2 ? 8 : 4) * (BYTES == 1 ? 2 : 1);
+    static constexpr int BESIDE = 2, SUMS = OUTS * ROWS, FLOATS = STAGED + WARPS * SUMS + 2 * ROWS + 2 * WARPS * ROWS;
     struct Own {
-        Raw<4> next[OUTS];
-        float found[OUTS][ROWS], sums[ROWS];
+        Quad<BYTES> next[OUTS];
+        float found[OUTS][ROWS], sums[ROWS], scale;
     };
     using Threads = Block<Own, THREADS>;
 
     // asks for four columns in each of the `left` rows of a matrix that lie from `row` on
-    ON_GPU void ask(Raw<4> *next, const char *row, int left) const {
+    ON_GPU void ask(Quad<BYTES> *next, const char *row, int left) const {
         const int64_t step = static_cast<int64_t>(columns) * BYTES;
         if (left >= OUTS) {
 #pragma unroll
-            for (int o = 0; o < OUTS; o++) next[o].read(row + o * step, 0, HALF);
+            for (int o = 0; o < OUTS; o++) next[o].read(row + o * step);
             return;
         }
 #pragma unroll
         for (int o = 0; o < OUTS; o++)
             if (o < left)
-                next[o].read(row + o * step, 0, HALF);
+                next[o].read(row + o * step);
             else
                 next[o] = {};
     }
@@ -226,12 +273,10 @@ struct Few : Given {
     }
 
     // four columns of some rows of a matrix, times those of each row of x
-    ON_GPU static void add(Own &own, const Raw<4> *now, const float *staged) {
+    ON_GPU static void add(Own &own, const Quad<BYTES> *now, const float *staged) {
         float w[OUTS][4];
 #pragma unroll
-        for (int o = 0; o < OUTS; o++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) w[o][i] = now[o].number(i, HALF);
+        for (int o = 0; o < OUTS; o++) now[o].open(w[o]);
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             const Four words = *reinterpret_cast<const Four *>(staged + r * SPAN);
@@ -244,10 +289,17 @@ struct Few : Given {
         }
     }
 
-    ON_GPU void finish(int thread, const float *sums, const Part &part, int out) const {
+    // what comes of a row of a matrix, of which a row of x has one number: the sums of a group come one to a thread
+    ON_GPU static void begin_group(int thread, Own &own, const Part &part, int left, int out) {
+        memset(own.found, 0, sizeof own.found);
+        own.scale = 1.0f;
+        if (BYTES == 1 && thread < SUMS && thread / ROWS < left) own.scale = part.scale[out + thread / ROWS];
+    }
+
+    ON_GPU void finish(int thread, const Own &own, const float *sums, const Part &part, int out) const {
         const int o = thread / ROWS, r = thread % ROWS;
         if (thread >= SUMS || out + o >= part.outs || r >= rows) return;
-        const float total = of_warps<SUMS>(sums, thread);
+        const float total = of_warps<SUMS>(sums, thread) * own.scale;
         float *to = part.to + static_cast<int64_t>(r) * part.step + out + o;
         *to = part.how == ADDED ? *to + total : bent(total, part.how);
     }
@@ -271,7 +323,7 @@ struct Few : Given {
         });
         if (norm.weight) moments<ROWS>(threads, found, room, x, columns, rows);
         for (int out = begin; out < end; out += OUTS) {
-            threads.alone([&](int, Own &own) { memset(own.found, 0, sizeof own.found); });
+            threads.alone([&](int thread, Own &own) { begin_group(thread, own, part, end - out, out); });
             for (int first = 0; first < columns; first += SPAN) {
                 if (first > 0) threads.each([](int, Own &) {});  // all have used what was there
                 if (out == begin || columns > SPAN)
@@ -281,7 +333,7 @@ struct Few : Given {
                 threads.alone([&](int thread, Own &own) {
                     const int stop = columns < first + SPAN ? columns : first + SPAN;
                     for (int c = first + thread * 4; c < stop; c += ACROSS) {
-                        Raw<4> now[OUTS];
+                        Quad<BYTES> now[OUTS];
 #pragma unroll
                         for (int o = 0; o < OUTS; o++) now[o] = own.next[o];
                         if (c + ACROSS < columns)
@@ -293,14 +345,14 @@ struct Few : Given {
                 });
             }
             sum_to<SUMS>(threads, sums, [](Own &own) { return &own.found[0][0]; });
-            threads.each([&](int thread, Own &) { finish(thread, sums, part, out); });
+            threads.each([&](int thread, Own &own) { finish(thread, own, sums, part, out); });
         }
     }
 };
 
-template <bool HALF, int ROWS>
+template <int BYTES, int ROWS>
 int times(Given given, int rows, int64_t stream) {
-    typedef Few<HALF, ROWS> Kernel;
+    typedef Few<BYTES, ROWS> Kernel;
     const auto groups = [&](int n) { return (given.parts[n].outs + Kernel::OUTS - 1) / Kernel::OUTS; };
     int all = 0;
     for (int n = 0; n < given.count; n++) all += groups(n);
@@ -312,12 +364,12 @@ int times(Given given, int rows, int64_t stream) {
     return launch(Kernel{given}, given.blocks, stream);
 }
 
-template <bool HALF>
+template <int BYTES>
 int times(const Given &given, int rows, int64_t stream) {
-    if (rows <= 1) return times<HALF, 1>(given, rows, stream);
-    if (rows <= 2) return times<HALF, 2>(given, rows, stream);
-    if (rows <= 4) return times<HALF, 4>(given, rows, stream);
-    return times<HALF, 8>(given, rows, stream);
+    if (rows <= 1) return times<BYTES, 1>(given, rows, stream);
+    if (rows <= 2) return times<BYTES, 2>(given, rows, stream);
+    if (rows <= 4) return times<BYTES, 4>(given, rows, stream);
+    return times<BYTES, 8>(given, rows, stream);
 }
 
 }  // namespace

@@ -2,8 +2,9 @@
 // to; what low ranks say, each head's memory and norm; the way out of these; and the two of the channel mix. Of many
 // texts the heads alone. rwkvpipe/model/rwkv7.py has the same in PyTorch.
 //
-// Matrices are (out, in) in bf16 or fp32, the second ones of low ranks (rank, D); of few texts all else is fp32. Heads
-// are of 64 channels. A state is read by one kernel and written by a later one, or by the threads that have read it.
+// Matrices are (out, in) in fp32, bf16 or int8, the second ones of low ranks (rank, D); whole numbers of an output are
+// times its scale. Of few texts all else is fp32. Heads are of 64 channels. A state is read by one kernel and written
+// by a later one, or by the threads that have read it.
 
 #include "few.cuh"
 
@@ -38,13 +39,14 @@ inline int64_t cached() {
 // A matrix of low rank (rank, D), and what it is multiplied with, (rows, rank)
 struct Second {
     const void *matrix;  // or null
+    const float *scale;  // of whole numbers, (D,)
     const void *x;
     int64_t rank;
 };
 
 // One head of a row. Thread t has 16 numbers of row t / 4 of its memory: four in every 16, from t % 4 * 4 on.
-// Matrices are in bf16 if HALF says so, what other kernels have made and `out` if NARROW does.
-template <bool HALF, bool NARROW>
+// Numbers of matrices have so many bytes; what other kernels have made and `out` are in bf16 if NARROW says so.
+template <int BYTES, bool NARROW>
 struct Recall {
     static constexpr int THREADS = WIDTH, SLICES = WIDTH / (N / 4);
     enum { R, FADE, KEY, KK, B, V, Y, VECTORS };
@@ -80,12 +82,19 @@ struct Recall {
             for (int c = 0; c < 4; c++) found[n][c] = 0.0f;
 #pragma unroll 4
             for (int64_t i = thread / (N / 4); second.matrix && i < second.rank; i += SLICES) {
+                Quad<BYTES> quad;
                 float w[4];
-                fetch<4>(w, second.matrix, i * H * N + at, HALF);
+                quad.read(static_cast<const char *>(second.matrix) + (i * H * N + at) * BYTES);
+                quad.open(w);
                 const float x = get(second.x, row * second.rank + i, NARROW);
 #pragma unroll
                 for (int c = 0; c < 4; c++) found[n][c] += x * w[c];
             }
+            if (BYTES > 1 || !second.matrix) continue;
+            float by[4];
+            fetch<4>(by, second.scale, at, false);
+#pragma unroll
+            for (int c = 0; c < 4; c++) found[n][c] *= by[c];
         }
     }
 
@@ -207,6 +216,7 @@ struct Step {
     float *const *att_x, *const *memory, *const *ffn_x;
     const float *const *fixed, *const *vectors;
     const void *const *matrices;
+    const float *const *scales;  // of matrices in int8, else null
     float *room;
 
     enum Fixed { EMB, LN0, LN0_BIAS, LN_OUT, LN_OUT_BIAS };
@@ -226,15 +236,18 @@ struct Step {
         return found;
     }
     int width() const { return static_cast<int>(D); }
-    static Part one(const void *matrix, const float *share, float *to, int64_t outs, Becomes how) {
-        return {matrix, share, to, static_cast<int>(outs), static_cast<int>(outs), how};
+    bool fits() const { return R <= MOST_ROWS && D == H * N && F % 4 == 0; }
+    const float *scale(int64_t layer, int which) const { return scales ? scales[layer * MATRICES + which] : nullptr; }
+    Part one(int64_t layer, int which, const float *share, float *to, int64_t outs, Becomes how) const {
+        const int many = static_cast<int>(outs);
+        return {matrix(layer, which), scale(layer, which), share, to, many, many, how};
     }
     Copy state(float *to) const { return {at(NORMED), to, R * D}; }
 
-    template <bool HALF>
+    template <int BYTES>
     int time_mix(int64_t layer, int64_t stream) const {
         const auto part = [&](int which, int share, float *to, int64_t outs, Becomes how) {
-            return one(matrix(layer, which), vector(layer, share), to, outs, how);
+            return one(layer, which, vector(layer, share), to, outs, how);
         };
         float *values = at(layer ? OF_V : FIRST);
         Given in = {{part(RECEPTANCE, X_R, at(OF_R), D, ITSELF), part(KEY, X_K, at(OF_K), D, ITSELF),
@@ -242,44 +255,45 @@ struct Step {
                      part(A1, X_A, low(RATE), ranks[RATE], ITSELF), part(G1, X_G, low(GATE), ranks[GATE], SIGMOID),
                      part(V1, X_V, low(LEAN), ranks[LEAN], ITSELF)},
                     layer ? 7 : 6, width(), at(X), norm(layer, LN1), att_x[layer], at(NORMED), {}};
-        if (const int status = times<HALF>(in, R, stream)) return status;
-        constexpr int64_t BYTES = HALF ? 2 : 4;
+        if (const int status = times<BYTES>(in, R, stream)) return status;
         const int64_t most = cached(), first = std::min(D * D * BYTES, most);
-        const auto second = [&](int which, Low of) { return Second{matrix(layer, which), low(of), ranks[of]}; };
-        const Recall<HALF, false> heads = {
+        const auto second = [&](int which, Low of) {
+            return Second{matrix(layer, which), scale(layer, which), low(of), ranks[of]};
+        };
+        const Recall<BYTES, false> heads = {
             H, {second(W2, DECAY), second(A2, RATE), layer ? second(V2, LEAN) : Second{}, second(G2, GATE)},
             at(OF_R), at(OF_K), values, at(FIRST), vector(layer, W0), vector(layer, A0), vector(layer, V0),
             vector(layer, K_K), vector(layer, K_A), vector(layer, R_K), vector(layer, LN_X), vector(layer, LN_X_BIAS),
             memory[layer], at(OUT),
             {{matrix(layer, OUTPUT), first}, {matrix(layer, FFN_KEY), std::min(F * D * BYTES, most - first)}}, R * H};
         if (const int status = launch(heads, R * H + BESIDE, stream)) return status;
-        const Given out = {{one(matrix(layer, OUTPUT), nullptr, at(X), D, ADDED)}, 1, width(), at(OUT), {}, nullptr,
+        const Given out = {{one(layer, OUTPUT, nullptr, at(X), D, ADDED)}, 1, width(), at(OUT), {}, nullptr,
                            nullptr, state(att_x[layer])};
-        return times<HALF>(out, R, stream);
+        return times<BYTES>(out, R, stream);
     }
 
-    template <bool HALF>
+    template <int BYTES>
     int channel_mix(int64_t layer, int64_t stream) const {
-        const Given key = {{one(matrix(layer, FFN_KEY), vector(layer, FFN_X_K), wide(), F, SQUARED)}, 1, width(), at(X),
+        const Given key = {{one(layer, FFN_KEY, vector(layer, FFN_X_K), wide(), F, SQUARED)}, 1, width(), at(X),
                            norm(layer, LN2), ffn_x[layer], at(NORMED), {}};
-        if (const int status = times<HALF>(key, R, stream)) return status;
-        const Given value = {{one(matrix(layer, FFN_VALUE), nullptr, at(X), D, ADDED)}, 1, static_cast<int>(F), wide(),
+        if (const int status = times<BYTES>(key, R, stream)) return status;
+        const Given value = {{one(layer, FFN_VALUE, nullptr, at(X), D, ADDED)}, 1, static_cast<int>(F), wide(),
                              {}, nullptr, nullptr, state(ffn_x[layer])};
-        return times<HALF>(value, R, stream);
+        return times<BYTES>(value, R, stream);
     }
 
-    template <bool HALF>
+    template <int BYTES>
     int work(int64_t stream) const {
         const Embed begin = {D, V, ids, fixed[EMB], {fixed[LN0], fixed[LN0_BIAS]}, at(X)};
         int status = launch(begin, R, stream);
         for (int64_t layer = 0; layer < L && !status; layer++) {
-            status = time_mix<HALF>(layer, stream);
-            if (!status) status = channel_mix<HALF>(layer, stream);
+            status = time_mix<BYTES>(layer, stream);
+            if (!status) status = channel_mix<BYTES>(layer, stream);
         }
         if (status) return status;
-        const Given head = {{one(matrices[L * MATRICES], nullptr, logits, V, ITSELF)}, 1, width(), at(X),
+        const Given head = {{one(L, RECEPTANCE, nullptr, logits, V, ITSELF)}, 1, width(), at(X),
                             {fixed[LN_OUT], fixed[LN_OUT_BIAS]}, nullptr, nullptr, {}};
-        return times<HALF>(head, R, stream);
+        return times<BYTES>(head, R, stream);
     }
 };
 
@@ -299,10 +313,10 @@ int recall7(const int64_t *z, int64_t stream, const void *r, const void *k, cons
     const auto started = [&](auto kernel) {
         kernel = {z[1], {}, r, k, v, first, vectors[0], vectors[1], vectors[2], vectors[3], vectors[4], vectors[5],
                   vectors[6], vectors[7], memory, out, {}, z[0] * z[1]};
-        for (int n = 0; n < LOW; n++) kernel.seconds[n] = {matrices[n], xs[n], z[2 + n]};
+        for (int n = 0; n < LOW; n++) kernel.seconds[n] = {matrices[n], nullptr, xs[n], z[2 + n]};
         return launch(kernel, z[0] * z[1], stream);
     };
-    return z[6] == 127 ? started(Recall<true, true>()) : z[6] == 0 ? started(Recall<false, false>()) : -1;
+    return z[6] == 127 ? started(Recall<2, true>()) : z[6] == 0 ? started(Recall<4, false>()) : -1;
 }
 
 // floats of `room`
@@ -317,9 +331,21 @@ int step7(const int64_t *z, int64_t stream, const int64_t *ids, float *logits, f
           float *const *memory, float *const *ffn_x, const float *const *fixed, const float *const *vectors,
           const void *const *matrices, float *room) {
     const Step step = {z[0], z[1], z[2], z[3], z[4], z[5], {z[6], z[7], z[8], z[9]}, ids, logits, att_x, memory,
-                       ffn_x, fixed, vectors, matrices, room};
-    if (step.R > MOST_ROWS || step.D != step.H * N || step.F % 4) return -1;
-    return z[10] ? step.work<true>(stream) : step.work<false>(stream);
+                       ffn_x, fixed, vectors, matrices, nullptr, room};
+    if (!step.fits()) return -1;
+    return z[10] ? step.work<2>(stream) : step.work<4>(stream);
+}
+
+// The same with matrices in int8, and the scale of each of their outputs.
+// takes R L D H F V dw da dv dg: ids R, logits R*V, att_x L of R*D, memory L of R*D*D//H, ffn_x L of R*D, fixed 5 of
+// any, vectors 19*L of any, matrices scales 14*L+1 of any, room any
+int step7_bytes(const int64_t *z, int64_t stream, const int64_t *ids, float *logits, float *const *att_x,
+                float *const *memory, float *const *ffn_x, const float *const *fixed, const float *const *vectors,
+                const int8_t *const *matrices, const float *const *scales, float *room) {
+    const auto any = reinterpret_cast<const void *const *>(matrices);
+    const Step step = {z[0], z[1], z[2], z[3], z[4], z[5], {z[6], z[7], z[8], z[9]}, ids, logits, att_x, memory,
+                       ffn_x, fixed, vectors, any, scales, room};
+    return step.fits() ? step.work<1>(stream) : -1;
 }
 
 }  // extern "C"

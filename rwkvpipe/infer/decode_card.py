@@ -2,7 +2,8 @@
 
 The model's own step is hundreds of kernels, most of which a card is done with before the next one has begun. For a few
 rows there are five a layer, which read each weight once for all of them: that is what such a token costs. For more, a
-head's low ranks, memory and norm are one kernel, and the matrices are PyTorch's to multiply.
+head's low ranks, memory and norm are one kernel, and the matrices are PyTorch's to multiply; those in int8, which
+PyTorch would have to open, are read again for each few rows.
 """
 
 from collections.abc import Sequence
@@ -12,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkvpipe.infer.decode import FIXED, FORMS, vector
-from rwkvpipe.infer.packed import Narrow
-from rwkvpipe.kernel import gpu, passes
+from rwkvpipe.infer.packed import Bytes, Narrow
+from rwkvpipe.kernel import gpu, panels, passes
 from rwkvpipe.model.layers import State
 
 MOST = 8  # rows that are few
+BY_EIGHTS = 64  # rows for which matrices in int8 are read once for each few; for more they are better opened once
 N = 64  # channels of a head
 WHOLE = 16  # bytes that are read at once
 FORM = FORMS["rwkv7"]
@@ -31,27 +33,42 @@ class CardDecoder:
     def __init__(self, model: nn.Module):
         config, parameters = model.config, dict(model.named_parameters())
         layers = range(config.n_layer)
-        self.kind = model.head.data.dtype if isinstance(model.head, Narrow) else torch.float32
+        self.kind = model.head.data.dtype if isinstance(model.head, Narrow | Bytes) else torch.float32
         self.ranks = tuple(getattr(config, name) for name in FORM.ranks)
         self.sizes = (config.n_layer, config.n_embd, config.n_embd // N, config.dim_ffn, config.vocab_size)
         self.fixed = _lying([parameters.get(name) for name in FIXED])
         self.vectors = _lying([vector(parameters, n, name) for n in layers for name in FORM.vectors])
         found = [_matrix(model, name) for name in (*_names(model), "head")]
-        self.matrices = _lying([x if x is None else x.to(self.kind) for x in found], self.kind)
+        self.matrices = _lying([x if x is None else x.to(self.kind) for x, _ in found], self.kind)
+        self.scales = _lying([scale for _, scale in found]) if self.kind == torch.int8 else []
+
+    def takes(self, rows: int) -> bool:
+        """Whether a step is of so many rows; that of more is the model's own."""
+        return self.kind != torch.int8 or rows <= BY_EIGHTS
 
     def step(self, ids: Tensor, state: State, logits: Tensor) -> None:
         """Write logits (rows, V) after an id for each row, (rows,), and over the state that after it.
 
-        Rows that are few are computed in fp32, also beside matrices in bf16; of more, what these multiply is rounded.
+        Rows that are few are computed in fp32, also beside matrices in fewer bits. Of more, matrices in bf16 meet rows
+        that are rounded as well, and those in int8 are read again for each few.
         """
-        (self.few if len(ids) <= MOST else self.many)(ids, state, logits)
+        if len(ids) > MOST and self.kind != torch.int8:
+            self.many(ids, state, logits)
+            return
+        for first in range(0, len(ids), MOST):
+            part = slice(first, first + MOST)
+            own = State(*([x[part] for x in each] for each in (state.att_x, state.wkv, state.ffn_x)))
+            self.few(ids[part], own, logits[part])
 
     def few(self, ids: Tensor, state: State, logits: Tensor) -> None:
         """The same for a few rows, in fp32 but for the matrices. Raises RuntimeError for more than MOST."""
-        sizes = (len(ids), *self.sizes, *self.ranks, gpu.halves(self.matrices[-1]))
+        sizes = (len(ids), *self.sizes, *self.ranks)
+        given = (ids, logits, state.att_x, state.wkv, state.ffn_x, self.fixed, self.vectors, self.matrices)
         room = gpu.floats("step7_room", sizes, logits)
-        weights = (self.fixed, self.vectors, self.matrices)
-        gpu.call("step7", sizes, ids, logits, state.att_x, state.wkv, state.ffn_x, *weights, room)
+        if self.kind == torch.int8:
+            gpu.call("step7_bytes", sizes, *given, self.scales, room)
+        else:
+            gpu.call("step7", (*sizes, gpu.halves(self.matrices[-1])), *given, room)
 
     def many(self, ids: Tensor, state: State, logits: Tensor) -> None:
         """The same for any number of rows, in what the matrices are in but for the stream and the state."""
@@ -92,10 +109,12 @@ def card_decoder(model: nn.Module) -> CardDecoder | None:
         return None
     found = [_found(model, name) for name in (*_names(model), "head")]
     layers = [layer for layer in found if isinstance(layer, nn.Module)]
-    if not all(isinstance(layer, Narrow) for layer in layers) and not all(map(_plain, layers)):  # adapters, fewer bits
+    ways = (_plain, lambda layer: isinstance(layer, Narrow), lambda layer: isinstance(layer, Bytes))
+    if not any(all(map(way, layers)) for way in ways):  # adapters, panels
         return None
-    gpu.announce("writing token by token", device)
-    return CardDecoder(model)
+    steps = CardDecoder(model)
+    gpu.announce("writing token by token" + (f", up to {BY_EIGHTS} rows," * (steps.kind == torch.int8)), device)
+    return steps
 
 
 def _names(model: nn.Module) -> list[str]:
@@ -114,14 +133,18 @@ def _plain(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear or (not getattr(layer, "active", True) and layer.weight is not None)
 
 
-def _matrix(model: nn.Module, name: str) -> Tensor | None:
-    """A matrix (out, in), the second one of a low rank (rank, D)."""
+def _matrix(model: nn.Module, name: str) -> tuple[Tensor | None, Tensor | None]:
+    """A matrix (out, in), the second one of a low rank (rank, D); and of int8 the scale of each output."""
     found = _found(model, name)
     if isinstance(found, Tensor):
-        return found if name.endswith("2") else found.mT
-    if isinstance(found, Narrow):
-        return found.data
-    return None if found is None else found.weight
+        second = name.endswith("2")
+        if isinstance(model.head, Bytes):
+            kept = panels.rows(model.packed[name])
+            return kept.mT if second else kept, model.packed[name].scale
+        return found if second else found.mT, None
+    if isinstance(found, Narrow | Bytes):
+        return found.data, getattr(found, "scale", None)
+    return None if found is None else found.weight, None
 
 
 def _lying(tensors: Sequence[Tensor | None], kind: torch.dtype = torch.float32) -> list[Tensor]:

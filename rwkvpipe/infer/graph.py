@@ -111,7 +111,7 @@ class Graphs(Recorded):
         self.logits = torch.zeros(rows, self.model.config.vocab_size, device=self.device)
 
     def _record(self, size: int) -> None:
-        if self.decoder is not None:
+        if self._decodes(size):
             try:
                 self._work(size)
             except RuntimeError as error:
@@ -119,13 +119,17 @@ class Graphs(Recorded):
                 self.decoder = None
         self.record(size, f"a step of {size} rows", lambda: self._work(size))
 
+    def _decodes(self, rows: int) -> bool:
+        """Whether kernels for a token compute so many rows."""
+        return self.decoder is not None and self.decoder.takes(rows)
+
     def _part(self, rows: int) -> State:
         """The first rows of the state, in place."""
         return first_rows(self.state, rows)
 
     def _work(self, rows: int) -> None:
         own = self._part(rows)
-        if self.decoder is not None:
+        if self._decodes(rows):
             self.decoder.step(self.ids[:rows, 0], own, self.logits[:rows])
             return
         with gpu.over_states():

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from rwkvpipe.base.errors import ConfigError
 from rwkvpipe.kernel import build
-from rwkvpipe.kernel.panels import Panels, Shelf, pack, times, unpack
+from rwkvpipe.kernel.panels import PART, Panels, Shelf, pack, times, unpack
+from rwkvpipe.kernel.rounding import from_int8, to_int8
 
 # matrices of low rank, which stand the other way round, as parameters of a time mix: small, their rounded values stay
 LOW = re.compile(r"blocks\.\d+\.att\.(time_decay_)?[wavg][12]")
@@ -41,8 +42,23 @@ class Narrow(nn.Module):
         return F.linear(x.to(self.data.dtype), self.data).to(x.dtype)
 
 
+class Bytes(nn.Module):
+    """A matrix (out, in) in int8 on a card, and the scale of each row: opened for each product, a part at a time."""
+
+    def __init__(self, data: Tensor, scale: Tensor):
+        super().__init__()
+        self.register_buffer("data", data)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out), in fp32."""
+        step = max(1, PART // self.data.shape[1])
+        parts = zip(self.data.split(step), self.scale.split(step), strict=True)
+        return torch.cat([F.linear(x, from_int8(*part)) for part in parts], -1)
+
+
 def on_card(weight: Tensor) -> bool:
-    """Whether products are a card's, which has its own for bf16."""
+    """Whether products are a card's, which reads matrices a row after the other."""
     return weight.is_cuda
 
 
@@ -60,8 +76,8 @@ def kind_of(model: nn.Module) -> str | None:
 def keep(model: nn.Module, kind: str) -> None:
     """Keep the matrices of a model in panels from now on, adapters merged in; the embedding stays as it is.
 
-    `model.packed` then holds them by name, but for those that a card multiplies in bf16. In fp32 they stay as they are
-    where nothing native would read them. Raises ConfigError for a model that is in other bits already.
+    `model.packed` then holds them by name, on a card those of low rank. In fp32 they stay as they are where nothing
+    native would read them. Raises ConfigError for a model that is in other bits already.
     """
     if kind_of(model) == kind or (kind == "fp32" and build.native(*model.parameters()) is None):
         return
@@ -75,8 +91,8 @@ def keep(model: nn.Module, kind: str) -> None:
     shelf = Shelf(sizes, kind) if next(model.parameters()).device.type == "cpu" else None
     for name in names:  # as each takes its place, the matrix that it was goes
         layer = model.get_submodule(name)
-        if kind == "bf16" and on_card(layer.weight):
-            packed = Narrow(matrix(layer).bfloat16())
+        if on_card(layer.weight):
+            packed = Narrow(matrix(layer).bfloat16()) if kind == "bf16" else Bytes(*to_int8(matrix(layer).float()))
         else:
             model.packed[name] = pack(matrix(layer).float(), kind, shelf)
             packed = Packed(model.packed[name])

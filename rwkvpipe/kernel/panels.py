@@ -80,11 +80,14 @@ def pack(matrix: Tensor, kind: str, shelf: Shelf | None = None) -> Panels:
     return Panels(data, scale, out, width)
 
 
+def rows(panels: Panels) -> Tensor:
+    """Its numbers (out, in), a row after the other, as they are kept."""
+    return panels.data.transpose(1, 2).flatten(2).flatten(0, 1)[: panels.out, : panels.width]
+
+
 def unpack(panels: Panels) -> Tensor:
     """The rounded matrix (out, in), in fp32."""
-    data, scale, out, width = panels
-    rows = data.transpose(1, 2).flatten(2).flatten(0, 1)[:out, :width]
-    return rows.float() if scale is None else from_int8(rows, scale)
+    return rows(panels).float() if panels.scale is None else from_int8(rows(panels), panels.scale)
 
 
 def times(x: Tensor, panels: Panels) -> Tensor:
@@ -93,10 +96,10 @@ def times(x: Tensor, panels: Panels) -> Tensor:
         raise ValueError(f"x is {tuple(x.shape)}; the matrix is ({panels.out}, {panels.width})")
     if build.native(x, panels.data.new_empty(0, dtype=torch.float32)) is None:
         return torch.cat([F.linear(x, unpack(part)) for part in _parts(panels)], -1)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    given = x.reshape(-1, x.shape[-1]).contiguous()
     found = x.new_empty(*x.shape[:-1], panels.out)
-    sizes = (len(rows), panels.out, rows.shape[1], lies(panels.kind))
-    build.call("panels_times", sizes, build.words([panels.data]), panels.scale, rows, found)
+    sizes = (len(given), panels.out, given.shape[1], lies(panels.kind))
+    build.call("panels_times", sizes, build.words([panels.data]), panels.scale, given, found)
     return found
 
 

@@ -10,12 +10,13 @@ from rwkvpipe.base.config import RwkvConfig, SamplingConfig
 from rwkvpipe.infer import graph, reading, slots
 from rwkvpipe.infer.engine import Engine
 from rwkvpipe.infer.graph import Chunks, Graphs, enough, graphs
-from rwkvpipe.infer.packed import keep
+from rwkvpipe.infer.packed import LOW, keep
 from rwkvpipe.infer.reading import Reader
 from rwkvpipe.kernel import gpu
 from rwkvpipe.model.family import build
 from rwkvpipe.model.layers import State
 from rwkvpipe.tokenizer.byte import ByteTokenizer
+from rwkvpipe.weights.rounded import rounded
 
 PROMPTS = ["User: 1+1\n\nA:", "a", "The quick brown fox jumps", "x" * 40, "ab", "hello there", "2*3="]
 
@@ -296,7 +297,7 @@ def test_a_card_s_graphs_give_what_its_kernels_give_one_by_one(family, caplog):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
-@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("rows, sizes", [  # a block for each group of outputs; more than one takes
     *((rows, (192, 768, 257)) for rows in (1, 2, 3, 5, 9)), (2, (1088, 8260, 4200)), (4, (1088, 8260, 4200))
 ])  # fmt: skip
@@ -306,17 +307,19 @@ def test_a_card_writes_by_kernels_for_it(kind, rows, sizes, caplog):
     network, plain = (model(n_embd=D, dim_ffn=F, vocab_size=V, head_size=64).cuda() for _ in range(2))
     keep(network, kind)
     for name, value in plain.named_parameters():
-        if kind == "bf16" and value.dim() == 2 and not name.endswith(("emb.weight", "r_k")):
-            value.copy_(value.bfloat16())
+        if kind != "fp32" and value.dim() == 2 and not name.endswith(("emb.weight", "r_k")):
+            low = LOW.fullmatch(name)
+            found = rounded(value.mT if low else value, kind).open()
+            value.copy_(found.mT if low else found)
     steps, ids = graphs(network), (torch.arange(rows * 9).view(rows, 9) % 257).cuda()
     assert steps.decoder is not None
-    state, after, rounded = network.start(rows, ids.device), plain.start(rows, ids.device), kind == "bf16" and rows > 8
+    state, after, roughly = network.start(rows, ids.device), plain.start(rows, ids.device), kind == "bf16" and rows > 8
     for t in range(9):
         found = steps.step(ids[:, t], state)
         logits, after = plain(ids[:, t : t + 1], after)
-        assert float((found - logits[:, -1]).norm() / logits.norm()) < (0.1 if rounded else 1e-4)
+        assert float((found - logits[:, -1]).norm() / logits.norm()) < (0.1 if roughly else 1e-4)
     for one, other in zip(parts(state), parts(after), strict=True):
-        assert float((one - other).norm() / other.norm()) < (0.1 if rounded else 1e-4)
+        assert float((one - other).norm() / other.norm()) < (0.1 if roughly else 1e-4)
     assert "is not recorded" not in caplog.text and "are not used" not in caplog.text
 
 

@@ -12,7 +12,7 @@ from rwkvpipe.infer.decode import decoder
 from rwkvpipe.infer.engine import Engine
 from rwkvpipe.infer.packed import keep
 from rwkvpipe.kernel import build as native
-from rwkvpipe.kernel.panels import WIDE, pack, unpack
+from rwkvpipe.kernel.panels import WIDE, pack, rows, unpack
 from rwkvpipe.model.family import build
 from rwkvpipe.tokenizer.byte import ByteTokenizer
 from rwkvpipe.weights.lora import inject
@@ -115,6 +115,20 @@ def test_matrices_in_other_bits_are_not_rounded_again():
     Engine(model, ByteTokenizer(1), 1)
     with pytest.raises(ConfigError, match="kept in int8 already"):
         Engine(model, ByteTokenizer(1), 1, kind="bf16")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_card_s_products_open_matrices_in_int8(monkeypatch, family):
+    network, plain = made(family), made(family)
+    keep(plain, "int8")
+    monkeypatch.setattr(packed, "on_card", lambda weight: True)
+    monkeypatch.setattr(packed, "PART", 5 * 64)
+    keep(network, "int8")
+    assert isinstance(network.head, packed.Bytes) and set(network.packed) == set(filter(packed.LOW.match, plain.packed))
+    assert torch.equal(network.head.data, rows(plain.packed["head"]))
+    x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(3))
+    opened = unpack(plain.packed["blocks.1.ffn.key"])
+    torch.testing.assert_close(network.blocks[1].ffn.key(x), x @ opened.mT, atol=1e-5, rtol=1e-5)
 
 
 def test_a_card_multiplies_matrices_in_bf16_as_they_are(monkeypatch):

@@ -99,19 +99,22 @@ def test_heads_are_divided_where_shared_memory_would_not_do(on_paper, monkeypatc
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("rows, F, V", [(1, 36, 6), (2, 36, 6), (3, 36, 6), (8, 36, 6), (8, 1092, 1061)])
-def test_a_token_of_a_few_rows_takes_five_kernels_a_layer(on_paper, rows, F, V):
-    model = test_step.made(n_layer=2, dim_ffn=F, vocab_size=V, kind="bf16", d_decay=3)
+@pytest.mark.parametrize("kind, rows, F, V", [
+    *((kind, rows, 36, 6) for kind in ("bf16", "int8") for rows in (1, 2, 3, 8)),
+    ("bf16", 8, 1092, 1061), ("int8", 8, 1092, 2137),
+])  # fmt: skip
+def test_a_token_of_a_few_rows_takes_five_kernels_a_layer(on_paper, kind, rows, F, V):
+    model = test_step.made(n_layer=2, dim_ffn=F, vocab_size=V, kind=kind, d_decay=3)
     ids, state, logits = torch.arange(rows) % 6, test_step.state_of(model, rows), torch.full((rows, V), torch.nan)
     wanted, after = test_step.exactly(model, ids, state)
     on_paper.blocks.clear()
-    CardDecoder(test_step.narrowed(model)).few(ids, state, logits)
+    CardDecoder(test_step.narrowed(model, kind)).few(ids, state, logits)
     for one, other in zip((logits, *test_step.parts(state)), (wanted, *test_step.parts(after)), strict=True):
         assert error(one, other, 1.0) < 1e-5
     ran = {name: count for name, count in on_paper.blocks.items() if count}
     assert len(ran) == 3 and all("Few" in name or "Recall" in name or "Embed" in name for name in ran)
     # a block for some outputs of a matrix: projections with low ranks, the way out, the channel mix, the head; no more
-    outs, most = 8 if rows <= 2 else 4, 264
+    outs, most = (8 if rows <= 2 else 4) * (2 if kind == "int8" else 1), 264
     low = [getattr(model.config, f"d_{name}") for name in ("decay", "aaa", "gate", "mv")]
     kernels = [[64] * 3 + low[:3], [64] * 3 + low, *[[64], [F], [64]] * 2, [V]]
     groups = [[-(-size // outs) for size in sizes] for sizes in kernels]
@@ -126,7 +129,7 @@ def test_a_token_of_many_rows_takes_a_kernel_for_heads(on_paper, kind, tolerance
     ids, state, logits = torch.tensor([1, 5]), test_step.state_of(model, rows), torch.full((rows, 6), torch.nan)
     wanted, after = test_step.exactly(model, ids, state)
     on_paper.blocks.clear()
-    CardDecoder(test_step.narrowed(model) if kind == "bf16" else model).many(ids, state, logits)
+    CardDecoder(test_step.narrowed(model, kind)).many(ids, state, logits)
     for one, other in zip((logits, *test_step.parts(state)), (wanted, *test_step.parts(after)), strict=True):
         assert float((one - other).norm() / other.norm()) < tolerance
     assert [count for name, count in on_paper.blocks.items() if "Recall" in name] == [2 * rows]

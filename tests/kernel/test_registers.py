@@ -80,7 +80,8 @@ def test_a_report_is_read_as_the_compiler_writes_it():
     for way, kinds in ways.items():
         (found,) = registers.parsed("x.cu", said.replace("8BackwardI5ShapeILi64", f"6SquareI3WayILl{way}"))
         assert (found["kernel"], found["width"]) == (f"Square, {kinds}", 0)
-    ways = {"1ELi8": ("matrices in bf16", 8), "1ELb0": ("matrices in bf16", 0), "0ELb0": ("all in fp32", 0)}
+    ways = {"2ELi8": ("matrices in bf16", 8), "2ELb0": ("matrices in bf16", 0), "4ELb0": ("all in fp32", 0)}
+    ways |= {"1ELi8": ("matrices in int8", 8), "2ELb1": ("all in bf16", 0)}
     for way, (kinds, rows) in ways.items():
-        (found,) = registers.parsed("x.cu", said.replace("8BackwardI5ShapeILi64", f"3FewILb{way}"))
+        (found,) = registers.parsed("x.cu", said.replace("8BackwardI5ShapeILi64", f"3FewILi{way}"))
         assert (found["kernel"], found["width"]) == (f"Few, {kinds}", rows)

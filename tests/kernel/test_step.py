@@ -16,25 +16,30 @@ from rwkvpipe.kernel.wkv7 import wkv7
 from rwkvpipe.model.family import build
 from rwkvpipe.model.layers import State
 from rwkvpipe.weights.lora import folded, inject
+from rwkvpipe.weights.rounded import rounded
 
 
 def made(n_embd=64, dim_ffn=None, n_layer=3, vocab_size=37, kind="fp32", seed=0, **more):
-    """A model in which nothing is zero; in bf16 its matrices are rounded, and kept as a card keeps them."""
+    """A model in which nothing is zero; in bf16 and int8 its matrices are rounded."""
     config = RwkvConfig(n_layer=n_layer, n_embd=n_embd, head_size=64, vocab_size=vocab_size, dim_ffn=dim_ffn, **more)
     model, stream = build(config), torch.Generator().manual_seed(seed)
     model.initialise(seed)
     with torch.no_grad():
         for name, x in model.named_parameters():
             x.add_((0.5 if x.numel() == n_embd else 0.08) * torch.randn(x.shape, generator=stream))
-            if kind == "bf16" and (x.dim() == 2 and "emb" not in name):
-                x.copy_(x.bfloat16())
+            if kind != "fp32" and (x.dim() == 2 and "emb" not in name):
+                low = packed.LOW.fullmatch(name)
+                found = rounded(x.mT if low else x, kind).open()
+                x.copy_(found.mT if low else found)
     return model.eval()
 
 
-def narrowed(model):
-    """The same, its layers of a matrix in bf16 as a card keeps them."""
+def narrowed(model, kind):
+    """The same, its layers of a matrix in bf16 or int8 as a card keeps them."""
+    if kind == "fp32":
+        return model
     with mock.patch.object(packed, "on_card", lambda weight: True):
-        keep(model, "bf16")
+        keep(model, kind)
     return model
 
 
@@ -62,6 +67,7 @@ def exactly(model, ids, state):
     return logits[:, 0], after
 
 
+KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 CASES = [
     ({}, 1), ({}, 5), ({"n_embd": 128, "dim_ffn": 36, "vocab_size": 6}, 2),
     ({"n_embd": 192, "d_decay": 3, "d_gate": 70}, 3), ({"n_embd": 1088, "dim_ffn": 2052, "n_layer": 2}, 8),
@@ -70,7 +76,7 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes, rows", CASES)
 @torch.inference_mode()
 def test_logits_and_states_are_the_model_s(on_host, sizes, rows, kind):
@@ -79,8 +85,8 @@ def test_logits_and_states_are_the_model_s(on_host, sizes, rows, kind):
     state = state_of(model, rows)
     wanted, after = exactly(model, ids, state)
     found = torch.full((rows, model.config.vocab_size), torch.nan)
-    steps = card_decoder(narrowed(model) if kind == "bf16" else model)
-    assert steps.kind == {"fp32": torch.float32, "bf16": torch.bfloat16}[kind]
+    steps = card_decoder(narrowed(model, kind))
+    assert steps.kind == KINDS[kind]
     steps.step(ids, state, found)
     for one, other in zip((found, *parts(state)), (wanted, *parts(after)), strict=True):
         assert float((one - other).abs().max()) < 1e-5 * float(other.abs().max().clamp(min=1.0))
@@ -94,17 +100,17 @@ def test_many_rows_have_the_model_s_logits_and_states(on_host, sizes, rows, kind
     ids = torch.randint(model.config.vocab_size, (rows,), generator=torch.Generator().manual_seed(2))
     state, logits = state_of(model, rows), torch.full((rows, model.config.vocab_size), torch.nan)
     wanted, after = exactly(model, ids, state)
-    steps = card_decoder(narrowed(model) if kind == "bf16" else model)
+    steps = card_decoder(narrowed(model, kind))
     (steps.step if rows > MOST else steps.many)(ids, state, logits)
     for one, other in zip((logits, *parts(state)), (wanted, *parts(after)), strict=True):
         assert float((one - other).norm() / other.norm()) < tolerance
 
 
-@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
 def test_a_row_has_the_same_bits_whatever_rows_are_beside_it_and_in_any_order_of_threads(on_host, kind):
     model = made(n_embd=1088, dim_ffn=4356, n_layer=2, vocab_size=1061, kind=kind)
-    steps = CardDecoder(narrowed(model) if kind == "bf16" else model)
+    steps = CardDecoder(narrowed(model, kind))
     ids, state = torch.arange(8) % 37, state_of(model, 8)
 
     def stepped(rows):
@@ -119,9 +125,41 @@ def test_a_row_has_the_same_bits_whatever_rows_are_beside_it_and_in_any_order_of
 
 
 @torch.inference_mode()
-def test_nothing_is_written_beside_logits_states_and_room(on_host, guards):
-    model = made()
-    steps, like = CardDecoder(model), model.start(3)
+def test_more_rows_beside_int8_are_computed_a_few_at_a_time(on_host, monkeypatch):
+    model, ids = made(kind="int8"), torch.arange(20) % 37
+    state, logits = state_of(model, 20), torch.full((20, 37), torch.nan)
+    wanted, after = exactly(model, ids, state)
+    steps, ran, few = CardDecoder(narrowed(model, "int8")), [], CardDecoder.few
+    monkeypatch.setattr(CardDecoder, "few", lambda self, ids, *more: ran.append(len(ids)) or few(self, ids, *more))
+    alone, one = copied(state, slice(19, 20)), torch.full((1, 37), torch.nan)
+    steps.step(ids, state, logits), steps.step(ids[19:], alone, one)
+    assert ran == [8, 8, 4, 1]
+    for found, other in zip((logits, *parts(state)), (wanted, *parts(after)), strict=True):
+        assert float((found - other).abs().max()) < 1e-5 * float(other.abs().max().clamp(min=1.0))
+    for found, other in zip((one, *parts(alone)), (logits, *parts(state)), strict=True):
+        assert torch.equal(found, other[19:])
+
+
+@torch.inference_mode()
+def test_of_int8_a_step_of_many_rows_is_the_model_s_own(on_host, recording, monkeypatch, caplog):
+    model = narrowed(made(), "int8")
+    monkeypatch.setattr(gpu, "_said", set())
+    with caplog.at_level("INFO", logger="rwkvpipe"):
+        steps = Graphs(model)
+    assert "writing token by token, up to 64 rows, by our kernels" in caplog.text
+    assert steps.decoder.takes(64) and not steps.decoder.takes(96)
+    few = mock.patch.object(steps.decoder, "few", side_effect=RuntimeError("not these"))
+    with few as asked:
+        found = steps.step(torch.arange(65) % 37, model.start(65))
+    assert not asked.called
+    torch.testing.assert_close(found, model(torch.arange(65)[:, None] % 37)[0][:, 0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_nothing_is_written_beside_logits_states_and_room(on_host, guards, kind):
+    model = made(kind=kind)
+    steps, like = CardDecoder(narrowed(model, kind)), model.start(3)
     state = State(*([torch.empty_like(x).zero_() for x in each] for each in (like.att_x, like.wkv, like.ffn_x)))
     logits = torch.empty(3, 37)
     steps.step(torch.tensor([1, 2, 3]), state, logits)
@@ -190,7 +228,7 @@ def test_weights_that_begin_at_odd_places_are_laid_down_anew(on_host):
     assert torch.equal(*found)
 
 
-def in_int8():
+def in_panels():
     model = made()
     keep(model, "int8")
     return model
@@ -199,7 +237,7 @@ def in_int8():
 OTHERS = {
     "heads": lambda: build(RwkvConfig(n_layer=2, n_embd=64, head_size=32, vocab_size=9)),
     "rwkv6": lambda: made(family="rwkv6"),
-    "ffn": lambda: made(dim_ffn=90), "int8": in_int8, "adapters": adapted,
+    "ffn": lambda: made(dim_ffn=90), "panels": in_panels, "adapters": adapted,
 }  # fmt: skip
 
 
@@ -280,7 +318,7 @@ def check_on_card(model, rows, kind, way, near):
     wanted, after = exactly(model, ids, state)
     mine = State(*([x.cuda() for x in each] for each in (state.att_x, state.wkv, state.ffn_x)))
     logits = torch.full((rows, model.config.vocab_size), torch.nan).cuda()
-    steps = card_decoder((narrowed(model) if kind == "bf16" else model).cuda())
+    steps = card_decoder(narrowed(model.cuda(), kind))
     getattr(steps, way)(ids.cuda(), mine, logits)
     for one, other in zip((logits, *parts(mine)), (wanted, *parts(after)), strict=True):
         assert near(one.cpu().double(), other)
@@ -288,7 +326,7 @@ def check_on_card(model, rows, kind, way, near):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
-@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [1, 2, 3, 8])
 @torch.inference_mode()
 def test_a_card_computes_few_rows_exactly(rows, kind):
