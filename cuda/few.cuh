@@ -3,16 +3,17 @@
 // squared, or added to what is there.
 //
 // A block has 256 threads, of which each has four columns in every ACROSS, for some rows of a matrix at a time. What it
-// multiplies them by lies in shared memory, STAGED numbers of it. What a matrix has next is asked for before what came
-// is used. All sums are fp32 in one order, so a row has the same bits whatever rows are beside it.
+// multiplies them by it makes itself, in shared memory, where that is little (STAGED numbers); else a kernel before has
+// made it once for all blocks, which read it where it lies. What a matrix has next is asked for before what came is
+// used. All sums are fp32 in one order, so a row has the same bits whatever rows are beside it.
 
 #pragma once
 
-#include "plain.cuh"
+#include "rows.cuh"
 
 namespace {
 
-constexpr int WIDTH = 256, WARP = 32, WARPS = WIDTH / WARP, ACROSS = 4 * WIDTH, STAGED = 8 * ACROSS;
+constexpr int STAGED = 8 * ACROSS;
 constexpr int BUSY = 264, MOST_ROWS = 8;  // blocks that keep a large card busy; rows that there may be
 
 enum Becomes { ITSELF, TANGENT, SIGMOID, SQUARED, ADDED };
@@ -23,136 +24,6 @@ ON_GPU float bent(float x, Becomes how) {
     if (how == SQUARED) return x > 0.0f ? x * x : x == x ? 0.0f : x;
     return x;
 }
-
-#ifdef __CUDACC__
-// numbers of a lane's first N of x, each summed with the lane `APART` away, which keeps the other half of them
-template <int N, int APART>
-ON_GPU void halve(float *x, int lane) {
-    const bool upper = lane & APART;
-#pragma unroll
-    for (int i = 0; i < (N + 1) / 2; i++) {
-        const float mine = N > 1 && upper ? x[i + N / 2] : x[i], other = N > 1 && !upper ? x[i + N / 2] : x[i];
-        x[i] = mine + __shfl_xor_sync(0xffffffffu, other, APART);
-    }
-    if constexpr (APART > 1) halve<(N + 1) / 2, APART / 2>(x, lane);
-}
-#endif
-
-// Each of MANY numbers of of(what a thread keeps), a power of two, summed over a warp: the first of them becomes the
-// sum of number lane / (32 / MANY); of more than 32 the first EACH become those that are the lane's. That takes a third
-// of the exchanges that sums in all lanes would.
-template <int MANY>
-struct Sums {
-    static constexpr int EACH = MANY > WARP ? MANY / WARP : 1, LANES = MANY > WARP ? 1 : WARP / MANY;
-};
-
-template <int MANY, class Threads, class Of>
-ON_GPU void sum_up(Threads &threads, Of of) {
-#ifdef __CUDACC__
-    halve<MANY, WARP / 2>(of(threads.own), static_cast<int>(threadIdx.x) % WARP);
-#else
-    for (int first = 0; first < WIDTH; first += WARP) {
-        float sums[WARP][MANY];
-        for (int l = 0; l < WARP; l++) memcpy(sums[l], of(threads.own[first + l]), sizeof sums[l]);
-        for (int apart = WARP / 2; apart; apart /= 2)
-            for (int l = 0; l < WARP; l++)
-                for (int i = 0; i < MANY && !(l & apart); i++)
-                    sums[l][i] = sums[l ^ apart][i] = sums[l][i] + sums[l ^ apart][i];
-        for (int l = 0; l < WARP; l++)
-            for (int i = 0; i < Sums<MANY>::EACH; i++)
-                of(threads.own[first + l])[i] = sums[l][l / Sums<MANY>::LANES * Sums<MANY>::EACH + i];
-    }
-#endif
-}
-
-// the same, each warp's sums to `to`, (WARPS, MANY)
-template <int MANY, class Threads, class Of>
-ON_GPU void sum_to(Threads &threads, float *to, Of of) {
-    constexpr int EACH = Sums<MANY>::EACH, LANES = Sums<MANY>::LANES;
-    sum_up<MANY>(threads, of);
-    threads.each([&](int thread, auto &own) {
-        const int lane = thread % WARP;
-        if (lane % LANES) return;
-#pragma unroll
-        for (int i = 0; i < EACH; i++) to[thread / WARP * MANY + lane / LANES * EACH + i] = of(own)[i];
-    });
-}
-
-template <int MANY>
-ON_GPU float of_warps(const float *sums, int number) {
-    float total = 0.0f;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) total += sums[w * MANY + number];
-    return total;
-}
-
-// The mean of each row of x, and one by the root of its variance: of `rows` rows of n numbers, a multiple of four, into
-// `found` (2, ROWS); `room` has 2 WARPS ROWS numbers. own.sums has ROWS.
-template <int ROWS, class Threads>
-ON_GPU void moments(Threads &threads, float *found, float *room, const float *x, int n, int rows) {
-    float *squares = room + WARPS * ROWS;
-    const float by = 1.0f / static_cast<float>(n);
-    const auto of = [](auto &own) { return own.sums; };
-    const auto add = [&](auto from, auto squared) {
-        threads.alone([&](int thread, auto &own) {
-#pragma unroll
-            for (int r = 0; r < ROWS; r++) {
-                own.sums[r] = 0.0f;
-                const float mean = from(r);
-                for (int c = thread * 4; c < n && r < rows; c += ACROSS) {
-                    float here[4];
-                    fetch<4>(here, x + static_cast<int64_t>(r) * n, c, false);
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        const float away = here[i] - mean;
-                        own.sums[r] += decltype(squared)::value ? away * away : away;
-                    }
-                }
-            }
-        });
-    };
-    add([](int) { return 0.0f; }, std::false_type());
-    sum_to<ROWS>(threads, room, of);
-    add([&](int r) { return of_warps<ROWS>(room, r) * by; }, std::true_type());
-    sum_to<ROWS>(threads, squares, of);
-    threads.each([&](int thread, auto &) {
-        if (thread >= ROWS) return;
-        found[thread] = of_warps<ROWS>(room, thread) * by;
-        found[ROWS + thread] = 1.0f / sqrtf(of_warps<ROWS>(squares, thread) * by + 1e-5f);
-    });
-}
-
-struct Norm {
-    const float *weight, *bias;  // or null: numbers as they are
-};
-
-// ids to rows of the embedding, normalised; of an id that is none to what is no number
-struct Embed {
-    static constexpr int THREADS = WIDTH, FLOATS = 2 + 2 * WARPS;
-    struct Own {
-        float sums[1];
-    };
-    using Threads = Block<Own, THREADS>;
-    int64_t D, V;
-    const int64_t *ids;
-    const float *embedding;
-    Norm norm;
-    float *x;
-
-    ON_GPU void work(int64_t row, Threads &threads, float *shared) const {
-        const int64_t id = ids[row];
-        const bool there = id >= 0 && id < V;
-        const float *from = embedding + (there ? id * D : 0);
-        if (norm.weight) moments<1>(threads, shared, shared + 2, from, static_cast<int>(D), 1);
-        threads.alone([&](int thread, Own &) {
-            for (int64_t c = thread; c < D; c += THREADS) {
-                float y = from[c];
-                if (norm.weight) y = (y - shared[0]) * shared[1] * norm.weight[c] + norm.bias[c];
-                x[row * D + c] = there ? y : nanf("");
-            }
-        });
-    }
-};
 
 // Four numbers of a matrix as they lie in memory, of so many bytes each: fp32, bf16, or whole numbers.
 template <int BYTES>
@@ -189,7 +60,8 @@ struct Quad<1> {
 };
 
 // One of the matrices (outs, columns), what whole numbers of each row are times (or null), how much of the token before
-// is mixed into what it multiplies (or null), and where products go, a row of them every `step`.
+// is mixed into what it multiplies (or null), where products go, a row of them every `step`, and rows that are as they
+// are multiplied.
 struct Part {
     const void *matrix;
     const float *scale;
@@ -197,6 +69,7 @@ struct Part {
     float *to;
     int outs, step;
     Becomes how;
+    const float *made = nullptr;
 };
 
 // what is copied beside, so many numbers
@@ -216,14 +89,70 @@ struct Given {
     const float *before;  // (rows, columns) that is mixed
     float *normed;        // (rows, columns), or null
     Copy copy;
+    float *made;  // where rows are made, (parts, rows, columns)
     int rows = 0, each = 0, blocks = 0, starts[MOST] = {};  // the last: the first block of each part
+
+    // what normalises and mixes four columns
+    struct Beside {
+        float weight[4], bias[4], share[4];
+        bool mixed;
+    };
+
+    ON_GPU Beside beside(int column, const float *share) const {
+        Beside found;
+        found.mixed = share;
+        if (norm.weight) {
+            fetch<4>(found.weight, norm.weight, column, false);
+            fetch<4>(found.bias, norm.bias, column, false);
+        }
+        if (share) fetch<4>(found.share, share, column, false);
+        return found;
+    }
+
+    // the four columns of a row that lie at `at`, as they are multiplied; normalised ones are kept if `told`
+    ON_GPU void make(float *y, int64_t at, const Beside &with, float mean, float by, bool told) const {
+        float other[4];
+        fetch<4>(y, x, at, false);
+        if (norm.weight)
+#pragma unroll
+            for (int i = 0; i < 4; i++) y[i] = (y[i] - mean) * by * with.weight[i] + with.bias[i];
+        if (told) lay_down<4>(normed, at, false, y);
+        if (!with.mixed) return;
+        fetch<4>(other, before, at, false);
+#pragma unroll
+        for (int i = 0; i < 4; i++) y[i] += (other[i] - y[i]) * with.share[i];
+    }
 };
 
-// Of matrices whose numbers have so many bytes; of those of one byte twice as many rows are asked for at a time.
+// Rows as they are multiplied, normalised and mixed for each part; a block has a row of one.
+struct Making : Given {
+    static constexpr int THREADS = WIDTH, FLOATS = 2 + 2 * WARPS;
+    struct Own {
+        float sums[1];
+    };
+    using Threads = Block<Own, THREADS>;
+
+    ON_GPU void work(int64_t number, Threads &threads, float *shared) const {
+        const int part = static_cast<int>(number) / rows;
+        const int64_t row = (number - part * rows) * columns;
+        const float *share = parts[part].share;
+        moments<1>(threads, shared, shared + 2, x + row, columns, 1);
+        threads.alone([&](int thread, Own &) {
+            for (int c = thread * 4; c < columns; c += ACROSS) {
+                float y[4];
+                make(y, row + c, beside(c, share), shared[0], shared[1], normed && part == 0);
+                lay_down<4>(made, number * columns + c, false, y);
+            }
+        });
+    }
+};
+
+// Of matrices whose numbers have so many bytes; of those of one byte more rows are asked for at a time.
 template <int BYTES, int ROWS>
 struct Few : Given {
-    static constexpr int THREADS = WIDTH, SPAN = STAGED / ROWS, OUTS = (ROWS <= 2 ? 8 : 4) * (BYTES == 1 ? 2 : 1);
-    static constexpr int BESIDE = 2, SUMS = OUTS * ROWS, FLOATS = STAGED + WARPS * SUMS + 2 * ROWS + 2 * WARPS * ROWS;
+    static constexpr int THREADS = WIDTH, BESIDE = 2, SPAN = STAGED / ROWS;
+    static constexpr int OUTS = BYTES == 1 ? (ROWS == 1 ? 16 : WARP / ROWS) : ROWS <= 2 ? 8 : 4;
+    static constexpr int SUMS = OUTS * ROWS, FLOATS = STAGED + WARPS * SUMS + 2 * ROWS + 2 * WARPS * ROWS;
     struct Own {
         Quad<BYTES> next[OUTS];
         float found[OUTS][ROWS], sums[ROWS], scale;
@@ -246,50 +175,37 @@ struct Few : Given {
                 next[o] = {};
     }
 
-    // columns from `first` on as they are multiplied; of a row that there is not, zeros
-    ON_GPU void stage(int thread, float *staged, const float *found, const float *share, int first, bool told) const {
-        for (int at = thread * 4; at < SPAN && first + at < columns; at += ACROSS) {
-            const int c = first + at;
-            float by[4], more[4], part[4];
-            if (norm.weight) fetch<4>(by, norm.weight, c, false), fetch<4>(more, norm.bias, c, false);
-            if (share) fetch<4>(part, share, c, false);
+    // all columns as they are multiplied; of a row that there is not, zeros
+    ON_GPU void stage(int thread, float *staged, const float *found, const float *share, bool told) const {
+        for (int c = thread * 4; c < columns; c += ACROSS) {
+            const Beside with = beside(c, share);
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
-                const int64_t row = static_cast<int64_t>(r) * columns;
-                float y[4] = {}, other[4];
-                if (r < rows) fetch<4>(y, x + row, c, false);
-                if (r < rows && norm.weight)
-#pragma unroll
-                    for (int i = 0; i < 4; i++) y[i] = (y[i] - found[r]) * found[ROWS + r] * by[i] + more[i];
-                if (r < rows && told) lay_down<4>(normed + row, c, false, y);
-                if (r < rows && share) {
-                    fetch<4>(other, before + row, c, false);
-#pragma unroll
-                    for (int i = 0; i < 4; i++) y[i] += (other[i] - y[i]) * part[i];
-                }
-                ::share<4>(staged + r * SPAN + at, y);
+                float y[4] = {};
+                if (r < rows) make(y, static_cast<int64_t>(r) * columns + c, with, found[r], found[ROWS + r], told);
+                ::share<4>(staged + r * SPAN + c, y);
             }
         }
     }
 
-    // four columns of some rows of a matrix, times those of each row of x
-    ON_GPU static void add(Own &own, const Quad<BYTES> *now, const float *staged) {
-        float w[OUTS][4];
+    // four columns of some rows of a matrix, times those of each of so many rows, which lie a step apart
+    ON_GPU static void add(Own &own, const Quad<BYTES> *now, const float *from, int64_t step, int rows) {
+        float y[ROWS][4] = {};
 #pragma unroll
-        for (int o = 0; o < OUTS; o++) now[o].open(w[o]);
+        for (int r = 0; r < ROWS; r++)
+            if (r < rows) fetch<4>(y[r], from, r * step, false);
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            const Four words = *reinterpret_cast<const Four *>(staged + r * SPAN);
-            float y[4];
-            memcpy(y, &words, 16);
+        for (int o = 0; o < OUTS; o++) {
+            float w[4];
+            now[o].open(w);
 #pragma unroll
-            for (int o = 0; o < OUTS; o++)
+            for (int r = 0; r < ROWS; r++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) own.found[o][r] += w[o][i] * y[i];
+                for (int i = 0; i < 4; i++) own.found[o][r] += w[i] * y[r][i];
         }
     }
 
-    // what comes of a row of a matrix, of which a row of x has one number: the sums of a group come one to a thread
+    // before a group of outputs, each sum of which is to be one thread's: it asks for what that is times
     ON_GPU static void begin_group(int thread, Own &own, const Part &part, int left, int out) {
         memset(own.found, 0, sizeof own.found);
         own.scale = 1.0f;
@@ -321,29 +237,27 @@ struct Few : Given {
             if (thread * 4 < columns) ask(own.next, row(begin, thread * 4), end - begin);
             for (int64_t i = block * THREADS + thread; i < copy.count; i += blocks * THREADS) copy.to[i] = copy.from[i];
         });
+        const bool staging = columns <= SPAN;
         if (norm.weight) moments<ROWS>(threads, found, room, x, columns, rows);
+        if (staging)  // each thread for itself
+            threads.alone([&](int thread, Own &) { stage(thread, staged, found, part.share, normed && block == 0); });
         for (int out = begin; out < end; out += OUTS) {
-            threads.alone([&](int thread, Own &own) { begin_group(thread, own, part, end - out, out); });
-            for (int first = 0; first < columns; first += SPAN) {
-                if (first > 0) threads.each([](int, Own &) {});  // all have used what was there
-                if (out == begin || columns > SPAN)
-                    threads.each([&](int thread, Own &) {
-                        stage(thread, staged, found, part.share, first, normed && block == 0 && out == begin);
-                    });
-                threads.alone([&](int thread, Own &own) {
-                    const int stop = columns < first + SPAN ? columns : first + SPAN;
-                    for (int c = first + thread * 4; c < stop; c += ACROSS) {
-                        Quad<BYTES> now[OUTS];
+            threads.alone([&](int thread, Own &own) {
+                begin_group(thread, own, part, end - out, out);
+                for (int c = thread * 4; c < columns; c += ACROSS) {
+                    Quad<BYTES> now[OUTS];
 #pragma unroll
-                        for (int o = 0; o < OUTS; o++) now[o] = own.next[o];
-                        if (c + ACROSS < columns)
-                            ask(own.next, row(out, c + ACROSS), end - out);
-                        else if (out + OUTS < end)
-                            ask(own.next, row(out + OUTS, thread * 4), end - out - OUTS);
-                        add(own, now, staged + (c - first));
-                    }
-                });
-            }
+                    for (int o = 0; o < OUTS; o++) now[o] = own.next[o];
+                    if (c + ACROSS < columns)
+                        ask(own.next, row(out, c + ACROSS), end - out);
+                    else if (out + OUTS < end)
+                        ask(own.next, row(out + OUTS, thread * 4), end - out - OUTS);
+                    if (staging)
+                        add(own, now, staged + c, SPAN, ROWS);
+                    else
+                        add(own, now, part.made + c, columns, rows);
+                }
+            });
             sum_to<SUMS>(threads, sums, [](Own &own) { return &own.found[0][0]; });
             threads.each([&](int thread, Own &own) { finish(thread, own, sums, part, out); });
         }
@@ -357,10 +271,15 @@ int times(Given given, int rows, int64_t stream) {
     int all = 0;
     for (int n = 0; n < given.count; n++) all += groups(n);
     given.rows = rows, given.each = (all + BUSY - 1) / BUSY, given.blocks = 0;
+    const bool making = given.columns > Kernel::SPAN && given.norm.weight;
+    if (const int status = making ? launch(Making{given}, given.count * rows, stream) : 0) return status;
     for (int n = 0; n < Given::MOST; n++) {
         given.starts[n] = n < given.count ? given.blocks : 0x7fffffff;
-        if (n < given.count) given.blocks += (groups(n) + given.each - 1) / given.each;
+        if (n >= given.count) continue;
+        given.blocks += (groups(n) + given.each - 1) / given.each;
+        given.parts[n].made = making ? given.made + static_cast<int64_t>(n) * rows * given.columns : given.x;
     }
+    if (making) given.norm = {}, given.normed = nullptr;
     return launch(Kernel{given}, given.blocks, stream);
 }
 

@@ -1,6 +1,7 @@
 // A token of a few texts through a whole RWKV-7 on a GPU, five kernels a layer: what the normalised stream is projected
-// to; what low ranks say, each head's memory and norm; the way out of these; and the two of the channel mix. Of many
-// texts the heads alone. rwkvpipe/model/rwkv7.py has the same in PyTorch.
+// to; what low ranks say, each head's memory and norm; the way out of these; and the two of the channel mix. (Where rows
+// are long, one more before each that normalises.) Of many texts the heads alone. rwkvpipe/model/rwkv7.py has the same
+// in PyTorch.
 //
 // Matrices are (out, in) in fp32, bf16 or int8, the second ones of low ranks (rank, D); whole numbers of an output are
 // times its scale. Of few texts all else is fp32. Heads are of 64 channels. A state is read by one kernel and written
@@ -223,7 +224,7 @@ struct Step {
     enum Vectors { LN1, LN1_BIAS, LN2, LN2_BIAS, X_R, X_W, X_K, X_V, X_A, X_G, W0, A0, V0, K_K, K_A, R_K, LN_X,
                    LN_X_BIAS, FFN_X_K, VECTORS };
     enum Matrices { RECEPTANCE, KEY, VALUE, OUTPUT, W1, W2, A1, A2, V1, V2, G1, G2, FFN_KEY, FFN_VALUE, MATRICES };
-    enum Rooms { X, NORMED, OUT, OF_R, OF_K, OF_V, FIRST, ROOMS };
+    enum Rooms { X, NORMED, OUT, OF_R, OF_K, OF_V, FIRST, MADE, ROOMS = MADE + Given::MOST };
 
     const void *matrix(int64_t layer, int which) const { return matrices[layer * MATRICES + which]; }
     const float *vector(int64_t layer, int which) const { return vectors[layer * VECTORS + which]; }
@@ -254,7 +255,7 @@ struct Step {
                      part(VALUE, X_V, values, D, ITSELF), part(W1, X_W, low(DECAY), ranks[DECAY], TANGENT),
                      part(A1, X_A, low(RATE), ranks[RATE], ITSELF), part(G1, X_G, low(GATE), ranks[GATE], SIGMOID),
                      part(V1, X_V, low(LEAN), ranks[LEAN], ITSELF)},
-                    layer ? 7 : 6, width(), at(X), norm(layer, LN1), att_x[layer], at(NORMED), {}};
+                    layer ? 7 : 6, width(), at(X), norm(layer, LN1), att_x[layer], at(NORMED), {}, at(MADE)};
         if (const int status = times<BYTES>(in, R, stream)) return status;
         const int64_t most = cached(), first = std::min(D * D * BYTES, most);
         const auto second = [&](int which, Low of) {
@@ -268,17 +269,17 @@ struct Step {
             {{matrix(layer, OUTPUT), first}, {matrix(layer, FFN_KEY), std::min(F * D * BYTES, most - first)}}, R * H};
         if (const int status = launch(heads, R * H + BESIDE, stream)) return status;
         const Given out = {{one(layer, OUTPUT, nullptr, at(X), D, ADDED)}, 1, width(), at(OUT), {}, nullptr,
-                           nullptr, state(att_x[layer])};
+                           nullptr, state(att_x[layer]), nullptr};
         return times<BYTES>(out, R, stream);
     }
 
     template <int BYTES>
     int channel_mix(int64_t layer, int64_t stream) const {
         const Given key = {{one(layer, FFN_KEY, vector(layer, FFN_X_K), wide(), F, SQUARED)}, 1, width(), at(X),
-                           norm(layer, LN2), ffn_x[layer], at(NORMED), {}};
+                           norm(layer, LN2), ffn_x[layer], at(NORMED), {}, at(MADE)};
         if (const int status = times<BYTES>(key, R, stream)) return status;
         const Given value = {{one(layer, FFN_VALUE, nullptr, at(X), D, ADDED)}, 1, static_cast<int>(F), wide(),
-                             {}, nullptr, nullptr, state(ffn_x[layer])};
+                             {}, nullptr, nullptr, state(ffn_x[layer]), nullptr};
         return times<BYTES>(value, R, stream);
     }
 
@@ -292,7 +293,7 @@ struct Step {
         }
         if (status) return status;
         const Given head = {{one(L, RECEPTANCE, nullptr, logits, V, ITSELF)}, 1, width(), at(X),
-                            {fixed[LN_OUT], fixed[LN_OUT_BIAS]}, nullptr, nullptr, {}};
+                            {fixed[LN_OUT], fixed[LN_OUT_BIAS]}, nullptr, nullptr, {}, at(MADE)};
         return times<BYTES>(head, R, stream);
     }
 };

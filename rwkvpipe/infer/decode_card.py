@@ -1,9 +1,9 @@
 """A token of every row by kernels for it on an NVIDIA card (`cuda/step7.cu`), for RWKV-7 with heads of 64 channels.
 
 The model's own step is hundreds of kernels, most of which a card is done with before the next one has begun. For a few
-rows there are five a layer, which read each weight once for all of them: that is what such a token costs. For more, a
-head's low ranks, memory and norm are one kernel, and the matrices are PyTorch's to multiply; those in int8, which
-PyTorch would have to open, are read again for each few rows.
+rows there are five a layer (seven where rows are long), which read each weight once for all of them: that is what such
+a token costs. For more, a head's low ranks, memory and norm are one kernel, and the matrices are PyTorch's to multiply;
+those in int8, which PyTorch would have to open, are read again for each few rows.
 """
 
 from collections.abc import Sequence

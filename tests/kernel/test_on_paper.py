@@ -114,12 +114,24 @@ def test_a_token_of_a_few_rows_takes_five_kernels_a_layer(on_paper, kind, rows, 
     ran = {name: count for name, count in on_paper.blocks.items() if count}
     assert len(ran) == 3 and all("Few" in name or "Recall" in name or "Embed" in name for name in ran)
     # a block for some outputs of a matrix: projections with low ranks, the way out, the channel mix, the head; no more
-    outs, most = (8 if rows <= 2 else 4) * (2 if kind == "int8" else 1), 264
+    outs, most = {"bf16": {1: 8, 2: 8}, "int8": {1: 16, 2: 16, 3: 8}}[kind].get(rows, 4), 264
     low = [getattr(model.config, f"d_{name}") for name in ("decay", "aaa", "gate", "mv")]
     kernels = [[64] * 3 + low[:3], [64] * 3 + low, *[[64], [F], [64]] * 2, [V]]
     groups = [[-(-size // outs) for size in sizes] for sizes in kernels]
     blocks = sum(-(-count // -(-sum(sizes) // most)) for sizes in groups for count in sizes)
     assert sorted(ran.values()) == sorted([rows, 2 * (rows + 96), blocks])
+
+
+@torch.inference_mode()
+def test_what_long_rows_are_multiplied_as_is_made_once(on_paper):
+    model = test_step.made(n_layer=1, n_embd=1088, dim_ffn=4, vocab_size=6, kind="int8")
+    ids, state, logits = torch.arange(5), test_step.state_of(model, 5), torch.full((5, 6), torch.nan)
+    wanted, after = test_step.exactly(model, ids, state)
+    on_paper.blocks.clear()
+    CardDecoder(test_step.narrowed(model, "int8")).few(ids, state, logits)
+    for one, other in zip((logits, *test_step.parts(state)), (wanted, *test_step.parts(after)), strict=True):
+        assert error(one, other, 1.0) < 1e-5
+    assert [count for name, count in on_paper.blocks.items() if "Making" in name] == [5 * (6 + 1 + 1)]
 
 
 @torch.inference_mode()

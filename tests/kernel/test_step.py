@@ -23,8 +23,11 @@ def made(n_embd=64, dim_ffn=None, n_layer=3, vocab_size=37, kind="fp32", seed=0,
     """A model in which nothing is zero; in bf16 and int8 its matrices are rounded."""
     config = RwkvConfig(n_layer=n_layer, n_embd=n_embd, head_size=64, vocab_size=vocab_size, dim_ffn=dim_ffn, **more)
     model, stream = build(config), torch.Generator().manual_seed(seed)
-    model.initialise(seed)
     with torch.no_grad():
+        if n_layer > 1:
+            model.initialise(seed)
+        else:  # which has no initial values
+            torch._foreach_zero_(list(model.parameters()))
         for name, x in model.named_parameters():
             x.add_((0.5 if x.numel() == n_embd else 0.08) * torch.randn(x.shape, generator=stream))
             if kind != "fp32" and (x.dim() == 2 and "emb" not in name):
