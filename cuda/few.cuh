@@ -235,6 +235,7 @@ struct Few : Given {
         };
         threads.alone([&](int thread, Own &own) {
             if (thread * 4 < columns) ask(own.next, row(begin, thread * 4), end - begin);
+#pragma unroll 1  // or it would divide first
             for (int64_t i = block * THREADS + thread; i < copy.count; i += blocks * THREADS) copy.to[i] = copy.from[i];
         });
         const bool staging = columns <= SPAN;

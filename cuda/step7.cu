@@ -1,7 +1,7 @@
 // A token of a few texts through a whole RWKV-7 on a GPU, five kernels a layer: what the normalised stream is projected
-// to; what low ranks say, each head's memory and norm; the way out of these; and the two of the channel mix. (Where rows
-// are long, one more before each that normalises.) Of many texts the heads alone. rwkvpipe/model/rwkv7.py has the same
-// in PyTorch.
+// to; what low ranks say, each head's memory and norm; the way out of these; and the two of the channel mix. Where rows
+// are long there is one more before each that normalises. Of many texts the heads alone. rwkvpipe/model/rwkv7.py has
+// the same in PyTorch.
 //
 // Matrices are (out, in) in fp32, bf16 or int8, the second ones of low ranks (rank, D); whole numbers of an output are
 // times its scale. Of few texts all else is fp32. Heads are of 64 channels. A state is read by one kernel and written
