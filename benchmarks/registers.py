@@ -18,7 +18,9 @@ REPORT = Path(__file__).resolve().parents[1] / "docs/gpu.json"
 # tensors 0 and 1 in bf16, four numbers at once; n1 for any), ILi4EE, ILi2ELi8EE (matrices of two bytes a number, for
 # eight rows) or ILi2ELb0EE (of two bytes, what is multiplied in fp32)
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\w+)'(.*?)(?=Compiling entry function|\Z)", re.S)
-NAMED = re.compile(r"\d([A-Z][A-Za-z]*?)(?:I3WayILl(n?\d+)E|I5ShapeI|ILi(\d)E(?:Lb(\d)E|(?=Li))|I|E)(?:Li(\d+)|E)")
+NAMED = re.compile(
+    r"\d([A-Z][A-Za-z]*?)(?:I3WayILl(n?\d+)E|I5ShapeI|(?:(?<=Few)|(?<=Recall))ILi(\d)E(?:Lb(\d)E)?|I|E)(?:Li(\d+)|E)"
+)
 # what the numbers in such names say of blend.cu, prepare.cu, finish.cu and loss.cu; others are all tensors in bf16
 KINDS = {"n1": "any kinds", "0": "fp32", "2": "fp32 to bf16", "263": "bf16, decays fp32"}
 BYTES = {"4": "fp32", "2": "bf16", "1": "int8"}

@@ -85,3 +85,5 @@ def test_a_report_is_read_as_the_compiler_writes_it():
     for way, (kinds, rows) in ways.items():
         (found,) = registers.parsed("x.cu", said.replace("8BackwardI5ShapeILi64", f"3FewILi{way}"))
         assert (found["kernel"], found["width"]) == (f"Few, {kinds}", rows)
+    (found,) = registers.parsed("x.cu", said.replace("8BackwardI5ShapeILi64", "14ChunksBackwardILi4ELb1"))
+    assert (found["kernel"], found["width"]) == ("ChunksBackward", 4)
