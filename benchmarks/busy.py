@@ -6,6 +6,7 @@ same model by torch alone (RWKVPIPE_KERNELS=torch) and rwkv-trainer. A program w
 
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,7 @@ from rwkvpipe.launch import SPIN
 OTHERS = (0, 1, 2)
 THREADS = (1, 2)
 LIMIT = 60.0  # seconds
+AWAKE = 1.0  # seconds of steps before one is measured: threads have slept while others had their turn
 
 
 @contextmanager
@@ -33,8 +35,11 @@ def beside(count: int):
 
 
 def step(worker: Worker) -> float | None:
-    """Seconds of a step; None where it took longer than LIMIT, now or before."""
+    """Seconds of a step as in training, after others; None where one took longer than LIMIT, now or before."""
+    until = time.monotonic() + AWAKE
     try:
+        while time.monotonic() < until:
+            worker.ask("step", LIMIT)
         return worker.ask("step", LIMIT)["seconds"]
     except EOFError:
         return None
@@ -58,8 +63,6 @@ def measure(peer: Path, folder: Path, rounds: int, case: Case) -> dict:
     losses = {name: worker.ask("loss")["loss"] for name, worker in alone.items()}
     if max(losses.values()) - min(losses.values()) > 1e-4:
         raise SystemExit(f"the losses differ, so there is nothing to compare: {losses}")
-    for worker in workers.values():
-        step(worker)  # warms up
     found = {}
     for others in OTHERS:
         with beside(others):
