@@ -202,7 +202,7 @@ struct Square : Way {
                 if (at >= count) continue;
 #pragma unroll
                 for (int c = 0; c < WIDE; c++) {
-                    const float number = up[i][c] < 0.0f ? 0.0f : up[i][c];
+                    const float number = positive(up[i][c]);
                     up[i][c] = number * (dy ? 2.0f * pull[i][c] : number);
                 }
                 lay_down<WIDE>(out, at, half, up[i]);

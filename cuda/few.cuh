@@ -21,7 +21,7 @@ enum Becomes { ITSELF, TANGENT, SIGMOID, SQUARED, ADDED };
 ON_GPU float bent(float x, Becomes how) {
     if (how == TANGENT) return tanhf(x);
     if (how == SIGMOID) return sigmoid(x);
-    if (how == SQUARED) return x > 0.0f ? x * x : x == x ? 0.0f : x;
+    if (how == SQUARED) return positive(x) * positive(x);
     return x;
 }
 
@@ -89,7 +89,7 @@ struct Given {
     const float *before;  // (rows, columns) that is mixed
     float *normed;        // (rows, columns), or null
     Copy copy;
-    float *made;  // where rows are made, (parts, rows, columns)
+    float *made = nullptr;  // where rows are made, (parts, rows, columns)
     int rows = 0, each = 0, blocks = 0, starts[MOST] = {};  // the last: the first block of each part
 
     // what normalises and mixes four columns
@@ -107,6 +107,15 @@ struct Given {
         }
         if (share) fetch<4>(found.share, share, column, false);
         return found;
+    }
+
+    // asks for what `make` reads of so many rows from `row` on, but for those that a kernel before may still write
+    ON_GPU void look_ahead(int thread, const float *share, int64_t row, int count) const {
+        const auto ask = [thread](const float *from, int numbers) {
+            for (int c = thread * LINE / 4; c < numbers; c += WIDTH * LINE / 4) soon(from + c);
+        };
+        if (norm.weight) ask(norm.weight, columns), ask(norm.bias, columns);
+        if (share) ask(share, columns), ask(before + row, count * columns);
     }
 
     // the four columns of a row that lie at `at`, as they are multiplied; normalised ones are kept if `told`
@@ -136,6 +145,8 @@ struct Making : Given {
         const int part = static_cast<int>(number) / rows;
         const int64_t row = (number - part * rows) * columns;
         const float *share = parts[part].share;
+        threads.alone([&](int thread, Own &) { look_ahead(thread, share, row, 1); });
+        take_turn();
         moments<1>(threads, shared, shared + 2, x + row, columns, 1);
         threads.alone([&](int thread, Own &) {
             for (int c = thread * 4; c < columns; c += ACROSS) {
@@ -233,12 +244,16 @@ struct Few : Given {
         const auto row = [&](int out, int column) {
             return static_cast<const char *>(part.matrix) + (static_cast<int64_t>(out) * columns + column) * BYTES;
         };
+        const bool staging = columns <= SPAN;
         threads.alone([&](int thread, Own &own) {
             if (thread * 4 < columns) ask(own.next, row(begin, thread * 4), end - begin);
+            if (staging && begin == 0) look_ahead(thread, part.share, 0, rows);
+        });
+        take_turn();
+        threads.alone([&](int thread, Own &) {
 #pragma unroll 1  // or it would divide first
             for (int64_t i = block * THREADS + thread; i < copy.count; i += blocks * THREADS) copy.to[i] = copy.from[i];
         });
-        const bool staging = columns <= SPAN;
         if (norm.weight) moments<ROWS>(threads, found, room, x, columns, rows);
         if (staging)  // each thread for itself
             threads.alone([&](int thread, Own &) { stage(thread, staged, found, part.share, normed && block == 0); });
@@ -273,7 +288,7 @@ int times(Given given, int rows, int64_t stream) {
     for (int n = 0; n < given.count; n++) all += groups(n);
     given.rows = rows, given.each = (all + BUSY - 1) / BUSY, given.blocks = 0;
     const bool making = given.columns > Kernel::SPAN && given.norm.weight;
-    if (const int status = making ? launch(Making{given}, given.count * rows, stream) : 0) return status;
+    if (const int status = making ? follow(Making{given}, given.count * rows, stream) : 0) return status;
     for (int n = 0; n < Given::MOST; n++) {
         given.starts[n] = n < given.count ? given.blocks : 0x7fffffff;
         if (n >= given.count) continue;
@@ -281,7 +296,7 @@ int times(Given given, int rows, int64_t stream) {
         given.parts[n].made = making ? given.made + static_cast<int64_t>(n) * rows * given.columns : given.x;
     }
     if (making) given.norm = {}, given.normed = nullptr;
-    return launch(Kernel{given}, given.blocks, stream);
+    return follow(Kernel{given}, given.blocks, stream);
 }
 
 template <int BYTES>

@@ -9,20 +9,7 @@
 
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-
-#ifdef __CUDACC__
-#define ON_GPU __device__ __forceinline__
-#define EITHER __host__ __device__ __forceinline__
-#else
-#include <cmath>
-#include <limits>
-#include <vector>
-#define ON_GPU inline
-#define EITHER inline
-#endif
+#include "launch.cuh"
 
 #ifdef __CUDACC__
 
@@ -54,19 +41,6 @@ struct Block {
         }
     }
 };
-
-// blocks that a multiprocessor has beside each other at least, for which the compiler leaves registers; 0 leaves it to it
-template <class Kernel, class = void>
-constexpr int least_beside = 0;
-template <class Kernel>
-constexpr int least_beside<Kernel, std::void_t<decltype(Kernel::BESIDE)>> = Kernel::BESIDE;
-
-template <class Kernel>
-__global__ void __launch_bounds__(Kernel::THREADS, least_beside<Kernel>) run(const Kernel kernel) {
-    extern __shared__ __align__(16) float shared[];
-    typename Kernel::Threads block;
-    kernel.work(static_cast<int64_t>(blockIdx.x), block, shared);
-}
 
 #else
 
@@ -104,30 +78,6 @@ struct Block {
 };
 
 #endif
-
-// One kernel over so many blocks; 0, or the number of the GPU's error.
-template <class Kernel>
-int launch(const Kernel &kernel, int64_t blocks, int64_t stream) {
-    if (blocks == 0) return 0;
-#ifdef __CUDACC__
-    constexpr int bytes = Kernel::FLOATS * 4;
-    if (blocks > 0x7fffffff) return static_cast<int>(cudaErrorInvalidConfiguration);
-    if (bytes > 48 * 1024) {
-        const cudaError_t told = cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-        if (told != cudaSuccess) return static_cast<int>(cudaGetLastError());  // or the next kernel would tell of it
-    }
-    run<Kernel><<<static_cast<unsigned>(blocks), Kernel::THREADS, bytes, reinterpret_cast<cudaStream_t>(stream)>>>(kernel);
-    return static_cast<int>(cudaGetLastError());
-#else
-    (void)stream;
-    for (int64_t n = 0; n < blocks; n++) {
-        std::vector<float> shared(Kernel::FLOATS, std::numeric_limits<float>::quiet_NaN());
-        typename Kernel::Threads block;
-        kernel.work(n, block, shared.data());
-    }
-    return 0;
-#endif
-}
 
 // Numbers in memory: fp32, or bf16, whichever a bit of `Sizes::halves` says of a tensor.
 ON_GPU float from_bf16(uint16_t x) {
@@ -323,7 +273,13 @@ ON_GPU float inverse(float x) {
 
 ON_GPU float sigmoid(float x) { return inverse(1.0f + expf(-x)); }
 
-// Asks for a line of 128 bytes that is to be read soon.
+// what is no number stays none
+ON_GPU float positive(float x) { return x < 0.0f ? 0.0f : x; }
+
+constexpr float LEAST = 1e-12f;  // a norm below this counts as this
+constexpr int LINE = 128;        // bytes of a line of memory
+
+// Asks for a line that is to be read soon.
 ON_GPU void soon(const void *line) {
 #ifdef __CUDACC__
     asm volatile("prefetch.global.L2 [%0];" ::"l"(line));

@@ -12,7 +12,6 @@
 namespace {
 
 constexpr int WIDTH = 256, EACH = 4, WIDEST = 128;
-constexpr float LEAST = 1e-12f;  // a norm below this counts as this
 
 ON_GPU float log_sigmoid(float x) { return (x < 0.0f ? x : 0.0f) - log1pf(expf(-fabsf(x))); }
 

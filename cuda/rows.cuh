@@ -114,6 +114,7 @@ struct Embed {
     float *x;
 
     ON_GPU void work(int64_t row, Threads &threads, float *shared) const {
+        take_turn();
         const int64_t id = ids[row];
         const bool there = id >= 0 && id < V;
         const float *from = embedding + (there ? id * D : 0);

@@ -14,7 +14,7 @@
 namespace {
 
 constexpr int N = 64, LOW = 4;
-constexpr float LEAST = 1e-12f, HALF_ROOT = 0.60653066f;  // e^{-1/2}
+constexpr float HALF_ROOT = 0.60653066f;  // e^{-1/2}
 
 enum Low { DECAY, RATE, LEAN, GATE };
 
@@ -23,7 +23,7 @@ struct Ahead {
     const void *from;
     int64_t bytes;
 };
-constexpr int64_t LINE = 128, BESIDE = 96;  // bytes of a line; blocks that ask
+constexpr int64_t BESIDE = 96;  // blocks that ask
 
 // bytes that are asked for: what memory gives meanwhile, but no more than a quarter of the cache
 inline int64_t cached() {
@@ -122,9 +122,25 @@ struct Recall {
                 soon(static_cast<const char *>(ahead[n].from) + at);
     }
 
+    // of what the head's own channels need, asks for all that no kernel of this token writes before
+    ON_GPU void look_for(int thread, int64_t head, int64_t channel) const {
+#pragma unroll
+        for (int n = 0; n < LOW; n++)
+            for (int64_t i = thread; seconds[n].matrix && i < seconds[n].rank; i += THREADS)
+                for (int at = 0; at < N * BYTES; at += LINE)
+                    soon(static_cast<const char *>(seconds[n].matrix) + (i * H * N + channel) * BYTES + at);
+        if (thread < N * N * 4 / LINE) soon(memory + head * N * N + thread * LINE / 4);
+        if (thread >= N * 4 / LINE) return;
+        const int64_t at = channel + thread * LINE / 4;
+        soon(w0 + at), soon(a0 + at), soon(k_k + at), soon(k_a + at), soon(r_k + at), soon(weight + at), soon(bias + at);
+        if (seconds[LEAN].matrix) soon(v0 + at);
+    }
+
     // what low ranks say of the head's channels, and what the recurrence takes
     ON_GPU void begin(int64_t head, Threads &threads, float *slices, const Shared &at) const {
         const int64_t row = head / H, channel = head % H * N;
+        threads.alone([&](int thread, Own &) { look_for(thread, head, channel); });
+        take_turn();
         threads.each([&](int thread, Own &own) {
 #pragma unroll
             for (int n = 0; n < 4; n++)
@@ -200,8 +216,10 @@ struct Recall {
     }
 
     ON_GPU void work(int64_t head, Threads &threads, float *shared) const {
-        if (head >= heads)
-            return threads.alone([&](int thread, Own &) { look_ahead((head - heads) * THREADS + thread); });
+        if (head >= heads) {
+            threads.alone([&](int thread, Own &) { look_ahead((head - heads) * THREADS + thread); });
+            return take_turn();
+        }
         float *said = shared + SLICES * LOW * N, *vectors = said + LOW * N;
         const Shared at = {said, vectors, vectors + VECTORS * N};
         begin(head, threads, shared, at);
@@ -267,9 +285,9 @@ struct Step {
             vector(layer, K_K), vector(layer, K_A), vector(layer, R_K), vector(layer, LN_X), vector(layer, LN_X_BIAS),
             memory[layer], at(OUT),
             {{matrix(layer, OUTPUT), first}, {matrix(layer, FFN_KEY), std::min(F * D * BYTES, most - first)}}, R * H};
-        if (const int status = launch(heads, R * H + BESIDE, stream)) return status;
+        if (const int status = follow(heads, R * H + BESIDE, stream)) return status;
         const Given out = {{one(layer, OUTPUT, nullptr, at(X), D, ADDED)}, 1, width(), at(OUT), {}, nullptr,
-                           nullptr, state(att_x[layer]), nullptr};
+                           nullptr, state(att_x[layer])};
         return times<BYTES>(out, R, stream);
     }
 
@@ -279,7 +297,7 @@ struct Step {
                            norm(layer, LN2), ffn_x[layer], at(NORMED), {}, at(MADE)};
         if (const int status = times<BYTES>(key, R, stream)) return status;
         const Given value = {{one(layer, FFN_VALUE, nullptr, at(X), D, ADDED)}, 1, static_cast<int>(F), wide(),
-                             {}, nullptr, nullptr, state(ffn_x[layer]), nullptr};
+                             {}, nullptr, nullptr, state(ffn_x[layer])};
         return times<BYTES>(value, R, stream);
     }
 
