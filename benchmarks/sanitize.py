@@ -24,7 +24,7 @@ LONGEST = 1800.0  # seconds for one tool
 # the tests' own process, which loads PyTorch before it comes to the card; what PyTorch asks the driver in vain is no
 # error, and ours are seen where kernels are started
 HOW = ("--target-processes", "application-only", "--launch-timeout", "600", "--report-api-errors", "no")
-OURS = ("--kernel-name", "kns=_Z3runI")  # `run` of cuda/grid.cuh, as the compiler calls it
+OURS = ("--kernel-name", "kns=_Z3runI")  # `run` of cuda/launch.cuh, as the compiler calls it
 
 
 def program() -> str | None:

@@ -112,6 +112,7 @@ struct Given {
     // asks for what `make` reads of so many rows from `row` on, but for those that a kernel before may still write
     ON_GPU void look_ahead(int thread, const float *share, int64_t row, int count) const {
         const auto ask = [thread](const float *from, int numbers) {
+#pragma unroll 1  // there is at most one, in most
             for (int c = thread * LINE / 4; c < numbers; c += WIDTH * LINE / 4) soon(from + c);
         };
         if (norm.weight) ask(norm.weight, columns), ask(norm.bias, columns);

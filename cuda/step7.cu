@@ -126,6 +126,7 @@ struct Recall {
     ON_GPU void look_for(int thread, int64_t head, int64_t channel) const {
 #pragma unroll
         for (int n = 0; n < LOW; n++)
+#pragma unroll 1
             for (int64_t i = thread; seconds[n].matrix && i < seconds[n].rank; i += THREADS)
                 for (int at = 0; at < N * BYTES; at += LINE)
                     soon(static_cast<const char *>(seconds[n].matrix) + (i * H * N + channel) * BYTES + at);

@@ -3,7 +3,8 @@
 import numpy as np
 
 from benchmarks.ptx import operations
-from benchmarks.ptx.memory import WARP, Fault, sectors, wavefronts
+from benchmarks.ptx.fault import Fault
+from benchmarks.ptx.memory import WARP, sectors, wavefronts
 from benchmarks.ptx.program import Instruction
 from benchmarks.ptx.threads import Step, Threads, listed
 from benchmarks.ptx.together import whole
@@ -50,7 +51,7 @@ def load(m: Threads, each: Instruction) -> Step:
                 m.put(target, found, here)
                 continue
             bits = (
-                m.memory.read(to, of.itemsize)
+                m.memory.read(to, of.itemsize, m.turn[here])
                 if space == "global"
                 else m.shared.read(to, of.itemsize, m.warp_bit[here])
             )
@@ -100,7 +101,7 @@ def store(m: Threads, each: Instruction) -> Step:
             to = at + n * of.itemsize
             numbers = np.ascontiguousarray(numbers[here]).view(bits)
             if each.name[1] == "global":
-                m.memory.write(to, of.itemsize, numbers)
+                m.memory.write(to, of.itemsize, numbers, m.turn[here])
             else:
                 m.shared.write(to, of.itemsize, numbers, m.warp_bit[here])
 
@@ -128,7 +129,7 @@ def copy(m: Threads, each: Instruction) -> Step:
             m.counts["sectors"] += sectors(places, 16, m.lane[some])
             if (places % 16).any():
                 raise Fault("cp.async from a place that is not aligned")
-            words[some] = np.stack([m.memory.read(places + n, 4) for n in range(0, 16, 4)], 1)
+            words[some] = np.stack([m.memory.read(places + n, 4, m.turn[some]) for n in range(0, 16, 4)], 1)
         m.coming.append((here.copy(), at.copy(), words))
 
     return ask

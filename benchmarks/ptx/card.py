@@ -15,13 +15,14 @@ from torch import Tensor
 from benchmarks.ptx.machine import Machine
 from benchmarks.ptx.memory import Memory
 from benchmarks.ptx.program import Kernel, kernels
+from benchmarks.ptx.turns import Turns
 from rwkvpipe.base import compiler
 from rwkvpipe.base.lock import lock
 from rwkvpipe.kernel import gpu
 
 RUNTIME = Path(__file__).with_name("runtime.cpp")
 FLAGS = (*gpu.FLAGS, "-cudart", "none")
-MOST = 227 * 1024  # bytes of shared memory that a block may have on an H100
+MOST, CAPABILITY = 227 * 1024, 9  # of an H100: bytes of shared memory that a block may have, compute capability
 ILLEGAL = 700  # the status of a kernel that read or wrote what it must not
 
 
@@ -57,15 +58,17 @@ def _make(words: list[str], target: str, home: Path) -> None:
 
 class Card:
     """A card on paper. For each kernel that ran `counts` has what it did, `blocks` how many blocks of it there were,
-    and `shared` the bytes of shared memory of each."""
+    `shared` the bytes of shared memory of each, and `followed` how often it began before its turn."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, capability: int = CAPABILITY):
+        self.capability = capability
         self.programs: dict[str, Kernel] = {}
         for file in sorted(folder.glob("*.ptx")):
             self.programs |= kernels(file.read_text())
         self.memory = Memory()
         self.counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.blocks: Counter[str] = Counter()
+        self.followed: Counter[str] = Counter()
         self.shared: dict[str, int] = {}
         self.failed: list[Exception] = []
         self.library = gpu.loaded(folder / "card.so")
@@ -75,6 +78,7 @@ class Card:
             ctypes.c_uint,
             ctypes.c_uint,
             ctypes.c_size_t,
+            ctypes.c_int,
             ctypes.POINTER(ctypes.c_void_p),
         )
         self._told = kind(self._launched)
@@ -96,21 +100,25 @@ class Card:
             for tensor in each if isinstance(each, list | tuple) else [each]:
                 if isinstance(tensor, Tensor):
                     self.memory.allow(tensor.data_ptr(), tensor.nbytes)
-        self.library.runtime_tell(self._told, ctypes.c_size_t(MOST))  # cards may share one library
+        self.memory.turns = Turns()
+        self.library.runtime_tell(self._told, ctypes.c_size_t(MOST), self.capability)  # cards may share one library
         words = [gpu.build.word(x) for x in given]
         status = getattr(library, function)(gpu._array(sizes), ctypes.c_int64(0), *words)
         if self.failed:
             raise self.failed.pop()
         return status
 
-    def _launched(self, name: bytes, blocks: int, threads: int, shared: int, words) -> int:
+    def _launched(self, name: bytes, blocks: int, threads: int, shared: int, follows: int, words) -> int:
         try:
             program = self.programs[name.decode()]
-            machine = Machine(program, threads, self.memory, ctypes.string_at(words[0], program.size))
+            self.memory.turns.begin(bool(follows))
+            given = ctypes.string_at(words[0], program.size)
+            machine = Machine(program, threads, self.memory, given, bool(follows))
             for block in range(blocks):
                 machine.run(block, shared)
             self.counts[program.name] += machine.counts
             self.blocks[program.name] += blocks
+            self.followed[program.name] += follows
             self.shared[program.name] = shared
         except Exception as error:  # a callback must not raise
             self.failed.append(error)

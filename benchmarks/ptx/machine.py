@@ -11,7 +11,8 @@ from collections import Counter
 import numpy as np
 
 from benchmarks.ptx import steps
-from benchmarks.ptx.memory import WARP, Fault, Memory
+from benchmarks.ptx.fault import Fault
+from benchmarks.ptx.memory import WARP, Memory
 from benchmarks.ptx.program import ENDS, Instruction, Kernel
 from benchmarks.ptx.threads import NOWHERE, Threads
 
@@ -23,8 +24,8 @@ FLOATS = ("fma", "add", "sub", "mul", "max", "min")
 class Machine:
     """Runs a kernel's blocks; `counts` adds up what a card would have done, warp by warp."""
 
-    def __init__(self, kernel: Kernel, threads: int, memory: Memory, parameters: bytes):
-        self.threads = Threads(kernel, threads, memory, parameters)
+    def __init__(self, kernel: Kernel, threads: int, memory: Memory, parameters: bytes, follows: bool = False):
+        self.threads = Threads(kernel, threads, memory, parameters, follows)
         self.steps = [[steps.step(self.threads, each) for each in block.instructions] for block in kernel.blocks]
         self.together = [any(map(_together, block.instructions)) for block in kernel.blocks]
         self.ahead = [Counter(_class(each) for each in block.instructions) for block in kernel.blocks]
@@ -45,8 +46,10 @@ class Machine:
                 self._block(*self._next(ready, first))
             elif now.waits.any():
                 self._meet()
-            else:
+            elif now.turn[: now.asked].all():
                 return
+            else:
+                raise Fault("a thread ended and had not taken its turn")
 
     def _next(self, ready: np.ndarray, first: int) -> tuple[int, np.ndarray]:
         """The instructions to go on with, and the threads: whole warps where they do something together."""

@@ -9,19 +9,19 @@ from functools import lru_cache
 
 import numpy as np
 
+from benchmarks.ptx.fault import Fault
+from benchmarks.ptx.turns import Turns
+
 WARP, BANKS, WORD, SECTOR = 32, 32, 4, 32
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
-class Fault(Exception):
-    """A kernel did what it must not; where a card would stop, or give what nobody asked for."""
-
-
 class Memory:
-    """Areas of this process that kernels may read and write."""
+    """Areas of this process that kernels may read and write, each in its turn."""
 
     def __init__(self) -> None:
         self.areas: list[tuple[int, int]] = []  # from, to
+        self.turns = Turns()
 
     def allow(self, start: int, size: int) -> None:
         """These bytes, too."""
@@ -45,15 +45,18 @@ class Memory:
             raise Fault(f"{size} bytes at {int(at[left][0]):#x} belong to no tensor that was given")
         return found
 
-    def read(self, at: np.ndarray, size: int) -> np.ndarray:
-        """Numbers as they lie there."""
+    def read(self, at: np.ndarray, size: int, turn: np.ndarray) -> np.ndarray:
+        """Numbers as they lie there; `turn` tells whose turn it is."""
+        if not turn.all():
+            self.turns.read(at[~turn], size)
         to = np.zeros(len(at), UNSIGNED[size])
         for memory, which, places in self.cells(at, size):
             to[which] = memory[places]
         return to
 
-    def write(self, at: np.ndarray, size: int, numbers: np.ndarray) -> None:
+    def write(self, at: np.ndarray, size: int, numbers: np.ndarray, turn: np.ndarray) -> None:
         """The same the other way."""
+        self.turns.write(at, size, not turn.all())
         for memory, which, places in self.cells(at, size):
             memory[places] = numbers[which]
 

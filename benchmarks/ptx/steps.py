@@ -3,7 +3,7 @@
 import numpy as np
 
 from benchmarks.ptx import access, operations, together
-from benchmarks.ptx.memory import Fault
+from benchmarks.ptx.fault import Fault
 from benchmarks.ptx.program import Instruction
 from benchmarks.ptx.threads import NOWHERE, Step, Threads, listed
 
@@ -23,6 +23,7 @@ def step(m: Threads, each: Instruction) -> Step:
         "bar": together.barrier,
         "ldmatrix": access.load_matrices,
         "cp": access.copy,
+        "griddepcontrol": _take_turn,
     }
     what = each.name[0]
     if what in special:
@@ -49,6 +50,14 @@ def _guarded(m: Threads, each: Instruction, step: Step) -> Step:
             step(some)
 
     return guarded
+
+
+def _take_turn(m: Threads, each: Instruction) -> Step:
+    """Wait for the kernels before, or let the next one begin; it begins after this one here."""
+    if each.name[1] not in ("wait", "launch_dependents"):
+        raise ValueError(f"PTX that is not known: {'.'.join(each.name)}")
+    waits = each.name[1] == "wait"
+    return lambda here: m.turn.__setitem__(here, m.turn[here] | waits)
 
 
 def _trap(m: Threads, here: np.ndarray) -> None:

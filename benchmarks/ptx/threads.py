@@ -15,10 +15,13 @@ Step = Callable[[np.ndarray], None]
 
 
 class Threads:
-    """Numbers of all threads side by side; `at` is the block of instructions that each goes to next."""
+    """Numbers of all threads side by side; `at` is the block of instructions that each goes to next.
 
-    def __init__(self, kernel: Kernel, threads: int, memory: Memory, parameters: bytes):
-        self.kernel, self.asked, self.memory = kernel, threads, memory
+    `turn` tells which have waited for the kernels before; if this one `follows` them, none has when it begins.
+    """
+
+    def __init__(self, kernel: Kernel, threads: int, memory: Memory, parameters: bytes, follows: bool):
+        self.kernel, self.asked, self.memory, self.follows = kernel, threads, memory, follows
         self.threads = threads = threads + -threads % WARP  # what fills the last warp ends before it begins
         self.parameters = np.frombuffer(parameters + bytes(-len(parameters) % 8), np.uint8)
         self.lane = np.arange(threads)
@@ -42,6 +45,7 @@ class Threads:
         self.coming: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # asked for: by which threads, where to, what
         self.at = np.where(self.lane < self.asked, 0, NOWHERE).astype(np.int32)
         self.waits = np.zeros(self.threads, bool)
+        self.turn = np.full(self.threads, not self.follows)
         self.joined: Step | None = None  # what all that wait come to know
 
     def whole(self, here: np.ndarray) -> np.ndarray:

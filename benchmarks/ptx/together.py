@@ -3,7 +3,8 @@
 import numpy as np
 
 from benchmarks.ptx import operations
-from benchmarks.ptx.memory import WARP, Fault
+from benchmarks.ptx.fault import Fault
+from benchmarks.ptx.memory import WARP
 from benchmarks.ptx.program import Instruction
 from benchmarks.ptx.threads import NOWHERE, Step, Threads, listed
 

@@ -1,11 +1,14 @@
 """What nvcc makes of the kernels for a card, run here: values and gradients, and no fault that a card would hide."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks import counts
+from benchmarks.ptx.fault import Fault
+from benchmarks.ptx.program import Block
 from rwkvpipe.base import compiler
 from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.infer.decode_card import CardDecoder
@@ -20,6 +23,7 @@ from tests.kernel.test_gpu import in_bf16, rms
 from tests.kernel.test_passes import BY_HEAD, KINDS, case, in_torch, learnt, mixed, same
 
 pytestmark = pytest.mark.slow
+WAITS = ("griddepcontrol", "wait")
 
 
 @pytest.mark.parametrize("which", OPERATORS)
@@ -107,12 +111,14 @@ def test_a_token_of_a_few_rows_takes_five_kernels_a_layer(on_paper, kind, rows, 
     model = test_step.made(n_layer=2, dim_ffn=F, vocab_size=V, kind=kind, d_decay=3)
     ids, state, logits = torch.arange(rows) % 6, test_step.state_of(model, rows), torch.full((rows, V), torch.nan)
     wanted, after = test_step.exactly(model, ids, state)
-    on_paper.blocks.clear()
+    on_paper.blocks.clear(), on_paper.followed.clear()
     CardDecoder(test_step.narrowed(model, kind)).few(ids, state, logits)
     for one, other in zip((logits, *test_step.parts(state)), (wanted, *test_step.parts(after)), strict=True):
         assert error(one, other, 1.0) < 1e-5
     ran = {name: count for name, count in on_paper.blocks.items() if count}
     assert len(ran) == 3 and all("Few" in name or "Recall" in name or "Embed" in name for name in ran)
+    followed = [on_paper.followed[next(name for name in ran if which in name)] for which in ("Embed", "Recall", "Few")]
+    assert followed == [0, 2, 2 * 4 + 1]
     # a block for some outputs of a matrix: projections with low ranks, the way out, the channel mix, the head; no more
     outs, most = {"bf16": {1: 8, 2: 8}, "int8": {1: 16, 2: 16, 3: 8}}[kind].get(rows, 4), 264
     low = [getattr(model.config, f"d_{name}") for name in ("decay", "aaa", "gate", "mv")]
@@ -120,6 +126,35 @@ def test_a_token_of_a_few_rows_takes_five_kernels_a_layer(on_paper, kind, rows, 
     groups = [[-(-size // outs) for size in sizes] for sizes in kernels]
     blocks = sum(-(-count // -(-sum(sizes) // most)) for sizes in groups for count in sizes)
     assert sorted(ran.values()) == sorted([rows, 2 * (rows + 96), blocks])
+
+
+def stepped(capability, on_paper, monkeypatch):
+    """Logits and states after a token of a row, on a card of such a capability; how many kernels followed others."""
+    model = test_step.made(n_layer=1, n_embd=1088, dim_ffn=4, vocab_size=6, kind="int8")
+    ids, state, logits = torch.arange(5), test_step.state_of(model, 5), torch.full((5, 6), torch.nan)
+    monkeypatch.setattr(on_paper, "capability", capability)
+    on_paper.followed.clear()
+    CardDecoder(test_step.narrowed(model, "int8")).few(ids, state, logits)
+    return [logits, *test_step.parts(state)], on_paper.followed.total()
+
+
+@torch.inference_mode()
+def test_cards_that_cannot_have_kernels_follow_launch_them_all(on_paper, monkeypatch):
+    (following, many), (launched, none) = (stepped(n, on_paper, monkeypatch) for n in (9, 8))
+    assert many == 9 and none == 0  # those before products of the stream, too
+    assert all(torch.equal(one, other) for one, other in zip(following, launched, strict=True))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("which", ["Few", "Recall", "Making"])
+def test_kernels_that_did_not_wait_for_others_would_be_seen(on_paper, monkeypatch, which):
+    hasty = {}
+    for name, program in on_paper.programs.items():
+        blocks = [Block([each for each in block.instructions if each.name != WAITS]) for block in program.blocks]
+        hasty[name] = replace(program, blocks=blocks) if which in name else program
+    monkeypatch.setattr(on_paper, "programs", hasty)
+    with pytest.raises(Fault, match="before its turn"):
+        stepped(9, on_paper, monkeypatch)
 
 
 @torch.inference_mode()

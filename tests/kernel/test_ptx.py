@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from benchmarks.ptx import operations
+from benchmarks.ptx.fault import Fault
 from benchmarks.ptx.machine import Machine
-from benchmarks.ptx.memory import Fault, Memory, sectors, wavefronts
+from benchmarks.ptx.memory import Memory, sectors, wavefronts
 from benchmarks.ptx.program import kernels
 
 HEAD = """
@@ -179,6 +180,66 @@ def test_what_was_asked_for_is_there_once_it_was_waited_for():
     asked = np.arange(64) ^ 32
     assert to[:64].tolist() == [0 if n % 2 else 7 + n // 16 if n < 48 else 3 * 64 + 4 * (n - 48) for n in asked]
     assert machine.counts["cp"] == 4 and machine.counts["wavefronts"] == 8 + 8
+
+
+WAIT, PUT, READ = "griddepcontrol.wait;\n", "st.global.u32 [%rd4], %r1;\n", "ld.global.u32 %r5, [%rd4];\n"
+BESIDE, NEXT = "st.global.u32 [%rd4+256], %r1;\n", "griddepcontrol.launch_dependents;\n"
+
+
+def follow(*bodies, launched=(0,)):
+    """Kernels that follow each other over the same numbers, but for those that are launched; what they leave."""
+    memory, to = Memory(), np.arange(256, dtype=np.uint32)
+    memory.allow(to.ctypes.data, to.nbytes)
+    for n, body in enumerate(bodies):
+        memory.turns.begin(n not in launched)
+        kernel, given = kernels(HEAD + body + "\nret;\n}")["made"], np.array([to.ctypes.data], np.uint64).tobytes()
+        Machine(kernel, 64, memory, given, n not in launched).run(0, 1024)
+    return to
+
+
+@pytest.mark.parametrize(
+    "bodies, said",
+    [
+        ((PUT, READ + WAIT), "read before its turn"),
+        ((PUT, ASK + ARRIVED + WAIT), "read before its turn"),
+        ((PUT, NEXT + READ + WAIT), "read before its turn"),
+        ((PUT, SOME + "@%p1 " + WAIT + READ + WAIT), "read before its turn"),  # some have waited
+        ((PUT, WAIT, READ + WAIT), "read before its turn"),  # the one before has
+        ((READ, PUT + WAIT), "written before its turn"),
+        ((READ, SOME + "@!%p1 " + WAIT + PUT + WAIT), "written before its turn"),
+        ((READ, READ + WAIT + PUT), "has read before its turn"),
+        ((READ, READ + WAIT, WAIT + PUT), "has read before its turn"),
+        ((PUT, ""), "had not taken its turn"),
+        ((PUT, NEXT), "had not taken its turn"),
+        ((PUT, EARLY + WAIT), "had not taken its turn"),
+    ],
+)
+def test_what_a_kernel_must_not_do_before_its_turn_is_seen(bodies, said):
+    with pytest.raises(Fault, match=said):
+        follow(*bodies)
+
+
+def test_the_first_kernel_follows_none():
+    with pytest.raises(Fault, match="nobody knows"):
+        follow(WAIT, launched=())
+
+
+@pytest.mark.parametrize(
+    "bodies",
+    [
+        (PUT, WAIT + NEXT + READ + PUT, WAIT + READ),
+        (PUT, "prefetch.global.L2 [%rd4];\n" + WAIT + READ),
+        (BESIDE, READ + WAIT + BESIDE, READ + WAIT + BESIDE),  # what nobody writes
+        (BESIDE, EARLY.replace("ret", WAIT + "ret") + READ + WAIT),  # some end before others
+    ],
+)
+def test_what_a_kernel_may_do_before_its_turn_is_no_fault(bodies):
+    follow(*bodies)
+
+
+def test_a_kernel_that_is_launched_comes_after_all_others():
+    to = follow(PUT, WAIT, READ + BESIDE, READ + WAIT, launched=(0, 2))
+    assert to[:128].tolist() == [*range(64)] * 2
 
 
 @pytest.mark.parametrize("how, wanted", [("or", 1), ("and", 0)])
