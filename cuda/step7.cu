@@ -5,7 +5,7 @@
 //
 // Matrices are (out, in) in fp32, bf16 or int8, the second ones of low ranks (rank, D); whole numbers of an output are
 // times its scale. Of few texts all else is fp32. Heads are of 64 channels. A state is read by one kernel and written
-// by a later one, or by the threads that have read it.
+// by a later one, or by the threads that have read it. All kernels but the first follow each other (launch.cuh).
 
 #include "few.cuh"
 

@@ -344,3 +344,23 @@ def test_a_card_computes_few_rows_exactly(rows, kind):
 def test_a_card_computes_many_rows(kind, tolerance):
     model = made(n_embd=128, n_layer=2, kind=kind)
     check_on_card(model, 9, kind, "many", lambda one, other: float((one - other).norm() / other.norm()) < tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_a_card_gives_the_same_bits_each_time_though_kernels_follow_each_other(kind):
+    """What PyTorch writes just before is read, and what it reads just after is written."""
+    model = made(n_embd=128, n_layer=4, kind=kind)
+    given = State(*([x.cuda() for x in each] for each in vars(state_of(model, 2)).values()))
+    state = copied(given)
+    steps, ids = card_decoder(narrowed(model.cuda(), kind)), torch.tensor([3, 5]).cuda()
+    logits, found = torch.zeros(2, 37).cuda(), []
+    for _ in range(10):
+        for mine, start in zip(parts(state), parts(given), strict=True):
+            mine.copy_(start)
+        steps.step(ids, state, logits.zero_())
+        found.append([x.clone() for x in (logits, *parts(state))])
+    assert all(torch.equal(one, other) for again in found[1:] for one, other in zip(again, found[0], strict=True))
+    assert found[0][0].isfinite().all() and found[0][0].any()
