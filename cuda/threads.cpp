@@ -92,7 +92,7 @@ void share(int64_t count, int threads, const std::function<void(int64_t)> &work)
 }
 
 float *scratch(int64_t n, Purpose what) {
-    static thread_local Room rooms[GIVEN + 1];
+    static thread_local Room rooms[READING + 1];
     Room &room = rooms[what];
     if (room.size < n) {
         std::free(room.start);

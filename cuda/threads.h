@@ -10,6 +10,7 @@
 void share(int64_t count, int threads, const std::function<void(int64_t)> &work);
 
 // Room for n floats, at a cache line's start, that this thread keeps for its next call of the same purpose. What is in
-// it is undefined. ASKED is what a product makes of its rows of x, GIVEN what it makes of a matrix.
-enum Purpose { WORK, ASKED, GIVEN };
+// it is undefined. ASKED is what a product makes of its rows of x, GIVEN what it makes of a matrix, READING what
+// layers make of texts.
+enum Purpose { WORK, ASKED, GIVEN, READING };
 float *scratch(int64_t n, Purpose what = WORK);

@@ -58,6 +58,10 @@ class State:
         """Bytes of all of it."""
         return sum(x.nbytes for field in fields(self) for x in getattr(self, field.name))
 
+    def copy(self) -> "State":
+        """A copy of all of it, each tensor without gaps."""
+        return self._map(lambda x: x.clone(memory_format=torch.contiguous_format))
+
     def detach(self) -> "State":
         """The same numbers, cut off from what they were computed from."""
         return self._map(torch.Tensor.detach)

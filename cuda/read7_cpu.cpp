@@ -1,0 +1,174 @@
+// Texts through all layers of an RWKV-7 whose matrices lie in panels, in one call: what each layer is made of is
+// computed by the functions of the other files, in room that is there already. rwkvpipe/model/rwkv7.py has the same
+// in PyTorch.
+//
+// A row has the same bits whatever rows are beside it, and however many threads there are, as each part has it.
+
+#include "parts.h"
+#include "tasks.h"
+#include "token.h"
+
+namespace {
+
+constexpr int64_t TOKENS_AT_ONCE = 512;  // room for them is kept; more go through all layers after each other
+
+struct Read {
+    int64_t rows, T, L, D, H, F, ranks[4];
+    Kind kind;
+    const int64_t *lengths;  // or null: all are T
+    const float *const *vectors;
+    const void *const *matrices;
+    const float *const *scales;
+    float *const *att_x, *const *memory, *const *ffn_x;
+    float *x;
+
+    enum Vectors { LN1, LN1_BIAS, LN2, LN2_BIAS, X_R, X_W, X_K, X_V, X_A, X_G, W0, A0, K_K, K_A, R_K, LN_X, LN_X_BIAS,
+                   FFN_X_K, V0, VECTORS };
+    enum Matrices { RECEPTANCE, KEY, VALUE, OUTPUT, W1, W2, A1, A2, V1, V2, G1, G2, FFN_KEY, FFN_VALUE, MATRICES };
+
+    const float *vector(int64_t layer, int which) const { return vectors[layer * VECTORS + which]; }
+
+    // rows that go together, some tokens of each, and room for what becomes of them
+    struct Piece {
+        int64_t begin, count, from, T, tokens;
+        int threads;
+        float *x, *normed, *first, *mixed[6], *r, *k, *v, *w, *a, *g, *low, *wide;
+    };
+
+    void times(int64_t layer, int which, const Piece &p, float *x, float *to) const {
+        const int64_t n = layer * MATRICES + which, low = which >= W1 && which <= G2 ? ranks[(which - W1) / 2] : 0;
+        int64_t out = D, in = D;
+        if (low) (which - W1) % 2 ? in = low : out = low;
+        if (which == FFN_KEY) out = F;
+        if (which == FFN_VALUE) in = F;
+        const int64_t sizes[] = {p.tokens, out, in, kind};
+        panels_times(sizes, p.threads, matrices + n, scales[n], x, to);
+    }
+
+    template <class Change>
+    void low_rank(int64_t layer, int which, const Piece &p, float *mixed, float *to, const Change &how) const {
+        times(layer, which, p, mixed, p.low);
+        each(p.tokens * ranks[(which - W1) / 2], p.threads, [&](int64_t i, int64_t left) {
+            store_some(p.low + i, how(load_some(p.low + i, left)), left);
+        });
+        times(layer, which + 1, p, p.low, to);
+    }
+
+    // what is to be added to the stream is; then it is normalised
+    void normalise(int64_t layer, int which, const Piece &p, const float *more) const {
+        over(p.tokens, p.threads, 0, nullptr, nullptr, [&](int64_t begin, int64_t end, float *) {
+            for (int64_t t = begin; t < end; t++) {
+                if (more) add(p.x + t * D, more + t * D, D);
+                norm(p.x + t * D, vector(layer, which), vector(layer, which + 1), p.normed + t * D, D);
+            }
+        });
+    }
+
+    // tokens of a row of a piece that there are
+    int64_t there(const Piece &p, int64_t row) const {
+        return lengths ? std::clamp<int64_t>(lengths[p.begin + row] - p.from, 0, p.T) : p.T;
+    }
+
+    // mixes of what is normalised with what was before it; the last of it is kept for what comes
+    void mix_rows(int64_t layer, int share, int64_t many, const Piece &p, float *const *kept) const {
+        float *last = kept[layer] + p.begin * D;
+        const int64_t sizes[] = {p.count, p.T, D, many};
+        mix_forward(sizes, p.threads, p.normed, last, vectors + layer * VECTORS + share, p.mixed);
+        for (int64_t i = 0; i < p.count; i++) {
+            const int64_t tokens = there(p, i);
+            if (tokens) copy(last + i * D, p.normed + (i * p.T + tokens - 1) * D, D);
+        }
+    }
+
+    // the memory takes tokens in, those that there are of each row; y is what is read from it
+    void recall(int64_t layer, const Piece &p, const float *v, float *y) const {
+        const int64_t N = D / H, square = D * N;
+        float *w = p.w, *key = p.k, *minus = p.mixed[2], *b = p.mixed[3], *S = memory[layer] + p.begin * square;
+        const auto run = [&](int64_t row, int64_t count, int64_t tokens) {
+            const int64_t sizes[] = {count, tokens, H, N}, at = row * p.T * D;
+            wkv7_forward(sizes, p.threads, p.r + at, w + at, key + at, v + at, minus + at, b + at, S + row * square,
+                         y + at, S + row * square, nullptr, nullptr);
+        };
+        if (!lengths) return run(0, p.count, p.T);
+        zero(y, p.tokens * D);
+        for (int64_t i = 0; i < p.count; i++)
+            if (const int64_t tokens = there(p, i)) run(i, 1, tokens);
+    }
+
+    // what is to be added to the stream
+    float *time_mix(int64_t layer, const Piece &p) const {
+        mix_rows(layer, X_R, 6, p, att_x);
+        float *v = p.v, *y = p.mixed[5];
+        times(layer, RECEPTANCE, p, p.mixed[0], p.r);
+        times(layer, KEY, p, p.mixed[2], p.k);
+        times(layer, VALUE, p, p.mixed[3], p.v);
+        low_rank(layer, W1, p, p.mixed[1], p.w, tangent);
+        low_rank(layer, A1, p, p.mixed[4], p.a, [](Vec x) { return x; });
+        low_rank(layer, G1, p, p.mixed[5], p.g, sigmoid);
+        if (layer) {
+            low_rank(layer, V1, p, p.mixed[3], p.mixed[0], [](Vec x) { return x; });
+            const int64_t sizes[] = {p.tokens, D};
+            lean_forward(sizes, p.threads, p.v, p.first, p.mixed[0], vector(layer, V0), v);
+        } else {
+            copy(p.first, p.v, p.tokens * D);
+        }
+        const int64_t sizes[] = {p.tokens, H, D / H};
+        prepare_forward(sizes, p.threads, p.k, p.w, p.a, vector(layer, W0), vector(layer, A0), vector(layer, K_K),
+                        vector(layer, K_A), p.w, p.k, p.mixed[2], p.mixed[3]);
+        recall(layer, p, v, y);
+        finish_forward(sizes, p.threads, y, p.r, p.k, v, p.g, vector(layer, R_K), vector(layer, LN_X),
+                       vector(layer, LN_X_BIAS), 64e-5f, y);
+        times(layer, OUTPUT, p, y, p.mixed[0]);
+        return p.mixed[0];
+    }
+
+    float *channel_mix(int64_t layer, const Piece &p) const {
+        mix_rows(layer, FFN_X_K, 1, p, ffn_x);
+        times(layer, FFN_KEY, p, p.mixed[0], p.wide);
+        const int64_t count = p.tokens * F;
+        square_forward(&count, p.threads, p.wide, p.wide);
+        times(layer, FFN_VALUE, p, p.wide, p.mixed[0]);
+        return p.mixed[0];
+    }
+
+    void piece(int64_t begin, int64_t count, int64_t from, int64_t tokens, int threads) const {
+        Piece p = {};
+        p.begin = begin, p.count = count, p.from = from, p.T = tokens, p.tokens = count * tokens, p.threads = threads;
+        const int64_t size = whole(p.tokens * D), low = whole(p.tokens * *std::max_element(ranks, ranks + 4));
+        float *next = scratch(14 * size + low + p.tokens * F, READING);
+        const auto room = [&](int64_t n) { return next += n, next - n; };
+        p.x = x + (begin * T + from) * D, p.normed = room(size), p.first = room(size);
+        for (float *&mixed : p.mixed) mixed = room(size);
+        p.r = room(size), p.k = room(size), p.v = room(size), p.w = room(size), p.a = room(size), p.g = room(size);
+        p.low = room(low), p.wide = next;
+        const float *more = nullptr;
+        for (int64_t layer = 0; layer < L; layer++) {
+            normalise(layer, LN1, p, more);
+            normalise(layer, LN2, p, time_mix(layer, p));
+            more = channel_mix(layer, p);
+        }
+        for (int64_t t = 0; t < p.tokens; t++) add(p.x + t * D, more + t * D, D);
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+// sizes: rows tokens L D H F, the ranks of w a v g, and the kind of the matrices. The stream x and the states are
+// overwritten by those after; lengths: how many tokens there are of each row, or null. vectors and matrices: of each
+// layer
+// takes R T L D H F dw da dv dg lies: lengths? R, vectors 19*L of any, matrices scales 14*L of any, att_x L of R*D,
+// memory L of R*D*D//H, ffn_x L of R*D, x R*T*D
+void read7(const int64_t *s, int threads, const int64_t *lengths, const float *const *vectors,
+           const void *const *matrices, const float *const *scales, float *const *att_x, float *const *memory,
+           float *const *ffn_x, float *x) {
+    const Read it = {s[0], s[1], s[2], s[3], s[4], s[5], {s[6], s[7], s[8], s[9]}, static_cast<Kind>(s[10]),
+                     lengths, vectors, matrices, scales, att_x, memory, ffn_x, x};
+    const int64_t together = std::max<int64_t>(1, TOKENS_AT_ONCE / it.T);
+    for (int64_t row = 0; row < it.rows; row += together)
+        for (int64_t t = 0; t < it.T; t += TOKENS_AT_ONCE)
+            it.piece(row, std::min(together, it.rows - row), t, std::min(TOKENS_AT_ONCE, it.T - t), threads);
+}
+
+}  // extern "C"
