@@ -1,11 +1,13 @@
 // What other files compute of a layer, as they say there.
 #pragma once
 
-#include <cstdint>
+#include "matvec.h"
+
+// a matrix in panels times rows of x (of INT8 rounded already), many or few; to (rows, out)
+void products(const Matrix &m, int64_t rows, int threads, const Asked &x, float *to);
 
 extern "C" {
 
-void panels_times(const int64_t *s, int threads, const void *const *data, const float *scale, float *x, float *to);
 void mix_forward(const int64_t *s, int threads, const float *x, const float *last, const float *const *m,
                  float *const *out);
 void prepare_forward(const int64_t *s, int threads, const float *k, const float *zw, const float *za, const float *w0,

@@ -2,6 +2,7 @@
 // its numbers with the bits that matvec.h gives them. And products of fp32 in training: rwkvpipe/kernel/product.py says
 // when these are used, and when torch's are.
 
+#include "parts.h"
 #include "tiles.h"
 
 namespace {
@@ -93,12 +94,10 @@ void multiply_rounded(const tiles::Sizes &s, int threads, const Factor &x, const
         }
 }
 
-}  // namespace
-
-void times(const Matrix &m, int64_t rows, int threads, const Room &x, const Room &to) {
+// of few rows; x is what a matrix in ROWS reads, `of` what the others do
+void few(const Matrix &m, int64_t rows, int threads, const Asked &of, const Room &x, const Room &to) {
     const int64_t pieces = std::max<int64_t>(1, std::min<int64_t>(threads, m.out * m.in / LARGE));
     const int64_t size = (m.out / pieces + PANEL) / PANEL * PANEL;
-    const Asked of = asked(m, rows, threads, x);
     share((m.out + size - 1) / size, threads, [&](int64_t n) {
         const int64_t begin = n * size, end = std::min(m.out, begin + size);
         switch (m.kind) {
@@ -110,19 +109,28 @@ void times(const Matrix &m, int64_t rows, int threads, const Room &x, const Room
     });
 }
 
+}  // namespace
+
+void times(const Matrix &m, int64_t rows, int threads, const Room &x, const Room &to) {
+    few(m, rows, threads, asked(m, rows, threads, x), x, to);
+}
+
+void products(const Matrix &m, int64_t rows, int threads, const Asked &x, float *to) {
+    if (rows < MANY) return few(m, rows, threads, x, {}, {to, m.out});
+    switch (m.kind) {
+        case BF16: return many<Half>(m, rows, threads, x, to);
+        case INT8: return many<Pair>(m, rows, threads, x, to);
+        default: return many<Wide>(m, rows, threads, x, to);
+    }
+}
+
 extern "C" {
 
 // sizes: rows out in, and how the matrix lies; data: where it does; x (rows, in), to (rows, out)
 // takes R out width lies: data 1 of any, scale? out, x R*width, to R*out
 void panels_times(const int64_t *s, int threads, const void *const *data, const float *scale, float *x, float *to) {
     const Matrix m = {data[0], scale, s[1], s[2], static_cast<Kind>(s[3])};
-    if (s[0] < MANY) return times(m, s[0], threads, {x, m.in}, {to, m.out});
-    const Asked of = asked(m, s[0], threads, {x, m.in});
-    switch (m.kind) {
-        case BF16: return many<Half>(m, s[0], threads, of, to);
-        case INT8: return many<Pair>(m, s[0], threads, of, to);
-        default: return many<Wide>(m, s[0], threads, of, to);
-    }
+    products(m, s[0], threads, asked(m, s[0], threads, {x, m.in}), to);
 }
 
 // sizes: rows deep columns, whether x and w are turned (x is (deep, rows) in memory, w (columns, deep)), whether the

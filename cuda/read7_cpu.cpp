@@ -22,36 +22,69 @@ struct Read {
     float *const *att_x, *const *memory, *const *ffn_x;
     float *x;
 
-    enum Vectors { LN1, LN1_BIAS, LN2, LN2_BIAS, X_R, X_W, X_K, X_V, X_A, X_G, W0, A0, K_K, K_A, R_K, LN_X, LN_X_BIAS,
-                   FFN_X_K, V0, VECTORS };
+    enum Vectors { LN1, LN1_BIAS, LN2, LN2_BIAS, X_R, X_W, X_K, X_V, X_A, X_G, W0, A0, K_K, K_A, R_K, LN_X,
+                   LN_X_BIAS, FFN_X_K, V0, VECTORS };
     enum Matrices { RECEPTANCE, KEY, VALUE, OUTPUT, W1, W2, A1, A2, V1, V2, G1, G2, FFN_KEY, FFN_VALUE, MATRICES };
 
     const float *vector(int64_t layer, int which) const { return vectors[layer * VECTORS + which]; }
+
+    // rows that a matrix reads, `width` numbers each: they lie as they are, or, rounded, in the room that they would take
+    struct Rows {
+        float *start;
+        int64_t width;
+        float *by;
+    };
 
     // rows that go together, some tokens of each, and room for what becomes of them
     struct Piece {
         int64_t begin, count, from, T, tokens;
         int threads;
-        float *x, *normed, *first, *mixed[6], *r, *k, *v, *w, *a, *g, *low, *wide;
+        float *x, *normed, *first, *r, *k, *v, *w, *a, *g, *low, *wide, *by;
+        Rows mixed[6];
     };
 
-    void times(int64_t layer, int which, const Piece &p, float *x, float *to) const {
+    static int64_t blocks_of(int64_t width) { return fixed::BESIDE_8.blocks(width); }
+
+    void times(int64_t layer, int which, const Piece &p, const Rows &x, float *to) const {
         const int64_t n = layer * MATRICES + which, low = which >= W1 && which <= G2 ? ranks[(which - W1) / 2] : 0;
-        int64_t out = D, in = D;
-        if (low) (which - W1) % 2 ? in = low : out = low;
-        if (which == FFN_KEY) out = F;
-        if (which == FFN_VALUE) in = F;
-        const int64_t sizes[] = {p.tokens, out, in, kind};
-        panels_times(sizes, p.threads, matrices + n, scales[n], x, to);
+        const int64_t out = which == FFN_KEY ? F : low && (which - W1) % 2 == 0 ? low : D;
+        const Asked asked = {x.start, x.width, x.by, blocks_of(x.width)};
+        products({matrices[n], scales[n], out, x.width, kind}, p.tokens, p.threads, asked, to);
+    }
+
+    // MANY rows of each token as matrices read them: make(t, count, to) says what they are for a few tokens of a row of
+    // the piece, `to` being where each of the MANY begins
+    template <int MANY, class Make>
+    void lay(const Piece &p, const Rows *rows, const Make &make) const {
+        constexpr int64_t FEW = 4;
+        const int64_t width = rows->width;
+        over(p.tokens, p.threads, 0, nullptr, nullptr, [&](int64_t begin, int64_t end, float *) {
+            float *room = kind == INT8 ? scratch(MANY * FEW * width) : nullptr, *to[MANY];
+            for (int64_t t = begin, count; t < end; t += count) {
+                count = std::min({FEW, end - t, p.T - t % p.T});
+                for (int i = 0; i < MANY; i++) to[i] = room ? room + i * FEW * width : rows[i].start + t * width;
+                make(t, count, to);
+                for (int64_t n = 0; room && n < MANY * count; n++) {
+                    const Rows &x = rows[n / count];
+                    const int64_t c = n % count;
+                    fixed::rounded(fixed::BESIDE_8, to[n / count] + c * width, width,
+                                   reinterpret_cast<int16_t *>(x.start + (t + c) * width),
+                                   x.by + (t + c) * blocks_of(width), 1);
+                }
+            }
+        });
     }
 
     template <class Change>
-    void low_rank(int64_t layer, int which, const Piece &p, float *mixed, float *to, const Change &how) const {
-        times(layer, which, p, mixed, p.low);
-        each(p.tokens * ranks[(which - W1) / 2], p.threads, [&](int64_t i, int64_t left) {
-            store_some(p.low + i, how(load_some(p.low + i, left)), left);
+    void low_rank(int64_t layer, int which, const Piece &p, const Rows &x, float *to, const Change &how) const {
+        const Rows low = {p.low, ranks[(which - W1) / 2], p.by};
+        times(layer, which, p, x, p.low);
+        lay<1>(p, &low, [&](int64_t t, int64_t count, float *const *y) {
+            const float *from = p.low + t * low.width;
+            const int64_t n = count * low.width;
+            for (int64_t j = 0; j < n; j += WIDTH) store_some(*y + j, how(load_some(from + j, n - j)), n - j);
         });
-        times(layer, which + 1, p, p.low, to);
+        times(layer, which + 1, p, low, to);
     }
 
     // what is to be added to the stream is; then it is normalised
@@ -70,10 +103,14 @@ struct Read {
     }
 
     // mixes of what is normalised with what was before it; the last of it is kept for what comes
-    void mix_rows(int64_t layer, int share, int64_t many, const Piece &p, float *const *kept) const {
+    template <int MANY>
+    void mix_rows(int64_t layer, int share, const Piece &p, float *const *kept) const {
         float *last = kept[layer] + p.begin * D;
-        const int64_t sizes[] = {p.count, p.T, D, many};
-        mix_forward(sizes, p.threads, p.normed, last, vectors + layer * VECTORS + share, p.mixed);
+        lay<MANY>(p, p.mixed, [&](int64_t t, int64_t count, float *const *to) {
+            const int64_t sizes[] = {1, count, D, MANY};
+            const float *x = p.normed + t * D, *before = t % p.T ? x - D : last + t / p.T * D;
+            mix_forward(sizes, 1, x, before, vectors + layer * VECTORS + share, to);
+        });
         for (int64_t i = 0; i < p.count; i++) {
             const int64_t tokens = there(p, i);
             if (tokens) copy(last + i * D, p.normed + (i * p.T + tokens - 1) * D, D);
@@ -83,11 +120,12 @@ struct Read {
     // the memory takes tokens in, those that there are of each row; y is what is read from it
     void recall(int64_t layer, const Piece &p, const float *v, float *y) const {
         const int64_t N = D / H, square = D * N;
-        float *w = p.w, *key = p.k, *minus = p.mixed[2], *b = p.mixed[3], *S = memory[layer] + p.begin * square;
+        float *w = p.w, *key = p.k, *minus = p.mixed[2].start, *b = p.mixed[3].start, *S = memory[layer] + p.begin * square;
         const auto run = [&](int64_t row, int64_t count, int64_t tokens) {
             const int64_t sizes[] = {count, tokens, H, N}, at = row * p.T * D;
-            wkv7_forward(sizes, p.threads, p.r + at, w + at, key + at, v + at, minus + at, b + at, S + row * square,
-                         y + at, S + row * square, nullptr, nullptr);
+            float *own = S + row * square;
+            wkv7_forward(sizes, p.threads, p.r + at, w + at, key + at, v + at, minus + at, b + at, own, y + at, own,
+                         nullptr, nullptr);
         };
         if (!lengths) return run(0, p.count, p.T);
         zero(y, p.tokens * D);
@@ -97,50 +135,59 @@ struct Read {
 
     // what is to be added to the stream
     float *time_mix(int64_t layer, const Piece &p) const {
-        mix_rows(layer, X_R, 6, p, att_x);
-        float *v = p.v, *y = p.mixed[5];
+        const auto same = [](Vec x) { return x; };
+        mix_rows<6>(layer, X_R, p, att_x);
+        float *minus = p.mixed[2].start, *b = p.mixed[3].start, *y = p.mixed[5].start, *found = p.mixed[0].start;
         times(layer, RECEPTANCE, p, p.mixed[0], p.r);
         times(layer, KEY, p, p.mixed[2], p.k);
         times(layer, VALUE, p, p.mixed[3], p.v);
         low_rank(layer, W1, p, p.mixed[1], p.w, tangent);
-        low_rank(layer, A1, p, p.mixed[4], p.a, [](Vec x) { return x; });
+        low_rank(layer, A1, p, p.mixed[4], p.a, same);
         low_rank(layer, G1, p, p.mixed[5], p.g, sigmoid);
         if (layer) {
-            low_rank(layer, V1, p, p.mixed[3], p.mixed[0], [](Vec x) { return x; });
+            low_rank(layer, V1, p, p.mixed[3], found, same);
             const int64_t sizes[] = {p.tokens, D};
-            lean_forward(sizes, p.threads, p.v, p.first, p.mixed[0], vector(layer, V0), v);
+            lean_forward(sizes, p.threads, p.v, p.first, found, vector(layer, V0), p.v);
         } else {
             copy(p.first, p.v, p.tokens * D);
         }
         const int64_t sizes[] = {p.tokens, H, D / H};
         prepare_forward(sizes, p.threads, p.k, p.w, p.a, vector(layer, W0), vector(layer, A0), vector(layer, K_K),
-                        vector(layer, K_A), p.w, p.k, p.mixed[2], p.mixed[3]);
-        recall(layer, p, v, y);
-        finish_forward(sizes, p.threads, y, p.r, p.k, v, p.g, vector(layer, R_K), vector(layer, LN_X),
-                       vector(layer, LN_X_BIAS), 64e-5f, y);
-        times(layer, OUTPUT, p, y, p.mixed[0]);
-        return p.mixed[0];
+                        vector(layer, K_A), p.w, p.k, minus, b);
+        recall(layer, p, p.v, y);
+        const Rows heard = {p.a, D, p.by};
+        lay<1>(p, &heard, [&](int64_t t, int64_t count, float *const *to) {
+            const int64_t few[] = {count, H, D / H}, at = t * D;
+            finish_forward(few, 1, y + at, p.r + at, p.k + at, p.v + at, p.g + at, vector(layer, R_K),
+                           vector(layer, LN_X), vector(layer, LN_X_BIAS), 64e-5f, *to);
+        });
+        times(layer, OUTPUT, p, heard, found);
+        return found;
     }
 
     float *channel_mix(int64_t layer, const Piece &p) const {
-        mix_rows(layer, FFN_X_K, 1, p, ffn_x);
+        mix_rows<1>(layer, FFN_X_K, p, ffn_x);
+        const Rows wide = {p.wide, F, p.by};
         times(layer, FFN_KEY, p, p.mixed[0], p.wide);
-        const int64_t count = p.tokens * F;
-        square_forward(&count, p.threads, p.wide, p.wide);
-        times(layer, FFN_VALUE, p, p.wide, p.mixed[0]);
-        return p.mixed[0];
+        lay<1>(p, &wide, [&](int64_t t, int64_t count, float *const *to) {
+            const int64_t n = count * F;
+            square_forward(&n, 1, p.wide + t * F, *to);
+        });
+        times(layer, FFN_VALUE, p, wide, p.mixed[0].start);
+        return p.mixed[0].start;
     }
 
     void piece(int64_t begin, int64_t count, int64_t from, int64_t tokens, int threads) const {
         Piece p = {};
         p.begin = begin, p.count = count, p.from = from, p.T = tokens, p.tokens = count * tokens, p.threads = threads;
-        const int64_t size = whole(p.tokens * D), low = whole(p.tokens * *std::max_element(ranks, ranks + 4));
-        float *next = scratch(14 * size + low + p.tokens * F, READING);
+        const int64_t size = whole(p.tokens * D), most = *std::max_element(ranks, ranks + 4);
+        const int64_t by = whole(p.tokens * blocks_of(std::max({D, F, most})));
+        float *next = scratch(14 * size + 7 * by + whole(p.tokens * most) + p.tokens * F, READING);
         const auto room = [&](int64_t n) { return next += n, next - n; };
-        p.x = x + (begin * T + from) * D, p.normed = room(size), p.first = room(size);
-        for (float *&mixed : p.mixed) mixed = room(size);
+        p.x = x + (begin * T + from) * D, p.normed = room(size), p.first = room(size), p.by = room(by);
+        for (Rows &mixed : p.mixed) mixed = {room(size), D, room(by)};
         p.r = room(size), p.k = room(size), p.v = room(size), p.w = room(size), p.a = room(size), p.g = room(size);
-        p.low = room(low), p.wide = next;
+        p.low = room(whole(p.tokens * most)), p.wide = next;
         const float *more = nullptr;
         for (int64_t layer = 0; layer < L; layer++) {
             normalise(layer, LN1, p, more);

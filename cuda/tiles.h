@@ -54,7 +54,7 @@ struct Laid {
     const float *x, *w;
     int64_t apart, deep;
     const float *by, *columns_by;
-    Soon soon;
+    Soon soon, later;
 };
 
 // ROWS rows times BROAD panels
@@ -64,7 +64,8 @@ void whole(const Laid &from, float *to, int64_t step, bool onward) {
     constexpr int64_t DOWN = LIE == ALONG ? ROW : 1, ON = LIE == ALONG ? 1 : GROUP;
     const int64_t apart = from.apart, deep = from.deep, further = from.soon.step, beside = from.soon.apart;
     const float *x = from.x, *w = from.w;
-    const char *soon = static_cast<const char *>(from.soon.start);
+    const char *soon = static_cast<const char *>(from.soon.start), *later = static_cast<const char *>(from.later.start);
+    const int64_t onwards = from.later.step;
     typename Form::Sum found[ROWS][VECTORS];
     for (int r = 0; r < ROWS; r++)
         for (int i = 0; i < BROAD; i++) __builtin_prefetch(to + r * step + i * PANEL, 1);
@@ -74,6 +75,7 @@ void whole(const Laid &from, float *to, int64_t step, bool onward) {
         for (int i = 0; i < VECTORS; i++) found[r][i] = Form::begun(onward ? load(to + r * step + i * WIDTH) : Vec{});
     for (int64_t k = 0; k < deep; k++) {
         for (int i = 0; i < BROAD; i++) __builtin_prefetch(soon + i * beside);
+        __builtin_prefetch(later, 0, 2);
         Vec w_[VECTORS];
 #pragma GCC unroll 32
         for (int i = 0; i < VECTORS; i++) w_[i] = load(w + i / SPAN * apart + i % SPAN * WIDTH);
@@ -83,7 +85,7 @@ void whole(const Laid &from, float *to, int64_t step, bool onward) {
 #pragma GCC unroll 32
             for (int i = 0; i < VECTORS; i++) found[r][i] = Form::added(found[r][i], w_[i], x_);
         }
-        w += PANEL, x += ON, soon += further;
+        w += PANEL, x += ON, soon += further, later += onwards;
     }
 #pragma GCC unroll 32
     for (int r = 0; r < ROWS; r++)
@@ -235,6 +237,20 @@ struct Task {
         return begin + n * (rows / count) + std::min(n, rows % count);
     }
 
+    // A part of what panels beside each other will be read from for the words after these, or for the next columns: the
+    // strips after the first ask for it in turn.
+    Soon later(int64_t n, int64_t c, int64_t k, int64_t deep) const {
+        constexpr bool THERE = !std::is_base_of_v<Plain, Second>;
+        const int64_t turns = strips() / BROAD;
+        const bool onward = k + deep < s.deep;
+        if (!THERE || turns == 0 || n == 0 || n > BROAD * turns || (!onward && c + right - left >= s.columns))
+            return {to, 0, 0};
+        const Soon all = onward ? second.columns(c, k + deep) : second.columns(c + right - left, 0);
+        const int64_t step = (all.step + turns - 1) / turns;
+        const int64_t from = (n - 1) / turns * all.apart + (n - 1) % turns * deep * step;
+        return {static_cast<const char *>(all.start) + from, step, 0};
+    }
+
     // `deep` words from k on
     void words(int64_t k, int64_t deep, float *panels, float *laid) const {
         const int64_t apart = second.apart(deep), count = strips();
@@ -263,7 +279,8 @@ struct Task {
                     soon = second.columns(further, k);
                 // where there is but one panel left, it is multiplied twice
                 const int64_t beside = c + PANEL < right ? apart : 0;
-                const Laid from = {laid, here, beside, deep, by, Form::SCALED ? columns_by + c : nullptr, soon};
+                const float *times = Form::SCALED ? columns_by + c : nullptr;
+                const Laid from = {laid, here, beside, deep, by, times, soon, later(n, c, k, deep)};
                 const Place p = {to + row * s.step + c, s.step, rows, right - c, add || k > 0};
                 tiles[std::max<int64_t>(LOW, rows) - LOW](from, p);
             }
