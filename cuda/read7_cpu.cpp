@@ -28,7 +28,7 @@ struct Read {
 
     const float *vector(int64_t layer, int which) const { return vectors[layer * VECTORS + which]; }
 
-    // rows that a matrix reads, `width` numbers each: they lie as they are, or, rounded, in the room that they would take
+    // rows that a matrix reads, `width` numbers each: as they are, or, rounded, in the room that they would take
     struct Rows {
         float *start;
         int64_t width;
@@ -120,7 +120,8 @@ struct Read {
     // the memory takes tokens in, those that there are of each row; y is what is read from it
     void recall(int64_t layer, const Piece &p, const float *v, float *y) const {
         const int64_t N = D / H, square = D * N;
-        float *w = p.w, *key = p.k, *minus = p.mixed[2].start, *b = p.mixed[3].start, *S = memory[layer] + p.begin * square;
+        float *w = p.w, *key = p.k, *minus = p.mixed[2].start, *b = p.mixed[3].start;
+        float *S = memory[layer] + p.begin * square;
         const auto run = [&](int64_t row, int64_t count, int64_t tokens) {
             const int64_t sizes[] = {count, tokens, H, N}, at = row * p.T * D;
             float *own = S + row * square;
