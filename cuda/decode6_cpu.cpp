@@ -12,7 +12,6 @@ struct Decode : Given {
 
     enum Vectors { LN1, LN1_BIAS, LN2, LN2_BIAS, X_X, X_W, X_K, X_V, X_R, X_G, DECAY, BONUS, LN_X, LN_X_BIAS, FFN_X_K,
                    FFN_X_R, VECTORS };
-    // MIX to MIX_G stay in fp32
     enum Matrices { RECEPTANCE, KEY, VALUE, GATE, OUTPUT, FFN_KEY, FFN_VALUE, FFN_RECEPTANCE, DECAY_1, DECAY_2, MIX, MIX_W,
                     MIX_G = MIX_W + 4, MATRICES };
 
@@ -25,7 +24,7 @@ struct Decode : Given {
         if (which == DECAY_2) in = low;
         if (which == MIX) out = 5 * mixed;
         if (which >= MIX_W) in = mixed;
-        return {matrices[n], scales[n], out, in, which >= MIX ? ROWS : kind};
+        return numbered(n, out, in);
     }
     const float *vector(int64_t layer, int which) const { return vectors[layer * VECTORS + which]; }
 
@@ -157,15 +156,14 @@ struct Decode : Given {
 
 extern "C" {
 
-// sizes: rows L D H F V, the ranks of what is mixed and of decays (both 0 for RWKV-5), and how matrices lie; all else as
-// for decode7
-// takes R L D H F V mixed low lies: fixed 5 of any, vectors 16*L of any, matrices scales 16*L+1 of any, att_x L of R*D,
-// memory L of R*D*D//H, ffn_x L of R*D, ids R, logits R*V
+// sizes: rows L D H F V, and the ranks of what is mixed and of decays (both 0 for RWKV-5); all else as for decode7
+// takes R L D H F V mixed low: fixed 5 of any, vectors 16*L of any, matrices scales 16*L+1 of any, lies 16*L+1, att_x L of
+// R*D, memory L of R*D*D//H, ffn_x L of R*D, ids R, logits R*V
 void decode6(const int64_t *s, int threads, const float *const *fixed, const float *const *vectors,
-             const void *const *matrices, const float *const *scales, float *const *att_x, float *const *memory,
-             float *const *ffn_x, const int64_t *ids, float *logits) {
-    const Decode it = {{s[0], s[1], s[2], s[3], s[4], s[5], static_cast<Kind>(s[8]), fixed, vectors, matrices, scales,
-                        att_x, memory, ffn_x, ids, logits}, s[6], s[7]};
+             const void *const *matrices, const float *const *scales, const int64_t *lies, float *const *att_x,
+             float *const *memory, float *const *ffn_x, const int64_t *ids, float *logits) {
+    const Decode it = {{s[0], s[1], s[2], s[3], s[4], s[5], fixed, vectors, matrices, scales, lies, att_x, memory, ffn_x,
+                        ids, logits}, s[6], s[7]};
     in_pieces(it.rows, threads, [&](int64_t begin, int64_t count, int on) { it.rows_of(begin, count, on); });
 }
 

@@ -22,7 +22,7 @@ struct Decode : Given {
         if (low) (which - W1) % 2 ? in = low : out = low;
         if (which == FFN_KEY) out = F;
         if (which == FFN_VALUE) in = F;
-        return {matrices[n], scales[n], out, in, kind};
+        return numbered(n, out, in);
     }
     const float *vector(int64_t layer, int which) const { return vectors[layer * VECTORS + which]; }
 
@@ -163,15 +163,16 @@ struct Decode : Given {
 
 extern "C" {
 
-// sizes: rows L D H F V, the ranks of w a v g, and the kind of the matrices. States are overwritten by those after.
-// fixed: embedding, the first norm (or null), the last; vectors and matrices: of each layer, and the head
-// takes R L D H F V dw da dv dg lies: fixed 5 of any, vectors 19*L of any, matrices scales 14*L+1 of any, att_x L of
-// R*D, memory L of R*D*D//H, ffn_x L of R*D, ids R, logits R*V
+// sizes: rows L D H F V, and the ranks of w a v g. States are overwritten by those after.
+// fixed: embedding, the first norm (or null), the last; vectors and matrices: of each layer, and the head; lies: the
+// Kind of each matrix
+// takes R L D H F V dw da dv dg: fixed 5 of any, vectors 19*L of any, matrices scales 14*L+1 of any, lies 14*L+1, att_x
+// L of R*D, memory L of R*D*D//H, ffn_x L of R*D, ids R, logits R*V
 void decode7(const int64_t *s, int threads, const float *const *fixed, const float *const *vectors,
-             const void *const *matrices, const float *const *scales, float *const *att_x, float *const *memory,
-             float *const *ffn_x, const int64_t *ids, float *logits) {
-    const Decode it = {{s[0], s[1], s[2], s[3], s[4], s[5], static_cast<Kind>(s[10]), fixed, vectors, matrices, scales,
-                        att_x, memory, ffn_x, ids, logits}, {s[6], s[7], s[8], s[9]}};
+             const void *const *matrices, const float *const *scales, const int64_t *lies, float *const *att_x,
+             float *const *memory, float *const *ffn_x, const int64_t *ids, float *logits) {
+    const Decode it = {{s[0], s[1], s[2], s[3], s[4], s[5], fixed, vectors, matrices, scales, lies, att_x, memory, ffn_x,
+                        ids, logits}, {s[6], s[7], s[8], s[9]}};
     in_pieces(it.rows, threads, [&](int64_t begin, int64_t count, int on) { it.rows_of(begin, count, on); });
 }
 

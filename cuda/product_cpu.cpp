@@ -19,6 +19,18 @@ void many(const Matrix &m, int64_t rows, int threads, const Asked &x, float *to)
     tiles::multiply({x.start, x.step, false}, second, sizes, threads, to, m.scale, false, times);
 }
 
+#if defined(__AVX512F__)
+void many_in_twelve(const Matrix &m, int64_t rows, int threads, const Asked &x, float *to) {
+    const twelve::Lying lying(m.data, m.out, m.in);
+    tiles::multiply({x.start, x.step, false}, tiles::Twelves{lying}, {rows, m.out, m.in, m.out}, threads, to, nullptr, false);
+    share((rows + MANY - 1) / MANY, threads, [&](int64_t n) {
+        const int64_t r = n * MANY;
+        const Asked from = {x.start + r * x.step, x.step, nullptr, 0};
+        twelve::add_others(lying, 0, lying.panels, std::min(MANY, rows - r), from, {to + r * m.out, m.out});
+    });
+}
+#endif
+
 // rows of x as a matrix multiplies them, rounded where it is in whole numbers
 Asked asked(const Matrix &m, int64_t rows, int threads, const Room &x) {
     if (m.kind != INT8) return {x.start, x.step, nullptr, 0};
@@ -105,6 +117,9 @@ void few(const Matrix &m, int64_t rows, int threads, const Asked &of, const Room
             case FP32: return part<Wide>(m, begin, end, rows, of, to);
             case BF16: return part<Half>(m, begin, end, rows, of, to);
             case INT8: return part<Pair>(m, begin, end, rows, of, to);
+#if defined(__AVX512F__)
+            case TWELVE: return part<Twelve>(m, begin, end, rows, of, to);
+#endif
         }
     });
 }
@@ -120,6 +135,9 @@ void products(const Matrix &m, int64_t rows, int threads, const Asked &x, float 
     switch (m.kind) {
         case BF16: return many<Half>(m, rows, threads, x, to);
         case INT8: return many<Pair>(m, rows, threads, x, to);
+#if defined(__AVX512F__)
+        case TWELVE: return many_in_twelve(m, rows, threads, x, to);
+#endif
         default: return many<Wide>(m, rows, threads, x, to);
     }
 }

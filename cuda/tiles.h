@@ -121,6 +121,7 @@ Tiles heights(std::integer_sequence<int, MORE...>) {
 // A factor in rows, or turned: in columns, each of which is a row of memory
 struct Plain {
     typedef product::Wide Form;
+    static constexpr int64_t UNIT = 1;  // parts that are read one after the other begin at multiples of it
     const float *start;
     int64_t step;
     bool turned;
@@ -179,6 +180,7 @@ template <class Kind>
 struct Kept {
     typedef Kind Form;
     typedef typename Form::Number Number;
+    static constexpr int64_t UNIT = 1;
     static constexpr bool THERE = std::is_same_v<Number, float>;
     static constexpr int64_t DENSE = PANEL * Form::EACH;  // numbers for a word
     const Number *start;
@@ -202,6 +204,37 @@ struct Kept {
         return {start + first * words * Form::EACH + k * DENSE, BYTES, words * BYTES};
     }
 };
+
+#if defined(__AVX512F__)
+// Panels of numbers in twelve bits, but for those that stand beside; turns are opened whole.
+struct Twelves {
+    typedef product::Wide Form;
+    static constexpr int64_t UNIT = product::Twelve::TURN;
+    product::twelve::Lying lying;
+
+    const uint8_t *turn(int64_t first, int64_t k) const {
+        return lying.panel(first / PANEL) + product::Twelve::HEAD + k / UNIT * product::Twelve::BYTES;
+    }
+    const float *panels(int64_t first, int64_t end, int64_t k, int64_t deep, float *room) const {
+        for (int64_t c = first; c < end; c += PANEL) {
+            const __m512i powers = _mm512_loadu_si512(lying.panel(c / PANEL));
+            const uint8_t *from = turn(c, k);
+            float *to = room + (c - first) * deep;
+            for (int64_t l = 0; l < deep; l += UNIT, from += product::Twelve::BYTES) {
+                const auto open = [&](auto j) {
+                    constexpr int J = decltype(j)::value;
+                    store(to + (l + J) * PANEL, product::twelve::number<J>(from, powers));
+                };
+                product::twelve::turn(deep - l, open, product::twelve::Turn());
+            }
+        }
+        return room;
+    }
+    int64_t apart(int64_t deep) const { return deep * PANEL; }
+
+    Soon columns(int64_t first, int64_t k) const { return {turn(first, k), product::Twelve::BYTES / UNIT, lying.apart}; }
+};
+#endif
 
 struct Sizes {
     int64_t rows, columns, deep;
@@ -304,7 +337,7 @@ void multiply(const Plain &first, const Second &second, const Sizes &s, int thre
     Tiles tiles = heights<ALONG, Kernel>(Heights());
     if constexpr (Form::EACH == 1 || Form::SCALED)
         if (first.turned) tiles = heights<BESIDE, Kernel>(Heights());
-    int64_t deep = length(s.deep, DEEP, 1);
+    int64_t deep = length(s.deep, DEEP, Second::UNIT);
     if constexpr (Form::EACH > 1) deep = Form::BLOCK / Form::EACH;
     const int64_t wide = length(s.columns, LAID / std::max<int64_t>(1, deep), WIDE);
     const int64_t across = (s.columns + wide - 1) / wide;

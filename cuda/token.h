@@ -61,10 +61,10 @@ inline void in_pieces(int64_t rows, int threads, const Work &work) {
 
 struct Given {
     int64_t rows, L, D, H, F, V;
-    Kind kind;
     const float *const *fixed, *const *vectors;
     const void *const *matrices;
     const float *const *scales;
+    const int64_t *lies;  // of each matrix its Kind
     float *const *att_x, *const *memory, *const *ffn_x;
     const int64_t *ids;
     float *logits;
@@ -77,9 +77,12 @@ struct Given {
             fixed[LN0] ? norm(from, fixed[LN0], fixed[LN0_BIAS], x[i], D) : copy(x[i], from, D);
         }
     }
+    Matrix numbered(int64_t n, int64_t out, int64_t in) const {
+        return {matrices[n], scales[n], out, in, static_cast<Kind>(lies[n])};
+    }
     // logits of a stream, by the matrix of number `last`
     void finish(int64_t begin, int64_t count, int threads, int64_t last, const Room &x, const Room &normed) const {
         for (int64_t i = 0; i < count; i++) norm(x[i], fixed[LN_OUT], fixed[LN_OUT_BIAS], normed[i], D);
-        times({matrices[last], scales[last], V, D, kind}, count, threads, normed, {logits + begin * V, V});
+        times(numbered(last, V, D), count, threads, normed, {logits + begin * V, V});
     }
 };

@@ -66,7 +66,7 @@ class Decoder:
     @torch.no_grad()
     def __init__(self, model: nn.Module, kind: str | None = None):
         config, parameters = model.config, dict(model.named_parameters())
-        self.vocab_size, self.kind = config.vocab_size, kind
+        self.vocab_size = config.vocab_size
         self.kept: list[Tensor] = []  # what native code reads must not go
         form = self.form = FORMS[config.family]
         ranks = [getattr(config, name) for name in form.ranks] or [0, 0]
@@ -77,8 +77,9 @@ class Decoder:
         self.vectors = self._words([vector(parameters, n, name) for n in layers for name in form.vectors])
         names = [name and f"blocks.{n}.{name}" for n in layers for name in form.matrices]
         packed = [_packed(model, parameters, name, kind) for name in (*names, "head")]
-        self.matrices = self._words([data for data, _ in packed])
-        self.scales = self._words([scale for _, scale in packed])
+        self.matrices = self._words([data for data, *_ in packed])
+        self.scales = self._words([scale for _, scale, _ in packed])
+        self.lies = torch.tensor([lies(kind) for *_, kind in packed])
 
     def _words(self, tensors: list[Tensor | None]):
         tensors = [None if x is None else x.detach().contiguous() for x in tensors]
@@ -90,8 +91,8 @@ class Decoder:
         ids, logits = ids.contiguous(), torch.empty(len(ids), self.vocab_size)
         if len(ids) and not bool(((ids >= 0) & (ids < self.vocab_size)).all()):
             raise IndexError("an id that the model does not have")
-        sizes = (len(ids), *self.sizes, lies(self.kind))
-        weights = (self.fixed, self.vectors, self.matrices, self.scales)
+        sizes = (len(ids), *self.sizes)
+        weights = (self.fixed, self.vectors, self.matrices, self.scales, self.lies)
         build.call(self.form.function, sizes, *weights, state.att_x, state.wkv, state.ffn_x, ids, logits)
         return logits
 
@@ -114,17 +115,21 @@ def vector(parameters: dict[str, Tensor], layer: int, name: str) -> Tensor | Non
 
 def _packed(
     model: nn.Module, parameters: dict[str, Tensor], name: str, kind: str | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """A matrix (out, in) and its scale: of a low rank, which is stored the other way round, a layer's, or kept so."""
+) -> tuple[Tensor | None, Tensor | None, str | None]:
+    """A matrix (out, in), its scale and what it is kept in: of a low rank, which is stored the other way round, a
+    layer's, or kept so."""
     if name in (kept := getattr(model, "packed", {})):
-        return kept[name][:2]
+        return *kept[name][:2], kept[name].kind
     whole, _, last = name.rpartition(".")
     if name.endswith(MIXED):
-        return (parameters[name] if name in parameters else parameters[whole][int(last)]).mT, None
+        return (parameters[name] if name in parameters else parameters[whole][int(last)]).mT, None, None
     if name in parameters:
         found = parameters[name].mT
     elif not name or not hasattr(model.get_submodule(whole), last):
-        return None, None  # layer 0 has no v
+        return None, None, None  # layer 0 has no v
     else:
         found = matrix(model.get_submodule(name))
-    return (found, None) if kind is None else pack(found, kind)[:2]
+    if kind is None:
+        return found, None, None
+    panels = pack(found, kind)
+    return *panels[:2], panels.kind

@@ -26,7 +26,7 @@ TRACKED_FILES = ["../cuda/*.cpp", "../cuda/*.cu"]
 CPU, CARD = "*_cpu.cpp", "*.cu"
 HOST = torch.device("cpu")
 EITHER = (torch.float32, torch.bfloat16)
-TYPES = {"float": torch.float32, "double": torch.float64, "int64_t": torch.int64}
+TYPES = {"float": torch.float32, "double": torch.float64, "int32_t": torch.int32, "int64_t": torch.int64}
 TYPES |= {"uint8_t": torch.bool, "int8_t": torch.int8}
 FUNCTION = re.compile(
     r"^// takes ([\w /]+): (.+(?:\n// .+)*)\n(?:extern \"C\" )?(?:void|int) (\w+)\(([^)]*)\)", re.MULTILINE

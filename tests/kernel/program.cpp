@@ -22,9 +22,11 @@ void wkv6_backward(const int64_t *, int, const float *, const float *, const flo
 void multiply(const int64_t *, int, const float *, const float *, float *);
 void panels_times(const int64_t *, int, const void *const *, const float *, float *, float *);
 void decode7(const int64_t *, int, const float *const *, const float *const *, const void *const *,
-             const float *const *, float *const *, float *const *, float *const *, const int64_t *, float *);
+             const float *const *, const int64_t *, float *const *, float *const *, float *const *, const int64_t *,
+             float *);
 void decode6(const int64_t *, int, const float *const *, const float *const *, const void *const *,
-             const float *const *, float *const *, float *const *, float *const *, const int64_t *, float *);
+             const float *const *, const int64_t *, float *const *, float *const *, float *const *, const int64_t *,
+             float *);
 void loss_rows(const int64_t *, int, float *, const int64_t *, const int64_t *, float, float, float *);
 void sample_rows(const int64_t *, int, const float *, const float *, const float *, const uint8_t *, const int64_t *,
                  const float *, const double *, const double *, int64_t *, float *, int64_t *);
@@ -80,17 +82,20 @@ struct Matrices {
     std::vector<std::unique_ptr<Number[]>> numbers;
     std::vector<const void *> places;
     std::vector<const float *> scales;
+    std::vector<int64_t> lies;
 
     void operator()(int64_t out, int64_t in) {
         numbers.emplace_back(new Number[(kind ? (out + 15) / 16 * 16 : out) * (kind == 3 ? (in + 1) / 2 * 2 : in)]());
-        plain(numbers.back().get(), kind == 3 ? made(out) : nullptr);
+        plain(numbers.back().get(), kind == 3 ? made(out) : nullptr, kind);
     }
-    void plain(const void *place, const float *scale = nullptr) { places.push_back(place), scales.push_back(scale); }
+    void plain(const void *place, const float *scale = nullptr, int64_t how = 0) {
+        places.push_back(place), scales.push_back(scale), lies.push_back(how);
+    }
 };
 
 template <class Number>
 void older(int64_t rows, int64_t kind, int64_t mixed, int64_t low) {
-    const int64_t L = 2, D = 20, H = 2, F = 23, V = 19, s[] = {rows, L, D, H, F, V, mixed, low, kind};
+    const int64_t L = 2, D = 20, H = 2, F = 23, V = 19, s[] = {rows, L, D, H, F, V, mixed, low};
     const float *fixed[] = {made(V * D), nullptr, nullptr, made(D), made(D)};
     std::vector<const float *> vectors;
     for (int64_t i = 0; i < 16 * L; i++) vectors.push_back(made(D));
@@ -104,13 +109,13 @@ void older(int64_t rows, int64_t kind, int64_t mixed, int64_t low) {
     float *att[] = {made(rows * D), made(rows * D)}, *ffn[] = {made(rows * D), made(rows * D)};
     float *memory[] = {made(rows * D * D / H), made(rows * D * D / H)};
     std::vector<int64_t> ids(rows, V - 1);
-    std::apply(decode6, std::tuple{s, 2, fixed, vectors.data(), matrices.places.data(), matrices.scales.data(), att,
-                                   memory, ffn, ids.data(), made(rows * V)});
+    std::apply(decode6, std::tuple{s, 2, fixed, vectors.data(), matrices.places.data(), matrices.scales.data(),
+                                   matrices.lies.data(), att, memory, ffn, ids.data(), made(rows * V)});
 }
 
 template <class Number>
 void decode(int64_t rows, int64_t kind) {
-    const int64_t L = 2, D = 20, H = 2, F = 23, V = 19, s[] = {rows, L, D, H, F, V, 5, 17, 3, 9, kind};
+    const int64_t L = 2, D = 20, H = 2, F = 23, V = 19, s[] = {rows, L, D, H, F, V, 5, 17, 3, 9};
     const float *fixed[] = {made(V * D), made(D), made(D), made(D), made(D)};
     std::vector<const float *> vectors;
     for (int64_t i = 0; i < 19 * L; i++) vectors.push_back(made(D));
@@ -124,8 +129,8 @@ void decode(int64_t rows, int64_t kind) {
     float *att[] = {made(rows * D), made(rows * D)}, *ffn[] = {made(rows * D), made(rows * D)};
     float *memory[] = {made(rows * D * D / H), made(rows * D * D / H)};
     std::vector<int64_t> ids(rows, V - 1);
-    std::apply(decode7, std::tuple{s, 2, fixed, vectors.data(), matrices.places.data(), matrices.scales.data(), att,
-                                   memory, ffn, ids.data(), made(rows * V)});
+    std::apply(decode7, std::tuple{s, 2, fixed, vectors.data(), matrices.places.data(), matrices.scales.data(),
+                                   matrices.lies.data(), att, memory, ffn, ids.data(), made(rows * V)});
     older<Number>(rows, kind, 0, 0), older<Number>(rows, kind, 3, 17);
     if (!kind) return;
     for (int64_t count : {rows, 5 * rows, 41 * rows}) {
