@@ -46,6 +46,7 @@ struct Decode : Given {
         const float own = sum(bonus);
         for (int64_t i = 0; i < N; i++) {
             float *row = S + i * N;
+            ask(row + N * N, N);  // of the next head
             const Vec vi = all(v[i]);
             Vec with_r = {};
             for (int64_t j = 0; j < N; j += WIDTH) {

@@ -34,6 +34,11 @@ inline void mix(const float *x, const float *last, const float *share, float *to
     }
 }
 
+// n numbers that will be changed soon
+inline void ask(const float *x, int64_t n) {
+    for (int64_t j = 0; j < n; j += 16) __builtin_prefetch(x + j, 1);
+}
+
 template <class Change>
 inline void change(float *x, int64_t n, const Change &how) {
     for (int64_t j = 0; j < n; j += WIDTH) store_some(x + j, how(load_some(x + j, n - j)), n - j);

@@ -61,6 +61,10 @@ inline void add_others(const Lying &lying, int64_t first, int64_t count, int64_t
             }
 }
 
+// `count` words of rows of x with some panels; only for processors that have the vectors for it
+template <int PANELS, int ROWS_OF_X>
+void panels(const Piece<uint8_t> &p);
+
 #if defined(__AVX512F__)
 
 // number J of a turn, of all rows

@@ -20,7 +20,12 @@ from rwkvpipe.kernel import build
 from rwkvpipe.kernel.rounding import from_int8, to_int8
 
 KINDS = ("fp32", "bf16", "int8")
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "twelve": torch.int32}  # in all that it lies in
+TYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "int8": torch.int8,
+    "twelve": torch.int32,
+}  # in all that it lies in
 EACH = {"fp32": 1, "bf16": 1, "int8": 2}  # numbers of a row that lie side by side
 TURN, LINES, CODES = 8, 3, 16  # of twelve bits: numbers of a row in a turn, lines that it takes, codes of a panel
 OTHERS = 1 / 256  # numbers that may have no code, as a share of all
@@ -78,10 +83,10 @@ def pack(matrix: Tensor, kind: str, shelf: Shelf | None = None) -> Panels:
         kind = "bf16"
     if kind == "bf16":
         matrix = matrix.bfloat16()
-        if matrix.device.type == "cpu" and build.extension() and build.level().startswith("AVX512"):
-            found = in_twelve(matrix.float().contiguous(), shelf)
-            if found:
-                return found
+        library = build.extension() if matrix.device.type == "cpu" else None
+        found = in_twelve(matrix.float(), shelf) if library and library.twelve_there() else None
+        if found:
+            return found
     if kind == "int8":
         matrix, scale = to_int8(matrix)
     each = EACH[kind]
@@ -100,7 +105,7 @@ def _in_bf16(matrix: Tensor) -> bool:
 
 def in_twelve(matrix: Tensor, shelf: Shelf | None = None) -> Panels | None:
     """A matrix of bf16, given in fp32, in twelve bits a number; None where too many of its numbers have no code."""
-    (out, width), count = matrix.shape, -(-matrix.shape[0] // WIDE)
+    (out, width), count, matrix = matrix.shape, -(-matrix.shape[0] // WIDE), matrix.contiguous()
     powers, others = torch.empty(count, CODES), torch.empty(count, dtype=torch.int64)
     build.call("twelve_count", (out, width, count), matrix, powers, others)
     if others.sum() > OTHERS * matrix.numel():

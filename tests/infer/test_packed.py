@@ -85,10 +85,13 @@ def test_no_copy_in_fp32_stays(kind, size):
     slots = engine.slots(2)
     low = size_of(x for name, kept in model.packed.items() if packed.LOW.fullmatch(name) for x in kept[:2])
     large_ones = [kept for name, kept in model.packed.items() if not packed.LOW.fullmatch(name)]
-    beside = sum(kept.width * (-kept.out % WIDE) * size for kept in large_ones)  # what fills up the last panels
-    beside += sum(4 * kept.out for kept in large_ones if kind == "int8")
+    filled = sum((kept.out + -kept.out % WIDE) * kept.width for kept in large_ones)  # up to whole panels
+    beside = sum(4 * kept.out for kept in large_ones if kind == "int8")
     held = size_of(model.parameters()) + size_of(x for kept in model.packed.values() for x in kept[:2])
-    assert held == whole - (4 - size) * large + low + beside
+    if large_ones[0].kind == "twelve":
+        assert held <= whole - 4 * large + low + 1.55 * filled
+    else:
+        assert held == whole - 4 * large + low + size * filled + beside
     if slots.decoder:  # reads the same memory
         known = {x.data_ptr() for x in model.parameters()} | {x[0].data_ptr() for x in model.packed.values()}
         known |= {x.scale.data_ptr() for x in model.packed.values() if x.scale is not None}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rwkvpipe.kernel import build, panels
-from rwkvpipe.kernel.panels import KINDS, pack, times, unpack
+from rwkvpipe.kernel.panels import KINDS, in_twelve, pack, times, unpack
 
 needs_native = pytest.mark.skipif(build.extension() is None, reason=f"no native kernels here: {build.why_not()}")
 SHAPES = [(1, 1), (15, 7), (16, 16), (33, 50), (130, 401), (257, 800)]
@@ -19,10 +19,16 @@ def drawn(*shape, seed=0):
 def test_what_was_packed_comes_back_rounded(shape, kind):
     matrix = drawn(*shape)
     kept = pack(matrix, kind)
-    each = 2 if kind == "int8" else 1
-    assert kept.kind == kind and kept.data.shape == (-(-shape[0] // 16), -(-shape[1] // each), 16, each)
     error = {"fp32": 0.0, "bf16": 2**-8, "int8": 0.51 / 127}[kind]
     assert bool(((unpack(kept) - matrix).abs() <= error * matrix.abs().amax(1, keepdim=True)).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_fills_up_panels_is_zero(shape, kind, monkeypatch):
+    monkeypatch.setattr(build, "extension", lambda: None)  # so that bf16 lies as it is
+    kept, each = pack(drawn(*shape), kind), 2 if kind == "int8" else 1
+    assert kept.kind == kind and kept.data.shape == (-(-shape[0] // 16), -(-shape[1] // each), 16, each)
     assert int(kept.data[-1, :, (shape[0] - 1) % 16 + 1 :].count_nonzero()) == 0
     assert shape[1] % each == 0 or int(kept.data[:, -1, :, -1].count_nonzero()) == 0
 
@@ -103,3 +109,81 @@ def test_in_pytorch_a_large_matrix_is_in_fp32_a_part_at_a_time(monkeypatch):
     monkeypatch.setattr(panels, "PART", 200)
     monkeypatch.setattr(panels, "unpack", lambda part: seen.append(part.out * 8) or unpack(part))
     assert times(drawn(2, 3, 8), kept).shape == (2, 3, 50) and max(seen) <= 200 and sum(seen) == 400
+
+
+needs_twelve = pytest.mark.skipif(
+    build.extension() is None or not build.extension().twelve_there(), reason="no products with twelve bits here"
+)
+
+
+def weights(*shape, seed=0):
+    """Numbers of bf16, some of them of exponents that few have, zeros of both signs and a row of zeros."""
+    found = drawn(*shape, seed=seed)
+    odd = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.002
+    found[odd] *= torch.logspace(-30, 1, int(odd.sum()))
+    found[0, 0], found[-1], found[0, -1] = -0.0, 0.0, 3e-41
+    return found.bfloat16().float()
+
+
+def same_bits(one, other):
+    return torch.equal(one.view(torch.int32), other.view(torch.int32))
+
+
+@needs_twelve
+@pytest.mark.parametrize("shape", SHAPES)
+def test_twelve_bits_lose_nothing(shape):
+    matrix = weights(*shape)
+    kept = in_twelve(matrix)
+    assert kept.kind == "twelve" and same_bits(unpack(kept), matrix)
+    for kind in ("fp32", "bf16"):
+        assert pack(matrix, kind).kind == "twelve" and same_bits(unpack(pack(matrix, kind)), matrix)
+
+
+@needs_twelve
+def test_numbers_without_a_code_stand_beside_whatever_they_are(monkeypatch):
+    monkeypatch.setattr(panels, "OTHERS", 1.0)
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16).float()
+    for matrix in (every.view(256, 256), every.view(-1, 16), drawn(40, 70), every.view(8, -1)):
+        assert same_bits(unpack(in_twelve(matrix)), matrix)
+
+
+@needs_twelve
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_too_many_of_them_and_the_matrix_lies_as_it_is(kind):
+    matrix = weights(64, 256)
+    matrix[:, :3] = (torch.arange(192).view(64, 3) % 100 - 90.0).exp2()
+    kept = pack(matrix, kind)
+    assert kept.kind == "bf16" and same_bits(unpack(kept), matrix)
+    assert pack(drawn(64, 256), "fp32").kind == "fp32"
+
+
+@pytest.mark.parametrize("native", [pytest.param(True, marks=needs_native), False])
+def test_released_weights_in_fp32_are_kept_in_what_they_need(native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(build, "extension", lambda: None)
+    matrix = weights(100, 90)
+    assert pack(matrix, "fp32").kind in (("twelve", "bf16") if native else ("bf16",))
+    matrix[70, 3] = 1 + 2**-20
+    assert pack(matrix, "fp32").kind == "fp32"
+
+
+@needs_twelve
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_product_with_twelve_bits_is_that_with_the_matrix(shape):
+    matrix = weights(*shape, seed=3)
+    kept, x = in_twelve(matrix), drawn(61, shape[1], seed=1)
+    alone = torch.cat([times(row[None], kept) for row in x])
+    most = x.double().abs() @ matrix.double().abs().mT
+    assert bool(((alone - x.double() @ matrix.double().mT).abs() <= 2e-6 * most).all())
+    for rows in (2, 3, 4, 7, 8, 11, 12, 15, 16, 40, 61):
+        assert torch.equal(times(x[:rows], kept), alone[:rows])
+
+
+@needs_twelve
+def test_what_stands_beside_a_row_does_not_come_into_it():
+    kept, x = in_twelve(weights(50, 13)), drawn(20, 13, seed=1)
+    wanted, x[1::2] = times(x, kept), torch.nan
+    assert torch.equal(times(x, kept)[::2], wanted[::2]) and times(x, kept)[1::2].isnan().all()
+    whole = torch.full((13 + 16,), torch.nan)
+    whole[:13] = x[0]
+    assert torch.equal(times(whole[:13], kept), wanted[0])

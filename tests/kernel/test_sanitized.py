@@ -8,18 +8,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rwkvpipe.kernel.build import SOURCES
+from rwkvpipe.kernel.build import SOURCES, level, levels
 
 PROGRAM = Path(__file__).with_name("program.cpp")
 
 
 @pytest.mark.slow
-def test_native_code_keeps_inside_its_tensors(tmp_path: Path):
+@pytest.mark.parametrize("level", dict.fromkeys([list(levels())[-1], level()]))
+def test_native_code_keeps_inside_its_tensors(tmp_path: Path, level):
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("there is no g++")
     program = tmp_path / "main"
-    command = [compiler, "-std=c++17", "-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread"]
+    command = [
+        compiler,
+        *levels()[level],
+        "-std=c++17",
+        "-O0",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        "-pthread",
+    ]
     parts = [str(PROGRAM), *map(str, sorted(SOURCES.glob("*.cpp")))]
     made = subprocess.run([*command, "-Wno-psabi", f"-I{SOURCES}", *parts, "-o", str(program)], capture_output=True)
     if made.returncode and b"sanitize" in made.stderr or b"asan" in made.stderr:
