@@ -14,11 +14,11 @@ constexpr int64_t TOKENS_AT_ONCE = 512;  // room for them is kept; more go throu
 
 struct Read {
     int64_t rows, T, L, D, H, F, ranks[4];
-    Kind kind;
     const int64_t *lengths;  // or null: all are T
     const float *const *vectors;
     const void *const *matrices;
     const float *const *scales;
+    const int64_t *lies;  // of each matrix its Kind
     float *const *att_x, *const *memory, *const *ffn_x;
     float *x;
 
@@ -49,7 +49,8 @@ struct Read {
         const int64_t n = layer * MATRICES + which, low = which >= W1 && which <= G2 ? ranks[(which - W1) / 2] : 0;
         const int64_t out = which == FFN_KEY ? F : low && (which - W1) % 2 == 0 ? low : D;
         const Asked asked = {x.start, x.width, x.by, blocks_of(x.width)};
-        products({matrices[n], scales[n], out, x.width, kind}, p.tokens, p.threads, asked, to);
+        const Matrix matrix = {matrices[n], scales[n], out, x.width, static_cast<Kind>(lies[n])};
+        products(matrix, p.tokens, p.threads, asked, to);
     }
 
     // MANY rows of each token as matrices read them: make(t, count, to) says what they are for a few tokens of a row of
@@ -59,7 +60,7 @@ struct Read {
         constexpr int64_t FEW = 4;
         const int64_t width = rows->width;
         over(p.tokens, p.threads, 0, nullptr, nullptr, [&](int64_t begin, int64_t end, float *) {
-            float *room = kind == INT8 ? scratch(MANY * FEW * width) : nullptr, *to[MANY];
+            float *room = lies[RECEPTANCE] == INT8 ? scratch(MANY * FEW * width) : nullptr, *to[MANY];
             for (int64_t t = begin, count; t < end; t += count) {
                 count = std::min({FEW, end - t, p.T - t % p.T});
                 for (int i = 0; i < MANY; i++) to[i] = room ? room + i * FEW * width : rows[i].start + t * width;
@@ -203,16 +204,16 @@ struct Read {
 
 extern "C" {
 
-// sizes: rows tokens L D H F, the ranks of w a v g, and the kind of the matrices. The stream x and the states are
-// overwritten by those after; lengths: how many tokens there are of each row, or null. vectors and matrices: of each
-// layer
-// takes R T L D H F dw da dv dg lies: lengths? R, vectors 19*L of any, matrices scales 14*L of any, att_x L of R*D,
+// sizes: rows tokens L D H F, and the ranks of w a v g. The stream x and the states are overwritten by those after;
+// lengths: how many tokens there are of each row, or null. vectors and matrices: of each layer; lies: the Kind of each
+// matrix, INT8 of all or of none
+// takes R T L D H F dw da dv dg: lengths? R, vectors 19*L of any, matrices scales 14*L of any, lies 14*L, att_x L of R*D,
 // memory L of R*D*D//H, ffn_x L of R*D, x R*T*D
 void read7(const int64_t *s, int threads, const int64_t *lengths, const float *const *vectors,
-           const void *const *matrices, const float *const *scales, float *const *att_x, float *const *memory,
-           float *const *ffn_x, float *x) {
-    const Read it = {s[0], s[1], s[2], s[3], s[4], s[5], {s[6], s[7], s[8], s[9]}, static_cast<Kind>(s[10]),
-                     lengths, vectors, matrices, scales, att_x, memory, ffn_x, x};
+           const void *const *matrices, const float *const *scales, const int64_t *lies, float *const *att_x,
+           float *const *memory, float *const *ffn_x, float *x) {
+    const Read it = {s[0], s[1], s[2], s[3], s[4], s[5], {s[6], s[7], s[8], s[9]}, lengths, vectors, matrices,
+                     scales, lies, att_x, memory, ffn_x, x};
     const int64_t together = std::max<int64_t>(1, TOKENS_AT_ONCE / it.T);
     for (int64_t row = 0; row < it.rows; row += together)
         for (int64_t t = 0; t < it.T; t += TOKENS_AT_ONCE)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from rwkvpipe.kernel import build
@@ -22,8 +23,9 @@ def read7(
     """
     (B, T, D), H, L = x.shape, state[1][0].shape[1], len(vectors)
     ranks = [matrices[-1][n].out for n in (4, 6, 8, 10)]
-    sizes = (B, T, L, D, H, matrices[0][12].out, *ranks, lies(matrices[0][0].kind))
+    sizes = (B, T, L, D, H, matrices[0][12].out, *ranks)
     rows = [None if row is None else row.contiguous() for layer in vectors for row in layer]
     data, scales = ([None if p is None else p[n] for layer in matrices for p in layer] for n in (0, 1))
+    kinds = torch.tensor([0 if p is None else lies(p.kind) for layer in matrices for p in layer])
     build.announce("reading", "cpu", natively=True)
-    build.call("read7", sizes, lengths, build.words(rows), build.words(data), build.words(scales), *state, x)
+    build.call("read7", sizes, lengths, build.words(rows), build.words(data), build.words(scales), kinds, *state, x)
