@@ -14,10 +14,14 @@ from rwkvpipe.weights.store import load_model
 torch.set_num_threads(1)
 models: dict[str, torch.nn.Module] = {}
 decoders: dict[str, Decoder] = {}
-for kind in ("fp32", "bf16", "int8"):
-    models[kind] = load_model(Path(sys.argv[1]) / "model.safetensors").eval()
-    keep(models[kind], kind)
-    decoders[kind] = Decoder(models[kind], kind)
+for name in ("fp32", "trained", "bf16", "int8"):
+    models[name] = load_model(Path(sys.argv[1]) / "model.safetensors").eval()
+    kind = name
+    if name == "trained":  # as much, in numbers that are not of bf16
+        kind = "fp32"
+        torch._foreach_mul_([x.data for x in models[name].parameters()], 1 + 2**-12)
+    keep(models[name], kind)
+    decoders[name] = Decoder(models[name], kind)
 for order in sys.stdin:
     what, *words = order.split()
     with torch.inference_mode():
