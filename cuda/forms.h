@@ -37,7 +37,7 @@ namespace product {
 
 constexpr int64_t LARGE = 1 << 18;  // numbers of a matrix that are worth another thread
 constexpr int64_t AHEAD = 2048;     // bytes of a panel that are asked for before they are needed
-constexpr int64_t SOON = 960;       // the same of TWELVE
+constexpr int64_t SOON = 1152;      // the same of TWELVE
 
 // rows of x, and panels, whose sums the registers have room for
 #if defined(__AVX512F__)

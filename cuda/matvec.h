@@ -99,8 +99,12 @@ void down(Piece<typename Form::Number> p, int64_t count, int64_t rows) {
     for (; rows >= TALL; next(TALL)) across<AT_8, TALL, Form>(p, count);
     if (TALL > 8)
         for (; rows >= 8; next(8)) across<AT_8, 8, Form>(p, count);
+    if (TALL > 6)
+        for (; rows >= 6; next(6)) across<AT_8, 6, Form>(p, count);
     if (TALL > 4)
         for (; rows >= 4; next(4)) across<AT_4, 4, Form>(p, count);
+    if (TALL > 3)
+        for (; rows >= 3; next(3)) across<AT_4, 3, Form>(p, count);
     for (; rows >= 2; next(2)) across<AT_2, 2, Form>(p, count);
     for (; rows; next(1)) across<AT_1, 1, Form>(p, count);
 }
