@@ -33,6 +33,8 @@ void decode7(const int64_t *, int, const float *const *, const float *const *, c
 void decode6(const int64_t *, int, const float *const *, const float *const *, const void *const *,
              const float *const *, const int64_t *, float *const *, float *const *, float *const *, const int64_t *,
              float *);
+void read7(const int64_t *, int, const int64_t *, const float *const *, const void *const *, const float *const *,
+           const int64_t *, float *const *, float *const *, float *const *, float *);
 void loss_rows(const int64_t *, int, float *, const int64_t *, const int64_t *, float, float, float *);
 void sample_rows(const int64_t *, int, const float *, const float *, const float *, const uint8_t *, const int64_t *,
                  const float *, const double *, const double *, int64_t *, float *, int64_t *);
@@ -138,6 +140,25 @@ void twelve(int64_t out, int64_t in) {
 }
 #endif
 
+// texts through layers that lie in panels, also longer ones than go at once, with and without an end of each row
+template <class Number>
+void texts(decltype(read7) reading, const std::vector<const float *> &vectors, const Matrices<Number> &matrices,
+           const std::vector<int64_t> &sizes) {
+    const int64_t L = sizes[0], D = sizes[1], H = sizes[2];
+    for (const auto &[rows, T] : {std::pair<int64_t, int64_t>{1, 1}, {3, 35}, {1, 515}, {171, 3}}) {
+        std::vector<int64_t> s = {rows, T}, lengths(rows, T);
+        s.insert(s.end(), sizes.begin(), sizes.end());
+        if (rows > 1) lengths[0] = 0, lengths[1] = T / 2;
+        for (const int64_t *ends : {static_cast<const int64_t *>(nullptr), static_cast<const int64_t *>(lengths.data())}) {
+            std::vector<float *> att, memory, ffn;
+            for (int64_t l = 0; l < L; l++)
+                att.push_back(made(rows * D)), memory.push_back(made(rows * D * D / H)), ffn.push_back(made(rows * D));
+            reading(s.data(), 2, ends, vectors.data(), matrices.places.data(), matrices.scales.data(),
+                    matrices.lies.data(), att.data(), memory.data(), ffn.data(), made(rows * T * D));
+        }
+    }
+}
+
 template <class Number>
 void older(int64_t rows, int64_t kind, int64_t mixed, int64_t low) {
     const int64_t L = 2, D = 20, H = 2, F = 23, V = 19, s[] = {rows, L, D, H, F, V, mixed, low};
@@ -178,6 +199,7 @@ void decode(int64_t rows, int64_t kind) {
                                    matrices.lies.data(), att, memory, ffn, ids.data(), made(rows * V)});
     older<Number>(rows, kind, 0, 0), older<Number>(rows, kind, 3, 17);
     if (!kind) return;
+    texts(read7, vectors, matrices, {L, D, H, F, 5, 17, 3, 9});
     for (int64_t count : {rows, 5 * rows, 41 * rows}) {
         const int64_t sizes[] = {count, V, D, kind};
         std::apply(panels_times,
