@@ -18,6 +18,14 @@ void wkv7_forward(const int64_t *sizes, int threads, const float *r, const float
                   const float *a, const float *b, const float *start, float *y, float *end, float *states, float *u);
 void finish_forward(const int64_t *s, int threads, const float *y, const float *r, const float *k, const float *v,
                     const float *g, const float *r_k, const float *weight, const float *bias, float eps, float *out);
+void drift_forward(const int64_t *s, int threads, const float *x, const float *last, const float *const *z,
+                   const float *const *m, float *const *out);
+void wkv6_forward(const int64_t *sizes, int threads, const float *r, const float *w, const float *k, const float *v,
+                  const float *u, const float *start, float *y, float *end, float *states);
+void gate_forward(const int64_t *s, int threads, const float *y, const float *z, const float *weight,
+                  const float *bias, float eps, float *out);
+void sift_forward(const int64_t *s, int threads, const float *z, const float *v, float *out);
+void multiply(const int64_t *s, int threads, const float *x, const float *w, float *to);
 void square_forward(const int64_t *s, int threads, const float *x, float *out);
 
 }  // extern "C"

@@ -13,6 +13,10 @@ from rwkvpipe.kernel.wkv5 import wkv5
 from rwkvpipe.kernel.wkv6 import wkv6
 
 HEAD_EPS = 64e-5  # group norm's, whatever the head size
+GATED = (  # matrices of a block of RWKV-5 and RWKV-6
+    *(f"att.{name}" for name in ("receptance", "key", "value", "gate", "output")),
+    *("ffn.key", "ffn.value", "ffn.receptance"),
+)
 FORGET = 8.0  # w of a token behind which nothing is left: exp(-exp(8)) is 0 even in fp64
 
 

@@ -7,8 +7,12 @@ from torch import Tensor, nn
 
 from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.kernel.blend import Places, mix
-from rwkvpipe.model.language import LanguageModel, outline
-from rwkvpipe.model.layers import GatedChannelMix, GatedTimeMix, channels, decays
+from rwkvpipe.kernel.read import Form
+from rwkvpipe.model.language import outline
+from rwkvpipe.model.layers import GATED, GatedChannelMix, GatedTimeMix, channels, decays
+from rwkvpipe.model.panelled import Panelled
+
+FORM = Form("read6", (*GATED, "", ""), ("dim_ffn", "", ""))
 
 
 def complete(config: RwkvConfig) -> RwkvConfig:
@@ -61,13 +65,20 @@ class ChannelMix(GatedChannelMix):
             share.copy_(((channels(D) / D) ** (1 - layer / n_layer)).view(1, 1, D))
 
 
-class Rwkv5(LanguageModel):
+class Rwkv5(Panelled):
     """RWKV-5.2 (x052)."""
 
-    TimeMix, ChannelMix = TimeMix, ChannelMix
+    TimeMix, ChannelMix, FORM = TimeMix, ChannelMix, FORM
 
     def __init__(self, config: RwkvConfig):
         super().__init__(complete(config))
+
+    def vectors(self, block: nn.Module) -> list[Tensor | None]:
+        """Those of a block, in the order of cuda/read6_cpu.cpp; time_mix is what a token keeps of itself."""
+        norms = [block.ln1.weight, block.ln1.bias, block.ln2.weight, block.ln2.bias]
+        shares = [1 - getattr(block.att, f"time_mix_{name}") for name in "kvrg"]
+        heads = [block.att.time_decay, block.att.time_faaaa, block.att.ln_x.weight, block.att.ln_x.bias]
+        return [*norms, None, None, *shares, *heads, *block.ffn.shares(), None, None]
 
 
 def detect(tensors: dict[str, Tensor]) -> RwkvConfig | None:

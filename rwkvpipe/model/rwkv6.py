@@ -1,6 +1,7 @@
 """RWKV-6, with the names, initial values and arithmetic of RWKV-LM's x060."""
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +10,20 @@ from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.kernel.blend import Places, mix
 from rwkvpipe.kernel.gate import drift
 from rwkvpipe.kernel.product import linear
-from rwkvpipe.model.language import LanguageModel, outline
-from rwkvpipe.model.layers import GatedChannelMix, GatedTimeMix, channels, decays
+from rwkvpipe.kernel.read import Form
+from rwkvpipe.model.language import outline
+from rwkvpipe.model.layers import GATED, GatedChannelMix, GatedTimeMix, channels, decays
+from rwkvpipe.model.panelled import Panelled
 
 SLOTS = "wkvrg"  # the order of what is mixed in time_maa_w1 and time_maa_w2
+# of a block, in the order of cuda/read6_cpu.cpp
+VECTORS = attrgetter(
+    *("ln1.weight", "ln1.bias", "ln2.weight", "ln2.bias"),
+    *(f"att.time_maa_{name}" for name in "x" + SLOTS),
+    *("att.time_decay", "att.time_faaaa", "att.ln_x.weight", "att.ln_x.bias", "ffn.time_maa_k", "ffn.time_maa_r"),
+    *("att.time_maa_w1", "att.time_maa_w2"),
+)
+FORM = Form("read6", (*GATED, "att.time_decay_w1", "att.time_decay_w2"), ("dim_ffn", "d_mix", "d_decay"))
 
 
 def complete(config: RwkvConfig) -> RwkvConfig:
@@ -85,13 +96,17 @@ class ChannelMix(GatedChannelMix):
             share.copy_((1 - (channels(D) / D) ** ((1 - layer / n_layer) ** 3)).view(1, 1, D))
 
 
-class Rwkv6(LanguageModel):
+class Rwkv6(Panelled):
     """RWKV-6 (x060)."""
 
-    TimeMix, ChannelMix = TimeMix, ChannelMix
+    TimeMix, ChannelMix, FORM = TimeMix, ChannelMix, FORM
 
     def __init__(self, config: RwkvConfig):
         super().__init__(complete(config))
+
+    def vectors(self, block: nn.Module) -> list[Tensor | None]:
+        """Those of a block, in the order of cuda/read6_cpu.cpp."""
+        return list(VECTORS(block))
 
 
 def detect(tensors: dict[str, Tensor]) -> RwkvConfig | None:

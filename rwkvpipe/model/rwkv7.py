@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from rwkvpipe.base.config import RwkvConfig
-from rwkvpipe.kernel import build
 from rwkvpipe.kernel.blend import finish, lean, mix, prepare, squared_relu
 from rwkvpipe.kernel.block7 import fits, project, recall, square_mix
 from rwkvpipe.kernel.product import linear, through
-from rwkvpipe.kernel.read7 import read7
+from rwkvpipe.kernel.read import Form
 from rwkvpipe.kernel.wkv7 import wkv7
-from rwkvpipe.model.language import LanguageModel, orthogonal, outline
-from rwkvpipe.model.layers import FORGET, HEAD_EPS, Borders, HeadNorm, State, beyond, channels, ending
+from rwkvpipe.model.language import orthogonal, outline
+from rwkvpipe.model.layers import FORGET, HEAD_EPS, Borders, HeadNorm, beyond, channels, ending
+from rwkvpipe.model.panelled import Panelled
 
 # of a block, in the order of cuda/read7_cpu.cpp
 VECTORS = attrgetter(
@@ -22,10 +22,14 @@ VECTORS = attrgetter(
     *(f"att.{name}" for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "k_k", "k_a", "r_k")),
     *("att.ln_x.weight", "att.ln_x.bias", "ffn.x_k"),
 )
-MATRICES = (
-    *(f"att.{name}" for name in ("receptance", "key", "value", "output")),
-    *(f"att.{name}{n}" for name in "wavg" for n in (1, 2)),
-    *("ffn.key", "ffn.value"),
+FORM = Form(
+    "read7",
+    (
+        *(f"att.{name}" for name in ("receptance", "key", "value", "output")),
+        *(f"att.{name}{n}" for name in "wavg" for n in (1, 2)),
+        *("ffn.key", "ffn.value"),
+    ),
+    ("dim_ffn", "d_decay", "d_aaa", "d_mv", "d_gate"),
 )
 
 
@@ -182,34 +186,17 @@ class ChannelMix(nn.Module):
         self.x_k.copy_((1 - (channels(D) / D) ** ((1 - layer / n_layer) ** 4)).view(1, 1, D))
 
 
-class Rwkv7(LanguageModel):
+class Rwkv7(Panelled):
     """RWKV-7 (x070)."""
 
-    TimeMix, ChannelMix = TimeMix, ChannelMix
+    TimeMix, ChannelMix, FORM = TimeMix, ChannelMix, FORM
 
     def __init__(self, config: RwkvConfig):
         super().__init__(complete(config))
 
-    def features(
-        self,
-        ids: Tensor,
-        state: State | None = None,
-        lengths: Tensor | None = None,
-        starts: Tensor | None = None,
-    ) -> tuple[Tensor, State]:
-        """The stream (B, T, n_embd) before the head, and the state after the ids; natively where matrices lie in
-        panels, and nobody asks for gradients."""
-        packed = getattr(self, "packed", {})  # see infer/packed.py
-        if "head" not in packed or torch.is_grad_enabled() or starts is not None or not ids.numel():
-            return super().features(ids, state, lengths, starts)
-        x, after = self.emb(ids), self.start(len(ids)) if state is None else state.copy()
-        if build.native(x, *after.att_x, *after.wkv, *after.ffn_x) is None:
-            return super().features(ids, state, lengths, starts)
-        vectors = [(*VECTORS(block), getattr(block.att, "v0", None)) for block in self.blocks]
-        matrices = [[packed.get(f"blocks.{n}.{name}") for name in MATRICES] for n in range(len(self.blocks))]
-        x = self.blocks[0].ln0(x)
-        read7(x, vectors, matrices, (after.att_x, after.wkv, after.ffn_x), lengths)
-        return x, after
+    def vectors(self, block: nn.Module) -> list[Tensor | None]:
+        """Those of a block, in the order of cuda/read7_cpu.cpp."""
+        return [*VECTORS(block), getattr(block.att, "v0", None)]
 
 
 def detect(tensors: dict[str, Tensor]) -> RwkvConfig | None:

@@ -35,6 +35,8 @@ void decode6(const int64_t *, int, const float *const *, const float *const *, c
              float *);
 void read7(const int64_t *, int, const int64_t *, const float *const *, const void *const *, const float *const *,
            const int64_t *, float *const *, float *const *, float *const *, float *);
+void read6(const int64_t *, int, const int64_t *, const float *const *, const void *const *, const float *const *,
+           const int64_t *, float *const *, float *const *, float *const *, float *);
 void loss_rows(const int64_t *, int, float *, const int64_t *, const int64_t *, float, float, float *);
 void sample_rows(const int64_t *, int, const float *, const float *, const float *, const uint8_t *, const int64_t *,
                  const float *, const double *, const double *, int64_t *, float *, int64_t *);
@@ -149,12 +151,13 @@ void texts(decltype(read7) reading, const std::vector<const float *> &vectors, c
         std::vector<int64_t> s = {rows, T}, lengths(rows, T);
         s.insert(s.end(), sizes.begin(), sizes.end());
         if (rows > 1) lengths[0] = 0, lengths[1] = T / 2;
-        for (const int64_t *ends : {static_cast<const int64_t *>(nullptr), static_cast<const int64_t *>(lengths.data())}) {
+        for (bool all_of_each : {false, true}) {
             std::vector<float *> att, memory, ffn;
             for (int64_t l = 0; l < L; l++)
                 att.push_back(made(rows * D)), memory.push_back(made(rows * D * D / H)), ffn.push_back(made(rows * D));
-            reading(s.data(), 2, ends, vectors.data(), matrices.places.data(), matrices.scales.data(),
-                    matrices.lies.data(), att.data(), memory.data(), ffn.data(), made(rows * T * D));
+            reading(s.data(), 2, all_of_each ? nullptr : lengths.data(), vectors.data(), matrices.places.data(),
+                    matrices.scales.data(), matrices.lies.data(), att.data(), memory.data(), ffn.data(),
+                    made(rows * T * D));
         }
     }
 }
@@ -177,6 +180,14 @@ void older(int64_t rows, int64_t kind, int64_t mixed, int64_t low) {
     std::vector<int64_t> ids(rows, V - 1);
     std::apply(decode6, std::tuple{s, 2, fixed, vectors.data(), matrices.places.data(), matrices.scales.data(),
                                    matrices.lies.data(), att, memory, ffn, ids.data(), made(rows * V)});
+    if (!kind) return;
+    Matrices<Number> panels{kind};
+    for (int64_t l = 0; l < L; l++) {
+        for (int i = 0; i < 5; i++) panels(D, D);
+        panels(F, D), panels(D, F), panels(D, D), panels(low, D), panels(D, low);
+        vectors.insert(vectors.begin() + 18 * l + 16, {made(5 * mixed * D), made(5 * mixed * D)});
+    }
+    texts(read6, vectors, panels, {L, D, H, F, mixed, low});
 }
 
 template <class Number>

@@ -59,7 +59,8 @@ def wrong(x, place):
 
 
 def test_every_native_function_that_is_called_says_what_it_takes():
-    names, meant = set(called("build.call")), {"self.form.function": {"decode6", "decode7"}}
+    names = set(called("build.call"))
+    meant = {"self.form.function": {"decode6", "decode7"}, "function": {"read6", "read7"}}
     for end in ("_forward", "_backward"):
         meant[f"f'{{way.name}}{end}'"] = {name + end for name in called("Pass")}
     assert names >= set(meant)
