@@ -1,5 +1,7 @@
 """A language model that reads through all layers in one native call where its matrices lie in panels."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -10,13 +12,10 @@ from rwkvpipe.model.layers import State
 
 
 class Panelled(LanguageModel):
-    """What families share that have a native function for it: its form, and `vectors`."""
+    """What families share that have a native function for it; they add its form, and a block's vectors in its order."""
 
     FORM: Form
-
-    def vectors(self, block: nn.Module) -> list[Tensor | None]:
-        """Those of a block, in the order of the native function."""
-        raise NotImplementedError
+    vectors: Callable[[nn.Module], list[Tensor | None]]
 
     def features(
         self,
