@@ -17,7 +17,7 @@ RANKS = {
     "rwkv6": {"d_decay": 33, "d_mix": 7},
     "rwkv5": {},
 }  # odd as well
-SIZES = {"even": {}, "odd": ODD, "bare": {"ln0": False}, "begun": {"time_state": True}}
+SIZES = {"even": {}, "odd": ODD, "bare": {"ln0": False}, "begun": {"time_state": True}, "single": {"n_layer": 1}}
 families = pytest.mark.parametrize("family", RANKS)
 
 
@@ -25,9 +25,11 @@ def made(kind="fp32", family="rwkv7", **sizes):
     sizes = {"n_layer": 3, "n_embd": 64, "head_size": 32, "vocab_size": 257} | sizes
     model, stream = build(RwkvConfig(family=family, **sizes)), torch.Generator().manual_seed(2)
     with torch.no_grad():
-        model.initialise(1)
+        if model.config.n_layer > 1:  # for a single layer there are no initial values
+            model.initialise(1)
         for value in model.parameters():
-            value.add_(torch.randn(value.shape, generator=stream) * 0.1)
+            begun = value if model.config.n_layer > 1 else 0.0
+            value.copy_(begun + torch.randn(value.shape, generator=stream) * 0.1)
     keep(model.eval(), kind)
     return model
 
