@@ -56,8 +56,7 @@ class Shelf:
     """Room for the panels of a model's matrices, in large pages where the system has them: read a tenth faster so."""
 
     def __init__(self, sizes: list[tuple[int, int]], kind: str):
-        words = [-(-out // WIDE) * WIDE * -(-width // EACH[kind]) for out, width in sizes]
-        size = sum(count * EACH[kind] * TYPES[kind].itemsize + LINE for count in words)
+        size = sum(_room(out, width, kind) + LINE for out, width in sizes)
         place = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             place.madvise(mmap.MADV_HUGEPAGE)
@@ -69,6 +68,20 @@ class Shelf:
         size = torch.Size(shape).numel() * dtype.itemsize
         found, self.left = self.left[:size].view(dtype).view(shape), self.left[size + -size % LINE :]
         return found
+
+
+def _room(out: int, width: int, kind: str) -> int:
+    """Bytes that panels take at most: of few numbers a row, twelve bits of each, in whole turns, are more than 16."""
+    panels = -(-out // WIDE)
+    room = panels * WIDE * -(-width // EACH[kind]) * EACH[kind] * TYPES[kind].itemsize
+    if kind == "int8":
+        return room
+    return max(room, 4 * (panels * (_words(width) + 1) + 1 + 2 * int(OTHERS * out * width)))
+
+
+def _words(width: int) -> int:
+    """Words of 32 bits that a panel in twelve bits has."""
+    return CODES + -(-width // TURN) * LINES * WIDE
 
 
 def lies(kind: str | None) -> int:
@@ -110,7 +123,7 @@ def in_twelve(matrix: Tensor, shelf: Shelf | None = None) -> Panels | None:
     build.call("twelve_count", (out, width, count), matrix, powers, others)
     if others.sum() > OTHERS * matrix.numel():
         return None
-    starts, each = F.pad(others.cumsum(0), (1, 0)).int(), CODES + -(-width // TURN) * LINES * WIDE
+    starts, each = F.pad(others.cumsum(0), (1, 0)).int(), _words(width)
     size = count * each + count + 1 + 2 * int(starts[-1])
     data = torch.zeros(size, dtype=torch.int32) if shelf is None else shelf.take((size,), torch.int32).zero_()
     data[: count * each].view(count, each)[:, :CODES] = powers.view(torch.int32)
@@ -122,7 +135,7 @@ def in_twelve(matrix: Tensor, shelf: Shelf | None = None) -> Panels | None:
 def _opened(panels: Panels) -> Tensor:
     """Numbers in twelve bits (out, in), in fp32."""
     count, turns = -(-panels.out // WIDE), -(-panels.width // TURN)
-    each = CODES + turns * LINES * WIDE
+    each = _words(panels.width)
     numbers, starts, others = panels.data.tensor_split([count * each, count * each + count + 1])
     powers, lines = numbers.view(count, each).tensor_split([CODES], 1)
     lines, turn = lines.view(count, turns, LINES, WIDE), torch.arange(TURN, dtype=torch.int32)[:, None]

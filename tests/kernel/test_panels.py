@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rwkvpipe.kernel import build, panels
-from rwkvpipe.kernel.panels import KINDS, in_twelve, pack, times, unpack
+from rwkvpipe.kernel.panels import KINDS, Shelf, in_twelve, pack, times, unpack
 
 needs_native = pytest.mark.skipif(build.extension() is None, reason=f"no native kernels here: {build.why_not()}")
 SHAPES = [(1, 1), (15, 7), (16, 16), (33, 50), (130, 401), (257, 800)]
@@ -145,6 +145,13 @@ def test_numbers_without_a_code_stand_beside_whatever_they_are(monkeypatch):
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16).float()
     for matrix in (every.view(256, 256), every.view(-1, 16), drawn(40, 70), every.view(8, -1)):
         assert same_bits(unpack(in_twelve(matrix)), matrix)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(2**20, 1), (2**18, 9)])
+def test_a_shelf_has_room_for_what_narrow_matrices_take(shape, kind):
+    matrix = drawn(*shape).bfloat16().float()
+    assert torch.equal(unpack(pack(matrix, kind, Shelf([shape], kind))), unpack(pack(matrix, kind)))
 
 
 @needs_twelve
