@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from rwkvpipe.base.config import RwkvConfig
+from rwkvpipe.infer.decode import decoder
 from rwkvpipe.infer.packed import keep
 from rwkvpipe.kernel import build as native
+from rwkvpipe.model import panelled
 from rwkvpipe.model.family import build
 from rwkvpipe.model.language import LanguageModel
 
@@ -124,3 +126,32 @@ def test_ids_and_states_that_do_not_fit_are_refused(family):
         model.features(ids + 257)
     with pytest.raises(ValueError, match="read[67]: att_x"):
         model.features(ids, model.start(3))
+
+
+@torch.inference_mode()
+def test_states_may_lie_in_any_order():
+    model, ids, state = made(), ids_of(3, 9), begun(made(), 3)
+    turned = state._map(lambda x: x.mT.contiguous().mT)
+    assert alike(model.features(ids, turned), model.features(ids, state))
+
+
+@pytest.mark.parametrize("kind", WITHIN)
+def test_gradients_documents_and_no_ids_are_for_the_layers(kind, monkeypatch):
+    monkeypatch.setattr(panelled, "read", None)
+    model, ids = made(kind), ids_of(2, 9)
+    found = [model.features(ids)[0]]
+    with torch.inference_mode():
+        found += [model.features(ids, starts=torch.zeros(2, 9, dtype=torch.bool))[0], model.features(ids[:, :0])[0]]
+        with pytest.raises(TypeError):
+            model.features(ids)
+    assert [x.shape for x in found] == [(2, 9, 64), (2, 9, 64), (2, 0, 64)]
+
+
+@pytest.mark.skipif(native.extension() is None or not native.extension().twelve_there(), reason="no twelve bits here")
+@pytest.mark.parametrize("kind, said", [("bf16", True), ("fp32", False), ("int8", False)])
+def test_it_is_said_whether_matrices_lie_in_twelve_bits(kind, said, caplog, monkeypatch):
+    monkeypatch.setattr(native, "_said", set())
+    caplog.set_level("INFO", "rwkvpipe")
+    decoder(made(kind))
+    assert "writing token by token" in caplog.text
+    assert ("matrices of bf16 in twelve bits a number" in caplog.text) == said

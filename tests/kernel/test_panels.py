@@ -1,5 +1,7 @@
 """Products with matrices in panels against fp64, natively and in PyTorch."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -172,6 +174,12 @@ def test_released_weights_in_fp32_are_kept_in_what_they_need(native, monkeypatch
     assert pack(matrix, "fp32").kind in (("twelve", "bf16") if native else ("bf16",))
     matrix[70, 3] = 1 + 2**-20
     assert pack(matrix, "fp32").kind == "fp32"
+
+
+def test_where_no_products_with_twelve_bits_are_bf16_lies_as_it_is(monkeypatch):
+    monkeypatch.setattr(build, "extension", lambda: SimpleNamespace(twelve_there=lambda: 0))
+    for kind in ("fp32", "bf16"):
+        assert pack(weights(50, 33), kind).kind == "bf16"
 
 
 @needs_twelve
