@@ -5,6 +5,7 @@ panels and fewer bits (see `packed`): then the weights are read in half or a qua
 costs.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -103,10 +104,16 @@ def decoder(model: nn.Module) -> Decoder | None:
         return None
     if build.native(*model.parameters()) is None:
         return None
-    step = Decoder(model, kind_of(model))
-    closer = ", matrices of bf16 in twelve bits a number," if int((step.lies == lies("twelve")).sum()) else ""
-    build.announce("writing token by token" + closer, "cpu", natively=True)
-    return step
+    build.announce(f"writing token by token{_kept_in(model)}", "cpu", natively=True)
+    return Decoder(model, kind_of(model))
+
+
+def _kept_in(model: nn.Module) -> str:
+    """What the matrices lie in, for a line that says it; nothing where none was asked for."""
+    counts = Counter(panels.kind for panels in getattr(model, "packed", {}).values())
+    names = {"twelve": "bf16 in twelve bits a number"}
+    found = [names.get(kind, kind) + f" ({count})" * (len(counts) > 1) for kind, count in counts.most_common()]
+    return f", matrices in {' and '.join(found)}," if found else ""
 
 
 def vector(parameters: dict[str, Tensor], layer: int, name: str) -> Tensor | None:

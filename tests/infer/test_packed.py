@@ -144,3 +144,17 @@ def test_a_card_multiplies_matrices_in_bf16_as_they_are(monkeypatch):
         found, wanted = network(ids)[0], plain(ids)[0]
     assert found.dtype == torch.float32
     assert 1e-5 < float((found - wanted).norm() / wanted.norm()) < 3e-2
+
+
+@pytest.mark.skipif(native.extension() is None, reason="no native kernels here")
+def test_a_line_says_what_matrices_lie_in(caplog, monkeypatch):
+    monkeypatch.setattr(native, "_said", set())
+    model = made(n_embd=128)
+    with torch.no_grad():
+        model.head.weight.copy_(model.head.weight.bfloat16())
+    keep(model, "fp32")
+    with caplog.at_level("INFO", "rwkvpipe"):
+        decoder(model)
+    closer = {"twelve": "bf16 in twelve bits a number"}.get(kind := model.packed["head"].kind, kind)
+    count = sum(kept.kind == "fp32" for kept in model.packed.values())
+    assert f"writing token by token, matrices in fp32 ({count}) and {closer} (1), native on cpu" in caplog.text

@@ -154,4 +154,4 @@ def test_it_is_said_whether_matrices_lie_in_twelve_bits(kind, said, caplog, monk
     caplog.set_level("INFO", "rwkvpipe")
     decoder(made(kind))
     assert "writing token by token" in caplog.text
-    assert ("matrices of bf16 in twelve bits a number" in caplog.text) == said
+    assert ("matrices in bf16 in twelve bits a number, native" in caplog.text) == said
