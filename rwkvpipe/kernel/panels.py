@@ -32,6 +32,7 @@ OTHERS = 1 / 256  # numbers that may have no code, as a share of all
 WIDE = 16  # rows of a panel
 PAGE = 1 << 21  # bytes of a large page
 LINE = 64  # bytes that memory is read in
+SOME = 1 << 16  # numbers that are looked at at a time
 PART = 1 << 24  # numbers that are in fp32 at a time where they are kept in fewer bits and there is no native code
 
 
@@ -92,14 +93,14 @@ def lies(kind: str | None) -> int:
 def pack(matrix: Tensor, kind: str, shelf: Shelf | None = None) -> Panels:
     """A matrix in panels, rounded, on a shelf if there is one; for int8 each row's largest number becomes 127."""
     (out, width), scale = matrix.shape, None
-    if kind == "fp32" and _in_bf16(matrix[:WIDE]) and _in_bf16(matrix):
-        kind = "bf16"
-    if kind == "bf16":
+    exact = kind == "fp32" and all(map(_in_bf16, matrix.split(max(WIDE, SOME // width))))
+    if exact or kind == "bf16":
+        kind, library = "bf16", build.extension() if matrix.device.type == "cpu" else None
+        if library and library.twelve_there():
+            found = in_twelve(matrix.float() if exact else matrix.bfloat16().float(), shelf)
+            if found:
+                return found
         matrix = matrix.bfloat16()
-        library = build.extension() if matrix.device.type == "cpu" else None
-        found = in_twelve(matrix.float(), shelf) if library and library.twelve_there() else None
-        if found:
-            return found
     if kind == "int8":
         matrix, scale = to_int8(matrix)
     each = EACH[kind]
