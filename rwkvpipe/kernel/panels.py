@@ -120,7 +120,7 @@ def _in_bf16(matrix: Tensor) -> bool:
 def in_twelve(matrix: Tensor, shelf: Shelf | None = None) -> Panels | None:
     """A matrix of bf16, given in fp32, in twelve bits a number; None where too many of its numbers have no code."""
     (out, width), count, matrix = matrix.shape, -(-matrix.shape[0] // WIDE), matrix.contiguous()
-    powers, others = matrix.new_empty(count, CODES), torch.empty(count, dtype=torch.int64)
+    powers, others = matrix.new_empty(count, CODES), torch.zeros(count, dtype=torch.int64)
     build.call("twelve_count", (out, width, count), matrix, powers, others)
     if others.sum() > OTHERS * matrix.numel():
         return None
