@@ -17,7 +17,9 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rwkvpipe.base.errors import ConfigError
 from rwkvpipe.base.files import atomic
@@ -47,8 +49,12 @@ def why_threads(count: int) -> str:
     """Why so many threads compute."""
     if os.environ.get("OMP_NUM_THREADS") == str(count):
         return "as OMP_NUM_THREADS says"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return "one a core" if count == cores else f"as torch was told, of {cores} cores"
+    return "one a core" if count == cores() else f"as torch was told, of {cores()} cores"
+
+
+def cores() -> int | None:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def folder() -> Path:
@@ -126,7 +132,7 @@ def compiled(
         try:
             if not path.exists():
                 log.info("compiling %s, once: %s", what, path)
-                _compile([*words, *flags, *map(str, sources)], path)
+                _compile(words, flags, sources, path)
         finally:
             if held is not None:
                 os.close(held)
@@ -142,12 +148,33 @@ def _wait_for(path: Path, what: str) -> int | None:
         return None
 
 
-def _compile(words: list[str], path: Path) -> None:
-    with atomic(path, suffix=".so") as part:
-        try:
-            done = subprocess.run([*words, "-o", str(part)], capture_output=True, text=True, timeout=PATIENCE)
-        except subprocess.TimeoutExpired:
-            raise OSError(f"{words[0]} took more than {PATIENCE:.0f} seconds") from None
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-            raise OSError(f"{words[0]} fails: {(lines or ['it says nothing'])[0].strip()}")
+def _compile(words: list[str], flags: Sequence[str], sources: Sequence[Path], path: Path) -> None:
+    """Every source on its own, as many at a time as there are cores, the longest first; then all of them together.
+
+    Raises OSError if a file beside them changes meanwhile: the library would not be what its name says.
+    """
+    begun = _files(sources)
+    with atomic(path, suffix=".so") as part, TemporaryDirectory() as room:
+        ordered = sorted(sources, key=lambda source: source.stat().st_size, reverse=True)
+        objects = [f"{room}/{source.stem}.o" for source in ordered]
+        calls = [[*words, *flags, "-c", str(source), "-o", made] for source, made in zip(ordered, objects, strict=True)]
+        with ThreadPoolExecutor(cores()) as pool:
+            list(pool.map(_run, calls))
+        _run([*words, *flags, *objects, "-o", str(part)])
+        if _files(sources) != begun:
+            raise OSError("the sources changed while they were compiled: start again")
+
+
+def _files(sources: Sequence[Path]) -> list[tuple[str, int, int]]:
+    files = sorted({file for source in sources for file in source.parent.iterdir() if file.is_file()})
+    return [(str(file), (found := file.stat()).st_size, found.st_mtime_ns) for file in files]
+
+
+def _run(call: list[str]) -> None:
+    try:
+        done = subprocess.run(call, capture_output=True, text=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        raise OSError(f"{call[0]} took more than {PATIENCE:.0f} seconds") from None
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+        raise OSError(f"{call[0]} fails: {(lines or ['it says nothing'])[0].strip()}")

@@ -1,6 +1,7 @@
 """The native kernels are compiled once, by one process, for one compiler; without them PyTorch computes."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,8 +40,8 @@ def stand_in(folder: Path, library: Path, *, does: str = "") -> str:
     """A compiler that takes its time, writes a line for each start, and then writes `library`."""
     script = folder / "stand-in"
     script.write_text(
-        f'#!/bin/sh\nif [ "$1" = --version ]; then echo stand-in 1.0; exit; fi\necho x >> {folder}/starts\n{does}\n'
-        f'sleep 0.3\nwhile [ "$1" != -o ]; do shift; done\ncp {library} "$2"\n'
+        f'#!/bin/sh\nif [ "$1" = --version ]; then echo stand-in 1.0; exit; fi\necho "$*" >> {folder}/starts\n{does}\n'
+        f'sleep 0.1\nwhile [ "$1" != -o ]; do shift; done\ncp {library} "$2"\n'
     )
     script.chmod(0o755)
     return str(script)
@@ -60,7 +61,10 @@ def test_processes_that_start_at_once_compile_once(library, fresh, monkeypatch):
     program = "import sys; from rwkvpipe.kernel import build; sys.exit(build.extension() is None)"
     started = [subprocess.Popen([sys.executable, "-c", program], cwd=ROOT) for _ in range(2)]
     assert [each.wait() for each in started] == [0, 0]
-    assert (fresh / "starts").read_text() == "x\n"
+    starts = (fresh / "starts").read_text().splitlines()
+    sources = [re.search(r"-c \S+/(\S+)\.cpp", line) for line in starts]
+    assert sorted(found[1] for found in sources if found) == sorted(x.stem for x in build._sources())
+    assert sources.index(None) == len(starts) - 1  # then all of them are joined, once
 
 
 def test_without_a_compiler_pytorch_computes_and_says_why(fresh, monkeypatch, caplog):
@@ -83,6 +87,16 @@ def test_a_compiler_that_fails_leaves_nothing_and_pytorch_computes(library, fres
     monkeypatch.setenv("CXX", stand_in(fresh, library, does="echo 'x.cpp:1: error: no such thing' >&2; exit 1"))
     computes(False, caplog)
     assert "no such thing" in caplog.text
+    assert not list((fresh / "kernels").glob("*.so*"))
+
+
+def test_sources_that_change_while_they_are_compiled_make_no_library(library, fresh, monkeypatch, caplog):
+    sources = fresh / "sources"
+    shutil.copytree(build.SOURCES, sources)
+    monkeypatch.setattr(build, "SOURCES", sources)
+    monkeypatch.setenv("CXX", stand_in(fresh, library, does=f"echo // >> {sources}/vector.h"))
+    computes(False, caplog)
+    assert "the sources changed while they were compiled: start again" in caplog.text
     assert not list((fresh / "kernels").glob("*.so*"))
 
 
