@@ -32,10 +32,15 @@ def read(
     become those after all layers.
 
     sizes: those of the native function behind the number of heads. weights: of each layer vectors and matrices, in its
-    order; what there is not is None. Of each row `lengths` (B,) tokens are read; None is all.
+    order; what there is not is None. Of each row `lengths` (B,) tokens are read; None is all. Raises ValueError for
+    more of them than there are, or less than none.
     """
     vectors, matrices = weights
     (B, T, D), H, L = x.shape, state[1][0].shape[1], len(vectors)
+    if lengths is not None:
+        lengths = lengths.to("cpu", torch.int64).contiguous()
+        if lengths.shape != (B,) or lengths.lt(0).any() or lengths.gt(T).any():
+            raise ValueError(f"lengths: {lengths.tolist()} of {B} rows of {T} tokens")
     rows = [None if row is None else row.contiguous() for layer in vectors for row in layer]
     data, scales = ([None if p is None else p[n] for layer in matrices for p in layer] for n in (0, 1))
     kinds = torch.tensor([0 if p is None else lies(p.kind) for layer in matrices for p in layer])

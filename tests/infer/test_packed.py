@@ -19,6 +19,8 @@ from rwkvpipe.weights.lora import inject
 
 FAMILIES = ["rwkv5", "rwkv6", "rwkv7"]
 KINDS = {"fp32": 4, "bf16": 2, "int8": 1}  # bytes of a number
+if native.extension() is None:  # then fp32 stays where it is
+    del KINDS["fp32"]
 WITHIN = {"fp32": 2e-5, "bf16": 2e-5, "int8": 5e-4}  # with int8 native code rounds what matrices read, too
 
 

@@ -32,6 +32,8 @@ def made(kind="fp32", family="rwkv7", **sizes):
         for value in model.parameters():
             begun = value if model.config.n_layer > 1 else 0.0
             value.copy_(begun + torch.randn(value.shape, generator=stream) * 0.1)
+        if not model.config.ln0:  # then embeddings are normed already
+            model.emb.weight.copy_(torch.nn.functional.layer_norm(model.emb.weight, (model.config.n_embd,)))
     keep(model.eval(), kind)
     return model
 
@@ -87,6 +89,22 @@ def test_a_row_has_the_same_bits_however_it_is_padded_and_whatever_rows_are_besi
             continue
         one = model.features(ids[row : row + 1, :length], state.take([row]))
         assert alike((found[row : row + 1, :length], after.take([row])), one)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("lengths", [[38, 1], [-1, 1], [1, 1, 1]])
+def test_lengths_that_no_row_has_are_refused(lengths):
+    with pytest.raises(ValueError, match=r"lengths: \[.*\] of 2 rows of 37 tokens"):
+        made().features(ids_of(2, 37), None, torch.tensor(lengths))
+
+
+@torch.inference_mode()
+def test_lengths_may_be_any_integers():
+    model, ids = made(), ids_of(2, 37)
+    found, wanted = (
+        model.features(ids, None, torch.tensor([3, 30], dtype=kind)) for kind in (torch.int32, torch.int64)
+    )
+    assert alike(found, wanted)
 
 
 @families
