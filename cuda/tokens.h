@@ -52,24 +52,28 @@ struct Tokens {
     static int64_t room(const Sizes &s, int64_t rows, int64_t tokens) { return tokens * (rows * s.wide() + WIDTH); }
     float *row(int64_t place, int which) const { return start + place * (rows * wide + WIDTH) + which * wide; }
 
-    // token t of a tensor, into a row of ours; and back
-    void read(int which, const float *from, int64_t t, int64_t place) const {
-        float *to = row(place, which);
-        copy(to, from + first + t * step, s.N);
+    // a token of a tensor into a row of ours
+    void read(float *to, const float *from) const {
+        copy(to, from, s.N);
         zero(to + s.N, wide - s.N);
+    }
+    // token t of a tensor, and back
+    void read(int which, const float *from, int64_t t, int64_t place) const {
+        read(row(place, which), from + first + t * step);
     }
     void write(int which, float *to, int64_t t, int64_t place) const {
         copy(to + first + t * step, row(place, which), s.N);
     }
     // d - 1 = exp(-exp(w)) - 1, and exp(w) in the place of w. S + S (d - 1) is S d without the rounding of d, which
     // where d is next to 1 would be the same error each time
-    void decay(int w, int d, int64_t place) const {
+    void decay(float *w, float *d) const {
         for (int64_t j = 0; j < wide; j += WIDTH) {
-            const Vec rate = exponential(load(row(place, w) + j));
-            store(row(place, w) + j, rate);
-            store(row(place, d) + j, exponential_less_1(-rate));
+            const Vec rate = exponential(load(w + j));
+            store(w + j, rate);
+            store(d + j, exponential_less_1(-rate));
         }
     }
+    void decay(int w, int d, int64_t place) const { decay(row(place, w), row(place, d)); }
 };
 
 // What of several tensors will be read or written soon, asked for a few cache lines at a time while something else is

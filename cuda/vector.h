@@ -48,71 +48,59 @@ inline void zero(float *to, int64_t n) {
     for (; i < n; i++) to[i] = 0;
 }
 
-// neighbours added: the first half of the result from a, the second from b
-inline Vec halved(Vec a, Vec b) {
+// the lanes of a vector as the arguments of a shuffle of two
+#if defined(__AVX512F__)
+#define LANES(of) \
+    of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7), of(8), of(9), of(10), of(11), of(12), of(13), of(14), of(15)
+#elif defined(__AVX__)
+#define LANES(of) of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7)
+#else
+#define LANES(of) of(0), of(1), of(2), of(3)
+#endif
 #if defined(__clang__)
-#if defined(__AVX512F__)
-    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-#elif defined(__AVX__)
-    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
-           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#define SHUFFLE(a, b, of) __builtin_shufflevector(a, b, LANES(of))
 #else
-    return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+#define SHUFFLE(a, b, of) __builtin_shuffle(a, b, Ints{LANES(of)})
 #endif
-#else
-#if defined(__AVX512F__)
-    const Ints even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-#elif defined(__AVX__)
-    const Ints even = {0, 2, 4, 6, 8, 10, 12, 14};
-#else
-    const Ints even = {0, 2, 4, 6};
-#endif
-    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
-#endif
+
+// lanes that lie `apart` (a power of two) added: those of a where this bit of a lane's number is 0, else those of b
+template <int apart>
+inline Vec folded(Vec a, Vec b) {
+#define HERE(lane) ((lane & apart) ? -1 : 0)
+#define THERE(lane) ((lane & apart) ? WIDTH + (lane ^ apart) : lane ^ apart)
+    const Ints second = {LANES(HERE)};  // a choice, not a shuffle, of which a processor does fewer at a time
+    return (second ? b : a) + SHUFFLE(a, b, THERE);
+#undef HERE
+#undef THERE
 }
 
 // the sums over the lanes of WIDTH vectors, as the lanes of one; x is used up
+template <int apart = WIDTH / 2>
 inline Vec sums(Vec *x) {
-#pragma GCC unroll 4
-    for (int n = WIDTH / 2; n; n /= 2)
 #pragma GCC unroll 8
-        for (int i = 0; i < n; i++) x[i] = halved(x[2 * i], x[2 * i + 1]);
+    for (int i = 0; i < apart; i++) x[i] = folded<apart>(x[i], x[i + apart]);
+    if constexpr (apart > 1) return sums<apart / 2>(x);
     return x[0];
 }
 
 // lanes of a and b in turn: of their first halves, and of their second ones
 inline void zip(Vec a, Vec b, Vec &first, Vec &second) {
-#if defined(__clang__)
-#if defined(__AVX512F__)
-    first = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    second = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-#elif defined(__AVX__)
-    first = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-    second = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-#else
-    first = __builtin_shufflevector(a, b, 0, 4, 1, 5);
-    second = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-#endif
-#else
-#if defined(__AVX512F__)
-    const Ints order = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-#elif defined(__AVX__)
-    const Ints order = {0, 8, 1, 9, 2, 10, 3, 11};
-#else
-    const Ints order = {0, 4, 1, 5};
-#endif
-    first = __builtin_shuffle(a, b, order);
-    second = __builtin_shuffle(a, b, order + WIDTH / 2);
-#endif
+#define FIRST(lane) (lane / 2 + lane % 2 * WIDTH)
+#define SECOND(lane) (WIDTH / 2 + lane / 2 + lane % 2 * WIDTH)
+    first = SHUFFLE(a, b, FIRST);
+    second = SHUFFLE(a, b, SECOND);
+#undef FIRST
+#undef SECOND
 }
 
-// lane j of x[i] becomes lane i of x[j]; y is room
+// With WIDTH vectors: lane j of x[i] becomes lane i of x[j]. With fewer, lane (j, l) of x[i] becomes lane (l, i) of
+// x[j]. y is room.
+template <int COUNT = WIDTH>
 inline void turn(Vec *x, Vec *y) {
 #pragma GCC unroll 4
-    for (int done = 1; done < WIDTH; done *= 2) {
-        for (int l = 0; l < WIDTH / 2; l++) zip(x[l], x[l + WIDTH / 2], y[2 * l], y[2 * l + 1]);
-        for (int l = 0; l < WIDTH; l++) x[l] = y[l];
+    for (int done = 1; done < COUNT; done *= 2) {
+        for (int l = 0; l < COUNT / 2; l++) zip(x[l], x[l + COUNT / 2], y[2 * l], y[2 * l + 1]);
+        for (int l = 0; l < COUNT; l++) x[l] = y[l];
     }
 }
 
@@ -131,8 +119,10 @@ __attribute__((noinline)) inline void transpose(float *to, int64_t to_step, cons
     }
 }
 
+template <int apart = WIDTH / 2>
 inline float sum(Vec x) {
-    for (int n = WIDTH; n > 1; n /= 2) x = halved(x, x);
+    x = folded<apart>(x, x);
+    if constexpr (apart > 1) return sum<apart / 2>(x);
     return x[0];
 }
 

@@ -1,4 +1,4 @@
-// The recurrence of RWKV-7 and its gradient, token by token; rwkvpipe/kernel/wkv7.py has the reference.
+// The recurrence of RWKV-7, token by token, and its gradient, by fours; rwkvpipe/kernel/wkv7.py has the reference.
 //
 //     d_t = exp(-exp(w_t));  u_t = S_{t-1} a_t;  S_t = S_{t-1} diag(d_t) + u_t b_t^T + v_t k_t^T;  y_t = S_t r_t
 //
@@ -6,13 +6,13 @@
 // With G the gradient of S_t and L = G + dy_t r_t^T:
 //     dk = L^T v, dv = L k, db = L^T u, du = L b, da = S_{t-1}^T du, dr = S_t^T dy, dd = sum over values of L S_{t-1},
 //     dw = -dd d exp(w), and the gradient of S_{t-1} is L diag(d) + du a^T.
-// The backward needs every S_t. The forward keeps one in CHUNK of them, and every u; the others are computed again from
-// there, forward: going back by dividing by d_t would lose all digits within a few tokens.
+// The backward needs every S_t. The forward keeps one in CHUNK of them, and every u; that before each four is computed
+// again from there, forward: going back by dividing by d_t would lose all digits within a few tokens (quartet.h).
 //
 // One task is a few heads of one row, each on its own, so the result does not depend on the number of threads.
 
+#include "quartet.h"
 #include "threads.h"
-#include "tokens.h"
 
 namespace {
 
@@ -137,24 +137,26 @@ struct Step {
 };
 
 struct Backward {
-    enum { R, W, K, V, A, B, U, Y, D, DR, DD, DK, DV, DA, DB, ROWS };  // Y: the gradient of y
+    typedef Quartet<0> Q;
     Sizes s;
     const float *r, *w, *k, *v, *a, *b, *states, *u, *dy, *dend;
     float *dr, *dw, *dk, *dv, *da, *db, *dstart;
 
     void work(const Group &group) const {
-        const int64_t N = s.N, wide = s.wide(), square = wide * wide, history = (CHUNK + 1) * WIDTH * wide;
-        float *S = scratch(history + group.heads * square + Tokens::room(s, ROWS, CHUNK)), *gradients = S + history;
+        const int64_t N = s.N, wide = s.wide(), square = wide * wide, history = CHUNK / FOUR * square;
+        float *S = scratch(history + group.heads * square + Q::room(s) + Tokens::room(s, Q::CHUNKS, CHUNK));
+        float *gradients = S + history, *own = gradients + group.heads * square;
         zero(gradients, group.heads * square);
         for (int64_t h = 0; h < group.heads; h++)
             for (int64_t i = 0; i < N; i++)
                 copy(gradients + h * square + i * wide, dend + (group.number(s, h) * N + i) * N, N);
         for (int64_t c = s.chunks() - 1; c >= 0; c--) {
             Soon soon = c ? before(group, (c - 1) * CHUNK) : Soon();
-            soon.over(group.heads * std::min<int64_t>(CHUNK, s.T - c * CHUNK) * 2 * wide / WIDTH);
+            const int64_t fours = (std::min<int64_t>(CHUNK, s.T - c * CHUNK) + FOUR - 1) / FOUR;
+            soon.over(group.heads * ((fours - 1) * (wide / ROWS) + fours * (wide / ROWS + 3 * wide / WIDTH)));
             for (int64_t h = 0; h < group.heads; h++) {
-                const Tokens x(s, group.number(s, h), gradients + group.heads * square, ROWS);
-                chunk({x, c * CHUNK, S, gradients + h * square, soon});
+                const Tokens x(s, group.number(s, h), own + Q::room(s), Q::CHUNKS);
+                chunk({x, c * CHUNK, fours, S, gradients + h * square, own, soon});
             }
         }
         for (int64_t h = 0; h < group.heads; h++)
@@ -173,149 +175,48 @@ struct Backward {
     // a chunk of tokens of one head: S is room for their states, G the gradient of the last one
     struct Chunk {
         const Tokens &x;
-        int64_t t;
-        float *S, *G;
+        int64_t t, fours;
+        float *S, *G, *own;
         Soon &soon;
     };
 
     void chunk(const Chunk &c) const {
-        const int64_t wide = c.x.wide;
-        for (int64_t i = 0; i < std::min<int64_t>(CHUNK, s.T - c.t); i++) read(c.x, c.t + i, i);
-        for (int64_t i = 0; i < wide; i += WIDTH) {
-            if (wide % (BLOCK * WIDTH) == 0)
-                values<BLOCK>(c, i);
-            else if (wide % (2 * WIDTH) == 0)
-                values<2>(c, i);
-            else
-                values<1>(c, i);
+        switch (c.x.wide) {  // sizes that models have
+            case 16: return chunk<1, 16>(c);
+            case 32: return chunk<2, 32>(c);
+            case 64: return chunk<BLOCK, 64>(c);
+            case 128: return chunk<BLOCK, 128>(c);
         }
+        c.x.wide % (BLOCK * WIDTH) ? chunk<1, 0>(c) : chunk<BLOCK, 0>(c);
     }
 
-    // WIDTH values, from `first`: their states forward, their gradients back; a token is written when the last values
-    // have added their share
-    template <int COUNT>
-    void values(const Chunk &c, int64_t first) const {
+    // forward by fours, whose states are kept, and back
+    template <int COUNT, int WIDE>
+    void chunk(const Chunk &c) const {
+        typedef Quartet<WIDE> Four;
         const Tokens &x = c.x;
-        const int64_t N = s.N, wide = x.wide, square = WIDTH * wide, tokens = std::min<int64_t>(CHUNK, s.T - c.t);
-        zero(c.S, square);
-        const float *from = states + s.kept(x.number, c.t) + first * N;
-        for (int64_t l = 0; l < WIDTH && first + l < N; l++) copy(c.S + l * wide, from + l * N, N);
-        for (int64_t i = 0; i < tokens; i++) {
-            c.soon.ask();
-            rebuild<COUNT>(x, i, first, c.S + i * square);
+        const int64_t wide = x.wide, square = wide * wide;
+        const auto four = [&](int64_t m) -> Four {
+            return {x, c.t + m * FOUR, x.row(m * FOUR, 0), c.own};
+        };
+        if (s.N < wide) zero(c.S, square);
+        for (int64_t i = 0; i < s.N; i++) copy(c.S + i * wide, states + s.kept(x.number, c.t) + i * s.N, s.N);
+        for (int64_t m = 0; m < c.fours; m++) {
+            const Four now = four(m);
+            now.decays(w);
+            if (m + 1 == c.fours) break;
+            now.take(Q::K, k), now.take(Q::B, b), now.take(Q::V, v), now.take(Q::U, u);
+            now.to_last();
+            float *S = c.S + m * square;
+            for (int64_t i = 0; i < wide; i += WIDTH)
+                now.template update<COUNT, Q::U, Q::BT, Q::V, Q::KT>(S + square, S, i, c.soon);
         }
-        for (int64_t i = tokens - 1; i >= 0; i--) {
-            c.soon.ask();
-            back<COUNT>(x, i, first, c.S + i * square, c.G + first * wide);
-            if (first + WIDTH == wide) write(x, c.t + i, i);
+        for (int64_t m = c.fours - 1; m >= 0; m--) {
+            const Four now = four(m);
+            now.take(Q::R, r), now.take(Q::K, k), now.take(Q::V, v), now.take(Q::A, a), now.take(Q::B, b);
+            now.take(Q::U, u), now.take(Q::Y, dy);
+            now.template back<COUNT>(c.S + m * square, c.G, {dr, dw, dk, dv, da, db}, c.soon);
         }
-    }
-
-    void read(const Tokens &x, int64_t t, int64_t place) const {
-        x.read(R, r, t, place), x.read(W, w, t, place), x.read(K, k, t, place), x.read(V, v, t, place);
-        x.read(A, a, t, place), x.read(B, b, t, place), x.read(U, u, t, place), x.read(Y, dy, t, place);
-        x.decay(W, D, place);
-        for (int which : {DR, DD, DK, DA, DB}) zero(x.row(place, which), x.wide);
-    }
-
-    void write(const Tokens &x, int64_t t, int64_t place) const {
-        for (int64_t j = 0; j < x.wide; j += WIDTH) {
-            const Vec rate = load(x.row(place, W) + j);  // and d anew: d - 1 has lost the digits of a small d
-            store(x.row(place, DD) + j, -load(x.row(place, DD) + j) * exponential(-rate) * rate);
-        }
-        x.write(DR, dr, t, place), x.write(DD, dw, t, place), x.write(DK, dk, t, place);
-        x.write(DV, dv, t, place), x.write(DA, da, t, place), x.write(DB, db, t, place);
-    }
-
-    // S_t behind S_{t-1}, and its share of dr
-    template <int COUNT>
-    void rebuild(const Tokens &x, int64_t t, int64_t first, float *before) const {
-        const int64_t wide = x.wide;
-        const float *u = x.row(t, U) + first, *v = x.row(t, V) + first, *y = x.row(t, Y) + first;
-        for (int64_t j = 0; j < wide; j += COUNT * WIDTH) {
-            Vec k_[COUNT], b_[COUNT], d_[COUNT], dr_[COUNT];
-            for (int q = 0; q < COUNT; q++) {
-                const int64_t at = j + q * WIDTH;
-                k_[q] = load(x.row(t, K) + at), b_[q] = load(x.row(t, B) + at);
-                d_[q] = load(x.row(t, D) + at), dr_[q] = load(x.row(t, DR) + at);
-            }
-            for (int i = 0; i < WIDTH; i++) {
-                const Vec ui = all(u[i]), vi = all(v[i]), yi = all(y[i]);
-                for (int q = 0; q < COUNT; q++) {
-                    float *at = before + i * wide + j + q * WIDTH;
-                    const Vec last = load(at), now = last + last * d_[q] + ui * b_[q] + vi * k_[q];
-                    store(at + WIDTH * wide, now);
-                    __builtin_prefetch(at + 2 * WIDTH * wide, 1);  // a store waits for its line
-                    dr_[q] += yi * now;
-                }
-            }
-            for (int q = 0; q < COUNT; q++) store(x.row(t, DR) + j + q * WIDTH, dr_[q]);
-        }
-    }
-
-    template <int COUNT>
-    void back(const Tokens &x, int64_t t, int64_t first, const float *before, float *G) const {
-        Vec with_k[WIDTH], with_b[WIDTH];
-        lead<COUNT, true>(x, t, first, 0, before, G, with_k, with_b);
-        for (int64_t j = COUNT * WIDTH; j < x.wide; j += COUNT * WIDTH)
-            lead<COUNT, false>(x, t, first, j, before, G, with_k, with_b);
-        store(x.row(t, DV) + first, sums(with_k));
-        alignas(64) float du[WIDTH];
-        store(du, sums(with_b));
-        for (int64_t j = 0; j < x.wide; j += COUNT * WIDTH) follow<COUNT>(x, t, j, before, G, du);
-    }
-
-    // G becomes L; its products with k and b, not yet added up, and its share of dk, db and dd
-    template <int COUNT, bool FIRST>
-    void lead(const Tokens &x, int64_t t, int64_t first, int64_t j, const float *before, float *G, Vec *with_k,
-              Vec *with_b) const {
-        const int64_t wide = x.wide;
-        const float *u = x.row(t, U) + first, *v = x.row(t, V) + first, *y = x.row(t, Y) + first;
-        Vec r_[COUNT], k_[COUNT], b_[COUNT], dk_[COUNT], db_[COUNT], dd_[COUNT];
-        for (int q = 0; q < COUNT; q++) {
-            const int64_t at = j + q * WIDTH;
-            r_[q] = load(x.row(t, R) + at), k_[q] = load(x.row(t, K) + at), b_[q] = load(x.row(t, B) + at);
-            dk_[q] = load(x.row(t, DK) + at), db_[q] = load(x.row(t, DB) + at), dd_[q] = load(x.row(t, DD) + at);
-        }
-        for (int i = 0; i < WIDTH; i++) {
-            const Vec ui = all(u[i]), vi = all(v[i]), yi = all(y[i]);
-            Vec in_k = FIRST ? Vec{} : with_k[i], in_b = FIRST ? Vec{} : with_b[i];
-            for (int q = 0; q < COUNT; q++) {
-                const int64_t at = i * wide + j + q * WIDTH;
-                const Vec L = load(G + at) + yi * r_[q];
-                store(G + at, L);
-                in_k += L * k_[q];
-                in_b += L * b_[q];
-                dk_[q] += vi * L;
-                db_[q] += ui * L;
-                dd_[q] += L * load(before + at);
-            }
-            with_k[i] = in_k, with_b[i] = in_b;
-        }
-        for (int q = 0; q < COUNT; q++) {
-            const int64_t at = j + q * WIDTH;
-            store(x.row(t, DK) + at, dk_[q]), store(x.row(t, DB) + at, db_[q]), store(x.row(t, DD) + at, dd_[q]);
-        }
-    }
-
-    // L becomes the gradient of the state before, with its share of da
-    template <int COUNT>
-    void follow(const Tokens &x, int64_t t, int64_t j, const float *before, float *G, const float *du) const {
-        Vec a_[COUNT], d_[COUNT], da_[COUNT];
-        for (int q = 0; q < COUNT; q++) {
-            const int64_t at = j + q * WIDTH;
-            a_[q] = load(x.row(t, A) + at), d_[q] = load(x.row(t, D) + at), da_[q] = load(x.row(t, DA) + at);
-        }
-        for (int i = 0; i < WIDTH; i++) {
-            const Vec ui = all(du[i]);
-            for (int q = 0; q < COUNT; q++) {
-                const int64_t at = i * x.wide + j + q * WIDTH;
-                da_[q] += ui * load(before + at);
-                const Vec L = load(G + at);
-                store(G + at, L + L * d_[q] + ui * a_[q]);
-            }
-        }
-        for (int q = 0; q < COUNT; q++) store(x.row(t, DA) + j + q * WIDTH, da_[q]);
     }
 };
 

@@ -47,7 +47,7 @@ def wkv7(
 
 
 class _Native(torch.autograd.Function):
-    """`cuda/wkv7_cpu.cpp`: token by token, with a state in 32 and every u kept for the backward."""
+    """`cuda/wkv7_cpu.cpp`: with a state in 32 and every u kept for the backward, which takes four tokens at a time."""
 
     @staticmethod
     def forward(ctx, tracked, *inputs):
