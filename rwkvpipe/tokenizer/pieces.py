@@ -17,8 +17,8 @@ PIECE = re.compile(
         (
             rf" ?[A-Za-z]++{ALONE}",
             rf" ?[0-9]++{ALONE}",
-            # behind an apostrophe may be the end of a shortened word: 's 't 're
-            rf" ?[!-/:-@\[-`{{-~]++(?:(?<=')[A-Za-z]++)?+{ALONE}",
+            # behind an apostrophe may be the end of a shortened word: 's 't 're (3.11.2 errs in possessive groups)
+            rf" ?[!-/:-@\[-`{{-~]++(?:(?<=')[A-Za-z]++|(?!(?<=')[A-Za-z])){ALONE}",
             # the last of several white spaces stands alone, or with the word behind it
             rf"[ \t\n\r]+(?=[ \t\n\r][^\x00-\x20\x7f{WHITE}])",
             rf"[\t\n\r](?=[^\x00-\x20\x7f{WHITE}])",
