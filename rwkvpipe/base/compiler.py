@@ -160,7 +160,8 @@ def _compile(words: list[str], flags: Sequence[str], sources: Sequence[Path], pa
         calls = [[*words, *flags, "-c", str(source), "-o", made] for source, made in zip(ordered, objects, strict=True)]
         with ThreadPoolExecutor(cores()) as pool:
             list(pool.map(_run, calls))
-        _run([*words, *flags, *objects, "-o", str(part)])
+        told = ("-x", "none") if "-x" in flags else ()  # in whatever language sources are, objects are in none
+        _run([*words, *flags, *told, *objects, "-o", str(part)])
         if _files(sources) != begun:
             raise OSError("the sources changed while they were compiled: start again")
 
