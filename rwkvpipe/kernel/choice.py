@@ -38,8 +38,9 @@ def begin(model: nn.Module) -> None:
 
 
 def settle(model: nn.Module, began: str | None = None, *, rounded: bool = False) -> str:
-    """Choose products for a model from here on, `torch`, `own` or, for what may be rounded, `bf16` or `whole`; those
-    that a training `began` with stay. Raises ConfigError where the environment asks for what there is not."""
+    """Choose products for a model from here on, `torch`, `own` or, for what may be rounded, `bf16`, `whole` or
+    `whole+own`; those that a training `began` with stay. Raises ConfigError where the environment asks for what there
+    is not."""
     asked, shape, ways = compiler.products(), _shape(model), _ways(model, rounded)
     if began is not None:
         name, why = began, "as this training began"
@@ -53,9 +54,10 @@ def settle(model: nn.Module, began: str | None = None, *, rounded: bool = False)
         name, why = "torch", "there is nothing faster here" if rounded else ""
     else:
         name, why = _fastest(ways, shape, rounded)
-    if name in ("own", "whole") and build.extension() is None:
-        log.warning("products: %s were to compute, and cannot: %s", CALLED[name], build.why_not())
-    if why and name == "whole":
+    kind = name.partition("+")[0]
+    if kind in ("own", "whole") and build.extension() is None:
+        log.warning("products: %s were to compute, and cannot: %s", CALLED[kind], build.why_not())
+    if why and kind == "whole":
         log.info("products of bf16: whole numbers of 12 bits in their place, which round less; %s", why)
     elif why:
         of = "numbers rounded to bf16" if rounded else "fp32"
@@ -100,7 +102,10 @@ def _fastest(ways: list[str], shape: tuple[int, int], rounded: bool) -> tuple[st
         return "torch", f"for what is faster here cannot be kept ({compiler.reason(error)})"
     best = max(ratios, key=ratios.__getitem__)
     said = ", ".join(f"{CALLED[way]} are {ratio:.2f} times as fast as torch's" for way, ratio in ratios.items())
-    return best if ratios[best] >= GAIN else "torch", f"{said} here, at {sizes[0]} x {sizes[1]}"
+    if best == "whole" and ratios["own"] >= GAIN:
+        best = "whole+own"
+    faster = ratios[best.partition("+")[0]] >= GAIN
+    return best if faster else "torch", f"{said} here, at {sizes[0]} x {sizes[1]}"
 
 
 def processor() -> str:

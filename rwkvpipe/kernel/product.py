@@ -25,7 +25,6 @@ from rwkvpipe.kernel import build
 
 BLOCK, MOST = 256, 2895  # as cuda/fixed.h has them: BLOCK MOST^2 < 2^31
 LEAST = 3.4e-34  # a smaller largest number counts as this
-WORTH = 1 << 21  # multiplications below which starting an own product takes as long as torch's does
 SPREAD = 128  # whole numbers: how many products of one save the time that rounding it takes
 _chosen: list[str] = []  # the newest last
 
@@ -46,8 +45,13 @@ def choose(name: str) -> None:
 
 
 def chosen() -> str | None:
-    """Whose products compute, `torch`, `own`, `bf16` or `whole`; None is torch's of fp32, as nothing else was said."""
+    """Whose products compute: `torch`, `own`, `bf16`, `whole`, or `whole+own`, where our own compute what is not worth
+    rounding to whole numbers; None is torch's of fp32, as nothing else was said."""
     return _chosen[-1] if _chosen else None
+
+
+def _is_chosen(name: str) -> bool:
+    return name in (chosen() or "").split("+")
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Products:
     narrow: bool = True
     """Whether they are multiplied in it, too; else in fp32."""
     own: bool = False
-    """Whether products of fp32 are our own, where they are worth it."""
+    """Whether products of fp32 are our own, which have the same bits at any number of threads; torch promises none."""
     whole: bool = False
     """Whether what may be rounded becomes whole numbers, where they are worth it; nothing is rounded else."""
 
@@ -67,13 +71,18 @@ class Products:
     def of(cls, dtype: torch.dtype | None, device: torch.device) -> "Products":
         """The fastest on a device."""
         if device.type != "cpu" or dtype != torch.bfloat16:
-            return cls(dtype, True, chosen() == "own")
+            return cls(dtype, True, _is_chosen("own"))
         return cls.by(chosen(), dtype)
 
     @classmethod
     def by(cls, name: str | None, dtype: torch.dtype | None) -> "Products":
         """Those of the processor that `choose` names so."""
-        return cls(dtype, *(name == each for each in ("bf16", "own", "whole")))
+        return cls(dtype, *(each in (name or "").split("+") for each in ("bf16", "own", "whole")))
+
+    @classmethod
+    def exact(cls) -> "Products":
+        """Those of fp32 on the CPU."""
+        return cls(own=_is_chosen("own"))
 
     @property
     def of_steps(self) -> "Products":
@@ -91,14 +100,14 @@ class Products:
 
     def mm(self, a: Tensor, b: Tensor) -> Tensor:
         """The product (..., n, m) of what `take` gave, (..., n, k) and (k, m), in fp32."""
-        if self._worth(a, b):
+        if self._without_torch(a, b):
             return self._multiplied(a.new_empty(*a.shape[:-1], b.shape[1]), a, b)
         found = a @ b
         return found.float() if found.dtype == self.dtype else found
 
     def put(self, into: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
         """The product (n, m) of (n, k) and (k, m) written where it is to be, or added to what is there."""
-        if into.is_contiguous() and self._worth(a, b):
+        if into.is_contiguous() and self._without_torch(a, b):
             self._multiplied(into, a, b, add=add)
         elif a.dtype == into.dtype:
             torch.addmm(into, a, b, beta=float(add), out=into)
@@ -107,18 +116,20 @@ class Products:
         else:
             into.copy_(a @ b)
 
-    def _worth(self, a: Tensor, b: Tensor) -> bool:
+    def _without_torch(self, a: Tensor, b: Tensor) -> bool:
         """Whether no product of torch's computes this one."""
         if not (self.own or self.whole) or b.dim() != 2 or a.dtype != torch.float32:
             return False
+        return self._rounds(a, b) or (self.own and a.numel() * b.shape[1] > 0 and build.native(a, b) is not None)
+
+    def _rounds(self, a: Tensor, b: Tensor) -> bool:
+        """Whether it is worth to round these to whole numbers."""
         n, (k, m) = a.numel() // max(1, a.shape[-1]), b.shape
-        if self.whole:
-            return n * m >= SPREAD * (n + m) and 2 * k >= SPREAD
-        return n * k * m >= WORTH and build.native(a, b) is not None
+        return self.whole and n * m >= SPREAD * (n + m) and 2 * k >= SPREAD
 
     def _multiplied(self, into: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
         if build.native(a, b):
-            return _multiply(a, b, into, add=add, whole=self.whole)
+            return _multiply(a, b, into, add=add, whole=self._rounds(a, b))
         found = evened(a, -1) @ evened(b, 0)
         return into.add_(found) if add else into.copy_(found)
 
@@ -151,7 +162,7 @@ def _as_it_lies(x: Tensor) -> tuple[Tensor, bool]:
 def asked() -> Products:
     """How products of fp32 on the CPU are to be computed: as torch's autocast says, and as was chosen."""
     if not torch.is_autocast_enabled("cpu"):
-        return Products(own=chosen() == "own")
+        return Products.exact()
     return Products.of(torch.get_autocast_dtype("cpu"), torch.device("cpu"))
 
 
@@ -179,7 +190,7 @@ def linear(x: Tensor, matrix: Tensor) -> Tensor:
 def through(layer: nn.Module, x: Tensor) -> Tensor:
     """The same with the matrix of a layer; one that is more than a matrix sees to it itself."""
     plain = type(layer) is nn.Linear and layer.bias is None
-    plain = plain and (torch.is_autocast_enabled("cpu") or chosen() == "own")
+    plain = plain and (torch.is_autocast_enabled("cpu") or _is_chosen("own"))
     return linear(x, layer.weight.mT) if plain else layer(x)
 
 

@@ -87,9 +87,13 @@ def drawn():
     """Makes what the head's loss is asked of."""
 
     def drawn(n, D, V, seed):
-        """Positions of which some have no loss and some are padding, and a matrix; two logits of each are the same."""
+        """Positions of which some have no loss and some are padding, and a matrix; two logits of each are the same.
+
+        Numbers are whole sixteenths, so that logits are exact: else sums in another order would tell those two apart.
+        """
         stream = torch.Generator().manual_seed(seed)
         x, weight = 3 * torch.randn(n, D, generator=stream), torch.randn(V, D, generator=stream)
+        x, weight = ((16 * values).round() / 16 for values in (x, weight))
         weight[-1] = weight[0]
         chosen = torch.randint(-2, V, (n,), generator=stream)
         real = (chosen >= 0) | (torch.rand(n, generator=stream) < 0.5)

@@ -91,17 +91,19 @@ def test_another_processor_torch_or_kernel_is_timed_anew(timed, monkeypatch):
 
 
 @needs_native
-def test_where_whole_numbers_are_fastest_they_are_multiplied_instead_of_bf16(timed, caplog):
-    timed |= {"ratio": 1.1, "whole": 1.6}
+@pytest.mark.parametrize(("ratio", "name"), [(1.1, "whole+own"), (1.02, "whole")])
+def test_where_whole_numbers_are_fastest_they_are_multiplied_instead_of_bf16(timed, caplog, ratio, name):
+    timed |= {"ratio": ratio, "whole": 1.6}
     with caplog.at_level("INFO", logger="rwkvpipe"):
-        assert choice.settle(MODEL, rounded=True) == product.chosen() == "whole"
+        assert choice.settle(MODEL, rounded=True) == product.chosen() == name
     assert "products of bf16: whole numbers of 12 bits in their place" in caplog.text
     assert "1.60 times as fast" in caplog.text
-    assert product.Products.of(torch.bfloat16, torch.device("cpu")).whole
-    assert not product.Products.of(None, torch.device("cpu")).whole  # what is to be fp32 stays so
+    how, exact = (product.Products.of(kind, torch.device("cpu")) for kind in (torch.bfloat16, None))
+    # what is to be fp32 stays so, and is multiplied by what is faster
+    assert (how.whole, how.own, how.of_steps.own) == (True, ratio > 1.05, ratio > 1.05)
+    assert (exact.whole, exact.own) == (product.asked().whole, product.asked().own) == (False, ratio > 1.05)
     assert not product.Products.of(torch.bfloat16, torch.device("cuda")).whole
-    assert not product.asked().whole
-    assert choice.settle(MODEL) == "own"  # fp32 is another matter
+    assert choice.settle(MODEL) == ("own" if ratio > 1.05 else "torch")  # fp32 is another matter
 
 
 @needs_native
@@ -166,7 +168,6 @@ def trained(folder, *, stop=None, save_every=100, precision="fp32"):
 @needs_native
 @pytest.mark.parametrize(("name", "other"), [("own", "torch"), ("torch", "own")])
 def test_a_training_goes_on_with_the_products_it_began_with(tmp_path, monkeypatch, caplog, name, other):
-    monkeypatch.setattr(product, "WORTH", 1)
     monkeypatch.setattr(product, "SPREAD", 0)
     monkeypatch.setenv("RWKVPIPE_PRODUCTS", name)
     whole = trained(tmp_path / "whole")
@@ -181,17 +182,17 @@ def test_a_training_goes_on_with_the_products_it_began_with(tmp_path, monkeypatc
 
 
 @needs_native
-def test_a_training_in_whole_numbers_goes_on_so_on_a_machine_where_others_are_faster(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["whole", "whole+own"])
+def test_a_training_in_whole_numbers_goes_on_so_on_a_machine_where_others_are_faster(tmp_path, monkeypatch, name):
     monkeypatch.delenv("RWKVPIPE_PRODUCTS", raising=False)
-    monkeypatch.setattr(product, "WORTH", 1)
-    monkeypatch.setattr(product, "SPREAD", 0)
-    monkeypatch.setattr(choice, "_fastest", lambda *given: ("whole", "it is"))
+    monkeypatch.setattr(product, "SPREAD", 8)  # products of low ranks are not rounded
+    monkeypatch.setattr(choice, "_fastest", lambda *given: (name, "it is"))
     whole = trained(tmp_path / "whole", precision="bf16")
     with pytest.raises(OSError, match="crash"):
         trained(tmp_path / "cut", save_every=2, stop=3, precision="bf16")
     monkeypatch.setattr(choice, "_fastest", lambda *given: ("torch", "it is"))
     assert not torch.equal(trained(tmp_path / "other", precision="bf16"), whole)
-    assert torch.equal(trained(tmp_path / "cut", precision="bf16"), whole) and product.chosen() == "whole"
+    assert torch.equal(trained(tmp_path / "cut", precision="bf16"), whole) and product.chosen() == name
 
 
 @needs_native

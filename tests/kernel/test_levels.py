@@ -57,7 +57,6 @@ def step(model, ids):
 @needs_native
 @pytest.mark.parametrize("family", ["rwkv5", "rwkv6", "rwkv7"])
 def test_a_step_of_training_is_that_of_pytorch_in_fp64(level, family, monkeypatch):
-    monkeypatch.setattr(product, "WORTH", 1)
     monkeypatch.setattr(product, "SPREAD", 0)  # all products are native
     monkeypatch.setattr(product, "_chosen", ["own"])
     model, ids = made(family), torch.arange(74).view(2, 37) * 7 % 53
@@ -69,7 +68,6 @@ def test_a_step_of_training_is_that_of_pytorch_in_fp64(level, family, monkeypatc
 @needs_native
 @pytest.mark.parametrize("turned", [False, True])
 def test_whole_numbers_are_rounded_and_multiplied_alike(level, turned, monkeypatch):
-    monkeypatch.setattr(product, "WORTH", 1)
     monkeypatch.setattr(product, "SPREAD", 0)
     draw = torch.Generator().manual_seed(0)
     x, matrix = torch.randn(70, 515, generator=draw), torch.randn(515, 90, generator=draw)

@@ -21,7 +21,6 @@ GUARD = 40
 @pytest.fixture
 def always(monkeypatch):
     """Own products are chosen, and used however small they are."""
-    monkeypatch.setattr(product, "WORTH", 1)
     monkeypatch.setattr(product, "SPREAD", 0)
     monkeypatch.setattr(product, "_chosen", ["own"])
 
@@ -50,7 +49,7 @@ def check_product(how, x, matrix, turns, add):
     """What is put, or added to what was there, is that of fp64, and nothing beside it is written."""
     before = drawn(len(x), matrix.shape[1], seed=2)
     into, whole = between_guards(before if add else torch.full_like(before, torch.nan))
-    with mock.patch.multiple(product, WORTH=1, SPREAD=0):
+    with mock.patch.object(product, "SPREAD", 0):
         how.put(into, turned(x, turns[0]), turned(matrix, turns[1]), add=add)
     wanted, most = x.double() @ matrix.double(), x.double().abs() @ matrix.double().abs()
     assert near(into, wanted + before * add, most + before.abs() * add)
@@ -93,7 +92,7 @@ def test_large_matrices_are_rounded_piece_by_piece(always, n, k, m, x_turned, tu
 @given(sizes, deep, sizes, st.booleans(), st.booleans(), st.integers(-30, 30))
 def test_what_is_rounded_to_whole_numbers_is_what_the_plain_form_rounds(n, k, m, x_turned, turned_too, size):
     x, matrix = drawn(n, k) * 10.0**size, drawn(k, m, seed=1)
-    with mock.patch.multiple(product, WORTH=1, SPREAD=0):
+    with mock.patch.object(product, "SPREAD", 0):
         found = WHOLE.mm(turned(x, x_turned), turned(matrix, turned_too)).double()
     wanted = product.evened(x.double(), -1) @ product.evened(matrix.double(), 0)
     true = x.double() @ matrix.double()
@@ -115,7 +114,7 @@ def test_numbers_that_few_products_need_are_not_rounded(n, k, m, worth):
 def test_one_number_beside_tiny_ones_costs_no_more_than_is_said():
     x, matrix = drawn(64, 2560) * 1e-3, drawn(2560, 64, seed=1)
     x[:, ::256] = 1.0
-    with mock.patch.multiple(product, WORTH=1, SPREAD=0):
+    with mock.patch.object(product, "SPREAD", 0):
         found = WHOLE.mm(x, matrix).double()
     true = x.double() @ matrix.double()
     said = (product.BLOCK / 12) ** 0.5 / product.MOST
@@ -126,7 +125,6 @@ def test_one_number_beside_tiny_ones_costs_no_more_than_is_said():
 
 def test_without_native_code_the_plain_form_computes(monkeypatch):
     x, matrix, begun = drawn(2, 30, 300), drawn(300, 20, seed=1), drawn(60, 20)
-    monkeypatch.setattr(product, "WORTH", 1)
     monkeypatch.setattr(product, "SPREAD", 0)
     natively = [WHOLE.mm(x, matrix), begun.clone()]
     WHOLE.put(natively[1], x.flatten(0, 1), matrix, add=True)
@@ -139,7 +137,6 @@ def test_without_native_code_the_plain_form_computes(monkeypatch):
 
 
 def test_gradients_of_logits_are_not_rounded_to_whole_numbers(monkeypatch):
-    monkeypatch.setattr(product, "WORTH", 1)
     monkeypatch.setattr(product, "SPREAD", 0)
     monkeypatch.setattr(product, "_chosen", ["whole"])
     x, weight, ids = drawn(40, 64).requires_grad_(), drawn(300, 64, seed=1).requires_grad_(), torch.arange(40) % 300
@@ -165,7 +162,7 @@ def test_gradients_are_those_of_fp64(rows, n, k, m):
         drawn(k, m, seed=1).requires_grad_(),
         drawn(rows, n, m, seed=2),
     )
-    with mock.patch.multiple(product, WORTH=1, SPREAD=0), mock.patch.object(product, "_chosen", ["own"]):
+    with mock.patch.object(product, "SPREAD", 0), mock.patch.object(product, "_chosen", ["own"]):
         y = linear(x, matrix)
         y.backward(grad)
     a, b, c = x.detach().double().flatten(0, 1), matrix.detach().double(), grad.double().flatten(0, 1)
@@ -220,7 +217,6 @@ def gradients(model):
 @pytest.mark.parametrize("family", ["rwkv5", "rwkv6", "rwkv7"])
 def test_all_matrices_of_a_model_that_trains_are_multiplied_so(family, small_model, monkeypatch):
     wanted = gradients(small_model(family))
-    monkeypatch.setattr(product, "WORTH", 1)
     monkeypatch.setattr(product, "SPREAD", 0)
     monkeypatch.setattr(product, "_chosen", ["own"])
     count = []

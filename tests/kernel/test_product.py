@@ -96,7 +96,6 @@ def test_a_model_computed_with_rounded_products_is_near_to_what_it_is(family, na
 @pytest.mark.parametrize("family", ["rwkv5", "rwkv6", "rwkv7"])
 def test_a_model_computed_with_whole_numbers_is_nearer_than_with_bf16(family, monkeypatch):
     wanted = gradients(family)
-    monkeypatch.setattr(product, "WORTH", 1)
     monkeypatch.setattr(product, "SPREAD", 0)
     with ROUNDING:
         found, narrow = gradients(family, name="whole"), gradients(family)
