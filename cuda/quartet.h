@@ -56,6 +56,15 @@ struct Quartet {
         }
     }
 
+    // rows of the four are asked for from the second cache, where `Soon` has put them
+    void ask(std::initializer_list<const float *> from) const {
+        for (const float *tensor : from)
+            for (int t = 0; t < FOUR; t++) {
+                const float *first = tensor + x.first + (begin + t) * x.step;
+                for (int64_t j = 0; j < x.s.N; j += Soon::LINE) __builtin_prefetch(first + j, 0, 3);
+            }
+    }
+
     void put(float *to, int t, int64_t j, Vec found) const {
         if (begin + t < x.s.T && j < x.s.N) store_some(to + x.first + (begin + t) * x.step + j, found, x.s.N - j);
     }

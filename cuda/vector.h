@@ -131,17 +131,17 @@ inline void split_exponential(Vec x, Vec &power, Vec &rest) {
     const float low = -87.33654f, high = 88.37f;
     Vec y = x > high ? all(high) : x;
     y = y < low ? all(low) : y;
-    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-    const Vec n = (y * 1.44269504f + magic) - magic;
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, which its last bits are then
+    const Vec shifted = y * 1.44269504f + magic, n = shifted - magic;
     y = y - n * 0.693359375f;
     y = y + n * 2.12194440e-4f;
-    Vec p = y * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * y + 8.3334519073e-3f;
-    p = p * y + 4.1665795894e-2f;
-    p = p * y + 1.6666665459e-1f;
-    p = p * y + 5.0000001201e-1f;
-    rest = p * y * y + y;
-    const Ints bits = (__builtin_convertvector(n, Ints) + 127) << 23;
+    const Vec square = y * y;
+    Vec p = y * 1.9875691500e-4f + 1.3981999507e-3f, q = y * 8.3334519073e-3f + 4.1665795894e-2f;
+    p = p * square + q;
+    q = y * 1.6666665459e-1f + 5.0000001201e-1f;
+    p = p * square + q;
+    rest = p * square + y;
+    const Ints bits = ((Ints)shifted + 127) << 23;
     power = (Vec)bits;
 }
 
@@ -149,7 +149,7 @@ inline void split_exponential(Vec x, Vec &power, Vec &rest) {
 inline Vec exponential(Vec x) {
     Vec power, rest;
     split_exponential(x, power, rest);
-    return x < -87.33654f ? Vec{} : (rest + 1.0f) * power;
+    return x < -87.33654f ? Vec{} : rest * power + power;
 }
 
 // e^x - 1, with all its digits where x is next to 0 too

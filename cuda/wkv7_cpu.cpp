@@ -207,6 +207,7 @@ struct Backward {
             if (m + 1 == c.fours) break;
             now.take(Q::K, k), now.take(Q::B, b), now.take(Q::V, v), now.take(Q::U, u);
             now.to_last();
+            four(m + 1).ask({w, k, b, v, u});
             float *S = c.S + m * square;
             for (int64_t i = 0; i < wide; i += WIDTH)
                 now.template update<COUNT, Q::U, Q::BT, Q::V, Q::KT>(S + square, S, i, c.soon);
@@ -215,6 +216,7 @@ struct Backward {
             const Four now = four(m);
             now.take(Q::R, r), now.take(Q::K, k), now.take(Q::V, v), now.take(Q::A, a), now.take(Q::B, b);
             now.take(Q::U, u), now.take(Q::Y, dy);
+            if (m) four(m - 1).ask({r, k, v, a, b, u, dy});
             now.template back<COUNT>(c.S + m * square, c.G, {dr, dw, dk, dv, da, db}, c.soon);
         }
     }
