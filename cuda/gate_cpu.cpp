@@ -1,9 +1,8 @@
 // What surrounds the recurrences of RWKV-6 and RWKV-5.2, element by element, each with its gradient;
 // rwkvpipe/kernel/gate.py has the formulas in PyTorch. All is fp32 without gaps, (B, T, D) or (tokens, D).
 
+#include "norm.h"
 #include "tasks.h"
-
-#include <cmath>
 
 namespace {
 
@@ -67,25 +66,10 @@ struct Gate {
     float eps;
     const float *y, *z, *weight, *bias;
 
-    struct Of {
-        float mean, scale;
-    };
-
-    Of measured(int64_t at) const {
-        Vec total = {}, squares = {};
-        for (int64_t j = 0; j < N; j += WIDTH) total += load_some(y + at + j, N - j);
-        const float mean = sum(total) / N;
-        for (int64_t j = 0; j < N; j += WIDTH) {
-            const Vec x = only(load_some(y + at + j, N - j) - mean, N - j);
-            squares += x * x;
-        }
-        return {mean, 1.0f / std::sqrt(sum(squares) / N + eps)};
-    }
-
     void forward(int64_t t, float *out) const {
         for (int64_t h = 0; h < H; h++) {
             const int64_t c = h * N, at = t * H * N + c;
-            const Of of = measured(at);
+            const Moments of = moments(y + at, N, eps);
             for (int64_t j = 0; j < N; j += WIDTH) {
                 const int64_t i = at + j, left = N - j;
                 const Vec x = (load_some(y + i, left) - of.mean) * of.scale, z_ = load_some(z + i, left);
@@ -100,7 +84,7 @@ struct Gate {
         const int64_t D = H * N;
         for (int64_t h = 0; h < H; h++) {
             const int64_t c = h * N, at = t * D + c;
-            const Of of = measured(at);
+            const Moments of = moments(y + at, N, eps);
             Vec total = {}, along = {};
             for (int64_t j = 0; j < N; j += WIDTH) {
                 const int64_t i = at + j, left = N - j, channel = c + j;

@@ -2,27 +2,11 @@
 #pragma once
 
 #include "matvec.h"
+#include "norm.h"
 
 #include <algorithm>
-#include <cmath>
 
 inline int64_t whole(int64_t n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
-
-// x normalised, times weight, plus bias
-inline void norm(const float *x, const float *weight, const float *bias, float *to, int64_t n, float eps = 1e-5f) {
-    Vec total = {}, squares = {};
-    for (int64_t j = 0; j < n; j += WIDTH) total += load_some(x + j, n - j);
-    const float mean = sum(total) / n;
-    for (int64_t j = 0; j < n; j += WIDTH) {
-        const Vec y = only(load_some(x + j, n - j) - mean, n - j);
-        squares += y * y;
-    }
-    const float scale = 1.0f / std::sqrt(sum(squares) / n + eps);
-    for (int64_t j = 0; j < n; j += WIDTH) {
-        const Vec y = (load_some(x + j, n - j) - mean) * scale;
-        store_some(to + j, y * load_some(weight + j, n - j) + load_some(bias + j, n - j), n - j);
-    }
-}
 
 // x + (last - x) (share + more)
 inline void mix(const float *x, const float *last, const float *share, float *to, int64_t n, const float *more = nullptr) {

@@ -191,7 +191,9 @@ def main(argv=None) -> None:
     parser.add_argument(
         "--ranks", type=int, default=1, help="processes that train together on the CPU; each GPU has one"
     )
-    parser.add_argument("--threads", type=int, help="threads to compute with; the last digits of results depend on it")
+    parser.add_argument(
+        "--threads", type=int, help="threads to compute with; last digits depend on it where torch's products compute"
+    )
     parser.add_argument("verb", help="a module of rwkvpipe")
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="the verb's own arguments")
     args = parser.parse_args(argv)

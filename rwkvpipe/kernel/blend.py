@@ -89,6 +89,14 @@ def finish(y: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor, rows: Seque
     return ((torch.addcmul(bias, normed.flatten(-2), weight) + bonus.flatten(-2)) * gate).to(gate.dtype)
 
 
+def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Each token of x (..., D) normalised, times weight (D), plus bias (D)."""
+    if x.numel() and build.native(x, weight, bias):
+        width = x.shape[-1]
+        return Pass("norm", (x.numel() // width, width), rows=2, numbers=(eps,))(x, weight, bias)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
 def squared_relu(x: Tensor) -> Tensor:
     """max(x, 0)^2."""
     if passes.fit(x):

@@ -21,7 +21,7 @@ from rwkvpipe.base.errors import DataError
 from rwkvpipe.base.files import read_json, write_json
 from rwkvpipe.base.lock import lock
 from rwkvpipe.kernel import build, product
-from rwkvpipe.kernel.product import Products
+from rwkvpipe.kernel.product import Products, one_thread
 
 log = logging.getLogger("rwkvpipe")
 
@@ -119,17 +119,14 @@ def processor() -> str:
 def _timed(sizes: list[int], ways: list[str], dtype: torch.dtype | None) -> dict:
     """All on one thread, in turns: a product and those of its gradients. Times are of this process alone."""
     narrow, wide = sizes
-    draw, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
+    draw = torch.Generator().manual_seed(0)
     x, y, matrix = (torch.randn(n, m, generator=draw) for n, m in ((ROWS, narrow), (ROWS, wide), (wide, narrow)))
     spent: dict[str, list[float]] = {way: [] for way in ways}
     how = {way: Products.by(way, dtype) for way in ways}
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         for _ in range(ROUNDS):
             for way, seconds in spent.items():
                 seconds.append(_seconds(how[way], x, y, matrix))
-    finally:
-        torch.set_num_threads(threads)
     found = {"processor": processor(), "torch": torch.__version__, "kernels": build.level(), "sizes": sizes}
     return found | {"rounded": dtype is not None, "seconds": {way: min(seconds) for way, seconds in spent.items()}}
 

@@ -13,7 +13,8 @@ ones; bf16 makes it 1.7e-3. Sums of products of a block are exact.
 """
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, wraps
 
@@ -52,6 +53,17 @@ def chosen() -> str | None:
 
 def _is_chosen(name: str) -> bool:
     return name in (chosen() or "").split("+")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within, torch computes on one thread: what it multiplies and factors on more has other bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.base.errors import ConfigError
-from rwkvpipe.kernel.product import through
-from rwkvpipe.model.layers import Borders, State
+from rwkvpipe.kernel.product import one_thread, through
+from rwkvpipe.model.layers import Borders, Norm, State
 
 # singular values of the matrices to start with (RWKV-LM); those not named start at zero
 GAINS = {"att.receptance": 1.0, "att.key": 0.1, "att.value": 1.0, "att.gate": 0.1, "ffn.key": 1.0}
@@ -28,9 +28,9 @@ class Block(nn.Module):
     def __init__(self, config: RwkvConfig, layer: int, att: nn.Module, ffn: nn.Module):
         super().__init__()
         if layer == 0:
-            self.ln0 = nn.LayerNorm(config.n_embd) if config.ln0 else nn.Identity()
-        self.ln1 = nn.LayerNorm(config.n_embd)
-        self.ln2 = nn.LayerNorm(config.n_embd)
+            self.ln0 = Norm(config.n_embd) if config.ln0 else nn.Identity()
+        self.ln1 = Norm(config.n_embd)
+        self.ln2 = Norm(config.n_embd)
         self.att = att
         if config.time_state:
             heads = config.n_embd // config.head_size
@@ -75,7 +75,7 @@ class LanguageModel(nn.Module):
             Block(config, layer, self.TimeMix(config, layer), self.ChannelMix(config))
             for layer in range(config.n_layer)
         )
-        self.ln_out = nn.LayerNorm(config.n_embd)
+        self.ln_out = Norm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     def start(self, rows: int, device=None) -> State:
@@ -165,8 +165,9 @@ def embedding(vocab_size: int, n_embd: int) -> nn.Embedding:
     return nn.Embedding(vocab_size, n_embd, _weight=weight if weight.is_meta else nn.init.normal_(weight))
 
 
+@one_thread()
 def orthogonal(matrix: Tensor, gain: float, stream: torch.Generator) -> None:
-    """All singular values `gain`."""
+    """All singular values `gain`; the same bits at any number of threads, which torch does not promise."""
     if matrix.device.type != "meta":
         nn.init.orthogonal_(matrix, gain, generator=stream)
 

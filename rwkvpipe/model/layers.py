@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkvpipe.base.config import RwkvConfig
-from rwkvpipe.kernel.blend import mix, squared_relu
+from rwkvpipe.kernel.blend import mix, norm, squared_relu
 from rwkvpipe.kernel.gate import gate, sift
 from rwkvpipe.kernel.product import through
 from rwkvpipe.kernel.wkv5 import wkv5
@@ -18,6 +18,14 @@ GATED = (  # matrices of a block of RWKV-5 and RWKV-6
     *("ffn.key", "ffn.value", "ffn.receptance"),
 )
 FORGET = 8.0  # w of a token behind which nothing is left: exp(-exp(8)) is 0 even in fp64
+
+
+class Norm(nn.LayerNorm):
+    """That of the stream, whose gradients have the same bits at any number of threads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D), normalised."""
+        return norm(x, self.weight, self.bias, self.eps)
 
 
 @dataclass

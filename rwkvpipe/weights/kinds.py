@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkvpipe.base.config import LoraConfig
-from rwkvpipe.kernel.product import linear
+from rwkvpipe.kernel.product import linear, one_thread
 from rwkvpipe.weights.rounded import Rounded, product, rounded
 
 OVER = 8  # directions more than asked for, which make those asked for of a randomized SVD exact
@@ -128,10 +128,12 @@ class LoraLinear(Adapted):
     trained = ("lora_A", "lora_B")
 
 
+@one_thread()
 def largest(weight: Tensor, config: LoraConfig, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """The `rank` largest singular values (rank,) of a matrix (out, in) between their vectors (out, rank), (rank, in).
 
-    With `svd` rounds, those of what the matrix is in a subspace found from random directions (Halko et al. 2011).
+    With `svd` rounds, those of what the matrix is in a subspace found from random directions (Halko et al. 2011). The
+    same bits at any number of threads.
     """
     rank = config.rank
     if config.svd is None:

@@ -40,6 +40,9 @@ void read6(const int64_t *, int, const int64_t *, const float *const *, const vo
 void loss_rows(const int64_t *, int, float *, const int64_t *, const int64_t *, float, float, float *);
 void sample_rows(const int64_t *, int, const float *, const float *, const float *, const uint8_t *, const int64_t *,
                  const float *, const double *, const double *, int64_t *, float *, int64_t *);
+void norm_forward(const int64_t *, int, const float *, const float *, const float *, float, float *);
+void norm_backward(const int64_t *, int, const float *, const float *, const float *, float, const float *, float *,
+                   float *, float *);
 void gate_backward(const int64_t *, int, const float *, const float *, const float *, const float *, float,
                    const float *, float *, float *, float *, float *);
 void finish_backward(const int64_t *, int, const float *, const float *, const float *, const float *, const float *,
@@ -77,6 +80,9 @@ void operators(int64_t B, int64_t T, int64_t H, int64_t N) {
                                              x(), made(D), made(m), made(2 * B * D)});
     }
     const int64_t tokens[] = {B * T, H, N}, tasks = (B * T + 63) / 64;
+    const int64_t stream[] = {B * T, D};
+    norm_forward(stream, 2, r, made(D), made(D), 0.01f, y);
+    std::apply(norm_backward, std::tuple{stream, 2, r, made(D), made(D), 0.01f, k, x(), made(tasks * 2 * D), made(2 * D)});
     std::apply(gate_backward, std::tuple{tokens, 2, y, r, made(D), made(D), 0.01f, k, x(), x(), made(tasks * 2 * D),
                                          made(2 * D)});
     std::apply(finish_backward, std::tuple{tokens, 2, y, r, k, v, a, made(D), made(D), made(D), 0.01f, b, x(), x(), x(),

@@ -40,6 +40,11 @@ def finish(B, T, H, N, seed):
     return lambda y, r, k, v, g, *rows: blend.finish(y, r, k, v, g, rows, 0.05), inputs
 
 
+def norm(B, T, H, N, seed):
+    draw = drawn(seed)
+    return lambda *inputs: blend.norm(*inputs, 1e-5), [3 * draw(B, T, H * N) + 1, draw(H * N), draw(H * N)]
+
+
 def squared_relu(B, T, H, N, seed):
     return blend.squared_relu, [drawn(seed)(B, T, H * N)]
 
@@ -60,7 +65,7 @@ def sift(B, T, H, N, seed):
     return gate.sift, [4 * drawn(seed)(B, T, H * N), drawn(seed + 1)(B, T, H * N)]
 
 
-EACH = [mix, prepare, lean, finish, squared_relu, drift, gated, sift]
+EACH = [mix, prepare, lean, finish, norm, squared_relu, drift, gated, sift]
 
 
 def near(found, wanted, tolerance):
