@@ -14,7 +14,7 @@ from statistics import median
 
 from benchmarks.page import rows
 from benchmarks.train import Case, Worker, conditions, prepare
-from rwkvpipe.launch import SPIN
+from rwkvpipe.launch import surroundings
 
 OTHERS = (0, 1, 2)
 THREADS = (1, 2)
@@ -48,7 +48,7 @@ def step(worker: Worker) -> float | None:
 def measure(peer: Path, folder: Path, rounds: int, case: Case) -> dict:
     """Seconds of a step of each program, with each number of threads, in turns, by how many others are busy."""
     prepare(case, folder / "train")
-    started = {"GOMP_SPINCOUNT": SPIN}  # as jobs are
+    started = surroundings("pretrain")  # as jobs are
     programs = {
         "rwkvpipe": (sys.executable, "ours.py", started),
         "rwkvpipe by torch": (sys.executable, "ours.py", started | {"RWKVPIPE_KERNELS": "torch"}),

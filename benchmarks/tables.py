@@ -44,14 +44,15 @@ INFERENCE = {"infer": infer.table, "same": same.table}
 
 
 def runs(name: str = "kernels") -> dict[str, dict]:
-    """The last run of each thing, by its name, of those beside a page."""
+    """The last run of each thing, by its name, of those beside a page; what ran on a processor of AMD's says so."""
     found = {}
     for line in (DOCS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
         run = json.loads(line)
         case = run.get("operator") or f"{run['case']['n_layer']}x{run['case']['n_embd']}"
         if (family := run.get("case", {}).get("family", "rwkv7")) != "rwkv7":
             case = f"{family} {case}"
-        found[f"{run['what']} {case}"] = run
+        maker = " on AMD" if run["machine"].startswith("AMD") else ""
+        found[f"{run['what']} {case}{maker}"] = run
     return found
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.kernel import build as kernels
+from rwkvpipe.launch import surroundings
 from rwkvpipe.model.family import build
 
 WORKERS = Path(__file__).parent / "workers"
@@ -129,8 +130,10 @@ def measure(python: Path, folder: Path, rounds: int, case: Case, peer: str = "rw
     `python` is that of an environment that has the peer.
     """
     prepare(case, folder / "train")
+    started = surroundings("pretrain")  # as jobs are
     workers = {
-        name: Worker(sys.executable, "ours.py", folder / "train", precision) for name, (precision, _) in OURS.items()
+        name: Worker(sys.executable, "ours.py", folder / "train", precision, **started)
+        for name, (precision, _) in OURS.items()
     }
     workers[peer] = Worker(python, STEPS[peer], folder / "train")
     losses = {name: worker.ask("loss")["loss"] for name, worker in workers.items()}
