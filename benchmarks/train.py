@@ -130,12 +130,12 @@ def measure(python: Path, folder: Path, rounds: int, case: Case, peer: str = "rw
     `python` is that of an environment that has the peer.
     """
     prepare(case, folder / "train")
-    started = surroundings("pretrain")  # as jobs are
+    started = surroundings("pretrain")  # all as jobs are
     workers = {
         name: Worker(sys.executable, "ours.py", folder / "train", precision, **started)
         for name, (precision, _) in OURS.items()
     }
-    workers[peer] = Worker(python, STEPS[peer], folder / "train")
+    workers[peer] = Worker(python, STEPS[peer], folder / "train", **started)
     losses = {name: worker.ask("loss")["loss"] for name, worker in workers.items()}
     if any(abs(losses[name] - losses[peer]) > far for name, (_, far) in OURS.items()):
         raise SystemExit(f"the losses differ, so there is nothing to compare: {losses}")

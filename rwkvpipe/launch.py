@@ -41,7 +41,7 @@ POLL = 0.5  # seconds between looks at devices that are all taken
 # of their speed at GNU's default of 300,000, and none of it at this; alone, this costs some per cent
 SPIN = "5000"
 # A step of training frees all that it held. glibc would give it back to the system, and the next step ask for it again,
-# page by page; and large pages are found faster. Together 5 % of a small model's step; the most that is held stays
+# page by page; and large pages are found faster: together 5 % of a small model's step. Blocks from 32 MB on go back
 PAGES = "glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=2147483647:glibc.malloc.mmap_threshold=33554432"
 
 

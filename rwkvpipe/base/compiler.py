@@ -118,7 +118,7 @@ def compiled(
     `what` it is stands in the log; `found` gives the compiler, `command` or `nvcc`. Raises one of FAILURES: no
     compiler, or it fails, or nothing can be written.
     """
-    words, home = found(), folder()
+    words, home, begun = found(), folder(), _files(sources)  # as they are, not as they will be after a wait
     if words is None:
         ready = sorted(home.glob(f"{name}-*.so"))
         if ready:
@@ -132,7 +132,7 @@ def compiled(
         try:
             if not path.exists():
                 log.info("compiling %s, once: %s", what, path)
-                _compile(words, flags, sources, path)
+                _compile(words, flags, sources, path, begun)
         finally:
             if held is not None:
                 os.close(held)
@@ -148,12 +148,11 @@ def _wait_for(path: Path, what: str) -> int | None:
         return None
 
 
-def _compile(words: list[str], flags: Sequence[str], sources: Sequence[Path], path: Path) -> None:
+def _compile(words: list[str], flags: Sequence[str], sources: Sequence[Path], path: Path, begun: list) -> None:
     """Every source on its own, as many at a time as there are cores, the longest first; then all of them together.
 
-    Raises OSError if a file beside them changes meanwhile: the library would not be what its name says.
+    Raises OSError if the files beside them are not those that `begun`: the library would not be what its name says.
     """
-    begun = _files(sources)
     with atomic(path, suffix=".so") as part, TemporaryDirectory() as room:
         ordered = sorted(sources, key=lambda source: source.stat().st_size, reverse=True)
         objects = [f"{room}/{source.stem}.o" for source in ordered]

@@ -102,7 +102,7 @@ def _narrow(x: Tensor, weight: Tensor, wanted: Wanted, needed: Sequence[bool]) -
     rows, matrix = how.take(x), how.take(weight)
     plain = replace(wanted, scale=1.0, pull=wanted.pull / wanted.scale)
     for part in parts(x, weight):
-        logits = how.mm(rows[part], matrix.mT) if how.whole else rows[part] @ matrix.mT
+        logits = how.mm(rows[part], matrix.mT) if how.whole or how.own else rows[part] @ matrix.mT
         logits = logits if passes.fit(logits) else logits.to(x.dtype)
         total += _gradients(logits, plain, part).double().sum()
         steps = back.take(logits)
