@@ -118,7 +118,7 @@ def compiled(
     `what` it is stands in the log; `found` gives the compiler, `command` or `nvcc`. Raises one of FAILURES: no
     compiler, or it fails, or nothing can be written.
     """
-    words, home, begun = found(), folder(), _files(sources)  # as they are, not as they will be after a wait
+    words, home = found(), folder()
     if words is None:
         ready = sorted(home.glob(f"{name}-*.so"))
         if ready:
@@ -128,6 +128,7 @@ def compiled(
     path = home / f"{name}-{short_digest(*words, said)}.so"
     if not path.exists():
         home.mkdir(parents=True, exist_ok=True)
+        begun = _files(sources)  # as they are, not as they will be after a wait
         held = _wait_for(path, what)
         try:
             if not path.exists():

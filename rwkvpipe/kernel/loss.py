@@ -81,7 +81,7 @@ def _plain(x: Tensor, weight: Tensor, wanted: Wanted, needed: Sequence[bool]) ->
     dx = torch.empty_like(x) if needed[0] else None
     dw = torch.zeros_like(weight) if needed[1] else None
     total = torch.zeros((), dtype=torch.float64, device=x.device)
-    how = Products.exact()
+    how = Products.of(None, x.device)
     for part in parts(x, weight):
         logits = how.mm(x[part], weight.mT)
         total += _gradients(logits, wanted, part).double().sum()
@@ -102,7 +102,7 @@ def _narrow(x: Tensor, weight: Tensor, wanted: Wanted, needed: Sequence[bool]) -
     rows, matrix = how.take(x), how.take(weight)
     plain = replace(wanted, scale=1.0, pull=wanted.pull / wanted.scale)
     for part in parts(x, weight):
-        logits = how.mm(rows[part], matrix.mT) if how.whole or how.own else rows[part] @ matrix.mT
+        logits = rows[part] @ matrix.mT if how.narrow else how.mm(rows[part], matrix.mT)
         logits = logits if passes.fit(logits) else logits.to(x.dtype)
         total += _gradients(logits, plain, part).double().sum()
         steps = back.take(logits)

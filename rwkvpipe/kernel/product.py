@@ -91,11 +91,6 @@ class Products:
         """Those of the processor that `choose` names so."""
         return cls(dtype, *(each in (name or "").split("+") for each in ("bf16", "own", "whole")))
 
-    @classmethod
-    def exact(cls) -> "Products":
-        """Those of fp32 on the CPU."""
-        return cls(own=_is_chosen("own"))
-
     @property
     def of_steps(self) -> "Products":
         """Those of the gradients of logits, most of them tiny beside one: a block of whole numbers would lose them."""
@@ -173,9 +168,8 @@ def _as_it_lies(x: Tensor) -> tuple[Tensor, bool]:
 
 def asked() -> Products:
     """How products of fp32 on the CPU are to be computed: as torch's autocast says, and as was chosen."""
-    if not torch.is_autocast_enabled("cpu"):
-        return Products.exact()
-    return Products.of(torch.get_autocast_dtype("cpu"), torch.device("cpu"))
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    return Products.of(dtype, torch.device("cpu"))
 
 
 def exactly(function: Callable) -> Callable:
