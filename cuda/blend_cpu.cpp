@@ -1,6 +1,7 @@
 // What surrounds the recurrence, element by element, each with its gradient; rwkvpipe/kernel/blend.py has the formulas
 // in PyTorch. All is fp32 without gaps, (B, T, D) or (tokens, D), with D = H N channels.
 
+#include "norm.h"
 #include "tasks.h"
 
 #include <cmath>
@@ -145,34 +146,26 @@ struct Finish {
     float eps;
     const float *y, *r, *k, *v, *g, *r_k, *weight, *bias;
 
-    struct Of {
-        float mean, scale, bonus;
-    };
-
-    Of measured(int64_t at, int64_t c) const {
-        Vec total = {}, squares = {}, bonus = {};
+    // r k r_k of a head
+    float bonus(int64_t at, int64_t c) const {
+        Vec total = {};
         for (int64_t j = 0; j < N; j += WIDTH) {
             const int64_t i = at + j, left = N - j;
-            total += load_some(y + i, left);
-            bonus += load_some(r + i, left) * load_some(k + i, left) * load_some(r_k + c + j, left);
+            total += load_some(r + i, left) * load_some(k + i, left) * load_some(r_k + c + j, left);
         }
-        const float mean = sum(total) / N;
-        for (int64_t j = 0; j < N; j += WIDTH) {
-            const Vec x = only(load_some(y + at + j, N - j) - mean, N - j);
-            squares += x * x;
-        }
-        return {mean, 1.0f / std::sqrt(sum(squares) / N + eps), sum(bonus)};
+        return sum(total);
     }
 
     void forward(int64_t t, float *out) const {
         for (int64_t h = 0; h < H; h++) {
             const int64_t c = h * N, at = t * H * N + c;
-            const Of of = measured(at, c);
+            const Moments of = moments(y + at, N, eps);
+            const float bonus_ = bonus(at, c);
             for (int64_t j = 0; j < N; j += WIDTH) {
                 const int64_t i = at + j, left = N - j;
                 const Vec x = (load_some(y + i, left) - of.mean) * of.scale;
                 const Vec normed = x * load_some(weight + c + j, left) + load_some(bias + c + j, left);
-                store_some(out + i, (normed + of.bonus * load_some(v + i, left)) * load_some(g + i, left), left);
+                store_some(out + i, (normed + bonus_ * load_some(v + i, left)) * load_some(g + i, left), left);
             }
         }
     }
@@ -186,7 +179,8 @@ struct Finish {
         const int64_t D = H * N;
         for (int64_t h = 0; h < H; h++) {
             const int64_t c = h * N, at = t * D + c;
-            const Of of = measured(at, c);
+            const Moments of = moments(y + at, N, eps);
+            const float bonus_ = bonus(at, c);
             Vec total = {}, along = {}, pull = {};
             for (int64_t j = 0; j < N; j += WIDTH) {
                 const int64_t i = at + j, left = N - j, channel = c + j;
@@ -197,21 +191,21 @@ struct Finish {
                 total += scaled;
                 along += scaled * x;
                 pull += in * v_;
-                store_some(to.dg + i, d * (normed + of.bonus * v_), left);
-                store_some(to.dv + i, in * of.bonus, left);
+                store_some(to.dg + i, d * (normed + bonus_ * v_), left);
+                store_some(to.dv + i, in * bonus_, left);
                 add(sums + D + channel, in * x, left);
                 add(sums + 2 * D + channel, in, left);
             }
-            const float mean = sum(total) / N, turned = sum(along) / N, bonus = sum(pull);
+            const float mean = sum(total) / N, turned = sum(along) / N, pulled = sum(pull);
             for (int64_t j = 0; j < N; j += WIDTH) {
                 const int64_t i = at + j, left = N - j, channel = c + j;
                 const Vec x = (load_some(y + i, left) - of.mean) * of.scale;
                 const Vec scaled = load_some(dout + i, left) * load_some(g + i, left) * load_some(weight + channel, left);
                 const Vec r_ = load_some(r + i, left), k_ = load_some(k + i, left), by = load_some(r_k + channel, left);
                 store_some(to.dy + i, (scaled - mean - x * turned) * of.scale, left);
-                store_some(to.dr + i, bonus * k_ * by, left);
-                store_some(to.dk + i, bonus * r_ * by, left);
-                add(sums + channel, bonus * r_ * k_, left);
+                store_some(to.dr + i, pulled * k_ * by, left);
+                store_some(to.dk + i, pulled * r_ * by, left);
+                add(sums + channel, pulled * r_ * k_, left);
             }
         }
     }

@@ -30,6 +30,7 @@ log = logging.getLogger("rwkvpipe")
 PATIENCE = 600.0  # seconds that a compiler may take
 # what compiling and loading may raise where it is to be done without; RuntimeError is a user without a home
 FAILURES = (OSError, RuntimeError, subprocess.SubprocessError)
+HEADERS = (".h", ".cuh")
 
 
 def turned_off() -> bool:
@@ -167,7 +168,9 @@ def _compile(words: list[str], flags: Sequence[str], sources: Sequence[Path], pa
 
 
 def _files(sources: Sequence[Path]) -> list[tuple[str, int, int]]:
-    files = sorted({file for source in sources for file in source.parent.iterdir() if file.is_file()})
+    """What a compiler reads, the sources and whatever header lies beside one, as it is now."""
+    headers = (file for home in {source.parent for source in sources} for file in home.iterdir())
+    files = sorted({*sources, *(file for file in headers if file.suffix in HEADERS)})
     return [(str(file), (found := file.stat()).st_size, found.st_mtime_ns) for file in files]
 
 

@@ -32,6 +32,8 @@ def naming(path: str | Path) -> Iterator[None]:
             raise DataError(f"{path}: vanished while it was written; run the same command again") from None
         if name and not ours:
             raise
+        if error.errno is None:  # what a library, or a program it ran, says in its own words
+            raise OSError(f"{path}: {error}") from None
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 

@@ -89,7 +89,7 @@ class Adapted(nn.Module):
     @staticmethod
     def whole(weight: Tensor, parts: Mapping[str, Tensor], scale: float) -> Tensor:
         """The one matrix that matrix and adapter come to, in the dtype of `weight`, which the parts have too."""
-        return weight + scale * (parts["lora_B"] @ parts["lora_A"])
+        return weight + scale * linear(parts["lora_B"], parts["lora_A"])
 
     def parts(self) -> dict[str, Tensor]:
         """All tensors of the adapter by name."""
@@ -173,7 +173,8 @@ class PissaLinear(Adapted):
     @staticmethod
     def whole(weight: Tensor, parts: Mapping[str, Tensor], scale: float) -> Tensor:
         """W + s (B A - B0 A0)."""
-        return weight + scale * (parts["lora_B"] @ parts["lora_A"] - parts["lora_B0"] @ parts["lora_A0"])
+        moved = linear(parts["lora_B"], parts["lora_A"]) - linear(parts["lora_B0"], parts["lora_A0"])
+        return weight + scale * moved
 
     def adapted(self, x: Tensor, dropped: Tensor) -> Tensor:
         """What is frozen reads `x`, what is trained `dropped`."""

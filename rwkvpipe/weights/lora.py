@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rwkvpipe.base.config import LoraConfig
 from rwkvpipe.base.errors import ConfigError, WeightsError
 from rwkvpipe.base.strict import check_json
+from rwkvpipe.kernel.product import one_thread
 from rwkvpipe.weights.kinds import KINDS, PARTS, Adapted, scaling
 from rwkvpipe.weights.tensors import read_tensors
 
@@ -125,10 +126,11 @@ def read_adapter(path: str | Path) -> tuple[dict, LoraConfig, str]:
     return tensors, check_json(LoraConfig, metadata["lora"], path), metadata.get("base", "")
 
 
+@one_thread()
 def merged(tensors: dict[str, Tensor], adapter: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
     """Base tensors with the adapter in them, computed in fp64 and rounded once to the dtype of the matrix.
 
-    Full tensors replace theirs; everything else is the same tensor. Raises WeightsError for an adapter that does not
+    The same bits at any number of threads. Full tensors replace theirs; everything else is the same tensor. Raises WeightsError for an adapter that does not
     belong to these tensors.
     """
     result, groups, kind = dict(tensors), {}, KINDS[config.kind]

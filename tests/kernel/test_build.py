@@ -96,8 +96,17 @@ def test_sources_that_change_while_they_are_compiled_make_no_library(library, fr
     monkeypatch.setattr(build, "SOURCES", sources)
     monkeypatch.setenv("CXX", stand_in(fresh, library, does=f"echo // >> {sources}/vector.h"))
     computes(False, caplog)
-    assert "the sources changed while they were compiled: start again" in caplog.text
+    assert ".so: the sources changed while they were compiled: start again)" in caplog.text
+    assert "Errno" not in caplog.text
     assert not list((fresh / "kernels").glob("*.so*"))
+
+
+def test_what_else_changes_beside_the_sources_does_not_matter(library, fresh, monkeypatch, caplog):
+    sources = fresh / "sources"
+    shutil.copytree(build.SOURCES, sources)
+    monkeypatch.setattr(build, "SOURCES", sources)
+    monkeypatch.setenv("CXX", stand_in(fresh, library, does=f"echo // >> {sources}/.vector.h.swp"))
+    computes(True, caplog)
 
 
 def test_a_folder_that_cannot_be_written_does_not_stop_a_run(fresh, monkeypatch, caplog):
