@@ -57,6 +57,7 @@ typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH), aligned(2), may_a
 struct Floats {
     typedef Vec Sum;
     static constexpr int64_t EACH = 1;  // numbers of a matrix's row that meet a word of x
+    static constexpr bool WHOLE = false;   // whether they are whole numbers, and
     static constexpr bool SCALED = false;  // whether what they are times is of blocks of its row, too
     static int64_t panel(int64_t words) { return words * PANEL; }  // numbers of a matrix in a panel of so many words
     static Vec begun(Vec before) { return before; }
@@ -87,7 +88,7 @@ struct Pair {
     typedef int8_t Number;
     typedef Ints Sum;
     static constexpr int64_t EACH = 2, BLOCK = fixed::BESIDE_8.block;
-    static constexpr bool SCALED = false;
+    static constexpr bool WHOLE = true, SCALED = false;
     static int64_t panel(int64_t words) { return words * PANEL * EACH; }
     static Vec at(const int8_t *p) { return (Vec)fixed::widened(p); }
     static Ints begun(Vec) { return Ints{}; }
@@ -100,6 +101,18 @@ struct Alike : Pair {
     static constexpr int64_t BLOCK = fixed::ALIKE.block;
     static constexpr bool SCALED = true;
 };
+
+#if defined(__AVX512BF16__)
+// two numbers of bf16 on both sides; where one is smaller than 2^-126 it counts as 0
+struct Two {
+    typedef Vec Sum;
+    static constexpr int64_t EACH = 2;
+    static constexpr bool WHOLE = false, SCALED = false;
+    static Vec begun(Vec before) { return before; }
+    static Vec spread(const float *x) { return (Vec)(*reinterpret_cast<const fixed::Word *>(x) + Ints{}); }
+    static Vec added(Vec sum, Vec w, Vec x) { return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x); }
+};
+#endif
 
 // what becomes of a sum of whole numbers, times what they are times, and of one of floats
 inline Vec ended(Ints sum, Vec before, Vec by) { return fixed::joined(before, __builtin_convertvector(sum, Vec), by); }

@@ -2,8 +2,8 @@
 // its numbers with the bits that matvec.h gives them. And products of fp32 in training: rwkvpipe/kernel/product.py says
 // when these are used, and when torch's are.
 
+#include "narrow.h"
 #include "parts.h"
-#include "tiles.h"
 
 namespace {
 
@@ -16,13 +16,14 @@ void many(const Matrix &m, int64_t rows, int threads, const Asked &x, float *to)
     const tiles::Kept<Form> second = {static_cast<const typename Form::Number *>(m.data), m.words()};
     const tiles::Sizes sizes = {rows, m.out, m.words(), m.out};
     const tiles::Times times = {x.by, x.by_step, 1, nullptr, 0};
-    tiles::multiply({x.start, x.step, false}, second, sizes, threads, to, m.scale, false, times);
+    tiles::multiply(tiles::Plain{x.start, x.step, false}, second, sizes, threads, to, m.scale, false, times);
 }
 
 #if defined(__AVX512F__)
 void many_in_twelve(const Matrix &m, int64_t rows, int threads, const Asked &x, float *to) {
     const twelve::Lying lying(m.data, m.out, m.in);
-    tiles::multiply({x.start, x.step, false}, tiles::Twelves{lying}, {rows, m.out, m.in, m.out}, threads, to, nullptr, false);
+    const tiles::Plain first = {x.start, x.step, false};
+    tiles::multiply(first, tiles::Twelves{lying}, {rows, m.out, m.in, m.out}, threads, to, nullptr, false);
     share((rows + MANY - 1) / MANY, threads, [&](int64_t n) {
         const int64_t r = n * MANY;
         const Asked from = {x.start + r * x.step, x.step, nullptr, 0};
@@ -151,16 +152,33 @@ void panels_times(const int64_t *s, int threads, const void *const *data, const 
     products(m, s[0], threads, asked(m, s[0], threads, {x, m.in}), to);
 }
 
+// whether factors can be rounded to bf16
+int64_t multiply_bf16() {
+#if defined(__AVX512BF16__)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 // sizes: rows deep columns, whether x and w are turned (x is (deep, rows) in memory, w (columns, deep)), whether the
-// product (rows, columns) is added to what is there, and whether factors are rounded to whole numbers of 12 bits
-// takes R deep columns x_turned turned add whole: x R*deep, w deep*columns, to R*columns
+// product (rows, columns) is added to what is there, and what factors are rounded to: 0 nothing, 1 whole numbers of 12
+// bits, 2 bf16
+// takes R deep columns x_turned turned add rounded: x R*deep, w deep*columns, to R*columns
 void multiply(const int64_t *s, int threads, const float *x, const float *w, float *to) {
     const int64_t rows = s[0], deep = s[1], columns = s[2];
-    const bool x_turned = s[3] != 0, turned = s[4] != 0, add = s[5] != 0, whole = s[6] != 0;
+    const bool x_turned = s[3] != 0, turned = s[4] != 0, add = s[5] != 0;
     const int64_t x_step = x_turned ? rows : deep, step = turned ? deep : columns;
     const tiles::Sizes sizes = {rows, columns, deep, columns};
-    if (whole) return multiply_rounded(sizes, threads, {x, !x_turned, x_step}, {w, turned, step}, to, add);
-    tiles::multiply({x, x_step, x_turned}, tiles::Plain{w, step, turned}, sizes, threads, to, nullptr, add);
+    const tiles::Plain first = {x, x_step, x_turned}, second = {w, step, turned};
+    if (s[6] == 1) return multiply_rounded(sizes, threads, {x, !x_turned, x_step}, {w, turned, step}, to, add);
+#if defined(__AVX512BF16__)
+    if (s[6] == 2) {
+        const tiles::Sizes words = {rows, columns, (deep + 1) / 2, columns};
+        return tiles::multiply(tiles::Narrow{first, deep}, tiles::Narrow{second, deep}, words, threads, to, nullptr, add);
+    }
+#endif
+    tiles::multiply(first, second, sizes, threads, to, nullptr, add);
 }
 
 }  // extern "C"

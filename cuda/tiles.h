@@ -251,10 +251,10 @@ struct Times {
 };
 
 // Rows and columns of a product that one thread computes
-template <class Second>
+template <class First, class Second>
 struct Task {
     typedef typename Second::Form Form;
-    const Plain &first;
+    const First &first;
     const Second &second;
     const Sizes &s;
     const Times &times;
@@ -293,8 +293,8 @@ struct Task {
             const Soon next = n + 1 < count ? first.strip(row + rows, k) : first.strip(begin, k + deep);
             float by[HIGH] = {};
             int64_t block = 0;
-            if constexpr (Form::EACH > 1) block = k * Form::EACH / Form::BLOCK;
-            for (int64_t r = 0; r < rows && Form::EACH > 1; r++)
+            if constexpr (Form::WHOLE) block = k * Form::EACH / Form::BLOCK;
+            for (int64_t r = 0; r < rows && Form::WHOLE; r++)
                 by[r] = times.by[(row + r) * times.step + block * times.apart];
             const float *columns_by = Form::SCALED ? times.columns + block * times.columns_apart : nullptr;
             first.lay(row, rows, s.rows, k, deep, laid);
@@ -328,17 +328,17 @@ inline int64_t length(int64_t all, int64_t most, int64_t unit) {
 }
 
 // to (rows, columns) becomes the product of the first (rows, deep) and the second (deep, columns), or it is added
-template <class Second>
-void multiply(const Plain &first, const Second &second, const Sizes &s, int threads, float *to, const float *scale,
+template <class First, class Second>
+void multiply(const First &first, const Second &second, const Sizes &s, int threads, float *to, const float *scale,
               bool add, const Times &times = {}) {
     typedef typename Second::Form Form;
     typedef std::make_integer_sequence<int, HIGH - LOW + 1> Heights;
     typedef std::conditional_t<Form::EACH == 1, product::Floats, Form> Kernel;
     Tiles tiles = heights<ALONG, Kernel>(Heights());
-    if constexpr (Form::EACH == 1 || Form::SCALED)
+    if constexpr (!Form::WHOLE || Form::SCALED)
         if (first.turned) tiles = heights<BESIDE, Kernel>(Heights());
     int64_t deep = length(s.deep, DEEP, Second::UNIT);
-    if constexpr (Form::EACH > 1) deep = Form::BLOCK / Form::EACH;
+    if constexpr (Form::WHOLE) deep = Form::BLOCK / Form::EACH;
     const int64_t wide = length(s.columns, LAID / std::max<int64_t>(1, deep), WIDE);
     const int64_t across = (s.columns + wide - 1) / wide;
     const int64_t parts = threads > 1 ? (TURNS * threads + across - 1) / across : 1;
@@ -346,7 +346,7 @@ void multiply(const Plain &first, const Second &second, const Sizes &s, int thre
     share(across * ((s.rows + tall - 1) / tall), threads, [&](int64_t n) {
         const int64_t begin = n / across * tall, end = std::min(s.rows, begin + tall);
         const int64_t left = n % across * wide, right = std::min(s.columns, left + wide);
-        const Task<Second> task = {first, second, s, times, tiles, begin, end, left, right, to, add};
+        const Task<First, Second> task = {first, second, s, times, tiles, begin, end, left, right, to, add};
         const int64_t room = (right - left + WIDE - 1) / WIDE * WIDE * deep;
         float *panels = scratch(room + STRIP);
         for (int64_t k = 0; k < s.deep; k += deep) task.words(k, std::min(deep, s.deep - k), panels, panels + room);

@@ -22,8 +22,10 @@ TRACKED_FILES = ["../cuda/*.cpp", "../cuda/*.h"]
 COMMON = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
 # what a processor can do, as torch calls it: what the compiler may use
 AVX512 = ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx2", "-mfma")
+VNNI = (*AVX512, "-mavx512vnni")
 X86 = {
-    "AVX512-VNNI": (*AVX512, "-mavx512vnni"),
+    "AVX512-BF16": (*VNNI, "-mavx512bf16"),
+    "AVX512-VNNI": VNNI,
     "AVX512": AVX512,
     "AVX2": ("-mavx2", "-mfma"),
     "DEFAULT": (),
@@ -38,11 +40,17 @@ def levels() -> dict[str, tuple[str, ...]]:
     return {"NEON" if platform.machine().lower() in ("aarch64", "arm64") else "DEFAULT": ()}
 
 
+def supports(what: str) -> bool:
+    """Whether torch knows that this processor has some instructions, by its name for them."""
+    asked = getattr(torch.cpu, f"_is_{what}_supported", None)
+    return asked is not None and asked()
+
+
 def level() -> str:
     """The best of `levels` that this processor has (ATEN_CPU_CAPABILITY can ask torch, and so us, for less)."""
     found = torch.backends.cpu.get_cpu_capability()
-    if found == "AVX512" and torch.cpu._is_vnni_supported():
-        found = "AVX512-VNNI"
+    if found == "AVX512" and supports("vnni"):
+        found = "AVX512-BF16" if supports("avx512_bf16") else "AVX512-VNNI"
     return next((each for each in levels() if found.startswith(each)), list(levels())[-1])
 
 
@@ -75,7 +83,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(path))
     except compiler.FAILURES as error:
         return None, compiler.reason(error)
-    for function in (library.wkv7_kept, library.wkv6_kept, library.blend_tasks):
+    for function in (library.wkv7_kept, library.wkv6_kept, library.blend_tasks, library.multiply_bf16):
         function.restype = ctypes.c_int64
     return library, said
 

@@ -28,7 +28,14 @@ log = logging.getLogger("rwkvpipe")
 ROWS, WIDEST = 512, 2048  # of the products that are timed
 ROUNDS = 5
 GAIN = 1.05  # how many times as fast as torch's of fp32 others must be to be worth it
-CALLED = {"own": "own ones", "bf16": "the processor's of bf16", "whole": "those of whole numbers of 12 bits"}
+# of those that are about as fast the first is chosen: own ones have the same bits at any number of threads, and only
+# large products are worth rounding to whole numbers
+CALLED = {
+    "own": "own ones",
+    "bf16+own": "own ones of bf16",
+    "whole": "those of whole numbers of 12 bits",
+    "bf16": "the processor's of bf16",
+}
 
 
 def begin(model: nn.Module) -> None:
@@ -38,9 +45,9 @@ def begin(model: nn.Module) -> None:
 
 
 def settle(model: nn.Module, began: str | None = None, *, rounded: bool = False) -> str:
-    """Choose products for a model from here on, `torch`, `own` or, for what may be rounded, `bf16`, `whole` or
-    `whole+own`; those that a training `began` with stay. Raises ConfigError where the environment asks for what there
-    is not."""
+    """Choose products for a model from here on, `torch`, `own` or, for what may be rounded, `bf16`, `bf16+own`,
+    `whole` or `whole+own`; those that a training `began` with stay. Raises ConfigError where the environment asks for
+    what there is not."""
     asked, shape, ways = compiler.products(), _shape(model), _ways(model, rounded)
     if began is not None:
         name, why = began, "as this training began"
@@ -54,14 +61,14 @@ def settle(model: nn.Module, began: str | None = None, *, rounded: bool = False)
         name, why = "torch", "there is nothing faster here" if rounded else ""
     else:
         name, why = _fastest(ways, shape, rounded)
-    kind = name.partition("+")[0]
-    if kind in ("own", "whole") and build.extension() is None:
-        log.warning("products: %s were to compute, and cannot: %s", CALLED[kind], build.why_not())
-    if why and kind == "whole":
+    parts = name.split("+")
+    if {"own", "whole"} & set(parts) and build.extension() is None:
+        log.warning("products: %s were to compute, and cannot: %s", CALLED.get(name, CALLED[parts[0]]), build.why_not())
+    if why and "whole" in parts:
         log.info("products of bf16: whole numbers of 12 bits in their place, which round less; %s", why)
     elif why:
         of = "numbers rounded to bf16" if rounded else "fp32"
-        log.info("products of %s: %s, %s", of, f"{name} in fp32" if rounded and name != "bf16" else name, why)
+        log.info("products of %s: %s%s, %s", of, parts[-1], " in fp32" * (rounded and "bf16" not in parts), why)
     product.choose(name)
     return name
 
@@ -70,8 +77,11 @@ def _ways(model: nn.Module, rounded: bool) -> list[str]:
     """Whose products can compute for a model; none are chosen on cards, and in fp64."""
     if any(value.device.type != "cpu" or value.dtype != torch.float32 for value in model.parameters()):
         return []
-    native = build.extension() is not None
-    return ["torch", *["own"] * native, *["bf16"] * (rounded and product.has_bf16()), *["whole"] * (rounded and native)]
+    library = build.extension()
+    ways = {"torch": True, "own": library}
+    if rounded:
+        ways |= {"bf16": product.has_bf16(), "bf16+own": library and library.multiply_bf16(), "whole": library}
+    return [way for way, there in ways.items() if there]
 
 
 def _shape(model: nn.Module) -> tuple[int, int] | None:
@@ -100,12 +110,12 @@ def _fastest(ways: list[str], shape: tuple[int, int], rounded: bool) -> tuple[st
         ratios = {way: float(seconds["torch"]) / float(seconds[way]) for way in ways[1:]}
     except (OSError, DataError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         return "torch", f"for what is faster here cannot be kept ({compiler.reason(error)})"
-    best = max(ratios, key=ratios.__getitem__)
+    fastest = max(ratios.values())
+    best = next(way for way in CALLED if GAIN * ratios.get(way, 0) >= fastest) if fastest >= GAIN else "torch"
     said = ", ".join(f"{CALLED[way]} are {ratio:.2f} times as fast as torch's" for way, ratio in ratios.items())
     if best == "whole" and ratios["own"] >= GAIN:
         best = "whole+own"
-    faster = ratios[best.partition("+")[0]] >= GAIN
-    return best if faster else "torch", f"{said} here, at {sizes[0]} x {sizes[1]}"
+    return best, f"{said} here, at {sizes[0]} x {sizes[1]}"
 
 
 def processor() -> str:

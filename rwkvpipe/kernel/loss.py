@@ -102,7 +102,7 @@ def _narrow(x: Tensor, weight: Tensor, wanted: Wanted, needed: Sequence[bool]) -
     rows, matrix = how.take(x), how.take(weight)
     plain = replace(wanted, scale=1.0, pull=wanted.pull / wanted.scale)
     for part in parts(x, weight):
-        logits = rows[part] @ matrix.mT if how.narrow else how.mm(rows[part], matrix.mT)
+        logits = rows[part] @ matrix.mT if how.narrow and not how.late else how.mm(rows[part], matrix.mT)
         logits = logits if passes.fit(logits) else logits.to(x.dtype)
         total += _gradients(logits, plain, part).double().sum()
         steps = back.take(logits)

@@ -3,7 +3,8 @@
 Those of fp32 are torch's or, where kernel/choice.py chose them, our own (`cuda/product_cpu.cpp`). Numbers rounded to
 bf16 are multiplied in fp32: where the processor has no product of bf16, what torch does instead takes three times as
 long, and one with AVX-512 BF16 alone may take twice as long, too. Where kernel/choice.py found the processor's own
-product to be faster it computes, and rounds results as well.
+product to be faster it computes: by way of torch, which rounds results as well, or in our kernel, which rounds numbers
+as it reads them and leaves sums in fp32.
 
 Or, where that is fastest, what may be rounded to bf16 is rounded to whole numbers instead, which many a processor
 multiplies twice as fast as fp32 (VNNI). BLOCK numbers along what is added up share a factor that makes the largest of
@@ -34,20 +35,19 @@ _chosen: list[str] = []  # the newest last
 def has_bf16() -> bool:
     """Whether this processor multiplies bf16 by itself."""
     if platform.machine().lower() in ("x86_64", "amd64"):
-        asked = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
-        return any(each() for each in asked if each is not None)
+        return build.supports("avx512_bf16") or build.supports("amx_tile")
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def choose(name: str) -> None:
-    """Have products computed by `torch` or by our `own` kernel, or those of bf16 by the processor's, or of `whole`
-    numbers instead, from now on."""
+    """Have products computed by `torch` or by our `own` kernel, or those of bf16 by the processor's as torch or we
+    (`bf16+own`) have them, or of `whole` numbers instead, from now on."""
     _chosen[:] = [name]
 
 
 def chosen() -> str | None:
-    """Whose products compute: `torch`, `own`, `bf16`, `whole`, or `whole+own`, where our own compute what is not worth
-    rounding to whole numbers; None is torch's of fp32, as nothing else was said."""
+    """Whose products compute: `torch`, `own`, `bf16`, `bf16+own`, `whole`, or `whole+own`, where our own compute what
+    is not worth rounding to whole numbers; None is torch's of fp32, as nothing else was said."""
     return _chosen[-1] if _chosen else None
 
 
@@ -75,21 +75,26 @@ class Products:
     narrow: bool = True
     """Whether they are multiplied in it, too; else in fp32."""
     own: bool = False
-    """Whether products of fp32 are our own, which have the same bits at any number of threads; torch promises none."""
+    """Whether products are our own, which have the same bits at any number of threads; torch promises none."""
     whole: bool = False
     """Whether what may be rounded becomes whole numbers, where they are worth it; nothing is rounded else."""
 
     @classmethod
     def of(cls, dtype: torch.dtype | None, device: torch.device) -> "Products":
         """The fastest on a device."""
-        if device.type != "cpu" or dtype != torch.bfloat16:
-            return cls(dtype, True, _is_chosen("own"))
-        return cls.by(chosen(), dtype)
+        if device.type == "cpu" and dtype == torch.bfloat16:
+            return cls.by(chosen(), dtype)
+        return cls(dtype, own=device.type == "cpu" and _is_chosen("own"))
 
     @classmethod
     def by(cls, name: str | None, dtype: torch.dtype | None) -> "Products":
         """Those of the processor that `choose` names so."""
         return cls(dtype, *(each in (name or "").split("+") for each in ("bf16", "own", "whole")))
+
+    @property
+    def late(self) -> bool:
+        """Whether our own products round numbers as they read them, not `take` before."""
+        return self.whole or (self.own and self.narrow and self.dtype == torch.bfloat16)
 
     @property
     def of_steps(self) -> "Products":
@@ -100,22 +105,24 @@ class Products:
         """Numbers as `mm` multiplies them."""
         if self.dtype is None:
             return x
-        if self.whole:
+        if self.late:
             return x.float()
         rounded = x.to(self.dtype)
         return rounded if self.narrow else rounded.float()
 
     def mm(self, a: Tensor, b: Tensor) -> Tensor:
         """The product (..., n, m) of what `take` gave, (..., n, k) and (k, m), in fp32."""
-        if self._without_torch(a, b):
-            return self._multiplied(a.new_empty(*a.shape[:-1], b.shape[1]), a, b)
+        way = self._way(a, b)
+        if way is not None:
+            return self._multiplied(a.new_empty(*a.shape[:-1], b.shape[1]), a, b, way)
         found = a @ b
         return found.float() if found.dtype == self.dtype else found
 
     def put(self, into: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
         """The product (n, m) of (n, k) and (k, m) written where it is to be, or added to what is there."""
-        if into.is_contiguous() and self._without_torch(a, b):
-            self._multiplied(into, a, b, add=add)
+        way = self._way(a, b) if into.is_contiguous() else None
+        if way is not None:
+            self._multiplied(into, a, b, way, add=add)
         elif a.dtype == into.dtype:
             torch.addmm(into, a, b, beta=float(add), out=into)
         elif add:
@@ -123,22 +130,27 @@ class Products:
         else:
             into.copy_(a @ b)
 
-    def _without_torch(self, a: Tensor, b: Tensor) -> bool:
-        """Whether no product of torch's computes this one."""
-        if not (self.own or self.whole) or b.dim() != 2 or a.dtype != torch.float32:
-            return False
-        return self._rounds(a, b) or (self.own and a.numel() * b.shape[1] > 0 and build.native(a, b) is not None)
+    def _way(self, a: Tensor, b: Tensor) -> str | None:
+        """How we multiply these: numbers as they are (`plain`), or rounded to `bf16` or `whole` ones; None is torch."""
+        if not (self.own or self.whole) or b.dim() != 2 or a.dtype != torch.float32 or not a.numel() * b.shape[1]:
+            return None
+        if self.whole:
+            n, (k, m) = a.numel() // a.shape[-1], b.shape
+            if n * m >= SPREAD * (n + m) and 2 * k >= SPREAD:  # it is worth it
+                return "whole"
+        elif self.late:
+            return "bf16"
+        return "plain" if self.own and build.native(a, b) else None
 
-    def _rounds(self, a: Tensor, b: Tensor) -> bool:
-        """Whether it is worth to round these to whole numbers."""
-        n, (k, m) = a.numel() // max(1, a.shape[-1]), b.shape
-        return self.whole and n * m >= SPREAD * (n + m) and 2 * k >= SPREAD
-
-    def _multiplied(self, into: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
-        if build.native(a, b):
-            return _multiply(a, b, into, add=add, whole=self._rounds(a, b))
-        found = evened(a, -1) @ evened(b, 0)
-        return into.add_(found) if add else into.copy_(found)
+    def _multiplied(self, into: Tensor, a: Tensor, b: Tensor, way: str, *, add: bool = False) -> Tensor:
+        library = build.native(a, b)
+        if way == "whole" and not library:
+            a, b, way = evened(a, -1), evened(b, 0), "plain"
+        elif way == "bf16" and not (library and library.multiply_bf16()):
+            a, b, way = a.to(self.dtype).float(), b.to(self.dtype).float(), "plain"
+        if library:
+            return _multiply(a, b, into, add, way)
+        return into.add_(a @ b) if add else into.copy_(a @ b)
 
 
 def evened(x: Tensor, dim: int) -> Tensor:
@@ -151,10 +163,10 @@ def evened(x: Tensor, dim: int) -> Tensor:
     return torch.cat(parts, -1).movedim(-1, dim) if parts else x
 
 
-def _multiply(a: Tensor, b: Tensor, into: Tensor, *, add: bool = False, whole: bool = False) -> Tensor:
+def _multiply(a: Tensor, b: Tensor, into: Tensor, add: bool, way: str) -> Tensor:
     """The product of (..., n, k) and (k, m), of which both may be seen turned, where it is to be."""
     (x, x_turned), (matrix, turned) = _as_it_lies(a), _as_it_lies(b)
-    sizes = (a.numel() // a.shape[-1], *b.shape, x_turned, turned, add, whole)
+    sizes = (a.numel() // a.shape[-1], *b.shape, x_turned, turned, add, ("plain", "whole", "bf16").index(way))
     build.call("multiply", sizes, x, matrix, into)
     return into
 

@@ -130,8 +130,8 @@ def read_adapter(path: str | Path) -> tuple[dict, LoraConfig, str]:
 def merged(tensors: dict[str, Tensor], adapter: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
     """Base tensors with the adapter in them, computed in fp64 and rounded once to the dtype of the matrix.
 
-    The same bits at any number of threads. Full tensors replace theirs; everything else is the same tensor. Raises WeightsError for an adapter that does not
-    belong to these tensors.
+    The same bits at any number of threads. Full tensors replace theirs; everything else is the same tensor. Raises
+    WeightsError for an adapter that does not belong to these tensors.
     """
     result, groups, kind = dict(tensors), {}, KINDS[config.kind]
     for name, value in adapter.items():

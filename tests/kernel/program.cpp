@@ -227,7 +227,7 @@ void decode(int64_t rows, int64_t kind) {
 }
 
 void products(int64_t n, int64_t k, int64_t m) {
-    for (int64_t form = 0; form < 16; form++) {
+    for (int64_t form = 0; form < 24; form++) {
         const int64_t s[] = {n, k, m, form & 1, form >> 1 & 1, form >> 2 & 1, form >> 3};
         std::apply(multiply, std::tuple{s, 2, made(n * k), made(k * m), made(n * m)});
     }

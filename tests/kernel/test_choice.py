@@ -1,5 +1,7 @@
 """Which products of fp32 compute: found out once by time, or said; and a training keeps those that it began with."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
@@ -66,7 +68,7 @@ def test_the_faster_is_chosen_once_for_a_machine_and_size_and_said(timed, caplog
 @needs_native
 def test_numbers_rounded_to_bf16_are_multiplied_by_what_is_fastest(timed, monkeypatch, caplog, has, ratio, bf16, name):
     monkeypatch.setattr(product, "has_bf16", lambda: has)
-    timed |= {"ratio": ratio, "bf16": bf16}
+    timed |= {"ratio": ratio, "bf16": bf16, "bf16+own": 0.1}
     with caplog.at_level("INFO", logger="rwkvpipe"):
         assert choice.settle(MODEL, rounded=True) == product.chosen() == name
     assert ("the processor's of bf16" in caplog.text) == has
@@ -75,6 +77,24 @@ def test_numbers_rounded_to_bf16_are_multiplied_by_what_is_fastest(timed, monkey
     assert choice.settle(MODEL) == ("own" if ratio > 1 else "torch") and timed["asked"] == 2  # fp32 is another matter
     assert not product.Products.of(torch.bfloat16, torch.device("cpu")).narrow
     assert product.Products.of(torch.bfloat16, torch.device("cuda")).narrow
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("bf16", "ours", "whole", "name"),
+    [(3.0, 2.9, 3.0, "bf16+own"), (3.0, 2.8, 2.9, "whole+own"), (4.0, 2.9, 2.9, "bf16"), (2.0, 2.0, 2.2, "whole+own")],
+)
+def test_of_those_that_are_about_as_fast_the_same_bits_count(timed, monkeypatch, caplog, bf16, ours, whole, name):
+    monkeypatch.setattr(product, "has_bf16", lambda: True)
+    monkeypatch.setattr(build, "extension", lambda: mock.Mock(multiply_bf16=lambda: 1))
+    timed |= {"ratio": 1.5, "bf16": bf16, "bf16+own": ours, "whole": whole}
+    with caplog.at_level("INFO", logger="rwkvpipe"):
+        assert choice.settle(MODEL, rounded=True) == product.chosen() == name
+    assert ("products of numbers rounded to bf16: own, own ones are" in caplog.text) == (name == "bf16+own")
+    how, exact = (product.Products.of(kind, torch.device("cpu")) for kind in (torch.bfloat16, None))
+    assert (how.narrow, how.own, how.late) == ("bf16" in name, "own" in name, name != "bf16")
+    assert (exact.own, exact.late) == ("own" in name, False)
+    assert not product.Products.of(torch.bfloat16, torch.device("cuda")).late
 
 
 @needs_native
@@ -182,8 +202,8 @@ def test_a_training_goes_on_with_the_products_it_began_with(tmp_path, monkeypatc
 
 
 @needs_native
-@pytest.mark.parametrize("name", ["whole", "whole+own"])
-def test_a_training_in_whole_numbers_goes_on_so_on_a_machine_where_others_are_faster(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("name", ["whole", "whole+own", "bf16+own"])
+def test_a_training_in_rounded_numbers_goes_on_so_on_a_machine_where_others_are_faster(tmp_path, monkeypatch, name):
     monkeypatch.delenv("RWKVPIPE_PRODUCTS", raising=False)
     monkeypatch.setattr(product, "SPREAD", 8)  # products of low ranks are not rounded
     monkeypatch.setattr(choice, "_fastest", lambda *given: (name, "it is"))

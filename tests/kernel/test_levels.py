@@ -26,7 +26,7 @@ def level(request, monkeypatch):
     """The native code of a level, in the place of this machine's own."""
     path, said = build.compiled(request.param)
     library = ctypes.CDLL(str(path))
-    for function in (library.wkv7_kept, library.wkv6_kept, library.blend_tasks):
+    for function in (library.wkv7_kept, library.wkv6_kept, library.blend_tasks, library.multiply_bf16):
         function.restype = ctypes.c_int64
     monkeypatch.setattr(build, "_loaded", lambda: (library, said))
     return request.param
@@ -75,6 +75,17 @@ def test_whole_numbers_are_rounded_and_multiplied_alike(level, turned, monkeypat
     found = product.Products(whole=True).mm(*((each.mT.contiguous().mT if turned else each) for each in (x, matrix)))
     wanted = product.evened(x.double(), -1) @ product.evened(matrix.double(), 0)
     assert (found - wanted).norm() <= 1e-4 * wanted.norm()
+
+
+@needs_native
+@pytest.mark.parametrize("turned", [False, True])
+def test_numbers_are_rounded_to_bf16_alike(level, turned):
+    draw = torch.Generator().manual_seed(0)
+    x, matrix = torch.randn(70, 515, generator=draw), torch.randn(515, 90, generator=draw)
+    given = [each.mT.contiguous().mT if turned else each for each in (x, matrix)]
+    found = product.Products(torch.bfloat16, own=True).mm(*given)
+    wanted = x.bfloat16().double() @ matrix.bfloat16().double()
+    assert (found - wanted).norm() <= 1e-6 * wanted.norm()
 
 
 @needs_native

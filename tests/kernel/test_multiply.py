@@ -1,4 +1,4 @@
-"""Our own products of fp32, and of whole numbers, against fp64; what is used of them by models and the loss."""
+"""Our own products of fp32, bf16 and whole numbers against fp64; what is used of them by models and the loss."""
 
 import math
 from unittest import mock
@@ -15,6 +15,7 @@ from rwkvpipe.kernel.product import Products, linear
 
 pytestmark = pytest.mark.skipif(build.extension() is None, reason=f"no native kernels here: {build.why_not()}")
 OWN, WHOLE = Products(own=True), Products(torch.bfloat16, narrow=False, whole=True)
+NARROW = Products(torch.bfloat16, own=True)
 GUARD = 40
 
 
@@ -65,6 +66,15 @@ turns = st.tuples(st.booleans(), st.booleans())
 @given(sizes, sizes | st.sampled_from([384, 385, 800]), sizes, turns, st.booleans())
 def test_products_are_those_of_fp64_and_nothing_beside_them_is_written(n, k, m, turns, add):
     check_product(OWN, drawn(n, k), drawn(k, m, seed=1), turns, add)
+
+
+@settings(max_examples=60)
+@given(sizes, deep, sizes, turns, st.booleans())
+def test_numbers_are_rounded_to_bf16_and_their_sums_are_not(n, k, m, turns, add):
+    x, matrix = drawn(n, k), drawn(k, m, seed=1)
+    check_product(NARROW, x.bfloat16().float(), matrix.bfloat16().float(), turns, add)
+    found = NARROW.mm(turned(x, turns[0]), turned(matrix, turns[1]))
+    assert torch.equal(found, NARROW.mm(x.bfloat16().float(), matrix.bfloat16().float()))
 
 
 @settings(max_examples=60)
@@ -123,14 +133,15 @@ def test_one_number_beside_tiny_ones_costs_no_more_than_is_said():
     assert (found - true).norm() <= 1.3 * said * true.norm()
 
 
-def test_without_native_code_the_plain_form_computes(monkeypatch):
+@pytest.mark.parametrize("how", [WHOLE, NARROW])
+def test_without_native_code_the_plain_form_computes(monkeypatch, how):
     x, matrix, begun = drawn(2, 30, 300), drawn(300, 20, seed=1), drawn(60, 20)
     monkeypatch.setattr(product, "SPREAD", 0)
-    natively = [WHOLE.mm(x, matrix), begun.clone()]
-    WHOLE.put(natively[1], x.flatten(0, 1), matrix, add=True)
+    natively = [how.mm(x, matrix), begun.clone()]
+    how.put(natively[1], x.flatten(0, 1), matrix, add=True)
     monkeypatch.setattr(build, "native", lambda *given: None)
-    plainly = [WHOLE.mm(x, matrix), begun.clone()]
-    WHOLE.put(plainly[1], x.flatten(0, 1), matrix, add=True)
+    plainly = [how.mm(x, matrix), begun.clone()]
+    how.put(plainly[1], x.flatten(0, 1), matrix, add=True)
     for one, other in zip(natively, plainly, strict=True):
         assert (one - other).norm() <= 2e-4 * other.norm()
     assert not torch.allclose(plainly[0], x @ matrix, rtol=0, atol=1e-5)
@@ -143,11 +154,9 @@ def test_gradients_of_logits_are_not_rounded_to_whole_numbers(monkeypatch):
     wanted = Wanted(ids, torch.ones(40), 1 / 40, dtype=torch.bfloat16)
     multiplied = []
     multiply = product._multiply
-    monkeypatch.setattr(
-        product, "_multiply", lambda *given, **more: multiplied.append(more) or multiply(*given, **more)
-    )
+    monkeypatch.setattr(product, "_multiply", lambda *given: multiplied.append(given[-1]) or multiply(*given))
     head_loss(x, weight, wanted).backward()
-    assert [more["whole"] for more in multiplied] == [True]
+    assert multiplied == ["whole"]
     logits = product.evened(x.detach(), -1) @ product.evened(weight.detach(), -1).mT
     steps = (logits.softmax(-1) - torch.nn.functional.one_hot(ids, 300)) / 40
     for found, true in ((x.grad, steps @ weight.detach()), (weight.grad, steps.mT @ x.detach())):
@@ -170,10 +179,11 @@ def test_gradients_are_those_of_fp64(rows, n, k, m):
         assert near(found.flatten(0, -2), one @ other, one.abs() @ other.abs())
 
 
-def test_whole_numbers_give_the_same_bits_at_any_thread_count(at_any_thread_count, always):
+@pytest.mark.parametrize("how", [WHOLE, NARROW])
+def test_rounded_numbers_give_the_same_bits_at_any_thread_count(at_any_thread_count, always, how):
     x, matrix, y = drawn(645, 790), drawn(790, 701, seed=1), drawn(645, 701)
-    at_any_thread_count(lambda: [WHOLE.mm(x, matrix), WHOLE.mm(y, matrix.mT), WHOLE.mm(x.mT, y)])
-    assert torch.equal(WHOLE.mm(x[:120], matrix), WHOLE.mm(x, matrix)[:120])  # nor do they depend on the rows beside
+    at_any_thread_count(lambda: [how.mm(x, matrix), how.mm(y, matrix.mT), how.mm(x.mT, y)])
+    assert torch.equal(how.mm(x[:120], matrix), how.mm(x, matrix)[:120])  # nor do they depend on the rows beside
 
 
 def test_the_same_bits_come_out_at_any_thread_count(at_any_thread_count):
@@ -190,7 +200,7 @@ def test_the_same_bits_come_out_at_any_thread_count(at_any_thread_count):
     assert torch.equal(times(x, pack(matrix.mT.contiguous(), "fp32")), whole)  # or on how the matrix lies
 
 
-@pytest.mark.parametrize("how", [OWN, WHOLE])
+@pytest.mark.parametrize("how", [OWN, WHOLE, NARROW])
 def test_what_is_not_finite_stays_where_it_is(always, how):
     x, matrix = drawn(40, 30), drawn(30, 20)
     x[3, 4], x[39, 29] = torch.inf, torch.nan
@@ -199,10 +209,10 @@ def test_what_is_not_finite_stays_where_it_is(always, how):
         assert (~rows).nonzero().flatten().tolist() == [3, 39] and found[39].isnan().all()
 
 
-def test_empty_products_are_zeros(always):
-    assert (
-        OWN.mm(torch.empty(3, 0), torch.empty(0, 2)).eq(0).all() and OWN.mm(torch.empty(0, 3), drawn(3, 2)).numel() == 0
-    )
+@pytest.mark.parametrize("how", [OWN, WHOLE, NARROW])
+def test_empty_products_are_zeros(always, how):
+    assert how.mm(torch.empty(3, 0), torch.empty(0, 2)).eq(0).all()
+    assert how.mm(torch.empty(0, 3), drawn(3, 2)).numel() == 0
 
 
 def gradients(model):
@@ -221,7 +231,7 @@ def test_all_matrices_of_a_model_that_trains_are_multiplied_so(family, small_mod
     monkeypatch.setattr(product, "_chosen", ["own"])
     count = []
     multiply = product._multiply
-    monkeypatch.setattr(product, "_multiply", lambda *given, **more: count.append(1) or multiply(*given, **more))
+    monkeypatch.setattr(product, "_multiply", lambda *given: count.append(1) or multiply(*given))
     found = gradients(small_model(family))
     for one, other in zip(found, wanted, strict=True):
         assert (one - other).norm() <= 1e-4 * other.norm()
