@@ -1,8 +1,8 @@
 """What bf16 does to a training: held-out losses of the demo's first stage, cut short, from several seeds.
 
-Each training is a run of the programs themselves, in fp32 and with products rounded to bf16: as they are computed
-without a product of bf16 in the processor, in fp32, and as they are with one, whose results are rounded, too; and with
-whole numbers of 12 bits in the place of bf16. The seed decides the weights to begin with and the order of the rows; the
+Each training is a run of the programs themselves, in fp32 and with products rounded to bf16: by our own kernel, or
+where the processor has no product of bf16 in fp32, and by PyTorch with the processor's, whose results are rounded, too;
+and with whole numbers of 12 bits in the place of bf16. The seed decides the weights to begin with and the order of the rows; the
 corpus is the same.
 """
 
@@ -24,7 +24,7 @@ TRAIN |= {"weight_decay": 0.1, "log_every": EVERY, "valid_every": EVERY}
 MODEL = {"n_layer": 2, "n_embd": 64, "head_size": 32}
 WAYS = {
     "fp32": ("fp32", "torch"),
-    "bf16": ("bf16", "torch"),
+    "bf16": ("bf16", "bf16+own"),
     "bf16, results rounded": ("bf16", "bf16"),
     "whole numbers": ("bf16", "whole"),
 }
