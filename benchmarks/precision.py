@@ -2,8 +2,8 @@
 
 Each training is a run of the programs themselves, in fp32 and with products rounded to bf16: by our own kernel, or
 where the processor has no product of bf16 in fp32, and by PyTorch with the processor's, whose results are rounded, too;
-and with whole numbers of 12 bits in the place of bf16. The seed decides the weights to begin with and the order of the rows; the
-corpus is the same.
+and with whole numbers of 12 bits in the place of bf16. The seed decides the weights to begin with and the order of the
+rows; the corpus is the same.
 """
 
 import json

@@ -88,6 +88,12 @@ def functions(where: str = CPU) -> dict[str, tuple[list[str], list[Place]]]:
     return {name: (sizes.split(), _places(said, parameters)) for sizes, said, name, parameters in found}
 
 
+@cache
+def _kinds(function: str, where: str) -> list[tuple[int, str]]:
+    """The sizes that tell kinds of numbers, and which they are."""
+    return [(number, name) for number, name in enumerate(functions(where)[function][0]) if name.startswith("/")]
+
+
 @lru_cache(maxsize=4096)
 def _wanted(function: str, sizes: tuple[int, ...], where: str = CPU) -> list[tuple[Place, int | None, int | None]]:
     """What each parameter reads, how many tensors, and how many numbers of each."""
@@ -126,9 +132,9 @@ def check(
         if not isinstance(x, ctypes.Array):
             for each in x:
                 _check(function, place, each, count, device)
-    for name, bits in zip(functions(where)[function][0], sizes, strict=True):
-        if name.startswith("/"):
-            _check_bits(function, name, bits, {place.name: x for (place, _, _), x in zip(wanted, given, strict=True)})
+    for number, name in _kinds(function, where):
+        by_name = {place.name: x for (place, _, _), x in zip(wanted, given, strict=True)}
+        _check_bits(function, name, sizes[number], by_name)
 
 
 def _check(function: str, place: Place, x: Tensor, count: int | None, device: torch.device) -> None:
