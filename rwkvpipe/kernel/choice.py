@@ -67,8 +67,9 @@ def settle(model: nn.Module, began: str | None = None, *, rounded: bool = False)
     if why and "whole" in parts:
         log.info("products of bf16: whole numbers of 12 bits in their place, which round less; %s", why)
     elif why:
-        of = "numbers rounded to bf16" if rounded else "fp32"
-        log.info("products of %s: %s%s, %s", of, parts[-1], " in fp32" * (rounded and "bf16" not in parts), why)
+        whose = "own" if "own" in parts else "torch"
+        where = f" in {'bf16' if 'bf16' in parts else 'fp32'}" if rounded else ""
+        log.info("products of %s: %s%s, %s", "numbers rounded to bf16" if rounded else "fp32", whose, where, why)
     product.choose(name)
     return name
 

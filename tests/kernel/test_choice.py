@@ -90,7 +90,7 @@ def test_of_those_that_are_about_as_fast_the_same_bits_count(timed, monkeypatch,
     timed |= {"ratio": 1.5, "bf16": bf16, "bf16+own": ours, "whole": whole}
     with caplog.at_level("INFO", logger="rwkvpipe"):
         assert choice.settle(MODEL, rounded=True) == product.chosen() == name
-    assert ("products of numbers rounded to bf16: own, own ones are" in caplog.text) == (name == "bf16+own")
+    assert ("products of numbers rounded to bf16: own in bf16, own ones are" in caplog.text) == (name == "bf16+own")
     how, exact = (product.Products.of(kind, torch.device("cpu")) for kind in (torch.bfloat16, None))
     assert (how.narrow, how.own, how.late) == ("bf16" in name, "own" in name, name != "bf16")
     assert (exact.own, exact.late) == ("own" in name, False)
