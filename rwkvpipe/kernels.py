@@ -26,9 +26,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--card", action="append", default=[], help="a kind of NVIDIA card, such as sm_90")
     given = parser.parse_args(argv)
     try:
+        best = build.level()
         for level in build.levels():
+            if level != best and not build.makes(level):
+                log.warning("%s: the compiler does not know it; processors that have it use what is less", level)
+                continue
             path, said = build.compiled(level)
-            log.info("%s%s: %s (%s)", level, ", used here" if level == build.level() else "", path, said)
+            log.info("%s%s: %s (%s)", level, ", used here" if level == best else "", path, said)
         path, said = native.compiled()
         log.info("tokenizer: %s (%s)", path, said)
         for target in given.card:

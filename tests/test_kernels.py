@@ -3,6 +3,7 @@
 import pytest
 
 from rwkvpipe import kernels
+from rwkvpipe.base import compiler as compilers
 from rwkvpipe.base.errors import ConfigError
 from rwkvpipe.kernel import build
 
@@ -20,6 +21,24 @@ def test_every_level_of_this_machine_is_compiled_once(tmp_path, monkeypatch, cap
     assert len(made) == len(build.levels()) + 1 and made == set((tmp_path / "kept").glob("*.so"))
     assert caplog.text.count("compiling") == len(made) and caplog.text.count("used here") == 2
     assert sum(path.name.startswith("trie-") for path in made) == 1  # the tokenizer's
+
+
+def test_what_an_old_compiler_does_not_know_is_left_out(tmp_path, monkeypatch, caplog):
+    best, *_, least = build.levels()
+    if best == least:
+        pytest.skip("there is one kind of processor here")
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        f'#!/bin/sh\ncase "$*" in *{build.levels()[best][-1]}*) exit 1; esac\n'
+        'while [ "$1" ] && [ "$1" != -o ]; do shift; done\n[ -z "$2" ] || echo > "$2"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("RWKVPIPE_KERNELS", str(tmp_path / "kept"))
+    with caplog.at_level("INFO", logger="rwkvpipe"):
+        kernels.main([])
+    assert f"{best}: the compiler does not know it; processors that have it use what is less" in caplog.text
+    assert not compilers.kept(build.name(best)) and compilers.kept(build.name(least))
 
 
 def test_without_a_compiler_it_fails_in_one_line(tmp_path, monkeypatch):

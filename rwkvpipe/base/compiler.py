@@ -18,6 +18,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -107,6 +108,26 @@ def version(words: list[str]) -> str:
     return next((line for line in lines if ", release " in line), lines[0]).strip()  # nvcc's first line tells nothing
 
 
+@cache
+def _takes(words: tuple[str, ...], flags: tuple[str, ...]) -> bool:
+    try:
+        _run([*words, *flags, "-E", "-x", "c++", os.devnull, "-o", os.devnull])
+    except FAILURES:
+        return False
+    return True
+
+
+def knows(flags: Sequence[str]) -> bool:
+    """Whether the C++ compiler takes these flags, which an old one may not."""
+    words = command()
+    return words is not None and _takes(tuple(words), tuple(flags))
+
+
+def kept(name: str) -> list[Path]:
+    """The libraries called `name` that are there, whatever compiled them."""
+    return sorted(folder().glob(f"{name}-*.so"))
+
+
 def compiled(
     name: str,
     flags: Sequence[str],
@@ -121,7 +142,7 @@ def compiled(
     """
     words, home = found(), folder()
     if words is None:
-        ready = sorted(home.glob(f"{name}-*.so"))
+        ready = kept(name)
         if ready:
             return ready[0], "compiled elsewhere"
         raise OSError("there is no nvcc" if found is nvcc else "there is no C++ compiler: install g++")

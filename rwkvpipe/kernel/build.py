@@ -46,12 +46,32 @@ def supports(what: str) -> bool:
     return asked is not None and asked()
 
 
-def level() -> str:
-    """The best of `levels` that this processor has (ATEN_CPU_CAPABILITY can ask torch, and so us, for less)."""
-    found = torch.backends.cpu.get_cpu_capability()
+def _had() -> list[str]:
+    """Those of `levels` that this processor has, best first; ATEN_CPU_CAPABILITY can ask torch, and so us, for less."""
+    found, known = torch.backends.cpu.get_cpu_capability(), list(levels())
     if found == "AVX512" and supports("vnni"):
         found = "AVX512-BF16" if supports("avx512_bf16") else "AVX512-VNNI"
-    return next((each for each in levels() if found.startswith(each)), list(levels())[-1])
+    best = next((each for each in known if found.startswith(each)), known[-1])
+    return known[known.index(best) :]
+
+
+def makes(which: str) -> bool:
+    """Whether there can be code of a level: the compiler knows it or, where there is none, it is there."""
+    if compiler.command() is None:
+        return bool(compiler.kept(name(which)))
+    return compiler.knows(levels()[which])
+
+
+def level() -> str:
+    """The best of `levels` that this processor has and of which there can be code."""
+    had = _had()
+    return next(filter(makes, had), had[0])
+
+
+def why_lesser() -> str:
+    """In parentheses, why `level` is not the best that this processor has; nothing where it is."""
+    best = _had()[0]
+    return "" if best == level() else f" (no compiler here that knows {best})"
 
 
 def _sources() -> list[Path]:
@@ -138,7 +158,7 @@ def announce(operator: str, device: str, *, natively: bool = False) -> None:
     if natively:
         count = torch.get_num_threads()
         threads = f"{count} thread{'s' * (count > 1)}, {compiler.why_threads(count)}"
-        line = f"kernel: {operator} native on {device}, {level()}, {threads} ({_loaded()[1]})"
+        line = f"kernel: {operator} native on {device}, {level()}{why_lesser()}, {threads} ({_loaded()[1]})"
     else:
         reason = "they compute in fp32 on the CPU" if extension() else why_not()
         line = f"kernel: {operator} in PyTorch, by chunks, on {device} (native kernels: {reason})"
