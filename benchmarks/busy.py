@@ -49,10 +49,11 @@ def measure(peer: Path, folder: Path, rounds: int, case: Case) -> dict:
     """Seconds of a step of each program, with each number of threads, in turns, by how many others are busy."""
     prepare(case, folder / "train")
     started = surroundings("pretrain")  # as jobs are
+    pages = {name: value for name, value in started.items() if name.startswith("GLIBC")}  # but not how threads wait
     programs = {
         "rwkvpipe": (sys.executable, "ours.py", started),
         "rwkvpipe by torch": (sys.executable, "ours.py", started | {"RWKVPIPE_KERNELS": "torch"}),
-        "rwkv-trainer": (peer, "rwkv_trainer_step.py", {}),
+        "rwkv-trainer": (peer, "rwkv_trainer_step.py", pages),
     }
     workers = {
         f"{name}, {count}": Worker(python, script, folder / "train", "fp32", threads=count, **environment)
