@@ -111,7 +111,7 @@ struct Quartet {
         take(W, w);
         for (int t = 0; t < FOUR; t++) {
             if (begin + t < x.s.T)
-                x.decay(row(t, W), row(t, D));
+                x.decay(row(t, W), row(t, W), row(t, D));
             else
                 zero(row(t, D), wide());
         }

@@ -61,19 +61,25 @@ struct Tokens {
     void read(int which, const float *from, int64_t t, int64_t place) const {
         read(row(place, which), from + first + t * step);
     }
+    // where a token of a tensor lies in whole vectors: there, or in a row of ours
+    const float *whole(int which, const float *from, int64_t t) const {
+        if (wide == s.N) return from + first + t * step;
+        read(which, from, t, 0);
+        return row(0, which);
+    }
     void write(int which, float *to, int64_t t, int64_t place) const {
         copy(to + first + t * step, row(place, which), s.N);
     }
-    // d - 1 = exp(-exp(w)) - 1, and exp(w) in the place of w. S + S (d - 1) is S d without the rounding of d, which
-    // where d is next to 1 would be the same error each time
-    void decay(float *w, float *d) const {
+    // exp(w), which may take the place of w, and d - 1 = exp(-exp(w)) - 1. S + S (d - 1) is S d without the rounding of
+    // d, which where d is next to 1 would be the same error each time
+    void decay(const float *w, float *rate, float *d) const {
         for (int64_t j = 0; j < wide; j += WIDTH) {
-            const Vec rate = exponential(load(w + j));
-            store(w + j, rate);
-            store(d + j, exponential_less_1(-rate));
+            const Vec found = exponential(load(w + j));
+            store(rate + j, found);
+            store(d + j, exponential_less_1(-found));
         }
     }
-    void decay(int w, int d, int64_t place) const { decay(row(place, w), row(place, d)); }
+    void decay(int w, int d, int64_t place) const { decay(row(place, w), row(place, w), row(place, d)); }
 };
 
 // What of several tensors will be read or written soon, asked for a few cache lines at a time while something else is

@@ -57,21 +57,22 @@ struct Forward {
 
     void token(const Tokens &x, float *S, int64_t t, Soon &soon) const {
         float *u_ = S + s.N * x.wide;
-        x.read(R, r, t, 0), x.read(W, w, t, 0), x.read(K, k, t, 0), x.read(V, v, t, 0), x.read(B, b, t, 0);
-        x.read(NEXT, a, std::min(t + 1, s.T - 1), 0);  // behind the last token nobody asks for u
-        x.decay(W, D, 0);
+        float *d = x.row(0, D), *room = x.row(0, Y), *to = x.wide == s.N ? y + x.first + t * x.step : room;
+        x.decay(x.whole(W, w, t), x.row(0, W), d);
+        const float *next = x.whole(NEXT, a, std::min(t + 1, s.T - 1));  // behind the last token nobody asks for u
+        const Vectors now = {x.whole(R, r, t), x.whole(K, k, t), x.whole(V, v, t), x.whole(B, b, t), d, next, to};
         if (u) copy(u + x.first + t * x.step, u_, s.N);
         for (int64_t i = 0; i < x.wide;) {
             const int64_t vectors = (x.wide - i) / WIDTH;
             if (vectors >= BLOCK) {
-                values<BLOCK>(x, S + i, i, soon), i += BLOCK * WIDTH;
+                values<BLOCK>(now, S + i, i, x.wide, soon), i += BLOCK * WIDTH;
             } else if (vectors >= 2) {
-                values<2>(x, S + i, i, soon), i += 2 * WIDTH;
+                values<2>(now, S + i, i, x.wide, soon), i += 2 * WIDTH;
             } else {
-                values<1>(x, S + i, i, soon), i += WIDTH;
+                values<1>(now, S + i, i, x.wide, soon), i += WIDTH;
             }
         }
-        x.write(Y, y, t, 0);
+        if (to == room) x.write(Y, y, t, 0);
     }
 
     void first_u(float *to, const float *S, const float *first_a) const {
@@ -81,14 +82,20 @@ struct Forward {
             for (int64_t i = 0; i < wide; i += WIDTH) store(to + i, load(to + i) + load(S + j * wide + i) * first_a[j]);
     }
 
+    // of a token, and `next` of the one behind it
+    struct Vectors {
+        const float *r, *k, *v, *b, *d, *next;
+        float *y;
+    };
+
     // COUNT vectors of values, from `first`: u of the token is there when it begins, and the next one's when it ends
     template <int COUNT>
-    void values(const Tokens &x, float *S, int64_t first, Soon &soon) const {
-        const int64_t N = s.N, wide = x.wide;
-        const float *r = x.row(0, R), *k = x.row(0, K), *b = x.row(0, B), *d = x.row(0, D), *next = x.row(0, NEXT);
+    void values(const Vectors &x, float *S, int64_t first, int64_t wide, Soon &soon) const {
+        const int64_t N = s.N;
+        const float *r = x.r, *k = x.k, *b = x.b, *d = x.d, *next = x.next;
         float *u = S + N * wide;
         Vec U_[COUNT], V_[COUNT], Y_[COUNT] = {}, X_[COUNT] = {};
-        for (int q = 0; q < COUNT; q++) U_[q] = load(u + q * WIDTH), V_[q] = load(x.row(0, V) + first + q * WIDTH);
+        for (int q = 0; q < COUNT; q++) U_[q] = load(u + q * WIDTH), V_[q] = load(x.v + first + q * WIDTH);
         for (int64_t from = 0; from < N; from += Soon::LINE) {
             soon.ask();
             for (int64_t j = from; j < std::min<int64_t>(N, from + Soon::LINE); j++) {
@@ -103,7 +110,7 @@ struct Forward {
                 }
             }
         }
-        for (int q = 0; q < COUNT; q++) store(x.row(0, Y) + first + q * WIDTH, Y_[q]), store(u + q * WIDTH, X_[q]);
+        for (int q = 0; q < COUNT; q++) store(x.y + first + q * WIDTH, Y_[q]), store(u + q * WIDTH, X_[q]);
     }
 };
 
