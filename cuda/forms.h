@@ -103,7 +103,7 @@ struct Alike : Pair {
 };
 
 #if defined(__AVX512BF16__)
-// two numbers of bf16 on both sides; where one is smaller than 2^-126 it counts as 0
+// two numbers of bf16 on both sides, the second of which is added first; numbers, products and sums below 2^-126 are 0
 struct Two {
     typedef Vec Sum;
     static constexpr int64_t EACH = 2;

@@ -163,12 +163,14 @@ int64_t multiply_bf16() {
 
 // sizes: rows deep columns, whether x and w are turned (x is (deep, rows) in memory, w (columns, deep)), whether the
 // product (rows, columns) is added to what is there, and what factors are rounded to: 0 nothing, 1 whole numbers of 12
-// bits, 2 bf16
+// bits, 2 bf16 (only where multiply_bf16 says that they can be)
 // takes R deep columns x_turned turned add rounded: x R*deep, w deep*columns, to R*columns
 void multiply(const int64_t *s, int threads, const float *x, const float *w, float *to) {
     const int64_t rows = s[0], deep = s[1], columns = s[2];
     const bool x_turned = s[3] != 0, turned = s[4] != 0, add = s[5] != 0;
     const int64_t x_step = x_turned ? rows : deep, step = turned ? deep : columns;
+    if (!rows || !columns) return;
+    if (!deep) return add ? void() : zero(to, rows * columns);
     const tiles::Sizes sizes = {rows, columns, deep, columns};
     const tiles::Plain first = {x, x_step, x_turned}, second = {w, step, turned};
     if (s[6] == 1) return multiply_rounded(sizes, threads, {x, !x_turned, x_step}, {w, turned, step}, to, add);

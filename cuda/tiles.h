@@ -1,8 +1,8 @@
 // Products of many rows. Parts of both factors are laid as registers take them: a strip of rows of the first, and
 // columns of the second in panels of 16, unless they lie so already; each part is used often while it is in a cache.
 //
-// Each number is one sum, its products added in the order of k, as matvec.h has it: it has the same bits whatever is
-// beside it, and however many threads there are. A word is a float, or for INT8 a pair of whole numbers.
+// Each number is one sum, its products added in the order of k, as matvec.h has it, or that of its words: it has the same
+// bits whatever is beside it, and however many threads there are. A word is a float, or a pair of whole numbers or bf16.
 #pragma once
 
 #include "matvec.h"

@@ -109,18 +109,18 @@ def version(words: list[str]) -> str:
 
 
 @cache
-def _takes(words: tuple[str, ...], flags: tuple[str, ...]) -> bool:
+def _knows(words: tuple[str, ...], flags: tuple[str, ...], instruction: str) -> bool:
     try:
-        _run([*words, *flags, "-E", "-x", "c++", os.devnull, "-o", os.devnull])
+        _run([*words, *flags, "-c", "-x", "c++", "-", "-o", os.devnull], f'asm("{instruction}");')
     except FAILURES:
         return False
     return True
 
 
-def knows(flags: Sequence[str]) -> bool:
-    """Whether the C++ compiler takes these flags, which an old one may not."""
+def knows(flags: Sequence[str], instruction: str) -> bool:
+    """Whether the C++ compiler takes these flags, and its assembler an instruction, which old ones may not."""
     words = command()
-    return words is not None and _takes(tuple(words), tuple(flags))
+    return words is not None and _knows(tuple(words), tuple(flags), instruction)
 
 
 def kept(name: str) -> list[Path]:
@@ -195,9 +195,9 @@ def _files(sources: Sequence[Path]) -> list[tuple[str, int, int]]:
     return [(str(file), (found := file.stat()).st_size, found.st_mtime_ns) for file in files]
 
 
-def _run(call: list[str]) -> None:
+def _run(call: list[str], source: str | None = None) -> None:
     try:
-        done = subprocess.run(call, capture_output=True, text=True, timeout=PATIENCE)
+        done = subprocess.run(call, input=source, capture_output=True, text=True, timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         raise OSError(f"{call[0]} took more than {PATIENCE:.0f} seconds") from None
     if done.returncode:

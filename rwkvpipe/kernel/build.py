@@ -30,7 +30,8 @@ X86 = {
     "AVX2": ("-mavx2", "-mfma"),
     "DEFAULT": (),
 }
-_said: set[str] = set()
+NEWEST = {"AVX512-BF16": "vdpbf16ps %zmm0, %zmm0, %zmm0", "AVX512-VNNI": "vpdpbusd %zmm0, %zmm0, %zmm0"}
+_said: set[tuple] = set()
 
 
 def levels() -> dict[str, tuple[str, ...]]:
@@ -59,7 +60,7 @@ def makes(which: str) -> bool:
     """Whether there can be code of a level: the compiler knows it or, where there is none, it is there."""
     if compiler.command() is None:
         return bool(compiler.kept(name(which)))
-    return compiler.knows(levels()[which])
+    return compiler.knows(levels()[which], NEWEST.get(which, ""))
 
 
 def level() -> str:
@@ -155,13 +156,14 @@ def word(x: takes.Given) -> ctypes.c_void_p | ctypes.Array | ctypes.c_float | No
 
 def announce(operator: str, device: str, *, natively: bool = False) -> None:
     """Say once which kernel computes `operator` on `device`, and why."""
+    count = torch.get_num_threads()
+    if (case := (operator, device, natively and count)) in _said:
+        return
+    _said.add(case)
     if natively:
-        count = torch.get_num_threads()
         threads = f"{count} thread{'s' * (count > 1)}, {compiler.why_threads(count)}"
         line = f"kernel: {operator} native on {device}, {level()}{why_lesser()}, {threads} ({_loaded()[1]})"
     else:
         reason = "they compute in fp32 on the CPU" if extension() else why_not()
         line = f"kernel: {operator} in PyTorch, by chunks, on {device} (native kernels: {reason})"
-    if line not in _said:
-        _said.add(line)
-        log.info("%s", line)
+    log.info("%s", line)

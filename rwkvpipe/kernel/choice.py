@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkvpipe.base import compiler
-from rwkvpipe.base.errors import DataError
+from rwkvpipe.base.errors import ConfigError, DataError
 from rwkvpipe.base.files import read_json, write_json
 from rwkvpipe.base.lock import lock
 from rwkvpipe.kernel import build, product
@@ -53,8 +53,10 @@ def settle(model: nn.Module, began: str | None = None, *, rounded: bool = False)
         name, why = began, "as this training began"
         if asked not in (None, began):
             log.warning("RWKVPIPE_PRODUCTS asks for %s; this training began with %s and goes on so", asked, began)
-    elif shape is None or not ways or (asked is not None and "own" not in ways):
+    elif shape is None or not ways:
         name, why = "torch", ""
+    elif asked == "own" and "own" not in ways:
+        raise ConfigError(f"RWKVPIPE_PRODUCTS asks for own products, and there are none here: {build.why_not()}")
     elif asked is not None:
         name, why = asked, "as RWKVPIPE_PRODUCTS says"
     elif len(ways) == 1:
@@ -68,7 +70,9 @@ def settle(model: nn.Module, began: str | None = None, *, rounded: bool = False)
         log.info("products of bf16: whole numbers of 12 bits in their place, which round less; %s", why)
     elif why:
         whose = "own" if "own" in parts else "torch"
-        where = f" in {'bf16' if 'bf16' in parts else 'fp32'}" if rounded else ""
+        library = build.extension()
+        narrow = "bf16" in parts and ("own" not in parts or (library and library.multiply_bf16()))
+        where = f" in {'bf16' if narrow else 'fp32'}" if rounded else ""
         log.info("products of %s: %s%s, %s", "numbers rounded to bf16" if rounded else "fp32", whose, where, why)
     product.choose(name)
     return name
@@ -100,16 +104,16 @@ def _fastest(ways: list[str], shape: tuple[int, int], rounded: bool) -> tuple[st
     about = (processor(), torch.__version__, build.name(build.level()), *ways, str(rounded), *map(str, sizes))
     path = compiler.folder() / f"products-{compiler.short_digest(*about)}.json"
     try:
-        if not path.exists():
+        ratios = _kept(path, ways)
+        if ratios is None:
             held = lock(path.with_suffix(".lock"), waiting="products: being timed")
             try:
-                if not path.exists():
+                if _kept(path, ways) is None:
                     write_json(path, _timed(sizes, ways, torch.bfloat16 if rounded else None))
             finally:
                 os.close(held)
-        seconds = read_json(path)["seconds"]
-        ratios = {way: float(seconds["torch"]) / float(seconds[way]) for way in ways[1:]}
-    except (OSError, DataError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            ratios = _kept(path, ways) or dict.fromkeys(ways[1:], 1.0)
+    except OSError as error:
         return "torch", f"for what is faster here cannot be kept ({compiler.reason(error)})"
     fastest = max(ratios.values())
     best = next(way for way in CALLED if GAIN * ratios.get(way, 0) >= fastest) if fastest >= GAIN else "torch"
@@ -117,6 +121,16 @@ def _fastest(ways: list[str], shape: tuple[int, int], rounded: bool) -> tuple[st
     if best == "whole" and ratios["own"] >= GAIN:
         best = "whole+own"
     return best, f"{said} here, at {sizes[0]} x {sizes[1]}"
+
+
+def _kept(path: Path, ways: list[str]) -> dict[str, float] | None:
+    """How many times as fast as torch's others were found to be; None where that was not, or is damaged."""
+    try:
+        found = read_json(path)["seconds"]
+        seconds = {way: float(found[way]) for way in ways}
+    except (FileNotFoundError, DataError, KeyError, TypeError, ValueError):
+        return None
+    return {way: seconds["torch"] / seconds[way] for way in ways[1:]} if 0 < min(seconds.values()) < 1e9 else None
 
 
 def processor() -> str:

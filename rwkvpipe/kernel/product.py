@@ -147,7 +147,7 @@ class Products:
         if way == "whole" and not library:
             a, b, way = evened(a, -1), evened(b, 0), "plain"
         elif way == "bf16" and not (library and library.multiply_bf16()):
-            a, b, way = a.to(self.dtype).float(), b.to(self.dtype).float(), "plain"
+            a, b, way = paired(a.to(self.dtype), -1).float(), paired(b.to(self.dtype), 0).float(), "plain"
         if library:
             return _multiply(a, b, into, add, way)
         return into.add_(a @ b) if add else into.copy_(a @ b)
@@ -161,6 +161,14 @@ def evened(x: Tensor, dim: int) -> Tensor:
         by = part.abs().amax(-1, keepdim=True).clamp(min=LEAST) / MOST  # NaN stays, and infinity becomes it
         parts.append((part / by).round() * by)
     return torch.cat(parts, -1).movedim(-1, dim) if parts else x
+
+
+def paired(x: Tensor, dim: int) -> Tensor:
+    """Numbers in the order, along `dim`, in which the processor's product of bf16 adds up theirs: two by two, of which
+    the second comes first. Their products are exact in fp32, so in this order sums have the same bits."""
+    found = x.movedim(dim, -1)
+    found = nn.functional.pad(found, (0, found.shape[-1] % 2))
+    return found.unflatten(-1, (-1, 2)).flip(-1).flatten(-2).movedim(-1, dim)
 
 
 def _multiply(a: Tensor, b: Tensor, into: Tensor, add: bool, way: str) -> Tensor:

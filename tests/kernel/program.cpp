@@ -249,7 +249,7 @@ void samples(int64_t V, int64_t top_k, double top_p) {
 
 int main(int count, char **) {
     for (int64_t V : {1, 5, 64, 200}) samples(V, 0, 1.0), samples(V, 3, 0.7), samples(V, 0, 0.9), samples(V, 100, 1.0);
-    products(1, 1, 1), products(5, 390, 17), products(29, 7, 50);
+    products(1, 1, 1), products(5, 781, 17), products(29, 7, 50);
     operators(2, 1, 1, 20), operators(1, 35, 3, 7), operators(1, 33, 1, 33), operators(1, 40, 70, 2);
     for (int64_t rows : {1, 7}) {
         decode<float>(rows, 0), decode<float>(rows, 1), decode<uint16_t>(rows, 2), decode<int8_t>(rows, 3);

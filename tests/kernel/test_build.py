@@ -61,7 +61,7 @@ def test_processes_that_start_at_once_compile_once(library, fresh, monkeypatch):
     program = "import sys; from rwkvpipe.kernel import build; sys.exit(build.extension() is None)"
     started = [subprocess.Popen([sys.executable, "-c", program], cwd=ROOT) for _ in range(2)]
     assert [each.wait() for each in started] == [0, 0]
-    starts = [line for line in (fresh / "starts").read_text().splitlines() if " -E " not in line]
+    starts = [line for line in (fresh / "starts").read_text().splitlines() if "-x c++ -" not in line]
     sources = [re.search(r"-c \S+/(\S+)\.cpp", line) for line in starts]
     assert sorted(found[1] for found in sources if found) == sorted(x.stem for x in build._sources())
     assert sources.index(None) == len(starts) - 1  # then all of them are joined, once
@@ -83,13 +83,17 @@ def test_without_a_compiler_what_was_compiled_ahead_is_used(library, fresh, monk
     assert "compiled elsewhere" in caplog.text
 
 
-def test_a_compiler_too_old_for_this_processor_makes_what_is_less(library, fresh, monkeypatch, caplog):
+@pytest.mark.parametrize("old", ["compiler", "assembler"])
+def test_what_is_too_old_for_this_processor_makes_what_is_less(old, library, fresh, monkeypatch, caplog):
     best, *less = build._had()
-    if not less:
-        pytest.skip("this processor has no more than any other of its kind")
+    if not less or (old == "assembler" and best not in build.NEWEST):
+        pytest.skip("this processor has no more than others")
     flags = build.levels()
     unknown = next(flag for flag in flags[best] if flag not in flags[less[0]])
     refuses = f'case "$*" in *{unknown}*) echo error: no such option >&2; exit 1; esac'
+    if old == "assembler":
+        instruction = build.NEWEST[best].split()[0]
+        refuses = f'case "$*" in *"-x c++ -"*) if grep -q {instruction}; then exit 1; fi; esac'
     monkeypatch.setenv("CXX", stand_in(fresh, build.compiled(less[0])[0], does=refuses))
     assert build.level() == less[0]
     computes(True, caplog)

@@ -162,6 +162,30 @@ def test_what_cannot_be_native_is_torchs(timed):
     assert timed["asked"] == 0
 
 
+def test_own_products_that_are_asked_for_and_cannot_be_stop_a_run(timed, monkeypatch):
+    monkeypatch.setenv("RWKVPIPE_PRODUCTS", "own")
+    monkeypatch.setattr(build, "extension", lambda: None)
+    with pytest.raises(ConfigError, match="asks for own products, and there are none here: "):
+        choice.settle(MODEL)
+    assert choice.settle(nn.Linear(24, 64).double()) == "torch"  # of which there are none anywhere
+
+
+@needs_native
+@pytest.mark.parametrize("damage", ["", "[]", '{"seconds": {}}', '{"seconds": {"torch": 1, "own": 0}}', "\xff"])
+def test_what_was_found_and_is_damaged_is_found_anew(timed, undecided, damage):
+    assert choice.settle(MODEL) == "own"
+    (kept,) = undecided.glob("products-*.json")
+    kept.write_text(damage)
+    assert choice.settle(MODEL) == "own" and timed["asked"] == 2
+
+
+@needs_native
+def test_own_products_of_bf16_are_chosen_only_where_there_are_some(timed, monkeypatch):
+    timed |= {"ratio": 1.5, "bf16+own": 9.0}
+    monkeypatch.setattr(build.extension(), "multiply_bf16", lambda: 0)
+    assert choice.settle(MODEL, rounded=True) == "own"
+
+
 def test_a_program_that_reads_chooses_once(timed, monkeypatch):
     product.choose("own")
     choice.begin(MODEL)

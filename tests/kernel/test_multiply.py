@@ -147,6 +147,45 @@ def test_without_native_code_the_plain_form_computes(monkeypatch, how):
     assert not torch.allclose(plainly[0], x @ matrix, rtol=0, atol=1e-5)
 
 
+def test_logits_and_their_gradients_are_rounded_to_bf16_where_products_are(monkeypatch):
+    monkeypatch.setattr(product, "_chosen", ["bf16+own"])
+    x, weight, ids = drawn(40, 65).requires_grad_(), drawn(300, 65, seed=1).requires_grad_(), torch.arange(40) % 300
+    multiplied = []
+    multiply = product._multiply
+    monkeypatch.setattr(product, "_multiply", lambda *given: multiplied.append(given[-1]) or multiply(*given))
+    loss = head_loss(x, weight, Wanted(ids, torch.ones(40), 1 / 40, dtype=torch.bfloat16))
+    assert len(multiplied) == 3 and len(set(multiplied)) == 1
+    rounded = (x.detach().bfloat16().double(), weight.detach().bfloat16().double())
+    logits = rounded[0] @ rounded[1].mT
+    assert abs(loss.item() - torch.nn.functional.cross_entropy(logits, ids)) < 1e-6 * loss.item()
+    steps = logits.softmax(-1) - torch.nn.functional.one_hot(ids, 300)
+    steps = steps.float().bfloat16().double() / 40
+    loss.backward()
+    for found, true in ((x.grad, steps @ rounded[1]), (weight.grad, steps.mT @ rounded[0])):
+        assert (found - true).norm() <= 1e-4 * true.norm()
+
+
+@pytest.mark.skipif(not build.extension() or not build.extension().multiply_bf16(), reason="no such products here")
+@settings(max_examples=20)
+@given(sizes, deep, sizes, turns)
+def test_where_the_processor_has_no_products_of_bf16_others_have_their_bits(n, k, m, turns):
+    x, matrix = turned(drawn(n, k), turns[0]), turned(drawn(k, m, seed=1), turns[1])
+    found, into = NARROW.mm(x, matrix), drawn(n, m, seed=2)
+    added = into.clone()
+    NARROW.put(added, x, matrix, add=True)
+    with mock.patch.object(build.extension(), "multiply_bf16", lambda: 0):
+        assert torch.equal(NARROW.mm(x, matrix), found)
+        NARROW.put(into, x, matrix, add=True)
+    assert torch.equal(into, added)
+
+
+def test_bf16_begins_at_the_smallest_normal_number():
+    x = torch.tensor([[1e-20, 1e-20], [3e-38, 0.0]])
+    found = NARROW.mm(x, torch.tensor([[1e-20, 2.0], [0.0, 2.0]]))
+    wanted = x.bfloat16().double() @ torch.tensor([[1e-20, 2.0], [0.0, 2.0]]).bfloat16().double()
+    assert ((found - wanted).abs() <= 2.0**-126).all() and found[1, 1] > 5e-38 and found[0, 1] > 0
+
+
 def test_gradients_of_logits_are_not_rounded_to_whole_numbers(monkeypatch):
     monkeypatch.setattr(product, "SPREAD", 0)
     monkeypatch.setattr(product, "_chosen", ["whole"])
