@@ -17,8 +17,8 @@ import yaml
 
 from rwkvpipe.base.agree import known, load, named
 from rwkvpipe.base.config import CorpusConfig, DpoConfig, PipelineConfig, RolloutConfig, Settings
-from rwkvpipe.base.errors import Parser, run
-from rwkvpipe.base.files import canonical
+from rwkvpipe.base.errors import DataError, Parser, run
+from rwkvpipe.base.files import canonical, read_json
 from rwkvpipe.base.fingerprint import fingerprint
 from rwkvpipe.base.sources import pair_files
 from rwkvpipe.base.strict import Strict
@@ -46,6 +46,11 @@ def check_names(config: PipelineConfig) -> None:
 def spec(model: Strict) -> str:
     """Settings as canonical JSON, every default filled in: equal settings give equal text."""
     return canonical(model.model_dump(mode="json"))
+
+
+def _record(path: str) -> str:
+    """What Snakemake calls its record of how a file was made."""
+    return base64.urlsafe_b64encode(path.encode()).decode()
 
 
 @dataclass(frozen=True)
@@ -224,17 +229,32 @@ class Plan(Tree):
         made = [step.writes for step in self.steps if step.writes[0].startswith(f"{self.shared}/")]
         return {files[0].removeprefix(f"{self.shared}/").replace("/", "-"): set(files) for files in made}
 
-    def absent(self) -> tuple[str, str] | None:
-        """Key and path of a local file that a step is going to read and that is not there; None if there is none."""
+    def absent(self, store: Path | None = None) -> tuple[str, str] | None:
+        """Key and path of a local file that a step is going to read and that is not there; None if there is none.
+
+        What is made already does not need its sources, unless Snakemake's folder `store` knows that it was made from
+        others: it would be taken for what the config asks for.
+        """
         made = {path for step in self.steps for path in step.writes}
-        if all(Path(path).exists() for path in self.targets()):
-            return None  # a finished run does not need its sources
+        finished = all(Path(path).exists() for path in self.targets())
         for step in self.steps:
-            if not all(Path(path).exists() for path in step.writes):
-                for path in step.reads:
-                    if path not in made and not Path(path).exists():
-                        return self._key(path), path
+            there = finished or all(Path(path).exists() for path in step.writes)
+            for path in step.reads:
+                if path in made or Path(path).exists():
+                    continue
+                if not there or (store is not None and self._made_of_others(store, step, path)):
+                    return self._key(path), path
         return None
+
+    def _made_of_others(self, store: Path, step: Step, path: str) -> bool:
+        """Whether a record of Snakemake's says what a step's results were made from, and a path is not among it."""
+        for made in step.writes:
+            try:
+                known = read_json(store / "metadata" / _record(made))["input"]
+                return isinstance(known, list) and path not in known
+            except (OSError, DataError, KeyError, TypeError, ValueError):
+                continue
+        return False
 
     def unrecorded(self, store: Path) -> str | None:
         """A stage's settings of which Snakemake's folder `store` does not know how they were made; None without any.
@@ -244,7 +264,7 @@ class Plan(Tree):
         if (store / "metadata.db").exists():
             return None
         for path in (path for step in self.steps if step.rule == "settings" for path in step.writes):
-            name = base64.urlsafe_b64encode(path.encode()).decode()  # as Snakemake names its record of a file
+            name = _record(path)
             known = len(name) > 200 or any((store / kind / name).exists() for kind in ("metadata", "incomplete"))
             if Path(path).exists() and not known:
                 return path

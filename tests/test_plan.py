@@ -1,6 +1,8 @@
 """Questions to a plan, without Snakemake."""
 
+import base64
 import copy
+import json
 import re
 import subprocess
 import sys
@@ -335,6 +337,25 @@ def test_a_finished_run_does_not_need_its_sources(plan, tmp_path, monkeypatch):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).touch()
     assert plan.absent() is None
+
+
+def test_what_was_made_from_another_file_needs_the_one_that_the_config_names(plan, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (*plan.targets(), *(path for step in plan.steps for path in step.writes)):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    (step,) = (step for step in plan.steps if step.id == "pack talks")
+    record = tmp_path / ".snakemake" / "metadata" / base64.urlsafe_b64encode(step.writes[0].encode()).decode()
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps({"input": list(step.reads)}))
+    assert plan.absent(tmp_path / ".snakemake") is None
+    record.write_text(json.dumps({"input": ["others.jsonl"]}))
+    assert plan.absent(tmp_path / ".snakemake") == ("corpora.talks.path", "talks.jsonl")
+    Path("talks.jsonl").touch()
+    assert plan.absent(tmp_path / ".snakemake") is None  # Snakemake makes it anew
+    Path("talks.jsonl").unlink()
+    record.write_text("no record")
+    assert plan.absent(tmp_path / ".snakemake") is None
 
 
 def test_later_files_and_values_go_over_earlier_ones(tmp_path):

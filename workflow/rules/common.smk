@@ -43,9 +43,9 @@ try:
         settled = agree.load(given.configfiles or ["config.yaml"], dict(given.config))
     plan = Plan(settled, "<results>", kept.get("codes"))
     story = Plan(settled, str(results))
-    absent = None if used_as_module else story.absent()
+    absent = None if used_as_module else story.absent(Path(".snakemake"))
     if absent:
-        raise ConfigError(f"{absent[0]}: there is no file {absent[1]}")
+        raise ConfigError(f"{absent[0]}: there is no file {absent[1]}; paths count from the folder of the call")
     unknown = None if used_as_module or workflow.exec_mode != ExecMode.DEFAULT else story.unrecorded(Path(".snakemake"))
     if unknown and not {"--touch", "-t"} & set(sys.argv):
         raise ConfigError(
