@@ -21,7 +21,7 @@ from rwkvpipe.data.synthetic import generate
 from rwkvpipe.tokenizer.bpe import BpeTokenizer, learn
 from rwkvpipe.tokenizer.byte import ByteTokenizer
 from rwkvpipe.tokenizer.chat import ROLES, TURN_END
-from rwkvpipe.tokenizer.integer import IntegerTokenizer
+from rwkvpipe.tokenizer.integer import MOST, IntegerTokenizer
 from rwkvpipe.tokenizer.load import MERGES, Tokenizer, save_tokenizer
 from rwkvpipe.tokenizer.own import OwnTokenizer
 from rwkvpipe.tokenizer.trie import TrieTokenizer
@@ -103,7 +103,10 @@ def make(spec: TokenizerConfig, files: list[str], made: list[str], out: Path) ->
     if spec.corpora and not files and not made:
         raise ConfigError("--spec: corpora are named, but neither a file nor --synthetic is given")
     if spec.kind == "integer" and spec.corpora and not made:
-        return IntegerTokenizer(1 + max(largest(file) for path in files for file in files_of(path)))
+        top, where = max((largest(file), file) for path in files for file in files_of(path))
+        if top >= MOST:
+            raise DataError(f"{where}: a number of {top:,}; they may go up to {MOST - 1:,}; number them from 0")
+        return IntegerTokenizer(top + 1)
     if spec.corpora and spec.kind != "integer":
         found = corpora(files, made)
         if spec.kind == "trie":

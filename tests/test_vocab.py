@@ -29,6 +29,16 @@ def test_bytes_and_numbers_need_no_file(tmp_path):
         run(tmp_path, "--synthetic", "counting.chats:1:2", kind="bytes")
 
 
+def test_numbers_that_are_too_large_to_be_kept_are_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([[3, 2**31 - 2]]))
+    assert run(tmp_path, tmp_path / "a.npy", kind="integer", corpora=["a"]).size == 2**31
+    np.save(tmp_path / "b.npy", np.array([[2**31 - 1]]))
+    with pytest.raises(DataError, match="b.npy: a number of 2,147,483,647; they may go up to 2,147,483,646"):
+        run(tmp_path, tmp_path / "a.npy", tmp_path / "b.npy", kind="integer", corpora=["a"])
+    with pytest.raises(ValueError, match="size"):
+        run(tmp_path, kind="integer", size=2**31)
+
+
 def test_numbers_end_with_the_largest_of_the_corpora(tmp_path):
     np.save(tmp_path / "a.npy", np.array([[1, 41, 3], [0, 2, 7]]))
     (tmp_path / "b.jsonl").write_text('{"id": 900, "walk": [5, 40]}\n{"id": 901, "walk": [6], "steps": [[12], []]}\n')

@@ -27,7 +27,7 @@ class TokenizerConfig(Strict):
     """Single bytes; whole numbers; RWKV World; longest match in a vocabulary; byte pair encoding; a class of yours."""
     offset: Annotated[int, Field(ge=0, le=1, strict=True)] = 1
     """bytes: id of byte 0. With 1, id 0 ends a document; with 0 nothing does."""
-    size: Count | None = None
+    size: Annotated[Count, Field(le=2**31 - 1)] | None = None
     """integer: numbers run from 0 to size - 1 (id = number + 1, id 0 ends a document). Left out, they run as far
     as in corpora."""
     path: str | None = None

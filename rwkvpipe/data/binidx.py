@@ -27,7 +27,9 @@ LONGEST = 2**31 - 1  # tokens of a document: sizes are int32
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest dtype that RWKV programs read: uint16 to 65,536 ids, int32 above."""
+    """The smallest dtype that RWKV programs read: uint16 to 65,536 ids, int32 above. Raises DataError for too many."""
+    if vocab_size > 2**31:
+        raise DataError(f"a vocabulary of {vocab_size:,} ids: there is room for 2,147,483,648; number them anew from 0")
     return np.dtype(np.uint16 if vocab_size <= 65536 else np.int32)
 
 

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator
 from rwkvpipe.base.errors import DataError
 from rwkvpipe.tokenizer.byte import SPACES
 
+MOST = 2**31 - 1  # different numbers: ids are kept in int32
+
 
 class IntegerTokenizer:
     """Numbers from 0 to size - 1: id = number + 1, and id 0 ends a document.

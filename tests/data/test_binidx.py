@@ -104,7 +104,9 @@ def test_an_id_that_does_not_fit_is_refused(tmp_path):
 
 
 def test_large_vocabularies_take_int32(tmp_path):
-    assert token_dtype(65536) == np.uint16 and token_dtype(65537) == np.int32
+    assert token_dtype(65536) == np.uint16 and token_dtype(65537) == token_dtype(2**31) == np.int32
+    with pytest.raises(DataError, match="2,147,483,649 ids: there is room for 2,147,483,648; number them anew"):
+        token_dtype(2**31 + 1)
     data = Binidx(write(tmp_path / "a", [[70000]], token_dtype(70001)))
     assert data.tokens(0, 1).tolist() == [70000]
     assert (tmp_path / "a.idx").read_bytes()[17] == 4
