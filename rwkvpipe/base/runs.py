@@ -7,6 +7,7 @@ whoever reads it keeps others from making it anew until its own run has ended. W
 import fcntl
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -180,5 +181,9 @@ def failure(step: str, log_file: str | None) -> str:
     """Why a step did not end well, in one line that names its log: the last line that it said there."""
     said = last_words(log_file) if log_file else ""
     stopped = "error: " not in said and "stopped" in said
-    told = f"{'stopped' if stopped else 'error'}: {step}: {said.removeprefix('error: ') or 'it ended without a word'}"
+    why = said.removeprefix("error: ")
+    if not stopped and re.match(r"(\d\d:\d\d:\d\d |$)", said):  # nothing but what it was at
+        why = "it ended without a word of why, as what is killed does, by the system if memory is short"
+        why += f"; the last was: {said}" if said else ""
+    told = f"{'stopped' if stopped else 'error'}: {step}: {why}"
     return told + (f"; its log is {log_file}" if log_file else "")
