@@ -24,8 +24,10 @@ def _stages(evidence: Evidence) -> list[Subject]:
 
 
 def main_scores(evidence: Evidence) -> list[Score]:
-    """What the run came to: the scores of the last subject that has any."""
-    return [score for score in evidence.scores if score.subject == evidence.scores[-1].subject]
+    """What the run came to: the scores of the last stage that has any; without one, of the last weights."""
+    trained = {subject.name for subject in _stages(evidence)}
+    last = [score.subject for score in evidence.scores if score.subject in trained] or [evidence.scores[-1].subject]
+    return [score for score in evidence.scores if score.subject == last[-1]]
 
 
 def _headline(evidence: Evidence) -> Html:

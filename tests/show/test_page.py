@@ -94,6 +94,12 @@ def test_every_score_and_interval_is_on_the_page(finished_run):
 def test_the_head_tells_the_scores_of_the_last_stage(finished_run):
     head = read(told(finished_run)).text.split("pretraining")[0]
     assert "94.3 %" in head and "95.7 %" in head and "exact after reason" in head and "41.2 %" not in head
+    chat = next(subject for subject in finished_run["subjects"] if subject["name"] == "chat")
+    came = {"name": "released", "kind": "weights", "bench": chat["bench"], "folder": chat["folder"]}
+    finished_run["subjects"].append(came)  # what came is told last, and is not what the run came to
+    text = read(told(finished_run)).text
+    assert text.split("pretraining")[0].count("95.7 %") == head.count("95.7 %") and "released" in text
+    assert "exact after reason" in text.split("pretraining")[0]
 
 
 def test_every_step_is_in_the_graph_with_its_time(finished_run):
