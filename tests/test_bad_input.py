@@ -1337,7 +1337,10 @@ def test_snakemake_leaves_with_status_2_and_one_line(name, home):
 
 def test_a_source_that_is_not_there_stops_snakemake_before_any_job(home):
     (home / "docs.txt").unlink()
-    assert snakemake(home) == (BAD_INPUT, ["error: corpora.sums.path: there is no file docs.txt"])
+    assert snakemake(home) == (
+        BAD_INPUT,
+        ["error: corpora.sums.path: there is no file docs.txt; paths count from the folder of the call"],
+    )
 
 
 def test_a_failed_job_ends_snakemake_with_1_and_its_line(home, monkeypatch):
