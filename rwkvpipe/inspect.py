@@ -33,7 +33,8 @@ def describe(path: str) -> dict:
     if "lora" in source.metadata:
         settings = check_json(LoraConfig, source.metadata["lora"], path).model_dump()
         full = sorted({name for name in like if name.rpartition(".")[2] not in PARTS})
-        return facts | {"adapter": settings | {"full_tensors": full}, "base_sha256": source.metadata.get("base", "")}
+        facts |= {"adapter": settings | {"full_tensors": full}, "base_sha256": source.metadata.get("base", "")}
+        return facts | ({"base_name": source.metadata["base_name"]} if "base_name" in source.metadata else {})
     if (states := states_of(source)) is not None:
         shapes = ", ".join(sorted({" x ".join(map(str, value.shape)) for value in states.like.values()}))
         return facts | {"initial_states": f"of {len(states)} layers, {shapes}; merge them into their model"}

@@ -23,6 +23,7 @@ from rwkvpipe.train.sharding import gathered, hollow, parted, shard, whole
 from rwkvpipe.train.stop import held
 from rwkvpipe.train.tracker import Trackers, add_trackers
 from rwkvpipe.weights import lora, store
+from rwkvpipe.weights.beside import Base, load_base
 from rwkvpipe.weights.states import tune_states
 
 log = logging.getLogger("rwkvpipe")
@@ -36,8 +37,8 @@ class Stage:
     model: nn.Module
     rank: dist.Rank
     out: Path
-    base: str
-    """sha256 of the weights it starts from."""
+    base: Base
+    """The weights it starts from."""
     track: tuple[str, ...] = ()
     """Programs that are told the metrics."""
     save_every: int = 100
@@ -115,9 +116,9 @@ def open_stage(given: argparse.Namespace, *, kind: str) -> Stage:
     rank = dist.start()
     check_precision(asked.train.precision, rank.device)
     check_optimizer(asked.train, rank.device, given.shard)
-    base = store.mark(model)
     rounds = asked.lora is not None and asked.lora.quantise is not None
-    network = store.load_model(model, "cpu" if rounds else rank.device)  # so that the device never holds what is not
+    home = "cpu" if rounds else rank.device  # so that the device never holds what is not
+    network, base = load_base(model, home, apart=asked.apart)
     network.recompute = given.recompute
     told = {"track": tuple(given.track), "save_every": given.save_every, "keep": given.keep}
     stage = Stage(asked, network, rank, Path(given.out), base, **told)
@@ -149,7 +150,7 @@ def _copied(asked: Settings, network: nn.Module) -> nn.Module | None:
 
 def run_of(stage: Stage, inputs: list[Path]) -> Run:
     """Where and how the stage keeps resume points; they are bound to settings, weights and the bytes of `inputs`."""
-    asked, made_of = stage.settings.model_dump(mode="json"), [stage.base, *(digest(p) for p in inputs)]
+    asked, made_of = stage.settings.model_dump(mode="json"), [stage.base.file, *(digest(p) for p in inputs)]
     mark, stem = checkpoint.fingerprint(asked, made_of), checkpoint.fingerprint(_endless(asked), made_of)
     names = () if stage.rank.index else stage.track
     trackers = Trackers(names, folder=stage.out.parent, mark=mark, config=asked)
@@ -194,9 +195,9 @@ def finish(stage: Stage, metrics: Log) -> None:
 def write_product(stage: Stage, path: Path, tensors: dict[str, Tensor]) -> None:
     """Write what was trained: the model, with lora the adapter, with state the states."""
     if stage.settings.lora is not None:
-        store.write_tensors(path, tensors, described(stage.model, stage.settings.lora, stage.base))
+        store.write_tensors(path, tensors, _described(stage.model, stage.settings.lora, stage.base))
     elif stage.settings.state:
-        store.write_tensors(path, tensors, {"base": stage.base})
+        store.write_tensors(path, tensors, stage.base.metadata())
     else:
         store.write(path, stage.model.config, tensors)
 
@@ -213,10 +214,10 @@ def write_best(stage: Stage, step: int, tensors: dict[str, Tensor]) -> None:
 
 
 def write_adapter(path: Path, model: nn.Module, config: LoraConfig, *, base: str) -> None:
-    """Write an adapter with its settings and the digest of the weights it belongs to."""
-    store.write_tensors(path, lora.adapter(model), described(model, config, base))
+    """Write an adapter with its settings and the digest of the file of weights it belongs to."""
+    store.write_tensors(path, lora.adapter(model), _described(model, config, Base(base)))
 
 
-def described(model: nn.Module, config: LoraConfig, base: str) -> dict[str, str]:
+def _described(model: nn.Module, config: LoraConfig, base: Base) -> dict[str, str]:
     """What an adapter's file tells beside its tensors."""
-    return {"lora": canonical(config.model_dump(mode="json")), "base": base, "family": model.config.family}
+    return {"lora": canonical(config.model_dump(mode="json")), "family": model.config.family} | base.metadata()

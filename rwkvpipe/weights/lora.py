@@ -118,12 +118,12 @@ def _check(tensors: dict[str, Tensor], wanted: dict[str, tuple[int, ...]]) -> No
             raise WeightsError(f"adapter: {name} is {tuple(tensors[name].shape)}, needed is {shape}")
 
 
-def read_adapter(path: str | Path) -> tuple[dict, LoraConfig, str]:
-    """Tensors, settings and the digest of its base of an adapter file. Raises WeightsError if it is none."""
+def read_adapter(path: str | Path) -> tuple[dict, LoraConfig]:
+    """Tensors and settings of an adapter file. Raises WeightsError if it is none."""
     tensors, metadata = read_tensors(path)
     if "lora" not in metadata:
         raise WeightsError(f"{path}: no adapter (its metadata has no `lora`); give the file that sft or grpo wrote")
-    return tensors, check_json(LoraConfig, metadata["lora"], path), metadata.get("base", "")
+    return tensors, check_json(LoraConfig, metadata["lora"], path)
 
 
 @one_thread()

@@ -9,6 +9,7 @@ from rwkvpipe.base.config import RwkvConfig
 from rwkvpipe.base.errors import PipeError, WeightsError
 from rwkvpipe.model.family import build
 from rwkvpipe.weights import store
+from rwkvpipe.weights.beside import Beside
 from rwkvpipe.weights.lora import check_fits, merged
 from rwkvpipe.weights.peft import is_peft, open_adapter
 from rwkvpipe.weights.states import read_states, with_states
@@ -21,13 +22,11 @@ def with_adapter(model: str | Path, adapter: str | Path) -> tuple[RwkvConfig, di
     WeightsError, naming the adapter, unless it fits exactly and belongs to these weights.
     """
     states = None if is_peft(adapter) else read_states(adapter)
-    if states is not None:
-        base = store.describe(adapter)[1].get("base", "")
-    else:
-        tensors, settings, base = open_adapter(adapter)
-    if base and base != store.mark(model):
-        raise WeightsError(f"{adapter}: was trained beside other weights than {model}; give those")
-    config, weights = store.read(model)
+    if states is None:
+        tensors, settings = open_adapter(adapter)
+    beside = Beside(model, adapter)
+    config, weights = store.tensors_of(beside.found)
+    beside.check()
     if states is not None:
         return with_states(config, weights, states, adapter)
     with torch.device("meta"):

@@ -41,7 +41,7 @@ def write_peft(adapter: str | Path, out: Path, spec: ExportConfig) -> None:
 
     Raises WeightsError for what PEFT has no place for.
     """
-    tensors, config, _ = read_adapter(adapter)
+    tensors, config = read_adapter(adapter)
     family = read_tensors(adapter)[1].get("family")
     if spec.format == "peft_hf" and family != "rwkv7":
         raise WeightsError(f"{adapter}: format peft_hf is that of RWKV-7, this is {family or 'not told'}; use peft")
@@ -79,8 +79,8 @@ def is_peft(path: str | Path) -> bool:
     return (Path(path) / "adapter_config.json").is_file()
 
 
-def open_adapter(path: str | Path) -> tuple[dict[str, Tensor], LoraConfig, str]:
-    """Tensors, settings and the digest of its base ("" if not told) of an adapter: a file of ours, a folder of PEFT's.
+def open_adapter(path: str | Path) -> tuple[dict[str, Tensor], LoraConfig]:
+    """Tensors and settings of an adapter: a file of ours, a folder of PEFT's.
 
     Raises WeightsError for what it would have to guess at. A folder's tensors come in fp32 under RWKV-LM's names.
     """
@@ -100,7 +100,7 @@ def open_adapter(path: str | Path) -> tuple[dict[str, Tensor], LoraConfig, str]:
             raise WeightsError(f"{path}: {ours} stands twice")
         found[ours] = value.float()
     whole = [name for name in found if name.rpartition(".")[2] not in PARTS]
-    return found, _asked(asked, path, _meant(asked, path), whole), ""
+    return found, _asked(asked, path, _meant(asked, path), whole)
 
 
 def _ours(name: str) -> str:

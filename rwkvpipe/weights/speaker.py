@@ -8,6 +8,7 @@ from torch import nn
 from rwkvpipe.base.errors import PipeError, WeightsError
 from rwkvpipe.model.family import build
 from rwkvpipe.weights import lora, store
+from rwkvpipe.weights.beside import Beside
 from rwkvpipe.weights.peft import is_peft, open_adapter
 from rwkvpipe.weights.states import read_states, with_states
 
@@ -20,15 +21,17 @@ def load_speaker(model: str | Path, adapter: str | Path | None, device: str | to
     if adapter is None:
         return store.load_model(model, device)
     states = None if is_peft(adapter) else read_states(adapter)
+    beside = Beside(model, adapter)
     if states is not None:
-        config, tensors = with_states(*store.read(model), states, adapter)
+        found = store.tensors_of(beside.found)
+        beside.check()
+        config, tensors = with_states(*found, states, adapter)
         network = build(config)
         network.load_state_dict(tensors)
         return network.to(device).eval()
-    tensors, settings, base = open_adapter(adapter)
-    if base and base != store.mark(model):
-        raise WeightsError(f"{adapter}: was trained beside other weights than {model}; give those")
-    network = store.load_model(model)
+    tensors, settings = open_adapter(adapter)
+    network = store.model_of(beside.found)
+    beside.check()
     try:
         lora.check_fits(network, tensors, settings)
     except PipeError as error:

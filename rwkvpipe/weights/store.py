@@ -19,10 +19,10 @@ from rwkvpipe.model.family import build, detect
 from rwkvpipe.model.layers import HEAD_EPS
 from rwkvpipe.weights.layouts import DEAD, HF7, official
 from rwkvpipe.weights.source import Source, find, open_source
-from rwkvpipe.weights.tensors import Piece, Tensors, read_tensors, write_tensors
+from rwkvpipe.weights.tensors import Piece, Tensors, digest_written, read_tensors, write_tensors
 
 __all__ = ["Checkpoint", "find", "load_model", "mark", "open_model", "read", "read_tensors", "sizes", "write"]
-__all__ += ["describe", "write_tensors"]
+__all__ += ["describe", "mark_written", "model_of", "tensors_of", "write_tensors"]
 
 
 log = logging.getLogger("rwkvpipe")
@@ -62,7 +62,11 @@ def open_model(path: str | Path) -> Checkpoint:
 
 def read(path: str | Path) -> tuple[RwkvConfig, dict[str, Tensor]]:
     """Sizes and tensors of a checkpoint, in memory, exactly those of the model; errors as `open_model`."""
-    found = open_model(path)
+    return tensors_of(open_model(path))
+
+
+def tensors_of(found: Checkpoint) -> tuple[RwkvConfig, dict[str, Tensor]]:
+    """The same of a checkpoint that is open."""
     with torch.device("meta"):
         wanted = build(found.config).state_dict()
     return found.config, {name: found.tensors[name] for name in wanted}
@@ -89,22 +93,34 @@ def mark(path: str | Path) -> str:
 
 def write(path: str | Path, config: RwkvConfig, tensors: Mapping[str, Tensor]) -> None:
     """Write a model as safetensors with its sizes in the metadata, and config.json beside it."""
-    described = config.model_dump()
-    write_tensors(path, tensors, {"config": canonical(described)})
-    write_json(Path(path).with_name("config.json"), described)
+    write_tensors(path, tensors, _metadata(config))
+    write_json(Path(path).with_name("config.json"), config.model_dump())
+
+
+def mark_written(found: Checkpoint) -> str:
+    """The mark of the file that `write` makes of a checkpoint, without writing it."""
+    return digest_written(found.tensors, _metadata(found.config))
+
+
+def _metadata(config: RwkvConfig) -> dict[str, str]:
+    return {"config": canonical(config.model_dump())}
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     """A model with the weights of a checkpoint, in fp32, ready to compute (eval mode); one tensor after the other is
     read, so that no more is held than the model."""
-    found = open_model(path)
+    return model_of(open_model(path), device)
+
+
+def model_of(found: Checkpoint, device: str | torch.device = "cpu") -> nn.Module:
+    """The same of a checkpoint that is open."""
     with torch.device("meta"):
         model = build(found.config)
     weights = {}
     for name, like in model.state_dict().items():
         value = found.tensors[name]
         if not _finite(value):
-            raise WeightsError(f"{path}: {name} holds NaN or infinity; fetch or train these weights again")
+            raise WeightsError(f"{found.source.path}: {name} holds NaN or infinity; fetch or train these weights again")
         weights[name] = torch.empty(like.shape).copy_(value)  # so that no file is behind it, and bf16 becomes fp32
     model.load_state_dict(weights, assign=True)
     return model.to(device).eval()

@@ -1,5 +1,6 @@
 """Tensors by name that stay on disk until they are asked for, and safetensors files read and written one by one."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -137,23 +138,41 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     One tensor after the other is asked for. Not through the library: its order of metadata is random, it needs all at
     once, and what it writes beside the file outlives a kill.
     """
+    text, ends = _laid(str(path), tensors, metadata or {})
+    with atomic(path) as part, open(part, "wb") as file:
+        file.write(text)
+        pace, done = Pace(f"{path}: writing", max(ends.values(), default=0)), 0
+        for name, end in ends.items():
+            pace.at(done)
+            file.write(to_bytes(tensors[name]))
+            done = end
+
+
+def digest_written(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """sha256 of the file that `write_tensors` would write. One tensor after the other is asked for."""
+    text, names = _laid("a digest", tensors, metadata)
+    found = hashlib.sha256(text)
+    for name in names:
+        found.update(to_bytes(tensors[name]))
+    return found.hexdigest()
+
+
+def _laid(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """What a safetensors file begins with, and where its tensors end, in their order."""
     like = tensors.like if isinstance(tensors, Tensors) else tensors
-    header: dict[str, dict] = {"__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))}
-    names, end = sorted(like, key=lambda name: (-like[name].element_size(), name)), 0
-    for name in names:  # wide dtypes first, so that each tensor is aligned
+    header: dict[str, dict] = {"__metadata__": dict(sorted({"format": "pt", **metadata}.items()))}
+    ends: dict[str, int] = {}
+    end = 0
+    for name in sorted(like, key=lambda name: (-like[name].element_size(), name)):  # wide first, so each is aligned
         value = like[name]
         if value.dtype not in DTYPES:
             raise WeightsError(f"{path}: {name} has numbers of {value.dtype}, which safetensors has no room for")
         start, end = end, end + value.numel() * value.element_size()
         header[name] = {"dtype": DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
+        ends[name] = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with atomic(path) as part, open(part, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        pace = Pace(f"{path}: writing", end)
-        for name in names:
-            pace.at(header[name]["data_offsets"][0])
-            file.write(to_bytes(tensors[name]))
+    return len(text).to_bytes(8, "little") + text, ends
 
 
 def write_sharded(folder: Path, tensors: Tensors, limit: int | None) -> None:
