@@ -106,11 +106,23 @@ def plan() -> Plan:
         ("tokenizers.letters.corpora", ["x"], "tokenizers.letters.corpora: there is no corpus x"),
         ("tokenizers.letters.corpora", ["rows"], "rows holds numbers"),
         ("run", "shared", "run: shared is the folder"),
+        ("stages.base.model.n_layer", 1, "stages.base.model.n_layer: initial values are defined for 2 layers or more"),
+        ("stages.base.train.betas", [0.9, 1.0], "stages.base.train.betas.1: Input should be less than 1"),
+        ("stages.chat.lora", {"targets": []}, "stages.chat.lora: targets and full are empty, so nothing would be"),
+        ("hub", {"mirrors": ["ftp://x"]}, "hub.mirrors.0: String should match pattern '^https?://.'"),
         ("stages.base.name", "plots", "plots stands in the run's folder already"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused_by_key(path, value, message):
     assert message in error(changed(path, value))
+
+
+@pytest.mark.parametrize("model", [{"head_size": 32}, {"family": "rwkv6"}])
+def test_a_form_that_a_model_cannot_have_is_refused_before_it_is_trained(model):
+    config = changed("stages.reason.export", ["hub", {"format": "hf"}])
+    parse(copy.deepcopy(config), "c.yaml")
+    config["stages"][0]["model"] |= model  # what reason leads back to
+    assert "stages.reason.export: hf is for rwkv7 with heads of 64, this is rwkv" in error(config)
 
 
 @pytest.mark.parametrize(

@@ -163,14 +163,23 @@ def _data(config: PipelineConfig, stage: StageConfig) -> None:
         )
 
 
-def _states(config: PipelineConfig, stage: StageConfig) -> None:
-    """States are tuned where the family, as far as the config tells it, has them."""
+def _model(config: PipelineConfig, stage: StageConfig) -> None:
+    """What a stage is asked for suits its model, as far as the config tells that."""
     first: StageConfig | None = stage
     while first is not None and first.model is None:
         start = origin(config, first)[0]
         first = next((other for other in config.stages if other.name == start), None)
-    if stage.state and first is not None and "time_state" not in FAMILIES[first.model.family]:
-        raise ConfigError(f"stages.{stage.name}.state: {first.model.family} has no initial states; tune it with lora")
+    if first is None:
+        return
+    model = first.model
+    if model.n_layer < 2:
+        raise ConfigError(f"stages.{first.name}.model.n_layer: initial values are defined for 2 layers or more")
+    if stage.state and "time_state" not in FAMILIES[model.family]:
+        raise ConfigError(f"stages.{stage.name}.state: {model.family} has no initial states; tune it with lora")
+    formats = [asked if isinstance(asked, str) else asked.format for asked in stage.export]
+    if "hf" in formats and (model.head_size != 64 or model.family != "rwkv7"):
+        told = f"this is {model.family} with heads of {model.head_size}; use pth, hub or gguf"
+        raise ConfigError(f"stages.{stage.name}.export: hf is for rwkv7 with heads of 64, {told}")
 
 
 def _rollout(stage: StageConfig) -> None:
@@ -280,7 +289,7 @@ def agree(config: PipelineConfig) -> None:
     for stage in config.stages:
         _data(config, stage)
         _rollout(stage)
-        _states(config, stage)
+        _model(config, stage)
     _measures(config)
 
 

@@ -282,7 +282,7 @@ class MemoryConfig(Strict):
 class HubConfig(Strict):
     """Where hubs are asked. It never decides a result."""
 
-    mirrors: tuple[str, ...] = ()
+    mirrors: tuple[Annotated[str, Field(pattern=r"^https?://.")], ...] = ()
     """Endpoints that are asked before the hub itself (or HF_ENDPOINT); they are told no token."""
     offline: bool = False
     """Fetch nothing: what has been fetched before will do."""

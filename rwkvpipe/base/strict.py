@@ -29,6 +29,7 @@ Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
+Fading = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
 Part = Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)]
 # what logits, fp32, are changed by: beyond some 1e38 they would be no numbers
 Penalty = Annotated[float, BeforeValidator(_number), Field(ge=-1e6, le=1e6)]

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from rwkvpipe.base.strict import Count, NotNegative, Positive, Share, Strict, Whole
+from rwkvpipe.base.strict import Count, Fading, NotNegative, Positive, Share, Strict, Whole
 from rwkvpipe.base.tuning import WatchConfig
 
 
@@ -47,7 +47,7 @@ class TrainConfig(Strict):
     left out, it stays."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """adamw8bit keeps Adam's moments in 8 bits a number, by the library bitsandbytes, whose own eps is 1e-8."""
-    betas: tuple[Share, Share] = (0.9, 0.99)
+    betas: tuple[Fading, Fading] = (0.9, 0.99)
     """Adam's moments."""
     eps: Positive = 1e-18
     """Adam's epsilon."""

@@ -49,6 +49,8 @@ class LoraConfig(Strict):
             raise ValueError(f"svd belongs to kind pissa, this is {self.kind}")
         if self.kind == "disha" and (self.alpha is not None or self.rslora):
             raise ValueError("alpha and rslora do nothing in kind disha, which is not scaled")
+        if self.targets == () and not self.full:
+            raise ValueError("targets and full are empty, so nothing would be trained; leave targets out, or name some")
         return self
 
 

@@ -257,7 +257,8 @@ class Reader:
         value = record.get(column)
         if isinstance(value, list):
             return Document(ids=_numbers(value, column, where), origin=where)
-        return Document(text=words(record, column, where, least=0), origin=where)
+        needed = "a list of whole numbers, or text," if self.format == "array" else "text"
+        return Document(text=words(record, column, where, least=0, needed=needed), origin=where)
 
     def documents(self, path: str | Path, bad: Bad = stop) -> Iterator[Document]:
         """All documents of a path, one by one. Raises DataError also when there is none."""

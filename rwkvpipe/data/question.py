@@ -11,8 +11,8 @@ from rwkvpipe.data.document import Document
 from rwkvpipe.tokenizer.chat import ROLES, TURN_END, text
 
 
-def words(row: dict, column: str, where: object, *, least: int = 1) -> str:
-    """A text of a row. Raises DataError when it is missing, no text, no UTF-8, or shorter than `least`."""
+def words(row: dict, column: str, where: object, *, least: int = 1, needed: str = "text") -> str:
+    """A text of a row. Raises DataError when it is missing, not what is needed, no UTF-8, or shorter than `least`."""
     if column not in row:
         raise DataError(f"{where}: no `{column}`; the row has {', '.join(row) or 'nothing'} (columns or field says)")
     value = row[column]
@@ -23,7 +23,7 @@ def words(row: dict, column: str, where: object, *, least: int = 1) -> str:
             raise DataError(f"{where}: `{column}` is not UTF-8 at byte {error.start}; mend it") from None
     if not isinstance(value, str):
         shown = "null" if value is None else f"{type(value).__name__} {str(value)[:30]}"
-        raise DataError(f"{where}: `{column}` is {shown}, text is needed")
+        raise DataError(f"{where}: `{column}` is {shown}, {needed} is needed")
     if len(value.strip()) < least:
         raise DataError(f"{where}: `{column}` is empty; mend or remove the row")
     try:
