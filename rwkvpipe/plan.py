@@ -10,7 +10,9 @@ import base64
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import filter as filter_names
 from functools import cached_property
+from glob import has_magic
 from pathlib import Path
 
 import yaml
@@ -247,11 +249,11 @@ class Plan(Tree):
         return None
 
     def _made_of_others(self, store: Path, step: Step, path: str) -> bool:
-        """Whether a record of Snakemake's says what a step's results were made from, and a path is not among it."""
+        """Whether a record of Snakemake's says what a step's results were made from, and no path of a name or glob."""
         for made in step.writes:
             try:
                 known = read_json(store / "metadata" / _record(made))["input"]
-                return isinstance(known, list) and path not in known
+                return path not in known and not (has_magic(path) and filter_names(known, path))
             except (OSError, DataError, KeyError, TypeError, ValueError):
                 continue
         return False

@@ -366,8 +366,24 @@ def test_what_was_made_from_another_file_needs_the_one_that_the_config_names(pla
     Path("talks.jsonl").touch()
     assert plan.absent(tmp_path / ".snakemake") is None  # Snakemake makes it anew
     Path("talks.jsonl").unlink()
-    record.write_text("no record")
-    assert plan.absent(tmp_path / ".snakemake") is None
+    for text in ("no record", "[]", '{"input": 3}'):
+        record.write_text(text)
+        assert plan.absent(tmp_path / ".snakemake") is None
+
+
+@pytest.mark.parametrize(("made", "absent"), [("shards/1.jsonl", None), ("talks.jsonl", "shards/*.jsonl")])
+def test_what_was_made_of_a_glob_s_files_does_not_need_them(tmp_path, monkeypatch, made, absent):
+    monkeypatch.chdir(tmp_path)
+    plan = Plan(parse(changed("corpora.talks.path", "shards/*.jsonl"), "c.yaml"))
+    for name in (*plan.targets(), *(path for step in plan.steps for path in step.writes)):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    (step,) = (step for step in plan.steps if step.id == "pack talks")
+    record = tmp_path / ".snakemake" / "metadata" / base64.urlsafe_b64encode(step.writes[0].encode()).decode()
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps({"input": ["results/shared/tokenizers/bytes/tokenizer.json", made]}))
+    found = plan.absent(tmp_path / ".snakemake")
+    assert found == (absent and ("corpora.talks.path", absent))
 
 
 def test_later_files_and_values_go_over_earlier_ones(tmp_path):
