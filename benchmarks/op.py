@@ -1,10 +1,16 @@
 """The WKV operator of a family, forward and backward, one thread: native, by chunks in PyTorch, and token by token.
 
 The loop over tokens is what public trainers run on a CPU. All three compute with the same numbers; what they find is
-compared with the loop in fp64 before anything is timed.
+compared with the loop in fp64 before anything is timed. They run in a process that is started as jobs are, and a turn
+of each is as many runs as take a quarter of a second, so that none begins with what another one left of the caches.
 """
 
+import json
+import os
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from statistics import median
 from unittest import mock
 
@@ -16,10 +22,12 @@ from rwkvpipe.kernel import build
 from rwkvpipe.kernel.wkv5 import wkv5, wkv5_reference
 from rwkvpipe.kernel.wkv6 import wkv6, wkv6_reference
 from rwkvpipe.kernel.wkv7 import wkv7, wkv7_reference
+from rwkvpipe.launch import surroundings
 
 SIZES = (8, 512, 4, 64)  # B T H N
 OPERATORS = {"wkv7": (wkv7, wkv7_reference), "wkv6": (wkv6, wkv6_reference), "wkv5": (wkv5, wkv5_reference)}
 WORST = 1e-5  # error of a form, as a share of the largest number
+TURN = 0.25  # CPU seconds that a turn takes at least
 
 
 def drawn(operator: str) -> list[Tensor]:
@@ -58,6 +66,24 @@ def gradients(form, inputs: list[Tensor], above: list[Tensor]) -> list[Tensor]:
 
 
 def measure(operator: str, rounds: int) -> dict:
+    """What `found` finds, in a process of its own. Raises SystemExit for a wrong form."""
+    command = [sys.executable, "-m", "benchmarks.op", operator, str(rounds)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | surroundings("pretrain"))
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    return json.loads(done.stdout)
+
+
+def turn(run: Callable) -> float:
+    """CPU seconds of one of the runs of a turn, on average."""
+    times, begin = 0, time.process_time()
+    while (took := time.process_time() - begin) < TURN:
+        run()
+        times += 1
+    return took / times
+
+
+def found(operator: str, rounds: int) -> dict:
     """Errors of each form, then CPU seconds of forward and backward, in turns. Raises SystemExit for a wrong form."""
     if build.extension() is None:
         raise SystemExit(f"there are no native kernels to measure: {build.why_not()}")
@@ -74,9 +100,7 @@ def measure(operator: str, rounds: int) -> dict:
     seconds: dict[str, list[float]] = {name: [] for name in each}
     for _ in range(rounds):
         for name, form in each.items():
-            begin = time.process_time()
-            gradients(form, inputs, above)
-            seconds[name].append(time.process_time() - begin)
+            seconds[name].append(turn(lambda form=form: gradients(form, inputs, above)))
     ratios = [loop / ours for loop, ours in zip(seconds["loop"], seconds["native"], strict=True)]
     return {
         "what": "op",
@@ -103,3 +127,7 @@ def table(found: dict) -> str:
         middle, error = median(seconds), found["error"][name]
         lines.append(f"| {name} | {error:.1e} | {1e3 * middle:,.1f} | {tokens / middle:,.0f} | {said} |")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(json.dumps(found(sys.argv[1], int(sys.argv[2]))))
