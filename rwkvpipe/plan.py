@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import filter as filter_names
 from functools import cached_property
-from glob import has_magic
+from os.path import normpath
 from pathlib import Path
 
 import yaml
@@ -53,6 +53,12 @@ def spec(model: Strict) -> str:
 def _record(path: str) -> str:
     """What Snakemake calls its record of how a file was made."""
     return base64.urlsafe_b64encode(path.encode()).decode()
+
+
+def means_one_of(path: str, files: list[str]) -> bool:
+    """Whether a file's name, or a folder or glob that is there no longer, means one of some files."""
+    path = normpath(path)
+    return path in files or bool(filter_names(files, path)) or any(file.startswith(f"{path}/") for file in files)
 
 
 @dataclass(frozen=True)
@@ -249,11 +255,11 @@ class Plan(Tree):
         return None
 
     def _made_of_others(self, store: Path, step: Step, path: str) -> bool:
-        """Whether a record of Snakemake's says what a step's results were made from, and no path of a name or glob."""
+        """Whether a record of Snakemake's says what a step's results were made from, and a path means none of it."""
         for made in step.writes:
             try:
-                known = read_json(store / "metadata" / _record(made))["input"]
-                return path not in known and not (has_magic(path) and filter_names(known, path))
+                known = [normpath(file) for file in read_json(store / "metadata" / _record(made))["input"]]
+                return not means_one_of(path, known)
             except (OSError, DataError, KeyError, TypeError, ValueError):
                 continue
         return False
