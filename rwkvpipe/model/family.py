@@ -32,6 +32,7 @@ FAMILIES: dict[str, Family] = {name: _family(name) for name in NAMES}
 
 # what tells the others, so that a message can name them (first match counts)
 OTHERS = (
+    (".att.r_k", "a part of an RWKV-7 checkpoint"),
     (".att.time_maa_rkvw", "an experimental RWKV-6 checkpoint (x060b or x060c)"),
     (".att.time_maa", "a part of an RWKV-6 checkpoint"),
     (".att.gate.weight", "an RWKV-5.1 checkpoint"),
@@ -81,5 +82,7 @@ def detect(tensors: dict[str, Tensor]) -> RwkvConfig:
             raise WeightsError(f"{whole} ({why}); fetch it again") from None
         if found is not None:
             return found
+    if "emb.weight" not in tensors and any(name.endswith(".att.key.weight") for name in tensors):
+        raise WeightsError("emb.weight is missing; not a whole checkpoint")
     kind = next((text for part, text in OTHERS if any(part in name for name in tensors)), "no RWKV checkpoint")
     raise WeightsError(f"this is {kind}; give a model of a family known here: {', '.join(FAMILIES)}")

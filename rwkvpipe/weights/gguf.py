@@ -134,7 +134,7 @@ def back(family: str, names: Iterable[str], head_size: int) -> dict[str, Piece]:
         if head in ends:
             made[f"{ends[head]}.{last}"] = Piece((name,))
             continue
-        _, layer, rest = head.split(".", 2)
+        _, layer, rest = head.split(".", 2) if head.count(".") >= 2 else ("", "", "")
         if rest in parts:
             made[f"blocks.{layer}.{parts[rest]}.{last}"] = Piece((name,))
         elif rest == "time_mix_lerp_fused":
@@ -142,6 +142,8 @@ def back(family: str, names: Iterable[str], head_size: int) -> dict[str, Piece]:
                 made[f"blocks.{layer}.{prefix}{letter}"] = Piece((name,), _cut(place, len(letters)))
         elif rest.startswith("time_mix_lerp_") and rest not in rows:
             made[f"blocks.{layer}.{prefix}{rest[-1]}"] = Piece((name,), lambda value: value.reshape(1, 1, -1))
+        elif rest not in rows:
+            raise KeyError(name)
         elif not (layer == "0" and re.fullmatch("time_mix_v[012]", rest)):
             made[f"blocks.{layer}.{rows[rest]}"] = Piece((name,), _home(rows[rest], head_size))
     return made
@@ -253,12 +255,16 @@ def open_gguf(path: Path) -> tuple[Tensors, dict[str, str]]:
         return from_bytes(data, like[name].dtype, tuple(like[name].shape))
 
     try:
-        made = back(family, like, int(facts[f"{arch}.wkv.head_size"]))
+        if (key := f"{arch}.wkv.head_size") not in facts:
+            raise ValueError(f"{key} is missing")
+        made = back(family, like, int(facts[key]))
         stored, rescaled = facts.get(STORED), int(facts.get(f"{arch}.rescale_every_n_layers", 0))
         dtype = next((dtype for dtype in KINDS if str(dtype) == f"torch.{stored}"), None)
         made = {name: _as_it_was(name, piece, dtype, rescaled) for name, piece in made.items()}
         tensors = Tensors(like, load).made(made)
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:  # names or shapes that are none of the family's
+    except KeyError as error:
+        raise WeightsError(f"{path}: {error.args[0]} is unknown in an {family} model; leave it out") from None
+    except (ValueError, TypeError, RuntimeError) as error:  # names or shapes that are none of the family's
         raise WeightsError(f"{path}: not a whole {family} model ({said(error)}); fetch it again") from None
     return tensors, {key: value for key, value in facts.items() if isinstance(value, str) and len(value) < 1000}
 

@@ -7,9 +7,11 @@ import re
 import struct
 import warnings
 import zipfile
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -160,21 +162,9 @@ def open_source_file(path: Path) -> Source:
 
 def _pickled(path: Path, kind: str) -> Tensors:
     """Tensors of a file of torch; nothing in it is run."""
-    if kind == "pth":
-        _zipped(path)
     # zipped: the file is mapped and its data stays on disk; torch judges a path by its suffix, which may lie
     mapped = kind == "pth" and path.suffix != ".safetensors"
-    try:
-        with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
-            found = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        if name := re.search(r"(?:unsupported |: )GLOBAL ([\w.]+)|unrecognized function <?([\w. ]+)", str(error)):
-            what = f"holds Python objects ({name[1] or name[2]}), which are not run; save its tensors alone"
-            raise WeightsError(f"{path}: {what}") from None
-        what = "not a checkpoint, or damaged (nothing in it was run)"
-        raise WeightsError(f"{path}: {what}; fetch it again") from None
-    except HALF_A_FILE as error:
-        raise WeightsError(f"{path}: damaged or cut short ({said(error)}); fetch it again") from None
+    found = _unpickled(path, kind, mapped)
     if isinstance(found, dict):
         inner = next((found[key] for key in WRAPPERS if isinstance(found.get(key), dict)), None)
         found = found if inner is None else inner
@@ -191,18 +181,50 @@ def _pickled(path: Path, kind: str) -> Tensors:
     return Tensors(tensors.like, lambda name: _own(found[name])) if mapped else tensors
 
 
-def _zipped(path: Path) -> None:
-    """Raise WeightsError for a zip file that torch did not write."""
+def _unpickled(path: Path, kind: str, mapped: bool) -> Any:
+    """What a file of torch holds. Raises WeightsError for what is damaged, or would have to be run."""
+    records = _zipped(path) if kind == "pth" else None
+    needed: Counter[int] = Counter()
+
+    def place(storage: torch.UntypedStorage, _: str) -> torch.UntypedStorage:
+        needed[storage.nbytes()] += 1
+        return storage
+
+    try:
+        with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
+            found = torch.load(path if mapped else file, map_location=place, weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        if name := re.search(r"(?:unsupported |: )GLOBAL ([\w.]+)|unrecognized function <?([\w. ]+)", str(error)):
+            what = f"holds Python objects ({name[1] or name[2]}), which are not run; save its tensors alone"
+            raise WeightsError(f"{path}: {what}") from None
+        what = "not a checkpoint, or damaged (nothing in it was run)"
+        raise WeightsError(f"{path}: {what}; fetch it again") from None
+    except HALF_A_FILE as error:
+        raise WeightsError(f"{path}: damaged or cut short ({said(error)}); fetch it again") from None
+    # torch maps as many bytes as the names ask for: behind a record that is too short it goes on into the next
+    if records is not None and any(needed - records):
+        raise WeightsError(f"{path}: damaged or cut short (a record is shorter than its tensor); fetch it again")
+    return found
+
+
+def _zipped(path: Path) -> Counter[int]:
+    """How many records there are of each length. Raises WeightsError for a zip file that torch did not write."""
     try:
         with zipfile.ZipFile(path) as file:
-            names = file.namelist()
+            entries = file.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, struct.error) as error:
         raise WeightsError(f"{path}: damaged or cut short ({said(error)}); fetch it again") from None
+    names = [entry.filename for entry in entries]
     if not any(name.endswith("data.pkl") for name in names):
         what = "an archive of numpy arrays" if any(name.endswith(".npy") for name in names) else "an ordinary zip file"
         raise WeightsError(f"{path}: no checkpoint: {what}; give a .pth or .safetensors file")
     if any(name.endswith("constants.pkl") for name in names):
         raise WeightsError(f"{path}: a TorchScript program, which is not run; save its tensors alone")
+    # what is packed may be a thousand times as large in memory, and cannot be mapped
+    if packed := next((entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None):
+        what = f"packed anew by a zip program ({packed.filename}), which torch never does"
+        raise WeightsError(f"{path}: {what}; fetch the file as it was, or unpack it and use zip -0")
+    return Counter(entry.file_size for entry in entries if "/data/" in entry.filename)
 
 
 @cache

@@ -177,6 +177,11 @@ def _folded(source: Source, tensors: Tensors) -> Tensors:
     return tensors.made(plan)
 
 
+def _first(names: list[str], what: str) -> str:
+    """The first of names that are something, and how many there are besides."""
+    return f"{names[0]} is {what}" + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
+
+
 def _square(source: Source, tensors: Tensors) -> tuple[RwkvConfig, Tensors]:
     """Sizes of the model, and its tensors in the official shapes. Strict: nothing is missing, nothing is left over."""
     path, tensors = source.path, _folded(source, tensors)
@@ -190,10 +195,10 @@ def _square(source: Source, tensors: Tensors) -> tuple[RwkvConfig, Tensors]:
         wanted = build(config).state_dict()
     dead = [name for name in DEAD if name in tensors and name not in wanted]
     if extra := [name for name in tensors if name not in wanted and name not in dead]:
-        raise WeightsError(f"{path}: {extra[0]} is unknown (and {len(extra) - 1} more); merge adapters first")
+        raise WeightsError(f"{path}: {_first(extra, 'unknown')}; merge adapters first")
     if missing := [name for name in wanted if name not in tensors]:
         whole = f"not a whole {title(config.family)} model"
-        raise WeightsError(f"{path}: {missing[0]} is missing (and {len(missing) - 1} more); {whole}")
+        raise WeightsError(f"{path}: {_first(missing, 'missing')}; {whole}")
     plan = {}
     for name, like in wanted.items():
         value = tensors.like[name]

@@ -94,6 +94,7 @@ def test_released_sizes_are_known_by_their_name():
     [
         ("blocks.0.att.time_maa_rkvw_w1", "x060b"),
         ("blocks.0.att.time_maa_x", "a part of an RWKV-6"),
+        ("blocks.1.att.r_k", "a part of an RWKV-7"),
         ("blocks.0.att.gate.weight", "RWKV-5.1"),
         ("blocks.0.att.ln_x.weight", "RWKV-5.0"),
         ("blocks.0.att.time_decay", "RWKV-4"),
@@ -107,14 +108,20 @@ def test_another_architecture_is_named(name, kind):
         detect({"emb.weight": torch.zeros(3, 4), name: torch.zeros(4)})
 
 
-@pytest.mark.parametrize(
-    "marks",
-    [
-        {"blocks.0.att.r_k": torch.zeros(2, 2)},
-        {"blocks.0.att.time_maa_w1": torch.zeros(2, 2)},
-        {"blocks.0.att.time_decay": torch.zeros(2, 2), "blocks.0.att.gate.weight": torch.zeros(2, 2)},
-    ],
-)
+MARKS = [
+    {"blocks.0.att.r_k": torch.zeros(2, 2)},
+    {"blocks.0.att.time_maa_w1": torch.zeros(2, 2)},
+    {"blocks.0.att.time_decay": torch.zeros(2, 2), "blocks.0.att.gate.weight": torch.zeros(2, 2)},
+]
+
+
+@pytest.mark.parametrize("marks", MARKS)
+def test_a_model_without_its_embedding_is_of_no_older_version(marks):
+    with pytest.raises(WeightsError, match=r"^emb\.weight is missing"):
+        detect({"blocks.0.att.key.weight": torch.zeros(2, 2), "blocks.0.att.ln_x.weight": torch.zeros(2), **marks})
+
+
+@pytest.mark.parametrize("marks", MARKS)
 def test_half_a_checkpoint_is_no_accident_of_python(marks):
     with pytest.raises(WeightsError, match=r"ffn\.key|time_faaaa"):
         detect({"emb.weight": torch.zeros(3, 4), **marks})

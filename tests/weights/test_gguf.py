@@ -147,6 +147,19 @@ def test_a_quantised_file_and_one_of_another_kind_of_model_are_named(tmp_path):
             store.read(tmp_path / "m.gguf")
 
 
+@pytest.mark.parametrize("name", ["foo.weight", "blk.1.more.weight", "rope_freqs.weight"])
+def test_a_tensor_that_no_model_has_is_named(tmp_path, name):
+    writer = GGUFWriter(tmp_path / "m.gguf", "rwkv7")
+    writer.add_wkv_head_size(64)
+    writer.add_tensor(name, np.zeros((4, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(WeightsError, match=rf"m\.gguf: {name} is unknown in an rwkv7 model"):
+        store.read(tmp_path / "m.gguf")
+
+
 def test_any_damage_to_the_head_is_refused_in_one_line_or_harmless(tmp_path):
     config = FAMILIES["rwkv7"][0]
     path = tmp_path / "m.gguf"

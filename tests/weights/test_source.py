@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -179,6 +180,33 @@ def test_the_code_in_a_pickle_is_named(tmp_path):
     torch.save({"x": Runs()}, tmp_path / "a.pth")
     with pytest.raises(WeightsError, match=r"Python objects \([\w.]*print\), which are not run"):
         store.read(tmp_path / "a.pth")
+
+
+def rewritten(source, target, change, packed=zipfile.ZIP_STORED):
+    """The same archive with some of its records changed."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", packed) as new:
+        for name in old.namelist():
+            new.writestr(name, change(name, old.read(name)))
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_record_that_is_too_short_is_not_filled_with_its_neighbour_s_numbers(tmp_path, tensors, suffix):
+    torch.save(tensors, tmp_path / "a.pth")
+    path = tmp_path / f"b.{suffix}"
+    rewritten(tmp_path / "a.pth", path, lambda name, data: data[:16] if name.endswith("/data/3") else data)
+    with pytest.raises(WeightsError, match=f"b.{suffix}: damaged or cut short"):
+        open_source(path)
+
+
+def test_what_was_packed_anew_is_never_unpacked_into_memory(tmp_path, tensors, monkeypatch):
+    torch.save(tensors, tmp_path / "a.pth")
+    bomb, more = tmp_path / "b.pth", bytes(30 << 20)  # behind the names, which torch reads whole
+    rewritten(tmp_path / "a.pth", bomb, lambda name, data: data + more * ("data.pkl" in name), zipfile.ZIP_DEFLATED)
+    with monkeypatch.context() as patch, pytest.raises(WeightsError, match=r"packed anew .*, or unpack it and use zip"):
+        patch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpacked"))
+        open_source(bomb)
+    rewritten(bomb, tmp_path / "c.pth", lambda _, data: data.removesuffix(more))
+    same(store.read(tmp_path / "c.pth")[1], tensors)
 
 
 def test_several_checkpoints_in_a_folder_are_listed(tmp_path, tensors):
