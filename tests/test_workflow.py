@@ -83,7 +83,7 @@ corpora:
   talks: {path: data/talks.jsonl, tokenizer: letters, format: chat}
   sums: {synthetic: counting.questions, count: 100, format: question}
 benchmarks:
-  free: {task: answer, synthetic: counting.questions, limit: 10}
+  free: {task: answer, synthetic: counting.questions, limit: 10, prompt: "{question} is what in {run}?"}
   pick: {task: choice, path: data/pick.jsonl}
 stages:
   - name: base
@@ -92,7 +92,7 @@ stages:
     model: {n_layer: 2, n_embd: 64}
     train: {steps: 10, lr: 1e-3}  # learns
     bench: [free, pick]
-    samples: {prompts: ["1+1="]}
+    samples: {prompts: ["{stage}: 1+1="]}
   - name: chat
     kind: sft
     data: talks
@@ -236,7 +236,8 @@ AFTER_BASE = sorted([
 
 
 def test_everything_is_made_once(finished):
-    assert (finished.path / "results/demo/report.html").is_file()
+    words = json.loads((finished.path / "results/demo/report.html").read_text())
+    assert "{question} is what in {run}?" in words[words.index("--spec") + 1]  # braces of a user's are no wildcards
     assert finished.plan() == []
 
 

@@ -84,7 +84,7 @@ rule report:
     conda:
         ENVIRONMENT
     params:
-        story=canonical(story.story()),
+        story=lambda wildcards: canonical(story.story()),
         code=plan.code("report"),
     shell:
         "exec python -m rwkvpipe.report --code {params.code:q} --spec {params.story:q} --out {output.html:q} > {log:q}"
