@@ -80,8 +80,13 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError("--spec: synthetic makes the questions; give a file or synthetic, not both")
     bits = isinstance(spec, BenchmarkConfig) and spec.task == "bits"
     skipped: list[dict] = []
-    bad = corpus.stop if getattr(spec, "on_error", "stop") == "stop" else lambda e: skipped.append({"error": str(e)})
     learned = isinstance(spec, CorpusConfig)  # then rewards may ask for columns of the user's own
+    bad = corpus.strict if learned else corpus.stop
+    if learned and spec.on_error == "skip":
+
+        def bad(error: DataError) -> None:
+            skipped.append({"error": str(error)})
+
     asked = (
         texts(file, spec, given.seed)
         if bits

@@ -47,6 +47,13 @@ def rows(path, *found):
     return path
 
 
+def test_a_bad_row_says_how_it_is_left_out(tmp_path):
+    path = rows(tmp_path / "a.jsonl", {"text": "a"}, {"text": None}, {"text": "b"})
+    with pytest.raises(DataError, match=r"a\.jsonl:2: `text` is null, .*; on_error: skip leaves such rows out$"):
+        run(tmp_path, path)
+    assert texts(run(tmp_path, path, on_error="skip")[0]) == ["a", "b"]
+
+
 def test_each_document_lies_in_one_of_the_two_parts(tmp_path):
     lines = [f"document {number}" for number in range(200)]
     train, about = run(tmp_path, rows(tmp_path / "a.jsonl", *({"text": line} for line in lines)), valid=0.2)
@@ -362,7 +369,7 @@ def test_a_character_outside_a_learned_vocabulary_is_named_with_line_and_remedy(
         pack.main([str(path), "--spec", spec, "--tokenizer", str(tmp_path / "v"), "--out", str(tmp_path / "out")])
     assert str(caught.value) == (
         f"{path}:2: the vocabulary has no 'é' (U+00E9), character 6 of ' cab é'; learn the vocabulary from this text"
-        " too, or use kind bytes"
+        " too, or use kind bytes; on_error: skip leaves such rows out"
     )
 
 

@@ -51,6 +51,16 @@ def test_made_questions_depend_on_the_seed_and_stop_at_the_limit(tmp_path):
     assert len(run(tmp_path, task="bits", synthetic="counting.documents", limit=3)) == 3
 
 
+def test_a_bad_row_of_a_corpus_says_how_it_is_left_out_and_one_of_an_exam_does_not(tmp_path):
+    path = rows(tmp_path / "a.jsonl", {"question": "?", "answer": "x"}, {"question": ""})
+    with pytest.raises(DataError, match=r"a\.jsonl:2: .*; on_error: skip leaves such rows out$"):
+        run(tmp_path, path, format="question")
+    assert len(run(tmp_path, path, format="question", on_error="skip")) == 1
+    with pytest.raises(DataError) as error:
+        run(tmp_path, path, task="answer")
+    assert "on_error" not in str(error.value)
+
+
 def test_a_corpus_of_questions_is_written_the_same_way(tmp_path):
     made = run(tmp_path, synthetic="counting.questions", count=5, seed=1, format="question")
     assert len(made) == 5 and set(made[0]) == {"question", "answer", "options", "label"}

@@ -45,6 +45,12 @@ def stop(error: DataError) -> None:
     raise error
 
 
+def strict(error: DataError) -> None:
+    """The same for a corpus, which may leave such rows out instead."""
+    text = str(error)
+    raise DataError(text if "on_error" in text else f"{text}; on_error: skip leaves such rows out") from None
+
+
 def is_table(path: str | Path) -> bool:
     """Whether a file holds rows."""
     return kind_of(path)[0] in TABLES

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rwkvpipe.base.errors import DataError
+from rwkvpipe.data.question import contents
 from rwkvpipe.tokenizer import chat
 from rwkvpipe.tokenizer.load import Tokenizer
 
@@ -43,7 +44,7 @@ def pair(row: dict, columns: Mapping[str, str], where: object) -> dict[str, Any]
     for name in PARTS:
         column = columns.get(name, name)
         if column not in row:
-            raise DataError(f"{where}: no `{column}`; the row has {', '.join(row) or 'nothing'} (columns says)")
+            raise DataError(f"{where}: no `{column}`; {contents(row)} (columns says)")
         found[name] = row[column]
     try:
         if any(isinstance(value, list) for value in found.values()):

@@ -17,7 +17,7 @@ from rwkvpipe.base.errors import DataError
 from rwkvpipe.base.growing import Spool
 from rwkvpipe.data.binidx import LONGEST, token_dtype
 from rwkvpipe.data.block import Block
-from rwkvpipe.data.corpus import BLOCK, LONG, Bad, Reader
+from rwkvpipe.data.corpus import BLOCK, LONG, Bad, Reader, strict
 from rwkvpipe.data.document import Document, encoded
 from rwkvpipe.data.marks import WEIGHT, marks, weights
 from rwkvpipe.data.pairing import Pairing
@@ -209,7 +209,7 @@ class Filling:
     def bad(self, error: DataError) -> None:
         """What is done with a row that cannot be used."""
         if self.spec.on_error == "stop":
-            raise error
+            strict(error)
         self.errors.append(str(error))
 
     def _share(self, fraction: float) -> str:

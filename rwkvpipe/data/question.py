@@ -11,10 +11,19 @@ from rwkvpipe.data.document import Document
 from rwkvpipe.tokenizer.chat import ROLES, TURN_END, text
 
 
+def contents(row: dict) -> str:
+    """What a row has, for people who look for something else in it."""
+    inner = next(
+        (name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)), ""
+    )
+    more = f"; each item of `{inner}` is a row to columns such as {inner}[*].question" if inner else ""
+    return f"the row has {', '.join(row) or 'nothing'}{more}"
+
+
 def words(row: dict, column: str, where: object, *, least: int = 1, needed: str = "text") -> str:
     """A text of a row. Raises DataError when it is missing, not what is needed, no UTF-8, or shorter than `least`."""
     if column not in row:
-        raise DataError(f"{where}: no `{column}`; the row has {', '.join(row) or 'nothing'} (columns or field says)")
+        raise DataError(f"{where}: no `{column}`; {contents(row)} (columns or field says)")
     value = row[column]
     if isinstance(value, bytes):  # as some tables keep texts
         try:

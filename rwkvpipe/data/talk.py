@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 
 from rwkvpipe.base.errors import DataError
 from rwkvpipe.data.document import Document
-from rwkvpipe.data.question import question, words
+from rwkvpipe.data.question import contents, question, words
 from rwkvpipe.tokenizer import chat
 from rwkvpipe.tokenizer.chat import ROLES
 from rwkvpipe.tokenizer.load import Tokenizer
@@ -166,7 +166,7 @@ def _instruction(row: dict, where: object) -> tuple[dict, ...]:
     said = [name for name in ("output", "response") if row.get(name) is not None]
     if len({str(row[name]) for name in said}) > 1:
         raise DataError(f"{where}: `output` and `response` say different things; remove one")
-    return (*_history(row, where), *_asked(task, words(row, (said or ["response"])[0], where)))
+    return (*_history(row, where), *_asked(task, words(row, (said or ["output"])[0], where)))
 
 
 def _query(row: dict, where: object) -> tuple[dict, ...]:
@@ -250,9 +250,7 @@ def recognised(row: dict, columns: Mapping[str, str], where: object, shift: str 
         if row.get("text") is not None and all(row.get(name) is None for name in ("question", "answer")):
             return ({"role": "raw", "content": words(row, "text", where)},)
     if not asked and columns.get("question", "question") not in row:
-        raise DataError(
-            f"{where}: no `{column}`, `question` or other keys of a talk; the row has {', '.join(row) or 'nothing'}"
-        )
+        raise DataError(f"{where}: no `{column}`, `question` or other keys of a talk; {contents(row)}")
     found = question(row, columns, where).talk()
     return found if columns else _led(found, row, where)
 

@@ -109,7 +109,8 @@ def test_the_reference_s_rows_become_its_texts(goldens):
         ({"messages": [{"role": "user"}]}, "turn 1: no `content`"),
         ({"messages": [*TALK, {"role": "user", "content": None}]}, "turn 3: `content` is null"),
         ({"conversations": [{"from": "robot", "value": "x"}]}, "turn 1: role is 'robot'"),
-        ({"instruction": "x"}, "no `response`"),
+        ({"instruction": "x"}, "no `output`"),
+        ({"data": [{"question": "x"}]}, r"the row has data; each item of `data` is .*data\[\*\]"),
     ],
 )
 def test_a_talk_that_does_not_do_is_named(row, problem):
