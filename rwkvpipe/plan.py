@@ -187,7 +187,7 @@ class Plan(Tree):
             files, tokenizer = self.corpus_file(name) + self.valid_file(name), self.config.corpora[name].tokenizer
             files += self.template_file(name)
             if tokenizer is None:
-                timing = f"{shared}/log/questions-{name}-corpus.jsonl"
+                timing = f"{shared}/log/questions-corpus-{name}.jsonl"
                 yield Step("questions", name, tuple(files), (f"{shared}/corpora/{name}.jsonl",), timing)
             else:
                 files += self.tokenizer_files(tokenizer)

@@ -238,6 +238,8 @@ AFTER_BASE = sorted([
 def test_everything_is_made_once(finished):
     words = json.loads((finished.path / "results/demo/report.html").read_text())
     assert "{question} is what in {run}?" in words[words.index("--spec") + 1]  # braces of a user's are no wildcards
+    steps = json.loads(words[words.index("--spec") + 1])["steps"]
+    assert not [step["timing"] for step in steps if step["timing"] and not (finished.path / step["timing"]).is_file()]
     assert finished.plan() == []
 
 

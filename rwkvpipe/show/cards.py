@@ -172,7 +172,7 @@ def card(evidence: Evidence, subject: Subject, number: int) -> Html:
         absent = el("p", "Its settings are not there.", klass="muted absent")
         parts.append(facts(_training(evidence, subject, settings)) if settings else absent)
         absent = el("p", "Its metrics are not there, so neither are its curves.", klass="muted absent")
-        parts += [_outcome(metrics, subject), curves(metrics, policy=subject.kind == "grpo")] if metrics else [absent]
+        parts += [_outcome(metrics, subject), curves(metrics, subject.kind)] if metrics else [absent]
     parts += [_samples(evidence, subject), _graded(evidence, subject)]
     parts += [corpus_card(corpus, name) for name, corpus in evidence.corpora(subject).items()]
     if settings:

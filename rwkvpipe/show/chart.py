@@ -46,6 +46,17 @@ COMMON = (
     Chart("Throughput", "tokens a second", (Series("tokens_per_second", "ink"),), zero=True),
 )
 TRAINING = (Chart("Loss", "nats a token", LOSS, log=True, wide=True), *COMMON)
+PAIRS = (
+    Chart("Loss", "a pair", LOSS, log=True, wide=True),
+    Chart(
+        "Rewards",
+        "of both answers",
+        (Series("reward_chosen", "green", "preferred"), Series("reward_rejected", "orange", "other")),
+    ),
+    Chart("Margin", "between them", (Series("reward_margin", "blue"),)),
+    Chart("Preferred ahead", "share of pairs", (Series("reward_accuracy", "green"),), zero=True),
+    *COMMON,
+)
 POLICY = (
     Chart(
         "Reward",
@@ -57,8 +68,8 @@ POLICY = (
     Chart("Divergence from the start", "nats a token", (Series("kl_div", "plum"),)),
     Chart("Length of completions", "tokens", (Series("completions/mean_length", "blue"),)),
     *COMMON,
-    Chart("Clipped ratios", "share", (Series("clip_ratio", "orange"),)),
-    Chart("Completions cut short", "share", (Series("completions/clipped_ratio", "orange"),)),
+    Chart("Clipped ratios", "share", (Series("clip_ratio", "orange"),), zero=True),
+    Chart("Completions cut short", "share", (Series("completions/clipped_ratio", "orange"),), zero=True),
 )
 
 
@@ -107,6 +118,8 @@ class _Axis:
         self.log = log and low > 0 and high / low > SPREAD
         if self.log:
             self.low, self.high = low / 1.15, high * 1.15
+        elif low == high == 0:
+            self.low, self.high = 0.0, 1.0
         else:
             low = min(low, 0.0) if zero else low
             room = 0.0 if tight else 0.07 * (high - low) or 0.1 * abs(high) or 1.0
@@ -197,6 +210,7 @@ def draw(metrics: Metrics, chart: Chart) -> Html:
     )
 
 
-def curves(metrics: Metrics, *, policy: bool) -> Html:
-    """All pictures of a training."""
-    return el("div", *(draw(metrics, chart) for chart in (POLICY if policy else TRAINING)), klass="plots")
+def curves(metrics: Metrics, kind: str) -> Html:
+    """All pictures of a training of a kind."""
+    charts = {"grpo": POLICY, "dpo": PAIRS}.get(kind, TRAINING)
+    return el("div", *(draw(metrics, chart) for chart in charts), klass="plots")

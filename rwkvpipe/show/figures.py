@@ -92,7 +92,7 @@ def _dress(axes: Axes, title: str, unit: str, *, step_axis: bool = True) -> None
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
     if step_axis:
         axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=ROUND))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=ROUND, min_n_ticks=1))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
@@ -128,7 +128,7 @@ def loss_figure(metrics: Metrics) -> Figure:
         markers = {"marker": "o", "markersize": 4} if len(valid) <= POINTS else {}
         axes.plot(valid_steps, valid, color=ORANGE, label="held out", **markers)
         axes.legend(loc="upper right", borderaxespad=0.2)
-    _dress(axes, "Policy loss" if policy else "Loss", "nats a token")
+    _dress(axes, "Policy loss" if policy else "Loss", "a pair" if "reward_margin" in metrics else "nats a token")
     return figure
 
 

@@ -39,7 +39,8 @@ def _headline(evidence: Evidence) -> Html:
         result = el("p", score.text(score.score), "" if score.share else el("small", "bits a byte"), klass="result")
         trained = score.subject in {subject.name for subject in _stages(evidence)}
         told = el("p", f"{score.benchmark}{' after ' if trained else ', '}{score.subject}")
-        between = el("p", f"95 % interval {score.between}; {count(score.n)} {scores.unit(score)}", klass="muted")
+        many = f"{count(score.n)} {scores.unit(score, score.n)}"
+        between = el("p", f"95 % interval {score.between}; {many}", klass="muted")
         shown.append(el("div", result, told, between))
     return el("div", *shown, klass="headline")
 
@@ -101,7 +102,7 @@ def _graph(evidence: Evidence) -> Html:
         " what needs a step's files; lines that others imply, and those to the report, are left out."
     )
     unmeasured = [job for job in jobs if job.timing and job.id not in timings and job.rule != "report"]
-    told = f"{len(unmeasured)} of {len(jobs)} steps have no time: its file is not there, or holds none."
+    told = f"{len(unmeasured)} of {len(jobs)} steps have no time: the file of it is not there, or empty."
     return el(
         "section",
         el("h2", "Job graph"),

@@ -1,5 +1,7 @@
 """Scores of all subjects on all benchmarks: a picture, a CSV, and a table in the page."""
 
+from textwrap import wrap
+
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -10,6 +12,7 @@ from rwkvpipe.show.markup import Html, count, el
 from rwkvpipe.show.metrics import table
 
 COLUMNS = ["subject", "benchmark", "task", "n", "score", "low", "high", "better"]
+NAME, NOTE = 24, 62  # letters a line, of a subject's name and of what is told below a panel
 TASKS = {
     "answer": "free answers that must match",
     "choice": "the likeliest of several options",
@@ -28,9 +31,10 @@ def of(evidence: Evidence, benchmark: str) -> list[Score]:
     return [score for score in evidence.scores if score.benchmark == benchmark]
 
 
-def unit(score: Score) -> str:
-    """What a benchmark counts."""
-    return "questions" if score.share else "windows of text"
+def unit(score: Score, number: int) -> str:
+    """What a benchmark counts, of which there are so many."""
+    kind, rest = ("question", "") if score.share else ("window", " of text")
+    return f"{kind}{'' if number == 1 else 's'}{rest}"
 
 
 def told(benchmark: str, scores: list[Score]) -> str:
@@ -39,7 +43,8 @@ def told(benchmark: str, scores: list[Score]) -> str:
     many = count(asked[0]) if len(asked) == 1 else f"{count(asked[0])} to {count(asked[-1])}"
     chance = scores[0].chance
     guess = f"; guessing gives {scores[0].text(chance)}" if chance is not None else ""
-    return f"{TASKS.get(scores[0].task, scores[0].task)}; {many} {unit(scores[0])}, {scores[0].better} is better{guess}"
+    what = f"{many} {unit(scores[0], asked[-1])}, {scores[0].better} is better"
+    return f"{TASKS.get(scores[0].task, scores[0].task)}; {what}{guess}"
 
 
 def csv(evidence: Evidence) -> str:
@@ -78,7 +83,7 @@ def figure(evidence: Evidence) -> Figure:
                 axes.annotate(label, (1.02, row), xycoords=("axes fraction", "data"), va="center", color=INK)
             if scores[0].chance is not None:
                 axes.axvline(scores[0].chance, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
-            axes.set_yticks(rows, [score.subject for score in scores])
+            axes.set_yticks(rows, ["\n".join(wrap(score.subject, NAME)) for score in scores])
             axes.set_ylim(len(scores) - 0.4, -0.6)
             low, high = span(scores)
             axes.set_xlim(low, high + 0.015 * (high - low))
@@ -88,7 +93,8 @@ def figure(evidence: Evidence) -> Figure:
             axes.spines["left"].set_visible(False)
             axes.tick_params(axis="y", labelcolor=INK)
             axes.set_title(name)
-            axes.set_xlabel(f"{told(name, scores)} (bars: 95 % interval)", color=MUTED, fontsize=8)
+            note = "\n".join(wrap(f"{told(name, scores)} (bars: 95 % interval)", NOTE))
+            axes.set_xlabel(note, color=MUTED, fontsize=8)
     return drawn
 
 

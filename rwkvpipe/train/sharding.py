@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rwkvpipe.base.errors import Parted
 from rwkvpipe.train.dist import Rank
+from rwkvpipe.weights.rounded import in_few_bits
 
 LOST = ("Connection closed", "Connection reset", "closed by peer", "gloo", "NCCL")  # what a process that is gone is
 
@@ -51,7 +52,7 @@ def parted(model: nn.Module) -> None:
 def hollow(model: nn.Module) -> nn.Module:
     """The same model without its weights, for `gathered` to fill; what is rounded is shared."""
     shared = [model.base_tensors] if hasattr(model, "base_tensors") else []
-    shared += [module.rounded for module in model.modules() if getattr(module, "rounded", None) is not None]
+    shared += in_few_bits(model)
     empty = {id(value): nn.Parameter(value.detach().to("meta"), requires_grad=False) for value in model.parameters()}
     empty |= {id(value): value.to("meta") for value in model.buffers()}
     return copy.deepcopy(model, empty | {id(value): value for value in shared}).eval()

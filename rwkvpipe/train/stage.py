@@ -24,6 +24,7 @@ from rwkvpipe.train.stop import held
 from rwkvpipe.train.tracker import Trackers, add_trackers
 from rwkvpipe.weights import lora, store
 from rwkvpipe.weights.beside import Base, load_base
+from rwkvpipe.weights.rounded import numbers
 from rwkvpipe.weights.states import tune_states
 
 log = logging.getLogger("rwkvpipe")
@@ -134,11 +135,10 @@ def open_stage(given: argparse.Namespace, *, kind: str) -> Stage:
             rank = shard(model, rank, given.shard)
         stage = replace(stage, rank=rank, writer=writer)
     trained = sum(value.numel() for value in network.parameters() if value.requires_grad)
-    whole = sum(value.numel() for value in network.parameters())
     train = asked.train
     length = f"{train.steps} steps" if train.steps else f"{train.epochs:g} epochs" if train.epochs else ""
     length = length or f"{train.tokens:,} tokens"
-    log.info("%s: %s of %s numbers are trained, for %s", kind, f"{trained:,}", f"{whole:,}", length)
+    log.info("%s: %s of %s numbers are trained, for %s", kind, f"{trained:,}", f"{numbers(network):,}", length)
     return stage
 
 

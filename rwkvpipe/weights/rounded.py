@@ -5,10 +5,11 @@ row's largest. nf4 (Dettmers et al. 2023, arXiv 2305.14314): each 64 numbers in 
 and rounded to 16 levels between -1 and 1 that are evenly likely for normally distributed numbers; two in a byte.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rwkvpipe.kernel.product import asked
@@ -51,6 +52,16 @@ class Rounded:
         pairs = torch.stack((self.data >> 4, self.data & 15), -1)  # (bytes, 2)
         blocks = levels[pairs.flatten().int()].view(-1, BLOCK) * self.scale[:, None]
         return blocks.flatten()[: self.shape[0] * self.shape[1]].view(self.shape)
+
+
+def in_few_bits(model: nn.Module) -> list[Rounded]:
+    """Matrices of a model that are kept in few bits, and so are no parameters of it."""
+    return [module.rounded for module in model.modules() if getattr(module, "rounded", None) is not None]
+
+
+def numbers(model: nn.Module) -> int:
+    """How many numbers a model has, those that are rounded too."""
+    return sum(value.numel() for value in model.parameters()) + sum(math.prod(few.shape) for few in in_few_bits(model))
 
 
 def rounded(matrix: Tensor, kind: str) -> Rounded:

@@ -45,10 +45,25 @@ def test_the_last_numbers_stand_beside_the_title():
 
 def test_policy_training_shows_rewards_and_pretraining_does_not():
     rows = metrics([0.1] * 60, mean_reward=lambda step: step / 60, reward_std=lambda step: 0.1)
-    assert "<b>Reward</b>" in curves(rows, policy=True) and 'class="band' in curves(rows, policy=True)
-    assert "Reward" not in curves(metrics([0.1]), policy=False)
+    assert "<b>Reward</b>" in curves(rows, "grpo") and 'class="band' in curves(rows, "grpo")
+    assert "Reward" not in curves(metrics([0.1]), "sft")
     for title in ("Loss", "Learning rate", "Gradient norm", "Throughput"):
-        assert f"<b>{title}</b>" in curves(metrics([0.1]), policy=False)
+        assert f"<b>{title}</b>" in curves(metrics([0.1]), "pretrain")
+
+
+def test_preferences_show_both_rewards_and_their_loss_is_that_of_a_pair():
+    told = {f"reward_{name}": lambda step: step / 9 for name in ("chosen", "rejected", "margin", "accuracy")}
+    page = curves(metrics([0.6, 0.5], **told), "dpo")
+    assert "nats a token" not in page and "<b>Loss</b><small>a pair</small>" in page
+    for title in ("Rewards", "Margin", "Preferred ahead", "Learning rate"):
+        assert f"<b>{title}</b>" in page
+    assert re.findall(r"(preferred|other)<b>([\d.]+)</b>", page) == [("preferred", "0.2222"), ("other", "0.2222")]
+
+
+def test_a_share_that_is_always_none_is_drawn_at_the_bottom_of_0_to_1():
+    for values in ([0.0, 0.0], [0.0]):
+        places = re.findall(r'class="grid" style="top:([\d.]+)%"><span>([^<]+)', draw(metrics(values), CHART))
+        assert [text for _, text in places][:1] == ["0"] and places[0][0] == "100.00" and "-" not in str(places)
 
 
 def test_thinning_loses_no_peak():

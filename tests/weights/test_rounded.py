@@ -11,7 +11,7 @@ from rwkvpipe.model.family import build
 from rwkvpipe.train.precision import arithmetic
 from rwkvpipe.train.stage import write_adapter
 from rwkvpipe.weights.lora import adapter, disabled, folded, inject, load_adapter, merged
-from rwkvpipe.weights.rounded import BLOCK, LEVELS, product, rounded
+from rwkvpipe.weights.rounded import BLOCK, LEVELS, in_few_bits, numbers, product, rounded
 from rwkvpipe.weights.speaker import load_speaker
 from rwkvpipe.weights.store import mark, write_tensors
 
@@ -108,6 +108,7 @@ def test_products_and_gradients_are_those_of_the_opened_matrix(kind, precision):
 def test_an_adapter_sees_the_rounded_matrices_and_is_merged_into_those_that_were_given(tmp_path, kind, quantise):
     found, base = model(kind=kind, quantise=quantise, full=["ln_x"])
     plain, _ = model(kind=kind, full=["ln_x"])
+    assert numbers(found) == numbers(plain) == sum(value.numel() for value in plain.parameters())
     for name, value in adapter(plain).items():  # it begins as without
         assert torch.equal(adapter(found)[name], value)
     moved(found)
@@ -138,7 +139,7 @@ def test_an_adapter_sees_the_rounded_matrices_and_is_merged_into_those_that_were
 
 def test_no_opened_matrix_is_kept_for_the_backward():
     found, _ = model(width=48, kind="lora", quantise="nf4")
-    shapes = {tuple(layer.rounded.shape) for layer in found.modules() if getattr(layer, "rounded", None)}
+    shapes = {tuple(matrix.shape) for matrix in in_few_bits(found)}
     kept = []
 
     def keep(value):
