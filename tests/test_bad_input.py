@@ -245,6 +245,28 @@ config(
 config(
     "a bias beyond fp32", "impossible numbers", "samples: 4", "samples: 4, sampling: {bias: {3: 1e308}}", "bias.3", "1e"
 )
+config(
+    "an empty path",
+    "paths",
+    "path: docs.txt",
+    "path: ''",
+    "corpora.sums.path",
+    "at least 1 char",
+)
+config(
+    "a vocabulary without room for bytes",
+    "vocabularies that cannot be",
+    "{kind: bytes}",
+    "{kind: bpe, corpora: [sums], vocab_size: 256}",
+    "tokenizers.plain.vocab_size: Input should be greater than or equal to 257 (got 256)",
+)
+config(
+    "a class without its module",
+    "vocabularies that cannot be",
+    "{kind: bytes}",
+    "{kind: own, import_path: Letters}",
+    "tokenizers.plain: import_path: 'Letters' is not module:Class, such as my_tokenizers:Letters",
+)
 config("a seed below zero", "out of range", "run: demo", "run: demo\nseed: -1", "seed", "than or equal to 0", "-1")
 config("a kind there is none of", "unknown value", "kind: sft", "kind: stf", "stages.chat.kind", "'sft'", "'stf'")
 config(

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from rwkvpipe.base.corpus import CorpusConfig, check_columns
 from rwkvpipe.base.files import read_json
 from rwkvpipe.base.sizes import RwkvConfig
-from rwkvpipe.base.strict import Count, Name, Positive, Strict, Whole, check
+from rwkvpipe.base.strict import Count, Name, Place, Positive, Strict, Whole, check
 from rwkvpipe.base.training import TrainConfig
 from rwkvpipe.base.tuning import DpoConfig, LoraConfig, RolloutConfig, SamplingConfig
 from rwkvpipe.base.vocabulary import TokenizerConfig
@@ -37,7 +37,7 @@ class BenchmarkConfig(Strict):
 
     task: Literal["answer", "choice", "bits"]
     """answer: generated and compared; choice: the likeliest option; bits: bits per byte of a text."""
-    path: str | None = None
+    path: Place | None = None
     """A JSONL file (for bits: a text file), or a URL."""
     synthetic: str | None = None
     """Or the name of a made corpus."""
@@ -102,10 +102,10 @@ Export = Annotated[
 class WeightsConfig(Strict):
     """Weights that somebody has trained."""
 
-    path: str
+    path: Place
     """A checkpoint, a URL, or what a hub has: `hf://owner/name/file`, `modelscope://owner/name/file`, with `@revision`
     behind the name if need be; without a file, the repository."""
-    adapter: str | None = None
+    adapter: Place | None = None
     """What is merged into it: a folder of PEFT's (adapter_config.json, adapter_model.safetensors) or a file of ours."""
     files: tuple[str, ...] = ()
     """Of a whole repository: patterns of the files fetched; left out, one form of weights and what belongs to it."""
@@ -126,7 +126,7 @@ class SamplesConfig(Strict):
 
     prompts: tuple[str, ...] = ()
     """What it reads, as it stands."""
-    path: str | None = None
+    path: Place | None = None
     """Or a file of them: JSONL with `prompt`, or `messages` of a talk, in each row; a text with one in each line."""
     sampling: SamplingConfig = SamplingConfig()
     """How it goes on."""

@@ -6,11 +6,11 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from rwkvpipe.base.column import Columns
 from rwkvpipe.base.errors import ConfigError
-from rwkvpipe.base.strict import Count, Name, Strict, Whole
+from rwkvpipe.base.strict import Count, Name, Place, Strict, Whole
 
 # one path, or several: the tag keeps errors to the form that was meant
 Paths = Annotated[
-    Annotated[str, Tag("one")] | Annotated[tuple[str, ...], Tag("several")],
+    Annotated[Place, Tag("one")] | Annotated[tuple[Place, ...], Tag("several")],
     Discriminator(lambda value: "several" if isinstance(value, list | tuple) else "one"),
 ]
 # what templates may make, by format

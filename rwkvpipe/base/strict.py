@@ -16,6 +16,7 @@ from rwkvpipe.base.files import parse_json
 M = TypeVar("M", bound=BaseModel)
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 Name = Annotated[str, Field(pattern=NAME)]
+Place = Annotated[str, Field(min_length=1)]  # a path or an address; an empty one would be the folder of the call
 
 
 def _number(value: Any) -> Any:

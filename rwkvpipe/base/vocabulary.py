@@ -4,8 +4,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rwkvpipe.base.strict import Count, Name, Strict
+from rwkvpipe.base.strict import Count, Name, Place, Strict
 
+LEAST = 257  # ids of a bpe: every byte, and the end of a document
+NO_CLASS = "is not module:Class, such as my_tokenizers:Letters"
 # which kinds of tokenizer a key is for
 TOKENIZER_FIELDS = {
     "offset": ("bytes",),
@@ -30,13 +32,13 @@ class TokenizerConfig(Strict):
     size: Annotated[Count, Field(le=2**31 - 1)] | None = None
     """integer: numbers run from 0 to size - 1 (id = number + 1, id 0 ends a document). Left out, they run as far
     as in corpora."""
-    path: str | None = None
+    path: Place | None = None
     """trie: a vocabulary file in RWKV-LM's format, or a URL; bpe: a tokenizer.json; world: left out, the file in the
     package rwkv."""
     corpora: tuple[Name, ...] = ()
     """trie: or the corpora whose characters become the vocabulary; bpe: or those it is learned from; integer: or those
     whose largest number is the last."""
-    vocab_size: Count | None = None
+    vocab_size: Annotated[Count, Field(ge=LEAST)] | None = None
     """bpe, learned: how many ids at most; id 0 ends a document, every byte has one."""
     sample: Count = 64
     """bpe, learned: from so many megabytes of text at most, taken evenly from all of the corpora."""
@@ -65,4 +67,12 @@ class TokenizerConfig(Strict):
             raise ValueError("end belongs to a bpe from a file; one learned here ends documents with id 0")
         if self.kind == "own" and self.import_path is None:
             raise ValueError("kind own needs import_path: module:Class")
+        if self.import_path is not None and not is_class(self.import_path):
+            raise ValueError(f"import_path: {self.import_path!r} {NO_CLASS}")
         return self
+
+
+def is_class(import_path: str) -> bool:
+    """Whether a text may be `module:Class`."""
+    module, _, name = import_path.partition(":")
+    return all(word.isidentifier() for word in (*module.split("."), name))

@@ -12,6 +12,7 @@ import numpy as np
 
 from rwkvpipe.base.errors import ConfigError, DataError
 from rwkvpipe.base.files import parse_json, read_json, write_text
+from rwkvpipe.base.vocabulary import LEAST
 from rwkvpipe.tokenizer.byte import unknown, utf8
 from rwkvpipe.tokenizer.pieces import Pieces, fits
 from rwkvpipe.tokenizer.quick import Gigatoken
@@ -25,7 +26,6 @@ WORDS = 4  # words before the end of a window whose borders the text behind it m
 WORD = 1 << 18  # characters of a word, which is encoded at once; a longer one is cut
 STEADY = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Replace", "Sequence"}  # normalizers that know no beginning
 SPLITS = {"ByteLevel", "Split", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit", "Sequence"}
-LEAST = 257  # every byte, and the end of a document
 
 
 def _letters() -> dict[str, int]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from rwkvpipe.base import files
 from rwkvpipe.base.errors import DataError
+from rwkvpipe.base.vocabulary import NO_CLASS, is_class
 from rwkvpipe.tokenizer.byte import unknown, utf8
 
 
@@ -39,9 +40,9 @@ def _theirs(import_path: str, what: str) -> Iterator[None]:
 
 def _found(import_path: str) -> type:
     """The class itself. Raises DataError where there is none, or one that is no tokenizer."""
+    if not is_class(import_path):
+        raise DataError(f"import_path: {import_path!r} {NO_CLASS}")
     module, _, name = import_path.partition(":")
-    if not all(word.isidentifier() for word in (*module.split("."), name)):
-        raise DataError(f"import_path: {import_path!r} is not module:Class, such as my_tokenizers:Letters")
     with _theirs(import_path, "its module"):
         try:
             loaded = importlib.import_module(module)
