@@ -21,6 +21,9 @@ struct Sizes {
 struct Group {
     int64_t row, first, heads;
     int64_t number(const Sizes &s, int64_t h) const { return row * s.H + first + h; }  // among the heads of all rows
+    // the head whose turn is after that of head h, and whether it has come to the next chunk by then
+    Group after(int64_t h) const { return {row, first + (h + 1) % heads, 1}; }
+    bool ends(int64_t h) const { return h + 1 == heads; }
 };
 
 struct Groups {
@@ -83,7 +86,8 @@ struct Tokens {
 };
 
 // What of several tensors will be read or written soon, asked for a few cache lines at a time while something else is
-// computed. A store that waits for its line holds up all later ones, so what is written is asked for, too.
+// computed: a chunk of one head, while that before it is worked on. As much of all heads of a group would be more than
+// the second cache holds. A store that waits for its line holds up all later ones, so what is written is asked for, too.
 struct Soon {
     struct Rows {
         const float *from;
@@ -99,7 +103,7 @@ struct Soon {
         each[count++] = x;
         lines += x.count * ((x.floats + LINE - 1) / LINE);
     }
-    // tokens from t on, of the heads of a group
+    // a chunk of tokens from t on, of the heads of a group
     void add(const Sizes &s, const Group &group, int64_t t, std::initializer_list<const float *> from, bool written) {
         const int64_t place = ((group.row * s.T + t) * s.H + group.first) * s.N;
         for (const float *x : from)

@@ -69,9 +69,9 @@ struct Forward : Inputs {
         }
         for (int64_t t = 0; t < s.T; t += CHUNK) {
             const int64_t tokens = std::min<int64_t>(CHUNK, s.T - t);
-            Soon soon = t + CHUNK < s.T ? after(group, t + CHUNK) : Soon();
-            soon.over(group.heads * tokens * ((s.N + HELD - 1) / HELD));
             for (int64_t h = 0; h < group.heads; h++) {
+                Soon soon = ahead(group.after(h), t + CHUNK * group.ends(h));
+                soon.over(tokens * ((s.N + HELD - 1) / HELD));
                 const Tokens x = head(h);
                 if (states) transpose(states + s.kept(x.number, t), s.N, first + h * apart, wide, s.N, s.N);
                 read(x, t, tokens, t == 0);
@@ -83,8 +83,9 @@ struct Forward : Inputs {
             transpose(end + group.number(s, h) * square, s.N, first + h * apart, wide, s.N, s.N);
     }
 
-    Soon after(const Group &group, int64_t t) const {
+    Soon ahead(const Group &group, int64_t t) const {
         Soon soon;
+        if (t >= s.T) return soon;
         soon.add(s, group, t, {r, shared ? nullptr : w, k, v}, false);
         soon.add(s, group, t, {y}, true);
         if (states) soon.add(s, group, t, states, true);
@@ -183,9 +184,9 @@ struct Backward : Inputs {
         }
         for (int64_t c = s.chunks() - 1; c >= 0; c--) {
             const int64_t t = c * CHUNK, tokens = std::min<int64_t>(CHUNK, s.T - t);
-            Soon soon = c ? before(group, t - CHUNK) : Soon();
-            soon.over(group.heads * ((tokens + SELDOM - 1) / SELDOM) * ((N + HELD - 1) / HELD) * 2);
             for (int64_t h = 0; h < group.heads; h++) {
+                Soon soon = ahead(group.after(h), t - CHUNK * group.ends(h));
+                soon.over(((tokens + SELDOM - 1) / SELDOM) * ((N + HELD - 1) / HELD) * 2);
                 const Tokens x(s, group.number(s, h), first + h * apart + own, BACKWARD);
                 read(x, t, tokens, c == s.chunks() - 1);
                 for (int64_t i = 0; i < tokens; i++) x.read(Y, dy, t + i, i);
@@ -202,8 +203,9 @@ struct Backward : Inputs {
         }
     }
 
-    Soon before(const Group &group, int64_t t) const {
+    Soon ahead(const Group &group, int64_t t) const {
         Soon soon;
+        if (t < 0) return soon;
         soon.add(s, group, t, {r, shared ? nullptr : w, k, v, dy}, false);
         soon.add(s, group, t, {dr, shared ? nullptr : dw, dk, dv}, true);
         soon.add(s, group, t, states, false);

@@ -34,9 +34,9 @@ struct Forward {
             first_u(S + s.N * wide, S, x.row(0, NEXT));
         }
         for (int64_t t = 0; t < s.T; t += CHUNK) {
-            Soon soon = t + CHUNK < s.T ? after(group, t + CHUNK) : Soon();
-            soon.over(group.heads * CHUNK * ((s.N + Soon::LINE - 1) / Soon::LINE));
             for (int64_t h = 0; h < group.heads; h++) {
+                Soon soon = ahead(group.after(h), t + CHUNK * group.ends(h));
+                soon.over(CHUNK * ((s.N + Soon::LINE - 1) / Soon::LINE));
                 const Tokens x = head(h);
                 float *S = first + h * apart;
                 if (states) transpose(states + s.kept(x.number, t), s.N, S, wide, s.N, s.N);
@@ -47,8 +47,9 @@ struct Forward {
             transpose(end + group.number(s, h) * square, s.N, first + h * apart, wide, s.N, s.N);
     }
 
-    Soon after(const Group &group, int64_t t) const {
+    Soon ahead(const Group &group, int64_t t) const {
         Soon soon;
+        if (t >= s.T) return soon;
         soon.add(s, group, t, {r, w, k, v, a, b}, false);
         soon.add(s, group, t, {y, u}, true);
         if (states) soon.add(s, group, t, states, true);
@@ -158,10 +159,10 @@ struct Backward {
             for (int64_t i = 0; i < N; i++)
                 copy(gradients + h * square + i * wide, dend + (group.number(s, h) * N + i) * N, N);
         for (int64_t c = s.chunks() - 1; c >= 0; c--) {
-            Soon soon = c ? before(group, (c - 1) * CHUNK) : Soon();
             const int64_t fours = (std::min<int64_t>(CHUNK, s.T - c * CHUNK) + FOUR - 1) / FOUR;
-            soon.over(group.heads * ((fours - 1) * (wide / ROWS) + fours * (wide / ROWS + 3 * wide / WIDTH)));
             for (int64_t h = 0; h < group.heads; h++) {
+                Soon soon = ahead(group.after(h), (c - group.ends(h)) * CHUNK);
+                soon.over((fours - 1) * (wide / ROWS) + fours * (wide / ROWS + 3 * wide / WIDTH));
                 const Tokens x(s, group.number(s, h), own + Q::room(s), Q::CHUNKS);
                 chunk({x, c * CHUNK, fours, S, gradients + h * square, own, soon});
             }
@@ -171,8 +172,9 @@ struct Backward {
                 copy(dstart + (group.number(s, h) * N + i) * N, gradients + h * square + i * wide, N);
     }
 
-    Soon before(const Group &group, int64_t t) const {
+    Soon ahead(const Group &group, int64_t t) const {
         Soon soon;
+        if (t < 0) return soon;
         soon.add(s, group, t, {r, w, k, v, a, b, u, dy}, false);
         soon.add(s, group, t, {dr, dw, dk, dv, da, db}, true);
         soon.add(s, group, t, states, false);
