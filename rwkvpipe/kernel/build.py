@@ -7,7 +7,7 @@ import ctypes
 import logging
 import platform
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -106,6 +106,9 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         return None, compiler.reason(error)
     for function in (library.wkv7_kept, library.wkv6_kept, library.blend_tasks, library.multiply_bf16):
         function.restype = ctypes.c_int64
+    for known, (_, places) in takes.functions().items():
+        kinds = [ctypes.c_void_p if place.pointer or place.many else ctypes.c_float for place in places]
+        getattr(library, known).argtypes = [ctypes.c_void_p, ctypes.c_int, *kinds]
     return library, said
 
 
@@ -136,8 +139,14 @@ def call(function: str, sizes: Sequence[int], *given: takes.Given) -> None:
     Raises TypeError or ValueError, and reads nothing, where they are not what it `takes`.
     """
     takes.check(function, sizes, given)
-    words = [word(x) for x in given]
-    getattr(extension(), function)((ctypes.c_int64 * len(sizes))(*sizes), torch.get_num_threads(), *words)
+    words = [x.data_ptr() if isinstance(x, torch.Tensor) else word(x) for x in given]
+    getattr(extension(), function)(_array(tuple(sizes)), torch.get_num_threads(), *words)
+
+
+@lru_cache(maxsize=4096)
+def _array(sizes: tuple[int, ...]) -> ctypes.Array:
+    """Sizes as native functions read them."""
+    return (ctypes.c_int64 * len(sizes))(*sizes)
 
 
 def words(tensors: Sequence[torch.Tensor | None]) -> ctypes.Array:

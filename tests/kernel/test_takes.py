@@ -34,7 +34,7 @@ def fit(where, function):
     """Sizes, and what a function takes of them; all in fp32 that may be."""
     names, places = FUNCTIONS[where, function]
     sizes = tuple(0 if name.startswith("/") else n for n, name in enumerate(names, 2))
-    counts = [each[1:] for each in takes._wanted(function, sizes, where)]
+    counts = [each[2:] for each in takes._wanted(function, sizes, where)]
     given = []
     for place, (many, count) in zip(places, counts, strict=True):
         each = torch.zeros(5 if count is None else count, dtype=place.dtype or torch.float32)
