@@ -25,16 +25,15 @@ struct Inputs {
 
     enum { R, W, K, V, D, Y, FORWARD, DR = FORWARD, DD, DK, DV, BACKWARD };
 
-    // decays that are shared only when they are read for the first time
-    void read(const Tokens &x, int64_t t, int64_t tokens, bool first) const {
+    void read(const Tokens &x, int64_t t, int64_t tokens) const {
         for (int64_t i = 0; i < tokens; i++) {
             x.read(R, r, t + i, i), x.read(K, k, t + i, i), x.read(V, v, t + i, i);
-            if (!shared) x.read(W, w, t + i, i), x.decay(W, D, i);
-        }
-        for (int64_t i = 0; shared && first && i < std::min<int64_t>(CHUNK, s.T); i++) {
-            copy(x.row(i, W), w + x.number % s.H * s.N, s.N);
-            zero(x.row(i, W) + s.N, x.wide - s.N);
-            x.decay(W, D, i);
+            if (shared && i) {
+                copy(x.row(i, W), x.row(0, W), x.wide), copy(x.row(i, D), x.row(0, D), x.wide);
+            } else {
+                shared ? x.read(x.row(i, W), w + x.number % s.H * s.N) : x.read(W, w, t + i, i);
+                x.decay(W, D, i);
+            }
         }
     }
     void bonus(float *row, int64_t n) const {
@@ -56,11 +55,9 @@ struct Forward : Inputs {
 
     void work(const Group &group) const {
         const int64_t wide = s.wide(), square = s.N * s.N;
-        const int64_t apart = (wide + 1) * wide + Tokens::room(s, FORWARD, CHUNK);
-        float *first = scratch(group.heads * apart);  // of each head the state, [key][value], u, and its tokens
-        const auto head = [&](int64_t h) {
-            return Tokens(s, group.number(s, h), first + h * apart + (wide + 1) * wide, FORWARD);
-        };
+        const int64_t apart = (wide + 1) * wide;
+        // of each head the state, [key][value], and u; and room for a chunk of one
+        float *first = scratch(group.heads * apart + Tokens::room(s, FORWARD, CHUNK));
         for (int64_t h = 0; h < group.heads; h++) {
             float *S = first + h * apart;
             zero(S + s.N * wide, (wide - s.N) * wide);
@@ -72,9 +69,9 @@ struct Forward : Inputs {
             for (int64_t h = 0; h < group.heads; h++) {
                 Soon soon = ahead(group.after(h), t + CHUNK * group.ends(h));
                 soon.over(tokens * ((s.N + HELD - 1) / HELD));
-                const Tokens x = head(h);
+                const Tokens x(s, group.number(s, h), first + group.heads * apart, FORWARD);
                 if (states) transpose(states + s.kept(x.number, t), s.N, first + h * apart, wide, s.N, s.N);
-                read(x, t, tokens, t == 0);
+                read(x, t, tokens);
                 chunk(x, first + h * apart, tokens, soon);
                 for (int64_t i = 0; i < tokens; i++) x.write(Y, y, t + i, i);
             }
@@ -149,7 +146,7 @@ struct Step : Inputs {
         float *mine = scratch(s.wide() + Tokens::room(s, FORWARD, 1));
         const Tokens x(s, n, mine + s.wide(), FORWARD);
         bonus(mine, n);
-        read(x, 0, 1, true);
+        read(x, 0, 1);
         const float share = own(x, 0, mine);
         for (int64_t i = 0; i < N; i++) {
             const float *from = start + (n * N + i) * N, value = x.row(0, V)[i];
@@ -173,12 +170,11 @@ struct Backward : Inputs {
     static constexpr int TURN = WIDTH / HELD;  // tokens whose products are added up over their lanes together
 
     void work(const Group &group) const {
-        const int64_t N = s.N, wide = s.wide(), history = CHUNK * HELD * 2 * WIDTH, own = (wide + 3) * wide;
-        const int64_t apart = own + Tokens::room(s, BACKWARD, CHUNK);
-        float *room = scratch(history + group.heads * apart), *first = room + history;
+        const int64_t N = s.N, wide = s.wide(), history = CHUNK * HELD * 2 * WIDTH, apart = (wide + 3) * wide;
+        float *room = scratch(history + group.heads * apart + Tokens::room(s, BACKWARD, CHUNK)), *first = room + history;
         for (int64_t h = 0; h < group.heads; h++) {
             float *G = first + h * apart, *mine = G + wide * wide;  // then u, and what is found for u and w
-            zero(G, own);
+            zero(G, apart);
             bonus(mine, group.number(s, h));
             for (int64_t i = 0; i < N; i++) copy(G + i * wide, dend + (group.number(s, h) * N + i) * N, N);
         }
@@ -187,8 +183,8 @@ struct Backward : Inputs {
             for (int64_t h = 0; h < group.heads; h++) {
                 Soon soon = ahead(group.after(h), t - CHUNK * group.ends(h));
                 soon.over(((tokens + SELDOM - 1) / SELDOM) * ((N + HELD - 1) / HELD) * 2);
-                const Tokens x(s, group.number(s, h), first + h * apart + own, BACKWARD);
-                read(x, t, tokens, c == s.chunks() - 1);
+                const Tokens x(s, group.number(s, h), first + group.heads * apart, BACKWARD);
+                read(x, t, tokens);
                 for (int64_t i = 0; i < tokens; i++) x.read(Y, dy, t + i, i);
                 chunk({x, tokens, states + s.kept(x.number, t), first + h * apart, room, soon});
                 for (int64_t i = 0; i < tokens; i++) write(x, t + i, i);
