@@ -101,15 +101,20 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         return None, "RWKVPIPE_KERNELS turns them off"
     try:
         path, said = compiled(level())
-        library = ctypes.CDLL(str(path))
+        return opened(path), said
     except compiler.FAILURES as error:
         return None, compiler.reason(error)
+
+
+def opened(path: Path) -> ctypes.CDLL:
+    """A library of native operators, whose functions know what they are handed. Raises OSError for none."""
+    library = ctypes.CDLL(str(path))
     for function in (library.wkv7_kept, library.wkv6_kept, library.blend_tasks, library.multiply_bf16):
         function.restype = ctypes.c_int64
-    for known, (_, places) in takes.functions().items():
+    for function, (_, places) in takes.functions().items():
         kinds = [ctypes.c_void_p if place.pointer or place.many else ctypes.c_float for place in places]
-        getattr(library, known).argtypes = [ctypes.c_void_p, ctypes.c_int, *kinds]
-    return library, said
+        getattr(library, function).argtypes = [ctypes.c_void_p, ctypes.c_int, *kinds]
+    return library
 
 
 def extension() -> ctypes.CDLL | None:

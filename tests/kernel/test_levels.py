@@ -1,6 +1,5 @@
 """What is compiled for lesser vector units than those of this machine gives the same numbers here."""
 
-import ctypes
 
 import pytest
 import torch
@@ -25,9 +24,7 @@ WITHIN = {"fp32": 2e-5, "bf16": 2e-5, "int8": 5e-4}  # with int8 native code rou
 def level(request, monkeypatch):
     """The native code of a level, in the place of this machine's own."""
     path, said = build.compiled(request.param)
-    library = ctypes.CDLL(str(path))
-    for function in (library.wkv7_kept, library.wkv6_kept, library.blend_tasks, library.multiply_bf16):
-        function.restype = ctypes.c_int64
+    library = build.opened(path)
     monkeypatch.setattr(build, "_loaded", lambda: (library, said))
     return request.param
 
@@ -121,7 +118,7 @@ def test_products_of_int8_have_the_same_bits_at_all_levels_with_such_vectors(mon
     draw, found = torch.Generator().manual_seed(0), {}
     kept, x = pack(torch.randn(70, 1301, generator=draw), "int8"), torch.randn(33, 1301, generator=draw)
     for which in LESSER:
-        library = ctypes.CDLL(str(build.compiled(which)[0]))
+        library = build.opened(build.compiled(which)[0])
         monkeypatch.setattr(build, "_loaded", lambda library=library: (library, ""))
         found[which] = times(x, kept)
     fused = [value for which, value in found.items() if which != "DEFAULT"] or list(found.values())
