@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from rwkvpipe.base.config import TrainConfig
 from rwkvpipe.data.batches import Batch
@@ -89,12 +90,29 @@ def _states(
     return found
 
 
+class _Handed(torch.autograd.Function):
+    """A loss as it is, whose backward hands values gradients that are known already.
+
+    They are handed on as they are: what losses of fp16 are multiplied by is in them since the backward they come from.
+    """
+
+    @staticmethod
+    def forward(ctx, loss, grads, *values):
+        ctx.grads = grads
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return grad, None, *ctx.grads
+
+
 def _whole(model: nn.Module, rows: _Rows, counts: list[bool], step: Share) -> Iterator[Tensor]:
     """Losses whose gradients add up to that of the whole rows, from the last chunk to the first.
 
     Chunks are read once to know the state before each, and once more to have their gradient; what later chunks ask of
-    a state comes in as a product that is 0 in the loss. Of more chunks than KEPT only every second state, or third, is
-    kept, and those between are found once more.
+    a state is handed on beside the loss. Of more chunks than KEPT only every second state, or third, is kept, and those
+    between are found once more.
     """
     size, chunks = step.config.chunk, len(counts)
     stretch = -(-chunks // KEPT)
@@ -110,10 +128,11 @@ def _whole(model: nn.Module, rows: _Rows, counts: list[bool], step: Share) -> It
         part = rows.chunk(number, size)
         loss, after = _read(model, part, start, step, counts[number])
         total = after.wkv[0].new_zeros(()) if loss is None else loss
-        for value, grad in zip(_flat(after), wanted, strict=False):
-            if grad is not None and value.requires_grad:
-                pull = (value * grad).sum()
-                total = total + (pull - pull.detach())
+        handed = [pair for pair in zip(_flat(after), wanted, strict=False) if pair[0].requires_grad]
+        handed = [(value, grad) for value, grad in handed if grad is not None]
+        if handed:
+            values, grads = zip(*handed, strict=True)
+            total = _Handed.apply(total, grads, *values)
         del after, loss
         with row_dropout(model, part.first):
             yield total

@@ -9,8 +9,11 @@ from rwkvpipe.base.config import LoraConfig, RwkvConfig, StageConfig, TrainConfi
 from rwkvpipe.data.batches import Batch
 from rwkvpipe.model.family import build, detect
 from rwkvpipe.train import infctx
+from rwkvpipe.train.dist import ALONE
 from rwkvpipe.train.infctx import chunked_lm_losses
+from rwkvpipe.train.loop import _gradient
 from rwkvpipe.train.loss import lm_losses, mean_loss
+from rwkvpipe.train.stop import Stops
 from rwkvpipe.weights.lora import inject
 
 
@@ -93,6 +96,19 @@ def test_the_full_gradient_of_ragged_rows_is_that_of_whole_rows(family, changes,
         assert grads.keys() == wanted.keys()
         for name, value in wanted.items():
             torch.testing.assert_close(grads[name], value, atol=1e-5, rtol=1e-4, msg=f"{name}, chunk {chunk}")
+
+
+@pytest.mark.parametrize("bptt", ["truncated", "full"])
+def test_the_factor_of_fp16_is_in_the_gradient_once_however_many_chunks_it_comes_through(bptt):
+    found = {}
+    for factor in (1.0, 1024.0):
+        model = small("rwkv7")
+        losses = chunked_lm_losses(3, config(chunk=4, bptt=bptt))(model, ragged())
+        loss, _ = _gradient(model, losses, 1e9, ALONE, Stops(), factor)
+        found[factor] = loss, {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}
+    assert found[1.0][0] == found[1024.0][0] and found[1.0][1].keys() == found[1024.0][1].keys()
+    for name, value in found[1.0][1].items():
+        assert torch.equal(found[1024.0][1][name], value), name
 
 
 def test_truncation_leaves_the_loss_and_changes_the_gradient():
