@@ -95,7 +95,8 @@ class _Likelihood(torch.autograd.Function):
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         # what narrow products round is around 1, whatever the tokens weigh
-        size = 1.0 if asked.dtype is None else max(float(grad.abs().max()), 1e-30)
+        steps = (grad, pull) if asked.uncertain else (grad,)  # equal rewards leave the entropies' alone
+        size = 1.0 if asked.dtype is None else max(1e-30, *(float(each.abs().max()) for each in steps))
         scale = 1 / (size * asked.temperature)
         with torch.autocast(x.device.type, enabled=False):
             for part, how, chances in _chances(x, weight, asked):

@@ -6,6 +6,7 @@ import torch
 from rwkvpipe.base.config import DpoConfig, LoraConfig, RolloutConfig, RwkvConfig, SamplingConfig
 from rwkvpipe.kernel import loss as kernel_loss
 from rwkvpipe.model.family import build
+from rwkvpipe.train.likelihood import likelihood
 from rwkvpipe.train.policy import Rollout, Share, completion_logprobs, grpo_losses, policy_loss
 from rwkvpipe.train.preference import Pairs, answer_logprobs, preference_loss
 from rwkvpipe.weights.lora import inject
@@ -143,6 +144,21 @@ def test_rounded_inputs_move_what_is_found_by_what_they_round(few, uncertain):
             apart = float((value - wanted).norm() / wanted.norm())
             assert 1e-5 < apart < 0.03
     torch.testing.assert_close(found["bf16", 1e-9][1], found["bf16", 1.0][1], rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_entropies_alone_have_a_gradient_where_equal_rewards_leave_the_tokens_none(few, precision):
+    model, ids, found = network(False).float(), texts()[0], {}
+    features = model.features(ids[:, :-1])[0].detach().flatten(0, 1).requires_grad_()
+    for kind in ("fp32", precision):
+        model.zero_grad()
+        values, entropy = likelihood(
+            model, features, ids[:, 1:].flatten(), temperature=T, precision=kind, uncertain=True
+        )
+        (0 * values.sum() + entropy.sum()).backward()
+        found[kind] = model.head.weight.grad.clone()
+    assert torch.isfinite(found[precision]).all()
+    assert float((found[precision] - found["fp32"]).norm() / found["fp32"].norm()) < 0.03
 
 
 def test_rows_in_which_nothing_counts_make_a_pass_of_no_gradient(few):
