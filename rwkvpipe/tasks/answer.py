@@ -25,14 +25,17 @@ VULGAR = {0xBC: " 1/4", 0xBD: " 1/2", 0xBE: " 3/4", 0x2153: " 1/3", 0x2154: " 2/
 PLAIN = WIDE | MINUS | SPACES | SLASHES | VULGAR
 
 DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
-NUMBER = rf"(?:{DIGITS}(?:\.[0-9]+)?|\.[0-9]+)"
-VALUE = re.compile(rf"{NUMBER}(?:\s?/\s?{NUMBER})?")
+NUMBER = rf"(?:{DIGITS}(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
+MIXED = r"(?:[0-9]+ (?=[0-9]+\s?/\s?[0-9]))?"  # the 2 of 2 1/3
+VALUE = re.compile(rf"{MIXED}{NUMBER}(?:\s?/\s?{NUMBER})?")
 SAID = re.compile(r"\banswer\s{0,9}(?:is|was|:|=)[\s:=*]{0,9}", re.IGNORECASE)
 SENTENCE = re.compile(r"[.!?;](?:\s|$)")
 FRACTION = re.compile(r"\\[dtc]?frac\s?(?:\{([^{}]*)\}|([0-9]))\s?(?:\{([^{}]*)\}|([0-9]))")
 WRAPPER = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|operatorname|mbox)\s?\{([^{}]*)\}")
 EQUALS = re.compile(r"^\s*[A-Za-z]\s*=")
 UNIT = re.compile(r"(?<=[0-9])\s?\\(?:text|mathrm)\s?\{[^{}]*\}\s*$")
+LEADING = re.compile(r"(?:[\s*\"'`]|\.(?![0-9])|(?<=\.)\.)+")  # a point before digits is the number's
+IN_BRACKETS = re.compile(r"\((\w+)\)")
 NOISE = re.compile(r"\\(?:left|right|displaystyle|,|;|!|:| |\(|\)|\[|\])|\$")
 
 
@@ -52,6 +55,16 @@ def _boxed(text: str) -> str | None:
 def _last(pattern: re.Pattern, text: str) -> re.Match | None:
     """The last match of a pattern."""
     return next(iter(deque(pattern.finditer(text), maxlen=1)), None)
+
+
+def _fractions(text: str) -> str:
+    r"""A text with a/b for \frac{a}{b}, apart from a whole number before it."""
+
+    def plain(found: re.Match) -> str:
+        apart = " " * found.string[max(0, found.start() - 1) : found.start()].isdigit()
+        return f"{apart}{found[1] or found[2]}/{found[3] or found[4]}"
+
+    return FRACTION.sub(plain, text)
 
 
 def _joined(text: str, start: int, end: int) -> bool:
@@ -97,6 +110,7 @@ def extract(text: str) -> str:
     text = str(text).translate(PLAIN).strip()
     if (boxed := _boxed(text)) is not None:
         return boxed.strip()
+    text = _fractions(text)
     if "####" in text:
         text = text.rpartition("####")[2].strip().partition("\n")[0]
     elif said := _said(text):
@@ -113,8 +127,9 @@ def _tidy(text: str) -> str:
     """A text without what does not matter: wrappers, dollar signs, units of percent and degree, spaces, case."""
     text = WRAPPER.sub(r"\1", NOISE.sub("", text.translate(PLAIN).replace(r"\$", "").replace("{,}", ",")))
     text = re.sub(r"\^\s?\{?\\(?:circ|degree)\}?|\\?%|\u00b0", "", text)
-    text = FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", text)
-    return re.sub(r"\s+", " ", text).strip(" .*\"'`").casefold()
+    text = re.sub(r"\s+", " ", _fractions(text)).rstrip(" .*\"'`").casefold()
+    text = text[found.end() :] if (found := LEADING.match(text)) else text
+    return found[1] if (found := IN_BRACKETS.fullmatch(text)) else text
 
 
 def number(text: str) -> Fraction | None:
@@ -122,6 +137,7 @@ def number(text: str) -> Fraction | None:
     text = _tidy(text)
     sign = -1 if text.startswith("-") else 1
     text = text.lstrip("+-").strip() if text[:1] in ("+", "-") else text
+    text = re.sub(r"\s?/\s?", "/", text)
     parts = re.fullmatch(rf"(?:([0-9]+) )?(-?{NUMBER})(?:/({NUMBER}))?\.?", text) if len(text) <= LONGEST else None
     if parts is None or (parts[1] and not parts[3]):
         return None
@@ -189,7 +205,7 @@ class Answer:
         if value is None:
             return same(gold, found) or same(gold, text)
         # 10/5 is the question put again where 2 is wanted
-        return same(gold, found) and not ("/" in found and value.denominator == 1)
+        return same(gold, found) and not ("/" in _tidy(found) and value.denominator == 1)
 
     def ask(
         self, engine: Any, questions: Sequence[dict], spec: BenchmarkConfig, done: Collection[int] = ()

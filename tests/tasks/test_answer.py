@@ -31,6 +31,11 @@ from rwkvpipe.tasks.answer import Answer, extract, number, same
         ("3/4", "3/4"),
         ("1,2,3", "3"),
         ("so $18.50 total", "18.50"),
+        ("The answer is 1 1/2.", "1 1/2"),
+        ("so he drinks 2\u00bd cups", "2 1/2"),
+        (r"So we get $-\frac{1}{2}$.", "-1/2"),
+        ("it costs $.75", ".75"),
+        ("Well...5", "5"),
         ("\uff11\uff17\uff18\uff16", "1786"),
         ("none", "none"),
         ("", ""),
@@ -40,7 +45,24 @@ def test_the_answer_in_a_text(text, found):
     assert extract(text) == found
 
 
-@pytest.mark.parametrize("text", ["0+7", "7+0", "14-7", "1*7", "= 3+7", "answer is 0+7", "14 - 7", "14/2", "7^1"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0+7",
+        "7+0",
+        "14-7",
+        "1*7",
+        "= 3+7",
+        "answer is 0+7",
+        "14 - 7",
+        "14/2",
+        "7^1",
+        "14 / 2",
+        r"\boxed{\frac{14}{2}}",
+        r"$\frac{7}{1}$",
+        r"7 is \frac{49}7",
+    ],
+)
 def test_an_expression_is_not_worked_out_for_the_model(text):
     assert Answer().grade({"question": "What is 0+7?", "answer": "7"}, text) == 0
 
@@ -52,6 +74,23 @@ RIGHT = ["7", " 7.", "7.0", "0+7 = 7", "The answer is 7", "it is 7!", r"\boxed{7
 def test_right_answers_in_any_dress(text):
     assert Answer().grade({"question": "What is 0+7?", "answer": "7"}, text) == 1
     assert Answer().grade({"question": "What is 0+7?", "answer": 7}, text) == 1
+
+
+@pytest.mark.parametrize(
+    ("gold", "text", "grade"),
+    [
+        ("1", "The answer is 1 1/2.", 0),
+        ("3/2", "The answer is 1 1/2.", 1),
+        ("5", r"\boxed{.5}", 0),
+        ("0.5", r"\boxed{.5}", 1),
+        ("1/2", "The answer is 1 / 2", 1),
+        ("2", r"which is $\frac{1}{2}$", 0),
+        ("1/2", r"which is $\frac{1}{2}$", 1),
+        ("C", "The answer is (C).", 1),
+    ],
+)
+def test_a_part_of_a_number_is_not_the_number(gold, text, grade):
+    assert Answer().grade({"question": "", "answer": gold}, text) == grade
 
 
 def test_words_are_answers_too():
