@@ -28,6 +28,7 @@ LONGEST = 60.0  # seconds of pause, whatever a server asks for
 TELL = 5.0  # seconds between two lines of progress
 PASSING = (408, 425, 429, *(code for code in range(500, 600) if code not in (501, 505)))  # statuses gone soon, maybe
 PRIVATE = ("Authorization", "Cookie")  # headers for the server alone that they were meant for
+PROXY = "Proxy-authorization"
 LARGEST = 1 << 26  # bytes of an answer that is no file
 SAFE = "/%:@!$&'()*+,;=~-._?[]"  # what stays as it is in an address
 
@@ -68,7 +69,10 @@ class _Redirects(HTTPRedirectHandler):
         if urlsplit(newurl).scheme not in ("http", "https"):
             raise HTTPError(req.full_url, code, "", headers, fp)
         same = _origin(req.full_url) == _origin(newurl)
-        return _request(newurl, {key: value for key, value in req.header_items() if same or key not in PRIVATE})
+        # those that were asked for, without what was added on the way: Host names the server that sends elsewhere, and
+        # a proxy's password is added again where there is a proxy
+        told = {key: value for key, value in req.headers.items() if key != PROXY}
+        return _request(newurl, {key: value for key, value in told.items() if same or key not in PRIVATE})
 
 
 def _answer(url: str, headers: dict[str, str]) -> HTTPResponse:

@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.error import HTTPError
+from urllib.request import ProxyHandler
 
 import pytest
 
@@ -314,6 +315,16 @@ def test_another_server_is_told_no_password_but_where_to_go_on(tmp_path, server)
     fetch(url, tmp_path / "out")
     assert ["Authorization" in seen for seen in server.seen] == [True, False, True, False]
     assert server.asked[-1] == "bytes=1000-" and (tmp_path / "out").read_bytes() == DATA
+    hosts = [f"{name}:{server.server_port}" for name in ("127.0.0.1", "localhost")]
+    assert [seen["Host"] for seen in server.seen] == hosts * 2
+
+
+def test_a_proxy_s_password_is_not_told_to_a_server_behind_a_redirect():
+    request = transfer._request("http://127.0.0.1/a", {"Range": "bytes=1-"})
+    ProxyHandler({}).proxy_open(request, "http://me:secret@proxy:1", "http")
+    assert "Proxy-authorization" in request.headers
+    moved = transfer._Redirects().redirect_request(request, None, 302, "", {}, "http://localhost/b")
+    assert moved.headers == {"Range": "bytes=1-"}
 
 
 def test_packed_answers_are_refused(tmp_path, server):
