@@ -173,7 +173,7 @@ def test_what_was_not_computed_is_in_no_file(home):
     _, rows, kept = run(home, "a")
     assert {"mean_reward", "clip_ratio"} <= rows[0].keys() and "kl_div" not in rows[0]
     assert "logprob" in kept[0] and "reference_logprob" not in kept[0]
-    assert "Divergence" not in curves(read_metrics(home / "a/metrics.jsonl"), policy=True)
+    assert "Divergence" not in curves(read_metrics(home / "a/metrics.jsonl"), "grpo")
 
 
 @pytest.mark.slow
