@@ -5,7 +5,7 @@ The count depends on the template and the talk alone, not on the machine, so wha
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, MappingView, Sized
 from functools import wraps
 from string import Formatter
 from typing import Any
@@ -22,6 +22,7 @@ WIDEST = 1000  # that a format makes a value
 CHARACTERS = 8  # 2 ** 8 of them are a step
 CALL = 8  # steps
 DIGITS = 4096  # bits of a number
+DEEPEST = 1000  # lists in lists: Python counts no calls while it hashes, and falls off its stack
 # what texts, lists and mappings can do in a template; not what makes them of any size, or of another kind
 METHODS = {
     str: "capitalize casefold count endswith find format format_map index isalnum isalpha isascii isdecimal isdigit"
@@ -54,6 +55,12 @@ def _fields(text: str, percent: bool) -> int:
     if any(len(width) > 9 or int(width) > WIDEST for width in widths):
         raise TemplateError(f"a format with a width of over {WIDEST} makes something too large")
     return len(found)
+
+
+def _held(value: Any) -> Any:
+    """The value; of one that gives items as they are asked for, a list of them, which can be counted before."""
+    lazy = isinstance(value, Iterator) and not isinstance(value, LoopContext)
+    return list(value) if lazy else value
 
 
 class _Code(CodeGenerator):
@@ -146,24 +153,30 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def weigh(self, *values: Any) -> int:
         """Count what values hold, to the last item of an item, and say how much that was."""
-        before, left = self.steps, list(values)
-        while left:
-            value = left.pop()
-            if isinstance(value, str):
-                self.step(1 + (len(value) >> CHARACTERS))
-                if len(value) > LONGEST:
-                    raise TemplateError(f"a text of over {LONGEST:,} characters is too large")
-                continue
-            self.step(1 + (len(value) if isinstance(value, Sized) else 0))
-            if isinstance(value, list | tuple):
-                left += value
-            elif isinstance(value, dict):
-                left += [*value.keys(), *value.values()]
-            elif isinstance(value, Namespace):
-                left.append(value._Namespace__attrs)
-            elif isinstance(value, int) and value.bit_length() > DIGITS:
-                raise TemplateError("a number is too large")
-        return before - self.steps
+        before, level = self.steps, list(values)
+        for _ in range(DEEPEST):
+            level = [item for value in level for item in self._items(value)]
+            if not level:
+                return before - self.steps
+        raise TemplateError(f"what stands in what is more than {DEEPEST} deep")
+
+    def _items(self, value: Any) -> list:
+        """What stands in a value, which is counted."""
+        if isinstance(value, str):
+            self.step(1 + (len(value) >> CHARACTERS))
+            if len(value) > LONGEST:
+                raise TemplateError(f"a text of over {LONGEST:,} characters is too large")
+            return []
+        self.step(1 + (len(value) if isinstance(value, Sized) else 0))
+        if isinstance(value, list | tuple | MappingView):
+            return list(value)
+        if isinstance(value, dict):
+            return [*value.keys(), *value.values()]
+        if isinstance(value, Namespace):
+            return [value._Namespace__attrs]
+        if isinstance(value, int) and value.bit_length() > DIGITS:
+            raise TemplateError("a number is too large")
+        return []
 
     def weighed(self, value: Any) -> Any:
         """The value, counted."""
@@ -202,9 +215,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
             values = list(args)
             if name in LOOKING or len(values) <= first:
                 self.step(1)
+                if name == "attr":
+                    self.weigh(values[first + 1 :], kwargs)
                 return use(*args, **kwargs)
-            if name == "join" and isinstance(values[first], Iterator):
-                values[first] = list(values[first])
+            values[first:], kwargs = map(_held, values[first:]), {key: _held(each) for key, each in kwargs.items()}
             given = [*values[first + 1 :], *kwargs.values()]
             self.step(CALL)
             self.weigh(values[first], given)
@@ -234,6 +248,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.step(CALL)
         if isinstance(obj, Macro | BlockReference | LoopContext):
             return super().call(context, obj, *args, **kwargs)
+        args, kwargs = tuple(map(_held, args)), {name: _held(value) for name, value in kwargs.items()}
         given = [*args, *(value for name, value in kwargs.items() if not name.startswith("_"))]
         self.weigh(given)
         text = getattr(obj, "__self__", None)

@@ -127,12 +127,42 @@ TREE = "{% set n = namespace(x=('a',)) %}{% for i in range(60) %}{% set n.x = (n
         TREE + "{{ {}[n.x] }}",
         TREE + "{{ '%s' % [n.x] }}",
         TREE + "{{ n.x ~ 'a' }}",
+        TREE + "{{ {1: n.x}.items() }}",
+        TREE + "{{ [{1: n.x}.values()] | string }}",
+        TREE + "{{ [n.x] | select | unique | list }}",
+        TREE + "{{ dict([(n.x, 1)] | select) }}",
+        TREE + "{{ {} | attr(n.x) }}",
+        TREE + "{{ {} | attr(name=n.x) }}",
     ],
 )
 def test_what_writes_nothing_ends_too(source, monkeypatch):
     monkeypatch.setattr(bounds, "STEPS", 30_000)
     with pytest.raises(DataError, match="takes more than 30,000 steps"):
         ChatTemplate(source).text(TALK)
+
+
+DEEP = "{% set n = namespace(x=('a',)) %}{% for i in range(1100) %}{% set n.x = (n.x,) %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "{n.x: 1}",
+        "{}[n.x]",
+        "{}.get(n.x)",
+        "n.x in {}",
+        "[n.x] | unique | list",
+        "{} | attr(n.x)",
+        "[{}] | map(attribute=n.x) | list",
+        "dict([(n.x, 1)])",
+        "n.x | tojson",
+        "n.x == (1,)",
+    ],
+)
+def test_what_is_deeper_than_python_s_stack_is_refused_before_python_falls_off_it(use):
+    with pytest.raises(DataError, match="more than 1000 deep"):
+        ChatTemplate(DEEP + "{{ " + use + " }}").text(TALK)
+    assert ChatTemplate(DEEP.replace("1100", "500") + "{{ n.x in {} }}").text(TALK) == "False"
 
 
 def test_a_refusal_does_not_depend_on_what_was_laid_out_before(monkeypatch):
