@@ -192,6 +192,14 @@ def test_every_question_is_asked_once_before_any_is_asked_again():
     assert question.drawn(5, in_order, 1, 1) == [3, 4, 0]
 
 
+def test_the_order_of_a_pass_is_made_once(monkeypatch):
+    made, real = [], torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda count, **more: (made.append(count), real(count, **more))[1])
+    config = TrainConfig(steps=1, batch=40)
+    asked = [i for step in range(5) for i in question.drawn(107, config, step, 12345)]
+    assert len(made) == 2 and sorted(asked[:107]) == list(range(107))
+
+
 def test_a_prompt_that_leaves_no_room_is_cut_in_sampling_and_learning_alike(home, caplog):
     questions = ["12", "1234567", "98765"]
     for long, kept, text in (

@@ -3,9 +3,11 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from rwkvpipe.base.config import TrainConfig
 from rwkvpipe.base.errors import DataError
@@ -85,8 +87,11 @@ def drawn(count: int, config: TrainConfig, step: int, seed: int) -> list[int]:
     chosen = []
     for place in range(step * config.batch, (step + 1) * config.batch):
         epoch, index = divmod(place, count)
-        if config.order != "sequential":
-            stream = torch.Generator().manual_seed(step_seed(seed, epoch))
-            index = int(torch.randperm(count, generator=stream)[index])
-        chosen.append(index)
+        chosen.append(index if config.order == "sequential" else int(_mixed(count, step_seed(seed, epoch))[index]))
     return chosen
+
+
+@lru_cache(maxsize=2)  # a step may end one pass and begin the next
+def _mixed(count: int, seed: int) -> Tensor:
+    """The order (count,) of a pass."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
