@@ -33,6 +33,9 @@ OURS = {theirs: ours for ours, theirs in NAMES.items()}
 PLAIN = {"bias": ("none",), "fan_in_fan_out": (False,), "lora_bias": (False,), "layers_to_transform": (None,)}
 PLAIN |= {"rank_pattern": ({}, None), "alpha_pattern": ({}, None), "layer_replication": (None,)}
 PLAIN |= {"trainable_token_indices": (None,), "use_qalora": (False,), "exclude_modules": (None,)}
+PLAIN |= {"alora_invocation_tokens": (None,), "arrow_config": (None,)}
+# others (pissa, olora, corda, loftq) take from the base what the adapter begins with, and PEFT does so again to load it
+PLAIN |= {"init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: torch.float32}
 
 

@@ -103,6 +103,8 @@ def test_targets_by_their_last_part_are_those_of_peft(tmp_path):
     [
         ({"rank_pattern": {"key": 4}}, "rank_pattern is"),
         ({"bias": "all"}, "bias is 'all'"),
+        ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights is 'pissa_niter_16', which is not supported"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens is"),
         ({"target_modules": "all-linear"}, "target_modules is 'all-linear'"),
         ({"peft_type": "IA3"}, "peft_type IA3 is not supported"),
         ({"lora_alpha": None}, "names no lora_alpha"),
