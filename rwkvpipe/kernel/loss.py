@@ -109,7 +109,7 @@ def _narrow(x: Tensor, weight: Tensor, wanted: Wanted, needed: Sequence[bool]) -
         if dx is not None:
             dx[part] = back.mm(steps, matrix).to(x.dtype).mul_(wanted.scale)
         if dw is not None:
-            dw += back.mm(steps.mT, rows[part]).to(x.dtype).mul_(wanted.scale)
+            dw += back.summed(steps, rows[part]).to(x.dtype).mul_(wanted.scale)
     return total, dx, dw
 
 

@@ -27,6 +27,7 @@ from rwkvpipe.kernel import build
 
 BLOCK, MOST = 256, 2895  # as cuda/fixed.h has them: BLOCK MOST^2 < 2^31
 LEAST = 3.4e-34  # a smaller largest number counts as this
+LARGEST = 8192.0  # what n numbers times the largest of x come to in fp16, which holds eight times as much
 SPREAD = 128  # whole numbers: how many products of one save the time that rounding it takes
 _chosen: list[str] = []  # the newest last
 
@@ -117,6 +118,17 @@ class Products:
             return self._multiplied(a.new_empty(*a.shape[:-1], b.shape[1]), a, b, way)
         found = a @ b
         return found.float() if found.dtype == self.dtype else found
+
+    def summed(self, steps: Tensor, x: Tensor) -> Tensor:
+        """The product (V, D) of gradients of logits (n, V), turned, and x (n, D), as `take` gave both, in fp32.
+
+        For fp16 x is made smaller before, by a power of two: a sum over positions may be more than it holds.
+        """
+        if self.dtype != torch.float16:
+            return self.mm(steps.mT, x)
+        most = (len(x) * x.abs().amax().float()).clamp(min=LARGEST)
+        by = torch.exp2(torch.floor(torch.log2(LARGEST / most)))
+        return self.mm(steps.mT, x * by.to(x.dtype)) / by
 
     def put(self, into: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
         """The product (n, m) of (n, k) and (k, m) written where it is to be, or added to what is there."""

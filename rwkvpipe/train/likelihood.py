@@ -113,7 +113,7 @@ class _Likelihood(torch.autograd.Function):
                 if dw is not None and asked.dtype is None:
                     how.put(dw, steps.mT, x[part], add=True)
                 elif dw is not None:
-                    dw.add_(how.mm(steps.mT, how.take(x[part])), alpha=size)
+                    dw.add_(how.summed(steps, how.take(x[part])), alpha=size)
         return dx, dw, None, None
 
 

@@ -12,6 +12,7 @@ from rwkvpipe.kernel.loss import Wanted, head_loss
 from rwkvpipe.model.family import build
 from rwkvpipe.train import checkpoint, precision
 from rwkvpipe.train.infctx import chunked_lm_losses
+from rwkvpipe.train.likelihood import _Asked, _Likelihood
 from rwkvpipe.train.loop import Run, fit
 from rwkvpipe.train.loss import lm_losses
 from rwkvpipe.train.precision import Scaler, arithmetic, check_precision
@@ -120,6 +121,24 @@ def test_the_loss_of_rounded_logits_is_that_of_all_logits_at_once(narrow, pull):
     for exact, rounded in zip(*found, strict=True):
         assert rounded.dtype == torch.float32
         assert (rounded - exact).norm() <= 0.02 * exact.norm()
+
+
+def test_a_sum_over_positions_that_fp16_does_not_hold_is_a_gradient_all_the_same():
+    stream = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2048, 16, generator=stream), 0.05 * torch.randn(64, 16, generator=stream)
+    x[:, 3] += 120  # as channels are that stand out
+    chosen = torch.randint(64, (2048,), generator=stream)
+    chosen[::2] = 32  # a space
+    found = []
+    for dtype in (None, torch.float16):
+        weight.requires_grad_().grad = None
+        head_loss(x, weight, Wanted(chosen, chosen >= 0, 1 / 2048, 0.0, dtype)).backward()
+        found.append(weight.grad)
+        weight.grad = None
+        _Likelihood.apply(x, weight, chosen, _Asked(1.0, dtype, False))[0].sum().backward()
+        found.append(weight.grad)
+    for exact, rounded in zip(found[:2], found[2:], strict=True):
+        assert (rounded - exact).norm() <= 0.005 * exact.norm()
 
 
 def precise(wanted: Wanted, dtype: torch.dtype) -> Wanted:
