@@ -14,6 +14,7 @@ import yaml
 from rwkvpipe.base.agree import load, parse
 from rwkvpipe.base.config import CorpusConfig, Settings, check
 from rwkvpipe.base.errors import ConfigError
+from rwkvpipe.base.strict import read_yaml
 from rwkvpipe.base.tree import destination
 from rwkvpipe.plan import Plan, main, schema, spec
 
@@ -414,6 +415,36 @@ def test_broken_files_are_named_by_line(tmp_path, text, message):
         load([tmp_path / "c.yaml"])
     with pytest.raises(ConfigError, match="none.yaml: no such file"):
         load([tmp_path / "none.yaml"])
+
+
+def test_merge_keys_stand_for_the_keys_of_another_mapping(tmp_path):
+    text = """
+        b: {x: &inner {<<: &deep {k: 0, m: 7}, k: 1}}
+        c: {<<: *inner, m: 8}
+        d: {<<: [*inner, {n: 3, k: 9}]}
+        a: *deep
+    """
+    (tmp_path / "c.yaml").write_text(text)
+    inner = {"k": 1, "m": 7}
+    assert read_yaml(tmp_path / "c.yaml") == {
+        "b": {"x": inner}, "c": {"k": 1, "m": 8}, "d": {**inner, "n": 3}, "a": {"k": 0, "m": 7},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a {b: 1}\nc:\n  <<: *a\n  d: 1\n  d: 2\n", r"c.yaml:5: the key d stands twice"),
+        ("bias: {5: 1, 5: 2}", "c.yaml:1: the key 5 stands twice"),
+        ("a: 1\nb: &b\n- *b\n", "c.yaml:2: the aliases .* more than 1,000,000 values"),
+        ("\n".join(["a0: &a0 [1]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30))]),
+         r"c.yaml:\d+: the aliases"),
+    ],
+)  # fmt: skip
+def test_keys_twice_and_aliases_without_end_are_refused(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_yaml(tmp_path / "c.yaml")
 
 
 def test_switching_code_tracking_off_is_a_bare_word():

@@ -17,6 +17,8 @@ M = TypeVar("M", bound=BaseModel)
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 Name = Annotated[str, Field(pattern=NAME)]
 Place = Annotated[str, Field(min_length=1)]  # a path or an address; an empty one would be the folder of the call
+MOST = 1_000_000  # values of a YAML file, those of aliases counted wherever they stand
+MERGE = "tag:yaml.org,2002:merge"
 
 
 def _number(value: Any) -> Any:
@@ -133,11 +135,32 @@ def check(model: type[M], value: Any, where: str | Path) -> M:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice."""
+    """Safe YAML that refuses a key given twice, and aliases that stand for more than anybody writes."""
 
     def __init__(self, text: str, name: str):
         super().__init__(text)
         self.name = name
+        self._seen: set[int] = set()
+        self._sizes: dict[int, int] = {}
+
+    def construct_document(self, node):
+        """As YAML, once it is known that what its aliases stand for is finite."""
+        self._size(node)
+        return super().construct_document(node)
+
+    def _size(self, node: yaml.Node) -> int:
+        """How many values a node holds, those of its aliases counted wherever they stand."""
+        if isinstance(node, yaml.ScalarNode):
+            return 1
+        if id(node) not in self._sizes:
+            self._sizes[id(node)] = MOST + 1  # what is met again inside itself has no end
+            pairs = isinstance(node, yaml.MappingNode)
+            inner = (each for pair in node.value for each in pair) if pairs else node.value
+            self._sizes[id(node)] = 1 + sum(map(self._size, inner))
+        if self._sizes[id(node)] > MOST:
+            line = f"{self.name}:{node.start_mark.line + 1}"
+            raise ConfigError(f"{line}: the aliases (*) stand for more than {MOST:,} values; write out what is meant")
+        return self._sizes[id(node)]
 
     def construct_object(self, node, deep=False):
         """As YAML, but what looks like a date or a number and is none is an error of its line."""
@@ -149,16 +172,22 @@ class _Loader(yaml.SafeLoader):
                 None, None, f"{shown} is no value that can be read; put quotes around a text", node.start_mark
             ) from None
 
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
-            if isinstance(key, str) and key in seen:
-                mark = key_node.start_mark
-                raise ConfigError(f"{mark.name}:{mark.line + 1}: the key {key} stands twice; remove one")
-            if isinstance(key, str):
-                seen.add(key)
-        return super().construct_mapping(node, deep)
+    def flatten_mapping(self, node):
+        """As YAML, merge keys (`<<: *name`) included, whose keys the mapping's own ones replace; each stays once."""
+        if id(node) in self._seen:  # merged into another one before: its keys are one by one already
+            return
+        self._seen.add(id(node))
+        merged, names = False, set()
+        for key, _ in node.value:
+            name = (key.tag, str(key.value))
+            if name in names:
+                line = f"{self.name}:{key.start_mark.line + 1}"
+                raise ConfigError(f"{line}: the key {name[1]} stands twice; remove one")
+            names.add(name)
+            merged = merged or key.tag == MERGE
+        super().flatten_mapping(node)
+        if merged:
+            node.value = list({(key.tag, str(key.value)): (key, value) for key, value in node.value}.values())
 
 
 def read_yaml(path: str | Path) -> Any:
