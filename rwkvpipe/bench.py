@@ -13,7 +13,7 @@ from rwkvpipe.base.partial import Partial, mark
 from rwkvpipe.base.strict import check_json
 from rwkvpipe.infer.engine import Engine, load_vocabulary
 from rwkvpipe.infer.progress import Progress
-from rwkvpipe.tasks.registry import Task, asked, read_questions
+from rwkvpipe.tasks.registry import TASKS, Task, asked, read_questions
 from rwkvpipe.train import dist
 from rwkvpipe.weights import store
 
@@ -22,10 +22,12 @@ log = logging.getLogger("rwkvpipe")
 
 def named(error: DataError, engine: Engine, task: Task, questions: list[dict], path: str) -> DataError:
     """The same error with file and line, if it is that the vocabulary lacks what a question is made of."""
+    read = engine.tokenizer.encode if isinstance(task, TASKS["bits"]) else engine.begin  # no prompt may be empty
     for number, question in enumerate(questions, 1):
         try:
-            for text in (task.prompt(question), *(question.get("options") or ())):
-                engine.tokenizer.encode(text)
+            read(task.prompt(question))
+            for option in question.get("options") or ():
+                engine.tokenizer.encode(option)
         except DataError as found:
             return DataError(f"{path}:{number}: {found}")
     return error

@@ -48,7 +48,10 @@ def main(argv: list[str] | None = None) -> None:
     spec = check_json(BenchmarkConfig, given.spec, "--spec")
     task, questions = read_questions(given.questions, spec)
     rows = graded(task, questions, given.answers)
-    summary = task.summary(rows)
+    try:
+        summary = task.summary(rows)
+    except DataError as error:
+        raise DataError(f"{given.questions}: {error}") from None
     facts = {"benchmark": given.out.stem, "task": spec.task, "n": len(rows)}
     ends = {name: summary.pop(name) for name in ("score", "low", "high")}
     facts |= {**ends, "better": task.better, **summary}

@@ -171,6 +171,16 @@ def test_what_the_vocabulary_lacks_is_named_by_its_line(home, task):
         run(home, task)
 
 
+@pytest.mark.parametrize("task", ["answer", "choice"])
+def test_an_empty_prompt_is_named_by_its_line(home, task):
+    save_tokenizer(home / "tokens", ByteTokenizer(0))  # no id of these may begin a text
+    rows = list(read_jsonl(home / "q.jsonl"))
+    rows[2] |= {"question": ""}
+    write_jsonl(home / "q.jsonl", rows)
+    with pytest.raises(DataError, match=r"q\.jsonl:3: an empty prompt"):
+        run(home, task, spec={"prompt": "{question}"})
+
+
 def test_device_and_precision_are_said(home, caplog):
     with caplog.at_level(logging.INFO):
         run(home, "answer")

@@ -58,6 +58,12 @@ def test_bits_count_windows(tmp_path):
     assert rows[0]["bits"] == pytest.approx(1.442695)
 
 
+def test_texts_of_which_nothing_is_foreseen_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"q\.jsonl: nothing was measured: the texts are empty, or hold one token"):
+        run(tmp_path, "bits", [{"windows": []}] * 4)
+    assert not (tmp_path / "sums.json").exists() and not (tmp_path / "sums.samples.jsonl").exists()
+
+
 @pytest.mark.parametrize("answers", [ANSWERS["answer"][:3], [], ANSWERS["answer"] * 2])
 def test_another_number_of_answers_is_refused(tmp_path, answers):
     with pytest.raises(DataError, match=rf"answers\.jsonl: {len(answers)} answers to 4 questions"):

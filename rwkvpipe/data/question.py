@@ -53,17 +53,18 @@ def _options(row: dict, column: str, where: object) -> list[str] | None:
 
 def _index(value: Any, options: list[str], where: object) -> int:
     """Which option is meant: a number counts from 0; a text is an option, a letter, or a number."""
+    meant = value
     if isinstance(value, str):
         found = [number for number, option in enumerate(options) if option.strip() == value.strip()]
         if found:
             return found[0]
         word = value.strip().strip("().").upper()
         if len(word) == 1 and word.isascii() and word.isalpha():
-            value = ord(word) - ord("A")
+            meant = ord(word) - ord("A")
         elif word.isascii() and word.isdigit():
-            value = int(word[:9])
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(options):
-        return value
+            meant = int(word[:9])
+    if isinstance(meant, int) and not isinstance(meant, bool) and 0 <= meant < len(options):
+        return meant
     raise DataError(
         f"{where}: {str(value)[:40]!r} is none of the {len(options)} options; the answer is an option's text,"
         " its letter, or its number counted from 0"

@@ -101,8 +101,10 @@ class Timing:
 
 
 def read_story(text: str) -> Story:
-    """The story out of a command line. Raises ConfigError."""
-    return check_json(Story, text, "--spec")
+    """The story out of a command line, weights that were given before what was made. Raises ConfigError."""
+    story = check_json(Story, text, "--spec")
+    way = sorted(story.subjects, key=lambda subject: subject.kind != "weights")
+    return story.model_copy(update={"subjects": tuple(way)})
 
 
 def _there(path: str | None) -> bool:

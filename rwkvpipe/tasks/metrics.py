@@ -41,7 +41,7 @@ def ratio_with_interval(amounts: Sequence[float], sizes: Sequence[float]) -> tup
     """
     total = math.fsum(sizes)
     if not total > 0:
-        raise DataError("nothing was measured: the texts are empty")
+        raise DataError("nothing was measured: the texts are empty, or hold one token each; give longer ones")
     ratio, n = math.fsum(amounts) / total, len(sizes)
     rest = math.fsum((amount - ratio * size) ** 2 for amount, size in zip(amounts, sizes, strict=True))
     half = Z * math.sqrt(rest * n / (n - 1)) / total if n > 1 else 0.0

@@ -24,8 +24,9 @@ def test_the_right_option_may_be_named_by_text_number_or_letter(answer, right):
 
 @pytest.mark.parametrize("answer", ["birds", "D", 3, -1, True, 1.5, "9" * 5000, float("nan"), ["dogs"]])
 def test_an_answer_that_is_no_option_is_refused(answer):
-    with pytest.raises(DataError, match="^f:1: .* none of the 3 options"):
+    with pytest.raises(DataError, match="^f:1: .* none of the 3 options") as caught:
         question({"question": "?", "options": OPTIONS, "answer": answer}, {}, "f:1")
+    assert repr(str(answer)[:40]) in str(caught.value)  # as it stands in the file
 
 
 def test_a_label_goes_before_the_answer_s_text():

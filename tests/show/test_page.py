@@ -96,10 +96,13 @@ def test_the_head_tells_the_scores_of_the_last_stage(finished_run):
     assert "94.3 %" in head and "95.7 %" in head and "exact after reason" in head and "41.2 %" not in head
     chat = next(subject for subject in finished_run["subjects"] if subject["name"] == "chat")
     came = {"name": "released", "kind": "weights", "bench": chat["bench"], "folder": chat["folder"]}
-    finished_run["subjects"].append(came)  # what came is told last, and is not what the run came to
-    text = read(told(finished_run)).text
+    finished_run["subjects"].append(came)  # what came is told first, and is not what the run came to
+    html = told(finished_run)
+    text = read(html).text
     assert text.split("pretraining")[0].count("95.7 %") == head.count("95.7 %") and "released" in text
     assert "exact after reason" in text.split("pretraining")[0]
+    assert [name for name, _ in re.findall(r'<section id="at-(\w+)"( )class="stage"', html)][:2] == ["released", "base"]
+    assert re.findall(r'<h3><a href="#at-(\w+)"', html)[-1] == "reason"  # what the eye is led to
 
 
 def test_every_step_is_in_the_graph_with_its_time(finished_run):
