@@ -50,7 +50,7 @@ def amount(evidence: Evidence, subject: Subject) -> str | None:
     train = corpus["train"] if isinstance(corpus.get("train"), dict) else corpus
     known = [name for name in ("documents", "tokens") if isinstance(train.get(name), int | float)]
     if known:
-        return ", ".join(f"{rough(train[name])} {name}" for name in known)
+        return ", ".join(f"{rough(train[name])} {name if train[name] != 1 else name[:-1]}" for name in known)
     if isinstance(source.get("count"), int):
         return f"{rough(source['count'])} {ROWS.get(subject.kind, 'documents')}"
     return None
@@ -109,7 +109,7 @@ def _outcome(metrics: Metrics, subject: Subject) -> Html:
         tiles["Last loss"] = number(metrics.last("loss"))
     if metrics.last("valid_loss") is not None:
         tiles["Held-out loss"] = number(metrics.last("valid_loss"))
-    tiles["Tokens a second"] = count(metrics.last("tokens") / max(metrics.last("seconds"), 1e-9))
+    tiles["Tokens a second"] = rough(metrics.last("tokens") / max(metrics.last("seconds"), 1e-9))
     tiles["Training time"] = duration(metrics.last("seconds"))
     return facts(tiles, "tiles")
 

@@ -14,6 +14,7 @@ BUCKETS = 240  # of more points than twice this, the lowest and highest of each 
 SPREAD = 8.0  # positive numbers that differ by more than this factor stand on a logarithmic axis
 FLAT = 1e-9
 SIDE = 1000  # units of the drawing, both ways
+ROOM = {True: 100, False: 30}  # signs that fit below a wide picture, and below another
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,16 @@ def ticks(low: float, high: float, about: int = 4) -> list[float]:
     power = 10.0 ** math.floor(math.log10(rough))
     step = min((part * power for part in (1, 2, 2.5, 5, 10)), key=lambda size: abs(size - rough))
     return [n * step for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def step_ticks(low: float, high: float, room: int) -> list[tuple[float, str]]:
+    """Whole steps with their texts, as many as fit into so many signs with a gap of two between them."""
+    for about in (4, 3, 2, 1):
+        whole = [tick for tick in ticks(low, high, about) if tick == int(tick)] or [float(math.floor(high))]
+        shown = [(tick, number(tick)) for tick in whole]
+        if sum(len(text) + 2 for _, text in shown) <= room:
+            return shown
+    return shown[-1:]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
@@ -195,8 +206,8 @@ def draw(metrics: Metrics, chart: Chart) -> Html:
         el("i", el("span", number(tick)), klass="grid", style=f"top:{_percent(1 - y_axis(tick))}")
         for tick in y_axis.ticks
     ]
-    whole = [tick for tick in x_axis.ticks if tick == int(tick)]
-    below = [el("span", count(tick), style=f"left:{_percent(x_axis(tick))}") for tick in whole]
+    marks = step_ticks(x_axis.low, x_axis.high, ROOM[chart.wide])
+    below = [el("span", text, style=f"left:{_percent(x_axis(tick))}") for tick, text in marks]
     begin, end = (number(metrics.column(shown[0].column)[1][place]) for place in (0, -1))
     label = escape(f"{chart.title} by step, {begin} at first, {end} at last")
     # attributes in camel case are SVG's own

@@ -62,9 +62,9 @@ def count(number: float) -> str:
 
 def rough(number: float) -> str:
     """About how many: 950, 12,300, 1.24 million."""
-    for size, word in ((1e9, "billion"), (1e6, "million")):
+    for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
         if number >= 0.9995 * size:
-            return f"{number / size:.3g} {word}"
+            return f"{number / size:.3g} {word}" if number < 999.5 * size else f"{count(number / size)} {word}"
     return count(number)
 
 

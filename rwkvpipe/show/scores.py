@@ -58,7 +58,7 @@ def span(scores: list[Score]) -> tuple[float, float]:
         return 0.0, 1.0
     low, high = min(score.low for score in scores), max(score.high for score in scores)
     room = 0.12 * (high - low) or 0.1 * abs(high) or 1.0
-    return low - room, high + room
+    return (max(0.0, low - room) if low >= 0 else low - room), high + room
 
 
 def _tick(score: Score, value: float) -> str:

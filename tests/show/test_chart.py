@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 
-from rwkvpipe.show.chart import Chart, Series, curves, draw, log_ticks, number, thin, ticks
+from rwkvpipe.show.chart import Chart, Series, curves, draw, log_ticks, number, step_ticks, thin, ticks
 from rwkvpipe.show.metrics import Metrics
 
 
@@ -79,6 +79,15 @@ def test_ticks_are_round_and_few():
     assert log_ticks(0.3, 20) == [1, 10] and log_ticks(0.45, 3.1) == [0.5, 1, 2]
     for low, high in ((0, 1e-6), (-3, 7), (99.5, 100.5), (1e8, 9e9)):
         assert 2 <= len(ticks(low, high)) <= 8
+
+
+def test_steps_below_a_picture_stand_apart():
+    assert step_ticks(0, 3000, 100) == [(n, number(n)) for n in (0, 500, 1000, 1500, 2000, 2500, 3000)]
+    for high in (1, 7, 90_000, 300_000, 2_999_999, 3e9, 1e15):
+        shown = step_ticks(0, high, 30)
+        assert shown and sum(len(text) + 2 for _, text in shown) <= 30
+        assert all(0 <= tick <= high and tick == int(tick) for tick, _ in shown)
+    assert step_ticks(0.9, 1.1, 30) == [(1, "1")]
 
 
 def test_numbers_take_little_room():

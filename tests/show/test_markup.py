@@ -62,6 +62,10 @@ def test_times_are_told_as_people_tell_them():
     assert [brief(s) for s in (0.4, 12, 59.6, 185, 7920)] == ["0.4 s", "12 s", "1.0 min", "3.1 min", "2.2 h"]
 
 
+def test_trillions_are_words_too():
+    assert [rough(n) for n in (1.2e12, 999.6e9, 3e15)] == ["1.2 trillion", "1 trillion", "3,000 trillion"]
+
+
 def test_numbers_are_rounded_to_words():
     assert [rough(n) for n in (950, 12345, 1_240_000, 999_900_000, 3e9)] == [
         "950",

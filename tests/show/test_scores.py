@@ -28,6 +28,7 @@ def test_an_axis_holds_every_interval():
     assert scores.span([score(0.5), score(0.9)]) == (0.0, 1.0)
     low, high = scores.span([score(2.0, task="bits"), score(1.5, task="bits")])
     assert low < 1.4 and high > 2.1
+    assert scores.span([score(0.2, task="bits"), score(900.0, task="bits")])[0] == 0
 
 
 def test_csv_holds_every_number_in_full(finished_run):
