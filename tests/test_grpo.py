@@ -376,6 +376,15 @@ def vast(completions):
 
 def vaster(completions):
     return [10**400] * len(completions)
+
+def unknown(completions):
+    return [0.0] + [float("nan")] * (len(completions) - 1)
+
+def hinted(completions, hint):
+    return [0.0 if each is None else 1.0 for each in hint]
+
+def placed(completions, /):
+    return [0.0] * len(completions)
 """
 
 
@@ -409,6 +418,17 @@ def test_a_reward_that_applies_to_nothing_is_in_no_number_and_an_async_one_is_wa
     assert "mean_reward" not in row and row["loss"] == row["grad_norm"] == row["mean_advantage"] == 0
 
 
+def test_a_column_of_few_questions_is_there_in_each_rollout(home, monkeypatch):
+    monkeypatch.chdir(home)
+    (home / "judges.py").write_text(JUDGES)
+    rows = [{"question": f"{n}+1", "answer": str(n + 1)} | ({"hint": "carry"} if n == 3 else {}) for n in range(8)]
+    write_jsonl(home / "q.jsonl", rows)
+    settings(home, train={"steps": 4, "batch": 2}, rollout={"reward": "judges.py:hinted", "kept": 100})
+    _, rows, kept = run(home, "a")
+    assert sorted(row["mean_reward"] for row in rows) == [0, 0, 0, 0.5]
+    assert {row["line"] for row in kept if row["reward"] == 1} == {4}
+
+
 @pytest.mark.parametrize(
     "name, error, said",
     [
@@ -422,6 +442,9 @@ def test_a_reward_that_applies_to_nothing_is_in_no_number_and_an_async_one_is_wa
         ({"judges.py:short": 1e40}, DataError, "rollout.reward: a weighted sum is over 1e.30"),
         ("judges.py:breaks", DataError, r"judges.py:breaks raises TypeError at .*judges.py:\d+"),
         ("broken.py:f", DataError, r"broken.py:f raises SyntaxError at .*broken.py:1"),
+        ("judges.py:unknown", DataError, "judges.py:unknown returns nan at 1; None is for"),
+        ("judges.py:hinted", DataError, "judges.py:hinted asks for `hint`; what it can be told .* question, answer,"),
+        ("judges.py:placed", DataError, "judges.py:placed asks for `completions`; what it can be told"),
     ],
 )
 def test_rewards_that_cannot_be_used_are_told_in_one_line(home, monkeypatch, name, error, said):

@@ -75,8 +75,9 @@ class Shaping:
         return {"texts": texts, "ids": lists, "counts": counts}
 
     def _call(self, key: str, every: dict) -> object:
+        asked = taken(key, self.names[key], self.own[key], every)
         with theirs(key, self.names[key]):
-            return self.own[key](**taken(self.own[key], every))
+            return self.own[key](**asked)
 
     def _checked(self, given: object, before: list[str], like: Tensor) -> tuple[list[str], Tensor, Tensor]:
         """What `postprocess` returned, if it may be learned from. Raises DataError."""

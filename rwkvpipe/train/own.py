@@ -67,9 +67,15 @@ def draw_from(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def taken(own: Callable, every: dict) -> dict:
-    """The arguments that a function takes, of those there are."""
-    wanted = inspect.signature(own).parameters.values()
+def taken(key: str, name: str, own: Callable, every: dict) -> dict:
+    """The arguments that a function takes, of those there are. Raises DataError where it needs another."""
+    with theirs(key, name):
+        wanted = inspect.signature(own).parameters.values()
+    named = {each.name for each in wanted if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
+    loose = [each for each in wanted if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+    lacking = [each.name for each in loose if each.default is each.empty and each.name not in named & every.keys()]
+    if lacking:
+        raise DataError(f"{key}: {name} asks for `{lacking[0]}`; what it can be told by name is {', '.join(every)}")
     if any(each.kind is each.VAR_KEYWORD for each in wanted):
         return every
     return {each.name: every[each.name] for each in wanted if each.name in every}

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -79,7 +79,9 @@ def read_questions(
     if cut or dropped:
         done = f"{cut} are cut, their {room.long} is kept" if cut else f"{dropped} are left out"
         log.warning("%s: prompts of more than %d tokens leave no room: %s", path, room.longest, done)
-    return found
+    # a function of the user's that takes a column finds it in each rollout, whichever questions are asked there
+    names = dict.fromkeys(name for question in found for name in question.row)
+    return [replace(question, row=dict.fromkeys(names) | question.row) for question in found]
 
 
 def drawn(count: int, config: TrainConfig, step: int, seed: int) -> list[int]:

@@ -51,6 +51,8 @@ def _checked(name: str, given: object, count: int) -> list[float]:
             ) from None
         except OverflowError:
             found.append(math.inf)
+        if value is not None and math.isnan(found[-1]):
+            raise DataError(f"rollout.reward: {name} returns nan at {number}; None is for what it has no reward for")
         if abs(found[-1]) > MOST:
             raise DataError(f"rollout.reward: {name} returns {value!s:.40} at {number}; a reward is at most {MOST:g}")
     return found
@@ -80,8 +82,9 @@ class Rewards:
         for name, own in self.own.items():
             every = columns(rows) | {"prompts": list(prompts), "completions": [c.text for c in found]}
             every |= {"completion_ids": [list(c.ids) for c in found]}
+            asked = taken(KEY, name, own, every)
             with theirs(KEY, name):
-                given[name] = own(**taken(own, every))
+                given[name] = own(**asked)
         waiting = {name: value for name, value in given.items() if inspect.isawaitable(value)}
         given |= asyncio.run(_awaited(waiting)) if waiting else {}
         for name, grade in self.tasks.items():
