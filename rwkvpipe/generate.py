@@ -155,6 +155,11 @@ def main(argv: list[str] | None = None) -> None:
     model = load_speaker(given.model, given.adapter, dist.start().device)
     tokenizer = load_vocabulary(given.tokenizer, model.config.vocab_size, given.model)
     engine = Engine(model, tokenizer, rows, kind=given.weights, special=layout.special())
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            engine.begin(prompt)
+        except DataError as error:
+            raise DataError(f"prompt {number}: {error}") from None
     if given.chat:
         talk(engine, sampling, layout)
         return

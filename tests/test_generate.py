@@ -112,6 +112,10 @@ def test_prompts_on_the_command_line(home, capsys):
         (["--prompt", "a", "--temperature", "-1"], "temperature"),
         (["--prompt", "a", "--max-tokens", "0"], "max_tokens"),
         (["--spec", '{"prompts":[]}'], "prompts"),
+        (["--spec", '{"prompts":["a"],"sampling":{"ban":[256]}}'], "sampling.ban: there is no id 256; .* 0 to 255"),
+        (["--spec", '{"prompts":["a"],"sampling":{"bias":{"-1":2}}}'], "sampling.bias: there is no id -1"),
+        (["--spec", '{"prompts":["a"],"sampling":{"spare":[999]}}'], "sampling.spare: there is no id 999"),
+        (["--spec", '{"prompts":["a"],"sampling":{"stop_ids":[999]}}'], "sampling.stop_ids: there is no id 999"),
     ],
 )
 def test_bad_words_are_refused_in_one_line(home, words, said):
@@ -130,6 +134,16 @@ def test_a_file_of_prompts_is_read_line_by_line(home, capsys):
         spec = {"path": str(home / name), "sampling": {"max_tokens": 9, "seed": 4}}
         call(home, "--spec", json.dumps(spec), "--out", home / "f.jsonl")
         assert list(read_jsonl(home / "f.jsonl")) == rows
+
+
+def test_a_prompt_that_cannot_be_read_is_named_and_lines_end_at_line_ends_alone(home):
+    (home / "p.txt").write_text("a\x0cb\u2028c\n\nd\n")
+    call(home, "--prompts", home / "p.txt", "--max-tokens", 1, "--out", home / "f.jsonl")
+    assert [row["prompt"] for row in read_jsonl(home / "f.jsonl")] == ["a\x0cb\u2028c", "d"]
+    (home / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": ""}\n')
+    with pytest.raises(DataError, match="prompt 2: an empty prompt"):
+        call(home, "--prompts", home / "p.jsonl", "--out", home / "g.jsonl")
+    assert not list(home.glob("g.*"))
 
 
 def test_talks_in_a_file_are_answered(home):

@@ -18,7 +18,7 @@ def read_prompts(path: str | Path, layout: Layout) -> list[str]:
     path = Path(path)
     if path.suffix not in (".jsonl", ".json"):
         try:
-            found = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            found = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8 at byte {error.start + 1} of the file; save it as UTF-8") from None
     else:

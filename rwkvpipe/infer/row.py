@@ -73,7 +73,10 @@ class Row:
         self.node = self.choices.root if self.choices else None
         ruled = sampling.regex is not None or sampling.json_schema is not None
         self.grammar = Grammar(sampling, words) if ruled else None
-        banned = [number for number in set(sampling.ban) if 0 <= number < words.size]
+        for key in ("bias", "ban", "spare", "stop_ids"):
+            if odd := [number for number in getattr(sampling, key) if not 0 <= number < words.size]:
+                raise ConfigError(f"sampling.{key}: there is no id {odd[0]}; the model has 0 to {words.size - 1}")
+        banned = list(set(sampling.ban))
         if banned and words.owned[banned].sum() == words.owned.sum():
             raise ConfigError("sampling.ban: leaves no id of the vocabulary; shorten it")
         self.ids: list[int] = []
