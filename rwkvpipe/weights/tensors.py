@@ -98,12 +98,20 @@ def piece_of(path: Path, start: int, length: int) -> Tensor:
     return data
 
 
+def _begins(path: Path) -> bool:
+    """Whether a file begins as safetensors do: the length of a header, below 2^56, and its brace."""
+    with open(path, "rb") as file:
+        return file.read(9)[7:] == b"\0{"
+
+
 def open_safetensors(path: str | Path) -> tuple[Tensors, dict[str, str]]:
     """Tensors and metadata of a safetensors file, its data unread. Raises WeightsError when it is damaged.
 
     The library judges the file; the bytes are read here, so that no mapped pages add up in memory.
     """
     path = Path(path)
+    if path.exists() and (not path.is_file() or (path.suffix != ".safetensors" and not _begins(path))):
+        raise WeightsError(f"{path}: is no safetensors file, as one is wanted here; name one")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})

@@ -167,3 +167,13 @@ def test_an_adapter_of_an_adapter_is_both_and_the_base_comes_back(tmp_path, firs
         model, path = load_model(merged_path), tmp_path / "second.safetensors"
         with torch.no_grad():
             assert (model(ids)[0] - wanted).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("given", ["pth", "text", "folder"])
+def test_what_is_no_adapter_is_not_called_damaged(tmp_path, given):
+    torch.save({"a": torch.ones(2)}, tmp_path / "pth")
+    (tmp_path / "text").write_text("{}" * 9)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(WeightsError, match=f"{given}: is no safetensors file"):
+        export.main([str(tmp_path / given), "--to", "peft", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
