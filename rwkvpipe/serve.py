@@ -66,6 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     model = load_speaker(given.model, given.adapter, dist.start().device)
     tokenizer = load_vocabulary(given.tokenizer, model.config.vocab_size, given.model)
     engine = Engine(model, tokenizer, given.rows, kind=given.weights, special=layout.special())
+    engine.check(sampling)
     house = House(engine, given.name or called(given.model), sampling, layout)
     serve(house, Desk(engine, given.waiting), given.host, given.port)
     log.info("stopped")

@@ -324,6 +324,19 @@ def test_a_server_is_stopped_by_a_signal_while_it_writes(tmp_path, reads):
 
 
 @pytest.mark.parametrize(
+    ("said", "sampling"),
+    [("sampling.ban: there is no id 999", {"ban": [999]}), ("sampling.stop: an empty text", {"stop": [""]})],
+)
+def test_sampling_that_no_request_can_be_answered_by_is_refused_at_the_start(tmp_path, said, sampling, monkeypatch):
+    monkeypatch.setattr("rwkvpipe.web.app.serve", lambda *given: pytest.fail("it serves"))
+    network = model()
+    store.write(tmp_path / "m.safetensors", network.config, network.state_dict())
+    with pytest.raises(ConfigError, match=said):
+        words = ["--model", str(tmp_path / "m.safetensors"), "--tokenizer", "bytes"]
+        serve.main([*words, "--sampling", json.dumps(sampling)])
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--rows", "0"], "--rows is 1 at least"),

@@ -16,7 +16,7 @@ from rwkvpipe.infer.packed import keep
 from rwkvpipe.infer.prefix import KEPT, States
 from rwkvpipe.infer.progress import Progress
 from rwkvpipe.infer.reading import CHUNK, LOGITS, Reader
-from rwkvpipe.infer.row import Completion, Job
+from rwkvpipe.infer.row import Completion, Job, Row
 from rwkvpipe.infer.slots import Slots
 from rwkvpipe.infer.words import Words, words
 from rwkvpipe.kernel import choice
@@ -101,6 +101,10 @@ class Engine:
         for part in filter(None, parts):
             ids += [self.special[part]] if part in self.special else self.tokenizer.encode(part)
         return ids
+
+    def check(self, sampling: SamplingConfig) -> None:
+        """Raise ConfigError, naming the key, for settings by which no text of this vocabulary can be drawn."""
+        Row(Job(0, 0, [], sampling, None, None, 0), self.words)
 
     def slots(self, rows: int, kept: States | None = None) -> Slots:
         """Room for `rows` texts to be written side by side."""
