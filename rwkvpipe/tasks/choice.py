@@ -63,8 +63,8 @@ class Choice:
         self.gold(question)
 
     def grade(self, question: dict, logprobs: Sequence[float]) -> float:
-        """1 if the right option has the largest of `logprobs` (one an option), else 0."""
-        return float(best(logprobs) == self.gold(question))
+        """1 if the right option has the largest of `logprobs` (one an option), else 0; equal texts are one option."""
+        return float(question["options"][best(logprobs)] == question["options"][self.gold(question)])
 
     def ask(
         self, engine: Any, questions: Sequence[dict], spec: BenchmarkConfig, done: Collection[int] = ()
@@ -96,9 +96,9 @@ class Choice:
         if not len(options) == len(sums) == len(tokens):
             raise DataError(f"{len(sums)} options were weighed, the question has {len(options)}; run bench again")
         gold, chosen = self.gold(question), best(sums)
-        by_token = best([value / max(n, 1) for value, n in zip(sums, tokens, strict=True)])
-        by_character = best([value / len(option) for value, option in zip(sums, options, strict=True)])
-        by_byte = best([value / len(option.encode()) for value, option in zip(sums, options, strict=True)])
+        by_token = [value / max(n, 1) for value, n in zip(sums, tokens, strict=True)]
+        by_character = [value / len(option) for value, option in zip(sums, options, strict=True)]
+        by_byte = [value / len(option.encode()) for value, option in zip(sums, options, strict=True)]
         return {
             "question": question["question"],
             "options": options,
@@ -106,9 +106,9 @@ class Choice:
             "answer": options[chosen],
             "logprobs": sums,
             "correct": self.grade(question, sums),
-            "correct_by_token": float(by_token == gold),
-            "correct_by_character": float(by_character == gold),
-            "correct_by_byte": float(by_byte == gold),
+            "correct_by_token": self.grade(question, by_token),
+            "correct_by_character": self.grade(question, by_character),
+            "correct_by_byte": self.grade(question, by_byte),
         }
 
     def summary(self, marked: Sequence[dict]) -> dict:

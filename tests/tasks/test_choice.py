@@ -90,3 +90,10 @@ def test_a_summary_knows_what_chance_would_give():
 def test_another_number_of_options_than_was_weighed_is_refused():
     with pytest.raises(DataError, match="2 options were weighed, the question has 3"):
         Choice().mark(ROW, {"logprobs": [-1.0, -2.0], "tokens": [1, 1]})
+
+
+@pytest.mark.parametrize("label", [0, 2])
+def test_of_two_equal_options_each_is_right(label):
+    question = {"question": "1+1?", "options": ["2", "3", "2"], "label": label}
+    marked = Choice().mark(question, {"logprobs": [-1.0, -5.0, -1.0], "tokens": [1, 1, 1]})
+    assert [value for name, value in marked.items() if name.startswith("correct")] == [1.0] * 4
