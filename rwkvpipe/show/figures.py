@@ -17,6 +17,7 @@ from rwkvpipe.show.metrics import Metrics, smooth
 INK, MUTED, GRID = "#22303c", "#66727d", "#e3e7ea"
 BLUE, ORANGE, GREEN, PLUM = "#23709b", "#d0722a", "#3f8361", "#84568f"
 WIDTH, HEIGHT, DPI = 4.8, 3.0, 200  # inches; two beside each other fill a page, one fills a phone
+HIGHEST = 32_000  # dots; beyond 65,535 nothing is drawn at all, and few programs show half of that
 ROUND = [1, 2, 2.5, 5, 10]  # of the distance between ticks
 POINTS = 40  # fewer are drawn with markers, more with a smoothed line over them
 SPREAD = 8.0  # positive numbers that differ by more than this factor stand on a logarithmic axis
@@ -63,9 +64,10 @@ def styled() -> Iterator[None]:
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Write a figure as PNG; equal figures give equal bytes."""
+    """Write a figure as PNG, a very high one in fewer dots; equal figures give equal bytes."""
+    dpi = min(DPI, HIGHEST / figure.get_figheight())
     with styled(), atomic(path, suffix=".png") as part:
-        figure.savefig(part, format="png", dpi=DPI, metadata={"Software": None})
+        figure.savefig(part, format="png", dpi=dpi, metadata={"Software": None})
 
 
 def _figure(height: float = HEIGHT) -> Figure:

@@ -65,6 +65,14 @@ def _tick(score: Score, value: float) -> str:
     return f"{100 * value:.0f} %" if score.share else f"{value:.4g}"
 
 
+def _label(name: str) -> str:
+    """A subject's name on two lines at most, for more would stand in its neighbours' rows; the CSV has all of it."""
+    room = 2 * NAME - 4  # what is wrapped at a sign leaves some of a line empty
+    shown = name if len(name) <= room else f"{name[: room // 2]}…{name[-room // 2 + 1 :]}"
+    lines = wrap(shown, NAME)
+    return "\n".join(lines if len(lines) < 3 else (shown[:NAME], shown[NAME:]))
+
+
 def figure(evidence: Evidence) -> Figure:
     """One panel a benchmark, one row a subject: a dot with its 95 % interval."""
     groups = [(name, of(evidence, name)) for name in evidence.benchmarks]
@@ -83,7 +91,7 @@ def figure(evidence: Evidence) -> Figure:
                 axes.annotate(label, (1.02, row), xycoords=("axes fraction", "data"), va="center", color=INK)
             if scores[0].chance is not None:
                 axes.axvline(scores[0].chance, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
-            axes.set_yticks(rows, ["\n".join(wrap(score.subject, NAME)) for score in scores])
+            axes.set_yticks(rows, [_label(score.subject) for score in scores])
             axes.set_ylim(len(scores) - 0.4, -0.6)
             low, high = span(scores)
             axes.set_xlim(low, high + 0.015 * (high - low))

@@ -1,9 +1,15 @@
 import csv
 import io
 import json
+import struct
+
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from rwkvpipe.show import scores
 from rwkvpipe.show.evidence import Evidence, Score, read_story
+from rwkvpipe.show.figures import save
 
 
 def score(value, subject="a", task="answer", better="higher", **more):
@@ -36,6 +42,22 @@ def test_csv_holds_every_number_in_full(finished_run):
     rows = list(csv.DictReader(io.StringIO(scores.csv(evidence))))
     assert [float(row["low"]) for row in rows] == [score.low for score in evidence.scores]
     assert [row["subject"] for row in rows] == ["base", "base", "chat", "chat", "reason", "reason"]
+
+
+@pytest.mark.parametrize("name", ["chat", "a_" * 200, "word-" * 30, "twelve-twelve-" * 3, "x" * 45])
+def test_a_name_in_the_picture_takes_two_lines_and_keeps_its_ends(name):
+    lines = scores._label(name).split("\n")
+    assert len(lines) <= 2 and max(map(len, lines)) <= scores.NAME
+    joined = "".join(lines)
+    assert joined == name or (name.startswith(joined.partition("…")[0]) and name.endswith(joined.rpartition("…")[2]))
+
+
+def test_scores_of_a_thousand_stages_make_a_picture(tmp_path):
+    drawn = Figure(figsize=(2, 1000))
+    FigureCanvasAgg(drawn)
+    save(drawn, tmp_path / "a.png")
+    size = struct.unpack(">II", (tmp_path / "a.png").read_bytes()[16:24])
+    assert size[1] <= 32_000
 
 
 def test_guessing_is_told_where_it_is_known():
