@@ -12,7 +12,7 @@ from rwkvpipe.show.markup import Html, count, el
 from rwkvpipe.show.metrics import table
 
 COLUMNS = ["subject", "benchmark", "task", "n", "score", "low", "high", "better"]
-NAME, NOTE = 24, 62  # letters a line, of a subject's name and of what is told below a panel
+NAME, NOTE, TITLE = 24, 62, 36  # letters a line, of a subject's name, of what is told below a panel, of its title
 TASKS = {
     "answer": "free answers that must match",
     "choice": "the likeliest of several options",
@@ -85,7 +85,7 @@ def figure(evidence: Evidence) -> Figure:
         for axes, (name, scores) in zip(panels, groups, strict=True):
             rows = range(len(scores))
             axes.hlines(rows, [s.low for s in scores], [s.high for s in scores], color=BLUE, alpha=0.4, linewidth=5)
-            axes.plot([s.score for s in scores], rows, "o", color=BLUE, markersize=6)
+            axes.plot([s.score for s in scores], rows, "o", color=BLUE, markersize=6, clip_on=False)
             for row, score in zip(rows, scores, strict=True):
                 label = score.text(score.score)
                 axes.annotate(label, (1.02, row), xycoords=("axes fraction", "data"), va="center", color=INK)
@@ -100,7 +100,7 @@ def figure(evidence: Evidence) -> Figure:
             axes.grid(axis="y", visible=False)
             axes.spines["left"].set_visible(False)
             axes.tick_params(axis="y", labelcolor=INK)
-            axes.set_title(name)
+            axes.set_title("\n".join(wrap(name, TITLE)))
             note = "\n".join(wrap(f"{told(name, scores)} (bars: 95 % interval)", NOTE))
             axes.set_xlabel(note, color=MUTED, fontsize=8)
     return drawn

@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import struct
+from pathlib import Path
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -50,6 +51,18 @@ def test_a_name_in_the_picture_takes_two_lines_and_keeps_its_ends(name):
     assert len(lines) <= 2 and max(map(len, lines)) <= scores.NAME
     joined = "".join(lines)
     assert joined == name or (name.startswith(joined.partition("…")[0]) and name.endswith(joined.rpartition("…")[2]))
+
+
+def test_a_long_title_is_wrapped_and_a_score_of_0_is_a_whole_dot(finished_run):
+    name = "bits-of-" + "a_very_long_" * 9
+    for path in Path("results/demo").glob("*/bench/exact.json"):
+        path.with_name(f"{name}.json").write_text(json.dumps(json.loads(path.read_text()) | {"benchmark": name}))
+    for subject in finished_run["subjects"]:
+        subject["bench"] = [name]
+    (axes,) = scores.figure(Evidence(read_story(json.dumps(finished_run)))).axes
+    lines = axes.get_title(loc="left").split("\n") if axes.get_title(loc="left") else axes.get_title().split("\n")
+    assert "".join(lines) == name and max(map(len, lines)) <= scores.TITLE
+    assert not any(line.get_clip_on() for line in axes.lines if line.get_marker() == "o")
 
 
 def test_scores_of_a_thousand_stages_make_a_picture(tmp_path):
