@@ -34,15 +34,48 @@ def _text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip()) and not re.search("[\ud800-\udfff]", value)
 
 
+def _common(one: list[dict], other: list[dict]) -> int:
+    """How many turns two talks begin with alike."""
+    apart = (n for n, turns in enumerate(zip(one, other, strict=False)) if turns[0] != turns[1])
+    return next(apart, min(len(one), len(other)))
+
+
+def _parted(prompt: list[dict] | None, answers: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """Prompt and answers of talks that hold the prompt themselves, or whose prompt is what both begin with.
+
+    Raises DataError for talks that begin otherwise than with the prompt.
+    """
+    chosen, rejected = answers.values()
+    same = _common(chosen, rejected)
+    if prompt is None:
+        begun, place = chosen[:same], same
+    elif all(talk[0]["role"] == "assistant" for talk in (chosen, rejected)):
+        begun, place = prompt, 0
+    elif chosen[: len(prompt)] == rejected[: len(prompt)] == prompt:
+        begun, place = prompt, len(prompt)
+    else:  # such as a system's turn before it
+        begun, place = (chosen[:same], same) if prompt and chosen[:same][-len(prompt) :] == prompt else ([], 0)
+    found = {"prompt": begun} | {name: talk[place:] for name, talk in answers.items()}
+    for name, talk in found.items():
+        if not talk or (name != "prompt" and talk[0]["role"] != "assistant"):
+            what = "with the same turns, which then are the prompt" if prompt is None else "with it, or with the answer"
+            raise DataError(f"`chosen` and `rejected` are talks that do not both begin {what}; mend or remove the row")
+    return found
+
+
 def pair(row: dict, columns: Mapping[str, str], where: object) -> dict[str, Any]:
     """A row as prompt, chosen and rejected: all three texts, or all three lists of turns.
 
     `columns` is our name to the file's. Where one is a list of turns, a text beside it becomes a turn: the prompt the
-    user's, an answer the assistant's. Raises DataError naming `where` and the column.
+    user's, an answer the assistant's. Answers may be whole talks: of these the prompt is taken off, or, where the row
+    has none, found, as what both begin with. Raises DataError naming `where` and the column.
     """
     found = {}
+    talks = all(isinstance(row.get(columns.get(name, name)), list) for name in PARTS[1:])
     for name in PARTS:
         column = columns.get(name, name)
+        if name == column == "prompt" and talks and row.get(column) is None:
+            continue
         if column not in row:
             raise DataError(f"{where}: no `{column}`; {contents(row)} (columns says)")
         found[name] = row[column]
@@ -53,6 +86,8 @@ def pair(row: dict, columns: Mapping[str, str], where: object) -> dict[str, Any]
             for name in ("chosen", "rejected"):
                 if not found[name] or found[name][-1]["role"] != "assistant":
                     raise DataError(f"`{columns.get(name, name)}` does not end with a turn of the assistant")
+            if found["chosen"] != found["rejected"]:
+                found = _parted(found.pop("prompt", None), found)
         for name, value in found.items():
             if not isinstance(value, list) and not _text(value):
                 raise DataError(f"`{columns.get(name, name)}` is no text, or an empty one")

@@ -156,7 +156,7 @@ def _folder(
 def _fits_hf(out: Path, config: RwkvConfig, tensors: Tensors) -> None:
     """Raise WeightsError for what Hugging Face's programs would compute otherwise."""
     if config.family != "rwkv7":
-        raise WeightsError(f"{out}: format hf is that of RWKV-7, this is {config.family}; use pth, hub or gguf")
+        raise WeightsError(f"{out}: format hf is that of RWKV-7, this is {config.family}; use pth or hub")
     if config.head_size != 64:
         raise WeightsError(
             f"{out}: Hugging Face's programs norm heads of {config.head_size} numbers with another epsilon than"

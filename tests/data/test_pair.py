@@ -4,6 +4,7 @@ import pytest
 
 from rwkvpipe.base.errors import DataError
 from rwkvpipe.data.pair import encoded, pair
+from rwkvpipe.tokenizer import chat
 from rwkvpipe.tokenizer.byte import ByteTokenizer
 
 WORDS = ByteTokenizer(1)
@@ -26,6 +27,53 @@ def test_turns_are_laid_out_as_talks_and_texts_beside_them_become_turns(prompt):
     given = {"q": prompt, "chosen": [{"role": "assistant", "content": "yes"}], "rejected": "no"}
     row = pair(given, {"prompt": "q"}, "f:1")
     assert texts(row) == [("User: hi\n\nAssistant: yes\n\n", " yes\n\n"), ("User: hi\n\nAssistant: no\n\n", " no\n\n")]
+
+
+USER, SYSTEM = {"role": "user", "content": "hi"}, {"role": "system", "content": "be kind"}
+YES, NO = ({"role": "assistant", "content": word} for word in ("yes", "no"))
+
+
+@pytest.mark.parametrize(
+    "prompt, before",
+    [
+        ("hi", [USER]),
+        ([USER], [USER]),
+        (None, [USER]),
+        ("hi", [SYSTEM, USER]),
+        (None, [SYSTEM, USER]),
+        ([SYSTEM, USER], [SYSTEM, USER]),
+        (None, [USER, YES, USER]),
+        ([USER, YES, USER], [USER, YES, USER]),
+        ("hi", [USER, YES, USER]),
+    ],
+)
+def test_answers_that_are_whole_talks_have_their_prompt_once(prompt, before):
+    row = {"chosen": [*before, YES], "rejected": [*before, NO]} | ({} if prompt is None else {"prompt": prompt})
+    found = pair(row, {}, "f:1")
+    for (text, learned), answer in zip(texts(found), (YES, NO), strict=True):
+        assert text == chat.text([*before, answer])
+        assert learned.endswith(f" {answer['content']}\n\n") and "User" not in learned
+
+
+def test_answers_of_several_turns_stay_whole():
+    row = {"prompt": "hi", "chosen": [YES, USER, NO], "rejected": [NO]}
+    assert pair(row, {}, "f:1") == {"prompt": [USER], "chosen": [YES, USER, NO], "rejected": [NO]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "ho", "chosen": [USER, YES], "rejected": [USER, NO]},
+        {"prompt": "hi", "chosen": [USER, YES], "rejected": [NO]},
+        {"chosen": [YES], "rejected": [NO]},
+        {"chosen": [USER, YES], "rejected": [SYSTEM, NO]},
+        {"chosen": [USER, YES], "rejected": [USER, YES, USER, NO]},
+        {"prompt": [], "chosen": [USER, YES], "rejected": [USER, NO]},
+    ],
+)
+def test_talks_that_begin_otherwise_than_with_the_prompt_are_refused(row):
+    with pytest.raises(DataError, match="^f:3: `chosen` and `rejected` are talks that do not both begin"):
+        pair(row, {}, "f:3")
 
 
 @pytest.mark.parametrize(
