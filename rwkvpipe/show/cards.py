@@ -163,7 +163,8 @@ def card(evidence: Evidence, subject: Subject, number: int) -> Html:
     ]
     if subject.kind == "weights":
         entry = evidence.entry("weights", subject.name)
-        words = {"Checkpoint": entry.get("path"), "Tokenizer": entry.get("tokenizer"), "sha256": entry.get("sha256")}
+        keys = {"Checkpoint": "path", "Adapter": "adapter", "Tokenizer": "tokenizer", "sha256": "sha256"}
+        words = {word: entry.get(key) for word, key in keys.items()}
         parts.append(facts(words | {"Device": _device(evidence, subject)}))
     elif subject.kind == "best":
         words = {"Weights": f"those of {subject.start} at its lowest held-out loss"}

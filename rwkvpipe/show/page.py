@@ -67,8 +67,12 @@ def _step(evidence: Evidence, subject: Subject, number: int) -> Html:
 
 def _totals(evidence: Evidence) -> Html:
     found = [metrics for subject in _stages(evidence) if (metrics := evidence.metrics(subject)) is not None]
-    sizes = [told[1] for subject in _stages(evidence) if (told := weights(evidence, subject))]
-    tiles: dict[str, object] = {"Weights of the model": sizes[0]} if sizes else {}
+    # what a log counts beside adapters are the weights and the adapters
+    known = [(subject.lora, told[1]) for subject in _stages(evidence) if (told := weights(evidence, subject))]
+    plain = [size for lora, size in known if not lora]
+    tiles: dict[str, object] = {"Weights of the model": plain[0]} if plain else {}
+    if known and not plain:
+        tiles["Weights and adapters"] = known[0][1]
     if found:
         tiles["Tokens trained on"] = rough(sum(metrics.last("tokens") for metrics in found))
         tiles["Training time"] = duration(sum(metrics.last("seconds") for metrics in found))

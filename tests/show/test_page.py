@@ -177,7 +177,9 @@ def test_weights_that_are_only_measured_make_a_report(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = {
         "run": "given",
-        "weights": {"released": {"path": "a.pth", "tokenizer": "bytes", "bench": ["text"]}},
+        "weights": {
+            "released": {"path": "a.pth", "adapter": "tuned", "tokenizer": "bytes", "bench": ["text"]},
+        },
         "tokenizers": {"bytes": {"kind": "bytes"}},
         "benchmarks": {"text": {"task": "bits", "path": "a.txt"}},
     }
@@ -189,6 +191,15 @@ def test_weights_that_are_only_measured_make_a_report(tmp_path, monkeypatch):
     (home / "text.samples.jsonl").write_text('{"text": "To be", "bits": 2.5}\n')
     text = read(told(story)).text
     assert "2.512" in text and "2.440 to 2.600" in text and "text, released" in text and "a.pth" in text
+    assert "<dt>Adapter</dt><dd>tuned</dd>" in told(story)
+
+
+def test_adapters_are_not_counted_among_the_weights_of_the_model(finished_run):
+    assert "Weights of the model" in told(finished_run)
+    finished_run["subjects"] = [subject for subject in finished_run["subjects"] if subject["name"] != "base"]
+    assert all(subject["lora"] for subject in finished_run["subjects"])
+    text = told(finished_run)
+    assert "Weights and adapters" in text and "Weights of the model" not in text
 
 
 def test_a_run_of_nothing_makes_a_page():
