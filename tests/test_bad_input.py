@@ -4,6 +4,7 @@ Each row of the table is a good command (see `COMMANDS`) with one thing broken. 
 the place first (file and line, or key), the way out last.
 """
 
+import bz2
 import io
 import json
 import logging
@@ -13,6 +14,8 @@ import shutil
 import struct
 import subprocess
 import sys
+import tarfile
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -187,6 +190,20 @@ def array(value, **options) -> bytes:
     data = io.BytesIO()
     np.save(data, np.asarray(value), **options)
     return data.getvalue()
+
+
+def zipped(path: Path, *names: str) -> None:
+    """An archive of files that say the same."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, '{"text": [1, 2]}\n')
+
+
+def tarred(path: Path) -> None:
+    """A file in an archive, packed, in its own place."""
+    with tarfile.open(path.with_suffix(".new"), "w:gz") as archive:
+        archive.add(path, path.name)
+    path.with_suffix(".new").replace(path)
 
 
 def settings(kind: str, **changes) -> str:
@@ -873,6 +890,57 @@ case(
     "fetch it again",
     words={0: "m.pth"},
     files={"m.pth": saved({"a": torch.zeros(99)})[:-90]},
+)
+case(
+    "an archive of files for an archive of arrays",
+    "archives",
+    "pack",
+    "rows.npz: an archive of files that are no arrays",
+    "unpack it, or save arrays with numpy.savez(path, values=",
+    words={0: "rows.npz", "--tokenizer": "numbers", **spec(**ARRAY | {"path": "rows.npz"})},
+    files={"rows.npz": lambda path: zipped(path, "rows.jsonl")},
+)
+case(
+    "other files where values and lengths should be",
+    "archives",
+    "pack",
+    "rows.npz: an archive of files that are no arrays",
+    "unpack it, or save arrays with numpy.savez(path, values=",
+    words={0: "rows.npz", "--tokenizer": "numbers", **spec(**ARRAY | {"path": "rows.npz"})},
+    files={"rows.npz": lambda path: zipped(path, "values", "lengths")},
+)
+case(
+    "an archive of texts for a text",
+    "archives",
+    "pack",
+    "docs.txt: an archive of files that are no arrays",
+    "unpack it",
+    files={"docs.txt": lambda path: zipped(path, "docs.txt")},
+)
+case(
+    "a text packed with bzip2",
+    "packed files",
+    "pack",
+    "docs.txt: packed with bzip2, which is not read",
+    "unpack it, or pack it with gzip or zstd",
+    files={"docs.txt": bz2.compress(b"a b c")},
+)
+case(
+    "a tar archive, packed",
+    "packed files",
+    "pack",
+    "docs.txt: a tar archive",
+    "unpack it, and name its folder",
+    files={"docs.txt": tarred},
+)
+case(
+    "columns of numbers between commas",
+    "archives",
+    "pack",
+    "docs.txt: rows of JSON are needed (a .jsonl file), or parquet, or numpy's arrays",
+    "this is a text file",
+    words={"--tokenizer": "numbers", **spec(**ARRAY | {"path": "docs.txt"})},
+    files={"docs.txt": "a0,a1\n1,2\n"},
 )
 case(
     "a web page for weights",

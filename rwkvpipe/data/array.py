@@ -22,7 +22,9 @@ ZIP = (RuntimeError, MemoryError, struct.error, zlib.error)  # a damaged archive
 RAGGED = "numpy.savez(path, values=numpy.concatenate(rows), lengths=[len(row) for row in rows])"
 
 
-def _whole(path: str, found: np.ndarray) -> np.ndarray:
+def _whole(path: str, found: np.ndarray | bytes) -> np.ndarray:
+    if isinstance(found, bytes):  # what numpy gives of a file in an archive that is no array
+        raise DataError(f"{path}: an archive of files that are no arrays; unpack it, or save arrays with {RAGGED}")
     if found.dtype.kind not in "iu":
         raise DataError(
             f"{path}: row 1: the array is of {found.dtype}, whole numbers are needed; save array.astype(numpy.int64)"

@@ -196,7 +196,8 @@ class Reader:
         if kind in TABLES:
             return table_units(file, kind, packed, self.needed)
         if self.format != "text":
-            raise DataError(f"{file}: rows of JSON are needed (a .jsonl file), or parquet; this is a text file")
+            arrays = ", or numpy's arrays" if self.format == "array" else ""
+            raise DataError(f"{file}: rows of JSON are needed (a .jsonl file), or parquet{arrays}; this is a text file")
         return [Unit(file, kind, packed, weight=Path(file).stat().st_size)]
 
     def read(self, unit: Unit, bad: Bad = stop) -> Iterator[Document]:

@@ -25,6 +25,9 @@ STARTS = {
     b"MMIDIDX": "index",
 }
 PACKED = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst"}
+UNREAD = {b"BZh%d1AY&SY" % size: "bzip2" for size in range(1, 10)}
+UNREAD |= {b"\xfd7zXZ\x00": "xz", b"7z\xbc\xaf\x27\x1c": "7z", b"Rar!\x1a\x07": "rar"}
+TAR = 257  # where it stands in the head of an archive of files that it is one
 ROWS = (".jsonl", ".ndjson", ".json")
 NAMED = {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow", ".npy": "numpy", ".npz": "arrays"}
 LOOK = 1 << 16  # bytes that are looked at
@@ -124,12 +127,16 @@ def kind_of(path: str | Path) -> tuple[str, str]:
     with open(path, "rb") as file:
         head = file.read(LOOK)
     packed = next((name for start, name in PACKED.items() if head.startswith(start)), "")
+    if unread := next((name for start, name in UNREAD.items() if head.startswith(start)), ""):
+        raise DataError(f"{path}: packed with {unread}, which is not read; unpack it, or pack it with gzip or zstd")
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if packed:
         with opened(path, packed) as file:
             head = file.read(LOOK)
         suffixes = [suffix for suffix in suffixes if suffix not in (".gz", ".gzip", ".zst", ".zstd")]
     suffix = suffixes[-1] if suffixes else ""
+    if head.startswith(b"ustar", TAR):
+        raise DataError(f"{path}: a tar archive, which is not read; unpack it, and name its folder")
     kind = next((kind for start, kind in STARTS.items() if head.startswith(start)), "")
     if kind and packed:
         raise DataError(f"{path}: a {kind} file packed with {packed}; unpack it")
