@@ -405,9 +405,20 @@ def test_later_files_and_values_go_over_earlier_ones(tmp_path):
     assert config.benchmarks["bits"].path == "valid.txt"
 
 
+# each list holds the one before nine times
+LAUGHS = "x0: &x0 [a]\n" + "".join(f"x{n + 1}: &x{n + 1} [{', '.join([f'*x{n}'] * 9)}]\n" for n in range(8))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "c.yaml:1: not YAML"), ("a: 1\na: 2", "c.yaml:2: the key a stands twice"), ("- 1", "a mapping of keys")],
+    [
+        ("a: [", "c.yaml:1: not YAML"),
+        ("a: 1\na: 2", "c.yaml:2: the key a stands twice"),
+        ("- 1", "a mapping of keys"),
+        ("a: &a {b: *a}", r"c.yaml:1: the aliases ... stand for more than"),
+        ("a: &a {b: 1}\nc:\n  <<: *a\n  <<: *a", "c.yaml:4: the key << stands twice"),
+        (LAUGHS, r"c.yaml:7: the aliases ... stand for more than"),
+    ],
 )
 def test_broken_files_are_named_by_line(tmp_path, text, message):
     (tmp_path / "c.yaml").write_text(text)
@@ -445,6 +456,15 @@ def test_keys_twice_and_aliases_without_end_are_refused(tmp_path, text, message)
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_yaml(tmp_path / "c.yaml")
+
+
+def test_what_an_alias_brings_may_be_given_otherwise(tmp_path):
+    config = tmp_path / "c.yaml"
+    shared = "- {name: base, kind: pretrain, data: sums, model: &size {n_layer: 2, n_embd: 64}, train: {steps: 1}}"
+    other = "- {name: more, kind: pretrain, data: sums, model: {<<: *size, n_layer: 3}, train: {steps: 1}}"
+    rest = {key: CONFIG[key] for key in ("run", "tokenizers", "corpora")}
+    config.write_text(yaml.safe_dump(rest) + f"stages:\n{shared}\n{other}\n")
+    assert [(stage.model.n_layer, stage.model.n_embd) for stage in load([config]).stages] == [(2, 64), (3, 64)]
 
 
 def test_switching_code_tracking_off_is_a_bare_word():
@@ -593,6 +613,7 @@ def test_a_stage_learns_from_several_corpora_by_weights():
         ("stages.base.data", {"sums": "x"}, "stages.base.data.sums: Input should be a valid number"),
         ("stages.base.data", {}, "stages.base: data: names no corpus"),
         ("stages.base.data", 5, "stages.base.data: Input should be a valid string (got 5)"),
+        ("stages.base.data", ["sums", "text"], "stages.base.data: a mapping of keys is needed, this is list"),
         ("stages.base.data", {"sums": 1, "smus": 1}, "stages.base.data: there is no corpus smus; did you mean sums?"),
         ("stages.base.data", {"sums": 1, "text": 1e-4}, "a weight is less than a thousandth of all"),
         ("stages.base.data", {"sums": 1, "talks": 1}, "pretrain learns from format text or array"),

@@ -26,7 +26,7 @@ def _off(value: Any) -> Any:
 # names a corpus, or several with weights: the tag keeps errors to the form that was meant
 Data = Annotated[
     Annotated[Name, Tag("name")] | Annotated[dict[Name, Positive], Tag("mix")],
-    Discriminator(lambda value: "mix" if isinstance(value, dict) else "name"),
+    Discriminator(lambda value: "mix" if isinstance(value, dict | list) else "name"),
 ]
 LEAST = 1e-3  # share of a corpus in a mix
 Kind = Literal["pretrain", "sft", "dpo", "grpo"]

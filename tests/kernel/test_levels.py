@@ -1,6 +1,5 @@
 """What is compiled for lesser vector units than those of this machine gives the same numbers here."""
 
-
 import pytest
 import torch
 
