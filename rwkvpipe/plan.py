@@ -6,21 +6,19 @@ schema of config.yaml, for editors.
     python -m rwkvpipe.plan --schema > workflow/schemas/config.schema.yaml
 """
 
-import base64
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import filter as filter_names
 from functools import cached_property
-from os.path import normpath
 from pathlib import Path
 
 import yaml
 
+from rwkvpipe.base import records
 from rwkvpipe.base.agree import known, load, named
 from rwkvpipe.base.config import CorpusConfig, DpoConfig, PipelineConfig, RolloutConfig, Settings
-from rwkvpipe.base.errors import DataError, Parser, run
-from rwkvpipe.base.files import canonical, read_json
+from rwkvpipe.base.errors import Parser, run
+from rwkvpipe.base.files import canonical
 from rwkvpipe.base.fingerprint import fingerprint
 from rwkvpipe.base.sources import pair_files
 from rwkvpipe.base.strict import Strict
@@ -48,17 +46,6 @@ def check_names(config: PipelineConfig) -> None:
 def spec(model: Strict) -> str:
     """Settings as canonical JSON, every default filled in: equal settings give equal text."""
     return canonical(model.model_dump(mode="json"))
-
-
-def _record(path: str) -> str:
-    """What Snakemake calls its record of how a file was made."""
-    return base64.urlsafe_b64encode(path.encode()).decode()
-
-
-def means_one_of(path: str, files: list[str]) -> bool:
-    """Whether a file's name, or a folder or glob that is there no longer, means one of some files."""
-    path = normpath(path)
-    return path in files or bool(filter_names(files, path)) or any(file.startswith(f"{path}/") for file in files)
 
 
 @dataclass(frozen=True)
@@ -250,19 +237,22 @@ class Plan(Tree):
             for path in step.reads:
                 if path in made or Path(path).exists():
                     continue
-                if not there or (store is not None and self._made_of_others(store, step, path)):
+                if not there or (store is not None and records.of_others(store, step.writes, path)):
                     return self._key(path), path
         return None
 
-    def _made_of_others(self, store: Path, step: Step, path: str) -> bool:
-        """Whether a record of Snakemake's says what a step's results were made from, and a path means none of it."""
-        for made in step.writes:
-            try:
-                known = [normpath(file) for file in read_json(store / "metadata" / _record(made))["input"]]
-                return not means_one_of(path, known)
-            except (OSError, DataError, KeyError, TypeError, ValueError):
-                continue
-        return False
+    def replaced(self, store: Path) -> tuple[str, str] | None:
+        """Key and path of a local file that took the place of the one that results were made from; None if none did.
+
+        Snakemake, whose folder `store` is, does not see it where the new one is older than the results.
+        """
+        made = {path for step in self.steps for path in step.writes}
+        for step in self.steps:
+            outside = [path for path in step.reads if path not in made]
+            path = records.replaced(store, step.writes[0], outside) if outside else None
+            if path is not None:
+                return self._key(path), path
+        return None
 
     def unrecorded(self, store: Path) -> str | None:
         """A stage's settings of which Snakemake's folder `store` does not know how they were made; None without any.
@@ -272,7 +262,7 @@ class Plan(Tree):
         if (store / "metadata.db").exists():
             return None
         for path in (path for step in self.steps if step.rule == "settings" for path in step.writes):
-            name = _record(path)
+            name = records.name(path)
             known = len(name) > 200 or any((store / kind / name).exists() for kind in ("metadata", "incomplete"))
             if Path(path).exists() and not known:
                 return path

@@ -3,6 +3,7 @@
 import base64
 import copy
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import yaml
 from rwkvpipe.base.agree import load, parse
 from rwkvpipe.base.config import CorpusConfig, Settings, check
 from rwkvpipe.base.errors import ConfigError
+from rwkvpipe.base.files import digest
 from rwkvpipe.base.strict import read_yaml
 from rwkvpipe.base.tree import destination
 from rwkvpipe.plan import Plan, main, schema, spec
@@ -370,6 +372,35 @@ def test_what_was_made_from_another_file_needs_the_one_that_the_config_names(pla
     for text in ("no record", "[]", '{"input": 3}'):
         record.write_text(text)
         assert plan.absent(tmp_path / ".snakemake") is None
+
+
+def test_an_older_file_in_the_place_of_one_that_was_read_is_found(plan, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store, source = tmp_path / ".snakemake", Path("talks.jsonl")
+    (step,) = (step for step in plan.steps if step.id == "pack talks")
+    source.write_text("first")
+    record = store / "metadata" / base64.urlsafe_b64encode(step.writes[0].encode()).decode()
+    record.parent.mkdir(parents=True)
+    told = {"input": list(step.reads), "starttime": 0, "input_checksums": {str(source): f"sha256:{digest(source)}"}}
+    record.write_text(json.dumps(told))
+    assert plan.replaced(store) is None  # nothing is made yet
+    Path(step.writes[0]).parent.mkdir(parents=True)
+    Path(step.writes[0]).touch()
+    source.write_text("other")
+    os.utime(source, (9, 9))
+    assert plan.replaced(store) == ("corpora.talks.path", "talks.jsonl")
+    source.touch()
+    os.utime(step.writes[0], (9, 9))
+    assert plan.replaced(store) is None  # Snakemake sees it by its time
+    os.utime(step.writes[0])
+    source.write_text("first")
+    os.utime(source, (9, 9))
+    assert plan.replaced(store) is None  # what was read
+    source.write_text("other")
+    os.utime(source, (9, 9))
+    for text in ("no record", "[]", json.dumps({**told, "starttime": 1e12}), json.dumps({**told, "starttime": None})):
+        record.write_text(text)
+        assert plan.replaced(store) is None
 
 
 @pytest.mark.parametrize(

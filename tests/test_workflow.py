@@ -384,6 +384,20 @@ def test_a_touched_corpus_makes_nothing_stale(done):
     assert done.plan() == []
 
 
+def test_a_corpus_that_an_older_file_took_the_place_of_is_not_taken_for_read(done):
+    corpus = done.path / "data/talks.jsonl"
+    kept = corpus.read_bytes()
+    corpus.write_bytes(kept + b"{}\n")
+    os.utime(corpus, (9, 9))
+    refused = done.call("-n")
+    assert refused.returncode == 2 and "data/talks.jsonl is not the file that results were made from" in refused.stdout
+    corpus.touch()
+    assert done.plan() == sorted([*AFTER_CHAT, "pack_masked talks"])
+    corpus.write_bytes(kept)
+    os.utime(corpus, (9, 9))
+    assert done.plan() == []
+
+
 def test_knobs_make_nothing_stale(done):
     with open(done.path / "profiles/default/profile.yaml", "a") as file:
         file.write("set-resources:\n  pretrain:\n    micro_batch: 2\n  bench:\n    rows: 3\n")

@@ -1,6 +1,7 @@
 import atexit
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -46,11 +47,18 @@ try:
     absent = None if used_as_module else story.absent(Path(".snakemake"))
     if absent:
         raise ConfigError(f"{absent[0]}: there is no file {absent[1]}; paths count from the folder of the call")
-    unknown = None if used_as_module or workflow.exec_mode != ExecMode.DEFAULT else story.unrecorded(Path(".snakemake"))
-    if unknown and not {"--touch", "-t"} & set(sys.argv):
+    judged = not used_as_module and workflow.exec_mode == ExecMode.DEFAULT and not {"--touch", "-t"} & set(sys.argv)
+    unknown = story.unrecorded(Path(".snakemake")) if judged else None
+    if unknown:
         raise ConfigError(
             f"{unknown}: .snakemake, which knows from what results are made, knows nothing of it; bring .snakemake"
             f" back, or remove {Path(unknown).parent}, or take all as it is: snakemake --touch --forceall --cores 1"
+        )
+    other = story.replaced(Path(".snakemake")) if judged else None
+    if other:
+        raise ConfigError(
+            f"{other[0]}: {other[1]} is not the file that results were made from, but an older one, which Snakemake,"
+            f" going by times, would not see; make its time new: touch {shlex.quote(other[1])}"
         )
 except (PipeError, OSError) as error:
     refuse(error)
