@@ -617,6 +617,7 @@ def test_a_data_set_of_a_hub_is_fetched_as_a_folder():
         ("corpora.text.path", "hf://o/n", "corpora.text.path: a whole repository; name the file"),
         ("tokenizers.letters", {"kind": "bpe", "path": "hf://datasets/o/n"}, "a whole repository; name the file"),
         ("corpora.text", {"path": ["a", "b"], "tokenizer": "bytes"}, "a list of paths, belong to format binidx"),
+        ("corpora.text.path", "-a.txt", "-a.txt would be taken for an option, as it begins with -; write ./-a.txt"),
         ("corpora.text.path", 5, "corpora.text.path: Input should be a valid string (got 5)"),
     ],
 )

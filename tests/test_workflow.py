@@ -452,6 +452,12 @@ def test_config_errors_are_one_line(fresh, tmp_path):
     )
 
 
+def test_a_workflow_in_a_folder_whose_name_has_braces_is_refused_in_one_line(fresh, tmp_path):
+    refused = fresh.copy(tmp_path / "{work}").call("-n")
+    assert refused.returncode == 2 and "Traceback" not in refused.stdout
+    assert "takes braces in the path of a workflow for wildcards; rename the folder" in refused.stdout
+
+
 def test_broken_yaml_is_named_by_line(done):
     (done.path / "config.yaml").write_text("run: demo\nstages: [\n")
     text = done.call("-n").stdout

@@ -239,9 +239,11 @@ def _paths(config: PipelineConfig) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _addresses(config: PipelineConfig) -> None:
-    """No address has a secret in it: what the config says stands in commands, logs and reports."""
+    """No path is taken for an option, and no address has a secret in it: both stand in commands, logs and reports."""
     for section, name, field, source in _paths(config):
         key = f"{section}.{name}.{field}"
+        if source.startswith("-"):
+            raise ConfigError(f"{key}: {source} would be taken for an option, as it begins with -; write ./{source}")
         if "://" not in source:
             continue
         try:

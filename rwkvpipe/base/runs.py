@@ -183,7 +183,8 @@ def failure(step: str, log_file: str | None) -> str:
     stopped = "error: " not in said and "stopped" in said
     why = said.removeprefix("error: ")
     if not stopped and re.match(r"(\d\d:\d\d:\d\d |$)", said):  # nothing but what it was at
-        why = "it ended without a word of why, as what is killed does, by the system if memory is short"
+        why = "it ended without a word of why, as what is killed does, by the system if memory is short, and what finds"
+        why += " its disk full"
         why += f"; the last was: {said}" if said else ""
     told = f"{'stopped' if stopped else 'error'}: {step}: {why}"
     return told + (f"; its log is {log_file}" if log_file else "")

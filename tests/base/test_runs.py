@@ -108,6 +108,7 @@ def test_a_failed_step_is_told_with_its_last_words_and_its_log(tmp_path):
     log.write_text("12:00:00 stopped after step 3 of 9; the same command goes on from there\n")
     assert runs.failure("sft a", str(log)).startswith("stopped: sft a: 12:00:00 stopped after step 3")
     assert "ended without a word" in runs.failure("sft a", str(tmp_path / "none"))
+    assert "if memory is short, and what finds its disk full; its log" in runs.failure("a", str(tmp_path / "none"))
     log.write_text("12:00:00 step 1/250 loss 3.9\n")
     told = runs.failure("sft a", str(log))
     assert told.startswith("error: sft a: it ended without a word of why, as what is killed does")

@@ -34,6 +34,8 @@ def refuse(error):
 
 
 try:
+    if set("{}") & set(str(ROOT)):
+        raise ConfigError(f"{ROOT}: Snakemake takes braces in the path of a workflow for wildcards; rename the folder")
     kept = launch.kept_plan() if workflow.exec_mode != ExecMode.DEFAULT else {}
     # files given on the command line stand alone: config.yaml is not merged into them
     if used_as_module:
