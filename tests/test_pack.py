@@ -594,6 +594,25 @@ def test_an_id_of_a_given_pair_that_no_token_owns_is_named(tmp_path):
     assert not (tmp_path / "out/corpus.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("mask", "says"),
+    [
+        (bytes([1, 0, 1]), "has 3 bytes, but 4 tokens"),
+        (bytes([1, 0, 7, 1]), "token 3 has the byte 7; a byte is 0 or 1, and other weights are fp32 numbers"),
+        (np.array([1, 0.5, -1, 0], "<f4").tobytes(), "holds what is no number from 0 up near token 0"),
+        (np.array([1, 0.5, np.nan, 0], "<f4").tobytes(), "holds what is no number from 0 up near token 0"),
+    ],
+)
+def test_marks_of_a_given_pair_that_are_none_are_refused_before_anything_is_written(tmp_path, mask, says):
+    with BinidxWriter(tmp_path / "pair", np.uint16) as writer:
+        writer.add([1, 0, 5, 1])
+    (tmp_path / "pair.mask").write_bytes(mask)
+    trie = TrieTokenizer({1: b"a", 5: b"b"})
+    with pytest.raises(DataError, match=f"pair.mask: {says}"):
+        run(tmp_path, tmp_path / "pair", tokenizer=trie, format="binidx")
+    assert not list((tmp_path / "out").glob("*"))
+
+
 def pairs(folder, masked=False):
     """Two packed corpora of talks or texts, and their texts."""
     spec = {"format": "chat"} if masked else {}

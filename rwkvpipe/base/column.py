@@ -92,6 +92,8 @@ class Columns:
                 if name not in known:
                     near = difflib.get_close_matches(name, sorted(known), n=1)
                     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
+                    if names is used:
+                        hint += f", or say where it stands: columns: {{{name}: {name}}}"
                     raise ConfigError(f"{key}.{name}: no such name; {hint}")
 
     @cached_property

@@ -69,6 +69,19 @@ def owned(pair: Binidx, tokenizer: Tokenizer) -> None:
             )
 
 
+def marked(pair: Binidx) -> None:
+    """Read the marks of a pair that others made, and raise DataError for the first that is none."""
+    for start in range(0, len(pair), BLOCK):
+        found = pair.weights(start, min(BLOCK, len(pair) - start))
+        said = pair.mask(start, len(found))
+        if said.dtype == np.uint8 and said.max() > 1:
+            place = int(np.argmax(said > 1))
+            raise DataError(
+                f"{pair.prefix}.mask: token {start + place + 1} has the byte {said[place]}; a byte is 0 or 1, and other"
+                " weights are fp32 numbers (little-endian), four bytes a token"
+            )
+
+
 def adopt(folder: Path, found: dict[str, list[str]], about: dict, *, how: str, tokenizer: Tokenizer) -> dict:
     """Make a corpus of pairs that are there, train and perhaps valid; returns what corpus.json says.
 
@@ -82,6 +95,8 @@ def adopt(folder: Path, found: dict[str, list[str]], about: dict, *, how: str, t
         raise DataError(f"{', '.join(found['train'])}: no tokens in it; give a pair that has some")
     for pair in every:
         owned(pair, tokenizer)
+        if pair.masked:
+            marked(pair)
     (folder / "corpus.json").unlink(missing_ok=True)
     card, masked, dtype = Card(), every[0].masked, every[0].dtype
     spread = how == "link" and max(map(len, pairs.values())) > 1

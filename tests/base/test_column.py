@@ -67,6 +67,8 @@ def test_two_lists_side_by_side_are_refused():
 def test_names_that_nothing_knows_are_refused():
     with pytest.raises(ConfigError, match="columns.contxt: no such name; did you mean context"):
         Columns({"contxt": "a"}, {"question": "{context}"})
+    with pytest.raises(ConfigError, match="templates.t: no such name; .*, or say where it stands: columns: {t: t}"):
+        Columns({}, {"text": "{t} {label}"})
     with pytest.raises(ConfigError, match="templates.ansr: no such name; did you mean answer"):
         Columns({}, {"ansr": "x"})
     assert Columns({"c": "x.y"}, {"question": "{c} {question}"}).tops == {"x", "question"}
