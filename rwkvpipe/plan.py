@@ -6,6 +6,7 @@ schema of config.yaml, for editors.
     python -m rwkvpipe.plan --schema > workflow/schemas/config.schema.yaml
 """
 
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -240,6 +241,11 @@ class Plan(Tree):
                 if not there or (store is not None and records.of_others(store, step.writes, path)):
                     return self._key(path), path
         return None
+
+    def blocked(self) -> Path | None:
+        """What stands where results need a folder, and is none."""
+        folders = {folder for step in self.steps for path in step.writes for folder in Path(path).parents}
+        return next((path for path in sorted(folders) if os.path.lexists(path) and not path.is_dir()), None)
 
     def replaced(self, store: Path) -> tuple[str, str] | None:
         """Key and path of a local file that took the place of the one that results were made from; None if none did.

@@ -374,6 +374,19 @@ def test_what_was_made_from_another_file_needs_the_one_that_the_config_names(pla
         assert plan.absent(tmp_path / ".snakemake") is None
 
 
+def test_a_file_where_results_need_a_folder_is_found(plan, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert plan.blocked() is None
+    Path("results/demo").mkdir(parents=True)
+    Path("results/demo/base").touch()
+    assert plan.blocked() == Path("results/demo/base")
+    Path("results/demo/base").unlink()
+    assert plan.blocked() is None
+    Path("results/demo").rmdir()
+    Path("results/demo").symlink_to("nowhere")
+    assert plan.blocked() == Path("results/demo")
+
+
 def test_an_older_file_in_the_place_of_one_that_was_read_is_found(plan, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     store, source = tmp_path / ".snakemake", Path("talks.jsonl")

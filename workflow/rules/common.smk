@@ -49,6 +49,9 @@ try:
     absent = None if used_as_module else story.absent(Path(".snakemake"))
     if absent:
         raise ConfigError(f"{absent[0]}: there is no file {absent[1]}; paths count from the folder of the call")
+    blocked = story.blocked()
+    if blocked:
+        raise ConfigError(f"{blocked}: results need a folder there, and this is none; move it away")
     judged = not used_as_module and workflow.exec_mode == ExecMode.DEFAULT and not {"--touch", "-t"} & set(sys.argv)
     unknown = story.unrecorded(Path(".snakemake")) if judged else None
     if unknown:
