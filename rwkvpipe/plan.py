@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from os.path import normpath
 from pathlib import Path
 
 import yaml
@@ -21,6 +22,7 @@ from rwkvpipe.base.config import CorpusConfig, DpoConfig, PipelineConfig, Rollou
 from rwkvpipe.base.errors import Parser, run
 from rwkvpipe.base.files import canonical
 from rwkvpipe.base.fingerprint import fingerprint
+from rwkvpipe.base.records import means_one_of
 from rwkvpipe.base.sources import pair_files
 from rwkvpipe.base.strict import Strict
 from rwkvpipe.base.tree import SPOKEN, Tree, local
@@ -281,7 +283,7 @@ class Plan(Tree):
                 for field in ("path", "valid_path", "template"):
                     given = getattr(entry, field, None) or ()
                     for each in (given,) if isinstance(given, str) else given:
-                        if path in (local(each), *pair_files(each)):
+                        if path in (local(each), *pair_files(each)) or means_one_of(local(each), [normpath(path)]):
                             return f"{section}.{name}.{field}"
         for name in self.config.weights:
             if path in self.merged_in(name):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rwkvpipe.base import records
 from rwkvpipe.base.agree import load, parse
 from rwkvpipe.base.config import CorpusConfig, Settings, check
 from rwkvpipe.base.errors import ConfigError
@@ -411,6 +412,14 @@ def test_an_older_file_in_the_place_of_one_that_was_read_is_found(plan, tmp_path
     assert plan.replaced(store) is None  # what was read
     source.write_text("other")
     os.utime(source, (9, 9))
+    assert plan.replaced(store) == ("corpora.talks.path", "talks.jsonl")
+    letters = "results/shared/tokenizers/bytes/tokenizer.json"
+    assert records.replaced(store, step.writes[0], ["talks.jsonl", letters]) == "talks.jsonl"
+    Path("new.jsonl").touch()
+    both = {**told, "input_checksums": {**told["input_checksums"], "new.jsonl": "sha256:0"}}
+    record.write_text(json.dumps(both))
+    os.utime("new.jsonl", (2e9, 2e9))
+    assert records.replaced(store, step.writes[0], ["talks.jsonl", "new.jsonl"]) is None  # all is made anew
     for text in ("no record", "[]", json.dumps({**told, "starttime": 1e12}), json.dumps({**told, "starttime": None})):
         record.write_text(text)
         assert plan.replaced(store) is None
@@ -439,6 +448,7 @@ def test_what_was_made_of_the_files_of_a_folder_or_glob_does_not_need_them(tmp_p
     record.write_text(json.dumps({"input": ["results/shared/tokenizers/bytes/tokenizer.json", made]}))
     found = plan.absent(tmp_path / ".snakemake")
     assert found == (None if known else ("corpora.talks.path", path))
+    assert not known or plan._key(made) == "corpora.talks.path"
 
 
 def test_later_files_and_values_go_over_earlier_ones(tmp_path):

@@ -1,7 +1,8 @@
 """What Snakemake's own records say that a result was made from."""
 
 import base64
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from fnmatch import filter as filter_names
 from os.path import normpath
 from pathlib import Path
@@ -43,20 +44,21 @@ def of_others(store: Path, made: Iterable[str], path: str) -> bool:
 def replaced(store: Path, made: str, paths: Iterable[str]) -> str | None:
     """The first of some files that is another than the one that a result was made from, by its digest, but older.
 
-    Of a newer one Snakemake itself takes the digest. One whose entry in its folder has not changed since is not read.
+    Of a newer one Snakemake itself takes the digest, and where that is another, too, it makes the result anew. One that
+    may not be read, or whose entry in its folder has not changed since, is left alone.
     """
     record = _read(store, made)
     known, begun = record.get("input_checksums"), record.get("starttime")
-    if not isinstance(known, dict) or not isinstance(begun, int | float):
+    if not isinstance(known, dict) or not isinstance(begun, int | float) or not Path(made).exists():
         return None
     wanted = {normpath(file): value for file, value in known.items() if f"{value}".startswith("sha256:")}
-    return next((path for path in paths if _another(path, made, wanted.get(normpath(path)), begun)), None)
+    there = [path for path in paths if normpath(path) in wanted and os.access(path, os.R_OK)]
+    ended = Path(made).stat().st_mtime
+    newer = [path for path in there if Path(path).stat().st_mtime > ended]
+    older = [path for path in there if Path(path).stat().st_mtime <= ended and Path(path).stat().st_ctime >= begun]
 
+    def others(files: list[str]) -> Iterator[str]:
+        return (path for path in files if f"sha256:{digest(path)}" != wanted[normpath(path)])
 
-def _another(path: str, made: str, wanted: str | None, begun: float) -> bool:
-    try:
-        result, source = Path(made).stat(), Path(path).stat()
-        unseen = source.st_mtime <= result.st_mtime and source.st_ctime >= begun
-        return wanted is not None and unseen and f"sha256:{digest(path)}" != wanted
-    except OSError:
-        return False
+    found = next(others(older), None)
+    return None if found is None or any(others(newer)) else found
