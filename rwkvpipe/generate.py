@@ -18,6 +18,7 @@ from rwkvpipe.infer.layout import TEMPLATE, Layout, find_layout
 from rwkvpipe.infer.prompts import read_prompts
 from rwkvpipe.kernel.panels import KINDS
 from rwkvpipe.tokenizer.chat import MODES
+from rwkvpipe.tokenizer.integer import IntegerTokenizer
 from rwkvpipe.train import dist
 from rwkvpipe.weights import store
 from rwkvpipe.weights.speaker import load_speaker
@@ -72,7 +73,9 @@ def tell(engine: Engine, prompts: list[str], sampling: SamplingConfig) -> None:
     for number, text in enumerate(prompts):
         pieces = engine.stream(text, sampling, number)
         first = next(pieces)  # a prompt that cannot be read is not printed either
-        sys.stdout.write("\n" * bool(number) + text + first)
+        # two numbers side by side would read as one
+        apart = " " if isinstance(engine.tokenizer, IntegerTokenizer) and text[-1:].isdigit() else ""
+        sys.stdout.write("\n" * bool(number) + text + apart + first)
         _flow(pieces)
 
 

@@ -39,6 +39,8 @@ def texts(file: str | None, spec: BenchmarkConfig, seed: int) -> Iterator[dict]:
             yield {"text": document.text}
     else:
         for document in corpus.Reader(spec, "text").documents(file):
+            if document.ids is not None:
+                raise DataError(f"{document.origin}: numbers; task bits reads texts: write them as one, with spaces")
             if not document.text:
                 raise DataError(f"{document.origin}: the text is empty; task bits needs one to read")
             yield {"text": document.text}

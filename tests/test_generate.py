@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import re
 import sys
 
 import pytest
@@ -16,6 +17,7 @@ from rwkvpipe.base.files import read_jsonl
 from rwkvpipe.data.talk import talk
 from rwkvpipe.model.family import build
 from rwkvpipe.tokenizer import chat
+from rwkvpipe.tokenizer.integer import IntegerTokenizer
 from rwkvpipe.tokenizer.load import save_tokenizer
 from rwkvpipe.tokenizer.trie import TrieTokenizer
 from rwkvpipe.train.stage import write_adapter
@@ -122,6 +124,13 @@ def test_bad_words_are_refused_in_one_line(home, words, said):
     with pytest.raises(ConfigError, match=said) as caught:
         call(home, *words)
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_that_follow_numbers_stand_apart_from_them(home, capsys):
+    save_tokenizer(home / "numbers", IntegerTokenizer(255))
+    model = ["--model", str(home / "m.safetensors"), "--tokenizer", str(home / "numbers")]
+    generate.main([*model, "--prompt", "1 2", "--max-tokens", "3"])
+    assert re.fullmatch(r"1 2 \d+ \d+ \d+\n", capsys.readouterr().out)
 
 
 def test_a_file_of_prompts_is_read_line_by_line(home, capsys):

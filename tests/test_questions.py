@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from rwkvpipe import questions
@@ -40,6 +41,9 @@ def test_a_text_file_is_one_row_of_task_bits(tmp_path):
     path = rows(tmp_path / "a.jsonl", {"body": "x"}, {"body": "y"})
     assert run(tmp_path, path, task="bits", columns={"text": "body"}, limit=1) == [{"text": "x"}]
     (tmp_path / "b.txt").write_bytes(b"")
+    np.save(tmp_path / "a.npy", np.array([[1, 2]]))
+    with pytest.raises(DataError, match="a.npy: row 1: numbers; task bits reads texts: write them as one, with spaces"):
+        run(tmp_path, tmp_path / "a.npy", task="bits")
     with pytest.raises(DataError, match="b.txt:1: the text is empty"):
         run(tmp_path, tmp_path / "b.txt", task="bits")
 
