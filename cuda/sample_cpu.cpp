@@ -210,8 +210,8 @@ struct Sampler {
 
     // collects what may be among the likeliest that together reach a goal: all that is lighter does not weigh the rest
     void near(Room &at, const Weight &weight, int64_t whole, int64_t goal) const {
-        const double light = std::max(1.0, static_cast<double>((whole - goal) / V));
-        const double reach = (UNIT + 0.01 - std::log2(light)) / weight.scale;
+        const int64_t light = (whole - goal) / V;  // 0: the goal may need all that weighs anything, down to LEAST
+        const double reach = (light ? UNIT + 0.01 - std::log2(static_cast<double>(light)) : -LEAST) / weight.scale;
         collect(at, std::max(LOWEST, static_cast<float>(weight.top - reach)));
         weight.all(at.values, at.n, at.weights);
     }

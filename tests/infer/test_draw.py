@@ -108,6 +108,20 @@ def test_equal_chances_that_reach_top_p_exactly_are_cut_alike(top_p, equal, seed
         assert torch.equal(weights(Asked(logits, logits), config), chances(logits, config))
 
 
+@needs_native
+@pytest.mark.parametrize("top_p", [1 - 2**-53, 1 - 1e-12, 1 - 1e-9])
+@pytest.mark.parametrize("order", ["hf", "rwkv"])
+@pytest.mark.parametrize("top_k", [0, 990])
+def test_a_share_of_almost_all_reaches_ids_that_hardly_weigh_anything(order, top_k, top_p):
+    mixed = torch.randperm(1001, generator=torch.Generator().manual_seed(0))
+    logits = torch.cat((torch.zeros(1, 1), torch.linspace(-20, -30, 1000)[None]), 1)[:, mixed]
+    for temperature in (0.9, 1.0):
+        config = SamplingConfig(order=order, top_p=top_p, top_k=top_k, temperature=temperature)
+        asked = Asked(logits, logits, draws=torch.tensor([0.5]))
+        assert torch.equal(weights(asked, config), chances(logits, config))
+        assert choose(asked, config)[0].tolist() == [int(logits.argmax())]
+
+
 @pytest.mark.parametrize(
     "form", [pytest.param(weights, marks=needs_native), lambda asked, config: chances(asked.logits, config)]
 )
