@@ -15,6 +15,8 @@ from rwkvpipe.infer.row import Job, Row
 from rwkvpipe.infer.words import Words
 from rwkvpipe.model.layers import State
 
+FAINTEST = 2.0**-100  # of times that fade: an id that has come has come, `presence` asks no more
+
 
 class Slots:
     """At most `limit` rows, each with its own settings; they share one state and one step of the model."""
@@ -117,8 +119,9 @@ class Slots:
         counted = [n for n, row in enumerate(rows) if row.penalised]
         if counted:
             for n in counted:
-                if rows[n].job.sampling.decay != 1.0:
-                    self.table["counts"][places[n]] *= rows[n].job.sampling.decay
+                if (decay := rows[n].job.sampling.decay) != 1.0:
+                    times = self.table["counts"][places[n]]
+                    self.table["counts"][places[n]] = torch.maximum(times * decay, times.clamp(max=FAINTEST))
             spots = torch.tensor([places[n] for n in counted], device=self.device), chosen[counted]
             self.table["counts"][spots] += 1
             self.table["seen"][spots] = True

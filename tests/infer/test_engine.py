@@ -314,6 +314,19 @@ def test_penalties_of_earlier_times_fade():
         times = {n: 0.5 * value + (n == number) for n, value in times.items()}
 
 
+@pytest.mark.parametrize("decay", [0.0, 1e-9, 0.25])
+def test_presence_stays_when_the_times_have_faded_to_nothing(decay):
+    network = model()
+    with torch.no_grad():
+        network.head.weight.zero_()
+    places = {n: 250.0 - n for n in range(1, 250)}  # each comes once, the likeliest first
+    sampling = SamplingConfig(
+        temperature=0.0, presence=500.0, decay=decay, bias=places, ban=(0,), max_tokens=240, stop=()
+    )
+    (found,) = engine(network).generate(["q"], sampling)
+    assert found.ids == list(range(1, 241))
+
+
 def test_half_a_surrogate_pair_in_a_stop_text_is_refused(network):
     with pytest.raises(DataError, match="half a surrogate pair"):
         list(engine(network).generate(["a"], SamplingConfig(stop=("\ud800",))))
