@@ -220,6 +220,8 @@ REFUSED = [
     ({"tools": []}, 400, "tools"),
     ({"guided_choice": ["x" * 9000]}, 400, "guided_choice"),
     ({"guided_regex": "("}, 400, None),
+    ({"guided_json": {"maximum": 10**400}}, 400, None),
+    ({"guided_json": {"const": float("inf")}}, 400, None),
     ({"guided_regex": "a", "guided_json": {}}, 400, "guided_regex"),
     ({"response_format": {"type": "xml"}}, 400, "response_format"),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, 400, "response_format"),

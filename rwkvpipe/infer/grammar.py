@@ -51,7 +51,10 @@ def _tokenizer(words: Words) -> Any:
 def _compiled(regex: str | None, schema: str | None, words: Words) -> str:
     """A grammar in the library's own form. Raises ConfigError for one that it does not take."""
     matcher, named = _library().LLMatcher, "regex" if regex is not None else "json_schema"
-    found = matcher.grammar_from_json_schema(schema, JSON) if regex is None else matcher.grammar_from_regex(regex)
+    try:
+        found = matcher.grammar_from_json_schema(schema, JSON) if regex is None else matcher.grammar_from_regex(regex)
+    except ValueError as error:  # a schema that is too deep for it, or has numbers that JSON has not
+        raise ConfigError(f"sampling.{named}: {' '.join(str(error).split())}") from None
     if said := matcher.validate_grammar(found, _tokenizer(words)):
         raise ConfigError(f"sampling.{named}: {' '.join(said.split())}")
     return found

@@ -73,12 +73,23 @@ def test_bans_and_the_limit_hold_beside_it():
         written("bytes", regex="a", ban=(98,))
 
 
+def nested(depth):
+    """A schema inside a schema inside ..."""
+    found = {"type": "integer"}
+    for _ in range(depth):
+        found = {"items": found}
+    return found
+
+
 @pytest.mark.parametrize(
     ("rules", "said"),
     [
         ({"regex": "("}, "sampling.regex: .*unclosed group"),
         ({"regex": "(?=a)b"}, "sampling.regex: .*look-around"),
         ({"json_schema": {"type": "objekt"}}, "sampling.json_schema: Invalid type"),
+        ({"json_schema": nested(300)}, "sampling.json_schema: recursion limit exceeded"),
+        ({"json_schema": {"const": float("nan")}}, "sampling.json_schema: expected value"),
+        ({"json_schema": {"maximum": 10**400}}, "sampling.json_schema: number out of range"),
     ],
 )
 def test_what_is_no_grammar_is_refused_in_one_line(rules, said):
