@@ -112,8 +112,7 @@ class Row:
         if number == self.words.eos or number in self.job.sampling.stop_ids:
             self.finish = "stop"
             return True
-        before = len(self.data)
-        self.data = self.words.grown(self.data, self.ids)
+        self.data, before = self.words.grown(self.data, self.ids)
         if (place := self._stopped(before)) is not None:
             del self.data[place:]
             self.finish = "stop"
@@ -147,14 +146,14 @@ class Row:
         self.error, self.finish = error, "error"
 
     def written(self) -> bytes:
-        """What no stop text can take back any more."""
+        """What neither a stop text nor a character that becomes whole can take back any more."""
         if self.finish is not None:
             return bytes(self.data)
-        held = 0
+        data, held = self.words.settled(self.data), 0
         for stop in self.stops:
-            most = min(len(stop) - 1, len(self.data))
-            held = max(held, next((n for n in range(most, 0, -1) if self.data.endswith(stop[:n])), 0))
-        return bytes(self.data[: len(self.data) - held])
+            most = min(len(stop) - 1, len(data))
+            held = max(held, next((n for n in range(most, 0, -1) if data.endswith(stop[:n])), 0))
+        return bytes(data[: len(data) - held])
 
     def completion(self) -> Completion:
         """The text that is over. Raises what ended it where that was its own settings."""

@@ -10,6 +10,8 @@ from rwkvpipe.tokenizer.byte import ByteTokenizer, utf8
 from rwkvpipe.tokenizer.load import Tokenizer
 from rwkvpipe.tokenizer.trie import TrieTokenizer
 
+LOST = "\ufffd".encode()
+
 
 class Words:
     """The ids of a vocabulary, as a model of `size` ids sees them."""
@@ -40,12 +42,24 @@ class Words:
         """Bytes of the longest token."""
         return max(map(len, self.by_bytes), default=0)
 
-    def grown(self, data: bytearray, ids: list[int]) -> bytearray:
-        """What ids write, given what all but the last of them wrote (which may be changed)."""
-        if not self.plain:
-            return bytearray(self.tokenizer.decode_bytes(ids))
-        data += self.tokenizer.decode_bytes(ids[-1:])
-        return data
+    def grown(self, data: bytearray, ids: list[int]) -> tuple[bytearray, int]:
+        """What ids write, given what all but the last of them wrote (which may be changed); from where on it is new."""
+        if self.plain:
+            before = len(data)
+            data += self.tokenizer.decode_bytes(ids[-1:])
+            return data, before
+        found = bytearray(self.tokenizer.decode_bytes(ids))
+        if found.startswith(data):
+            return found, len(data)
+        pairs = enumerate(zip(data, found, strict=False))
+        return found, next((n for n, (old, new) in pairs if old != new), len(found))
+
+    def settled(self, data: bytearray) -> bytearray:
+        """What of it further ids cannot change: some tokenizers write U+FFFD for a character until it is whole."""
+        end = len(data)
+        while not self.plain and data.endswith(LOST, 0, end):
+            end -= len(LOST)
+        return data[:end]
 
 
 @lru_cache(maxsize=4)

@@ -171,6 +171,37 @@ def test_of_several_stop_texts_the_one_that_is_whole_first_ends_the_text_whateve
     assert row.completion().text == "xa"
 
 
+class Lossy:
+    """A tokenizer whose ids are bytes and whose decode, all that there is, has U+FFFD for half a character."""
+
+    size, eos = 257, 0
+    encode = staticmethod(lambda text: [byte + 1 for byte in text.encode()])
+    decode = staticmethod(lambda ids: bytes(n - 1 for n in ids if n).decode("utf-8", "replace"))
+    decode_bytes = classmethod(lambda kind, ids: kind.decode(ids).encode())
+    owns = staticmethod(lambda number: number > 0)
+
+
+@pytest.mark.parametrize(("stop", "text"), [("日", "x"), ("é", "x日本"), ("本é", "x日"), ("本日", "x日本éy")])
+def test_characters_that_become_whole_are_streamed_whole_and_found_as_stop_texts(stop, text):
+    row = Row(Job(0, 0, [1], SamplingConfig(stop=(stop,)), None, None, 0), Words(Lossy(), 257))
+    told = b""
+    for number in Lossy.encode("x日本éy"):
+        over = row.add(number, -1.0)
+        assert row.written().startswith(told)
+        told = row.written()
+        if over:
+            break
+    assert told.decode() == text == row.completion().text
+
+
+def test_a_stream_of_broken_characters_is_the_text_that_is_generated(network):
+    biased = SamplingConfig(max_tokens=40, stop=(), bias={byte + 1: 60.0 for byte in "日本é".encode()})
+    for seed in range(3):
+        sampling = biased.model_copy(update={"seed": seed})
+        (whole,) = engine(network, tokenizer=Lossy()).generate(["q"], sampling)
+        assert "".join(engine(network, tokenizer=Lossy()).stream("q", sampling)) == whole.text
+
+
 def test_the_id_that_ends_documents_ends_at_once_and_writes_nothing(network):
     (one,) = engine(network).generate(["q"], SamplingConfig(temperature=0.0, bias={0: 1e4}, max_tokens=9))
     assert (one.text, one.ids, one.finish) == ("", [0], "stop")
