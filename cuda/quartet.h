@@ -24,7 +24,7 @@ constexpr int past(int t, int s) { return 10 + t * 3 - t * (t - 1) / 2 + s - t -
 // WIDE: wide, where it is known beforehand, so that all places are; or 0
 template <int WIDE>
 struct Quartet {
-    // rows of every token of a chunk: exp(w), the decays less 1, and (the first token's) D(., last) - 1
+    // rows of every token of a chunk: d exp(w), d - 1 for decays d, and (the first token's) D(., last) - 1
     enum { W, D, E, CHUNKS };
     // Rows of the four, in room of their own. Y is the gradient of y; BT, KT: b and k as they are after the last; AT,
     // RT: a and r as they are before the first; GU, GV, SY, SU: the products above; GS: the sums of G S (the first's).
@@ -38,6 +38,7 @@ struct Quartet {
     const Tokens &x;
     int64_t begin;  // the first of the four
     float *tokens, *own;
+    bool streamed;  // all gradients are
 
     static int64_t room(const Sizes &s) { return FOUR * (END - CHUNKS) * s.wide(); }
     int64_t wide() const { return WIDE ? WIDE : x.wide; }
@@ -66,7 +67,9 @@ struct Quartet {
     }
 
     void put(float *to, int t, int64_t j, Vec found) const {
-        if (begin + t < x.s.T && j < x.s.N) store_some(to + x.first + (begin + t) * x.step + j, found, x.s.N - j);
+        if (begin + t >= x.s.T || j >= x.s.N) return;
+        float *at = to + x.first + (begin + t) * x.step + j;
+        streamed ? stream(at, found) : store_some(at, found, x.s.N - j);
     }
 
     // products of two vectors of token t with those of the tokens behind it; `decayed` on the way there
@@ -109,16 +112,18 @@ struct Quartet {
 
     void decays(const float *w) const {
         take(W, w);
-        for (int t = 0; t < FOUR; t++) {
-            if (begin + t < x.s.T)
-                x.decay(row(t, W), row(t, W), row(t, D));
-            else
-                zero(row(t, D), wide());
-        }
+        const int64_t there = std::min<int64_t>(FOUR, x.s.T - begin);
         for (int64_t j = 0; j < wide(); j += WIDTH) {
-            Vec rate = {};
-            for (int t = 0; t < FOUR; t++) rate += load(row(t, W) + j);
-            store(row(0, E) + j, exponential_less_1(-rate));
+            Vec rates = {};
+            for (int t = 0; t < there; t++) {
+                const Vec rate = exponential(load(row(t, W) + j));
+                Vec less_1;
+                const Vec d = exponential(-rate, less_1);
+                rates += rate;
+                store(row(t, W) + j, d * rate), store(row(t, D) + j, less_1);
+            }
+            for (int t = there; t < FOUR; t++) store(row(t, D) + j, Vec{});
+            store(row(0, E) + j, exponential_less_1(-rates));
         }
     }
 
@@ -285,8 +290,7 @@ struct Quartet {
                         in_k += in_k * d[s] + a[s] * values[1][past(t, s)];
                     }
                 }
-                const Vec rate = load(row(t, W) + j);  // and d anew: d - 1 has lost the digits of a small d
-                put(to.w, t, j, -h * exponential(-rate) * rate);
+                put(to.w, t, j, -h * load(row(t, W) + j));
                 put(to.b, t, j, in_b), put(to.k, t, j, in_k), put(to.a, t, j, with_u[t]);
                 both_ += both_ * d[t] + gu * b[t] + gv * k[t];
 #pragma GCC unroll 4

@@ -70,8 +70,19 @@ struct Tokens {
         read(which, from, t, 0);
         return row(0, which);
     }
-    void write(int which, float *to, int64_t t, int64_t place) const {
-        copy(to + first + t * step, row(place, which), s.N);
+    void write(int which, float *to, int64_t t, int64_t place) const { write(to, t, row(place, which)); }
+    void write(float *to, int64_t t, const float *from) const {
+        float *at = to + first + t * step;
+        if (!in_lines(to, s.N)) return copy(at, from, s.N);
+        for (int64_t j = 0; j < s.N; j += WIDTH) stream(at + j, load(from + j));
+    }
+    // the state before the chunk that begins with token t, from [key][value]
+    void keep(float *states, int64_t t, const float *S) const {
+        float *to = states + s.kept(number, t);
+        if (in_lines(states, s.N))
+            transpose<true>(to, s.N, S, wide, s.N, s.N);
+        else
+            transpose(to, s.N, S, wide, s.N, s.N);
     }
     // exp(w), which may take the place of w, and d - 1 = exp(-exp(w)) - 1. S + S (d - 1) is S d without the rounding of
     // d, which where d is next to 1 would be the same error each time
@@ -87,7 +98,8 @@ struct Tokens {
 
 // What of several tensors will be read or written soon, asked for a few cache lines at a time while something else is
 // computed: a chunk of one head, while that before it is worked on. As much of all heads of a group would be more than
-// the second cache holds. A store that waits for its line holds up all later ones, so what is written is asked for, too.
+// the second cache holds. A store that waits for its line holds up all later ones, so what is written is asked for, too,
+// unless it is streamed.
 struct Soon {
     struct Rows {
         const float *from;
@@ -107,11 +119,13 @@ struct Soon {
     void add(const Sizes &s, const Group &group, int64_t t, std::initializer_list<const float *> from, bool written) {
         const int64_t place = ((group.row * s.T + t) * s.H + group.first) * s.N;
         for (const float *x : from)
-            if (x) add({x + place, group.heads * s.N, std::min<int64_t>(CHUNK, s.T - t), s.H * s.N, written});
+            if (x && !(written && in_lines(x, s.N)))
+                add({x + place, group.heads * s.N, std::min<int64_t>(CHUNK, s.T - t), s.H * s.N, written});
     }
     // the states before the chunk that begins with token t
     void add(const Sizes &s, const Group &group, int64_t t, const float *states, bool written) {
-        add({states + s.kept(group.number(s, 0), t), s.N * s.N, group.heads, s.chunks() * s.N * s.N, written});
+        if (!(written && in_lines(states, s.N)))
+            add({states + s.kept(group.number(s, 0), t), s.N * s.N, group.heads, s.chunks() * s.N * s.N, written});
     }
     // how often `ask` will be called
     void over(int64_t times) { share = (lines + times - 1) / times; }

@@ -48,6 +48,30 @@ inline void zero(float *to, int64_t n) {
     for (; i < n; i++) to[i] = 0;
 }
 
+// Where a vector is a whole line of cache, what is read again only much later is written past the caches: no line is
+// fetched to be overwritten, and none is driven out. Smaller pieces would wait for the rest of their line.
+constexpr bool STREAMS = WIDTH == 16;
+
+// whether rows of n floats, one behind the other from `to` on, are whole lines; else they are stored as ever
+inline bool in_lines(const float *to, int64_t n) {
+    return STREAMS && n % WIDTH == 0 && reinterpret_cast<uintptr_t>(to) % sizeof(Vec) == 0;
+}
+inline void stream(float *to, Vec x) {
+#if defined(__AVX512F__) && defined(__clang__)
+    __builtin_nontemporal_store(x, reinterpret_cast<Vec *>(to));
+#elif defined(__AVX512F__)
+    __builtin_ia32_movntps512(to, x);
+#else
+    store(to, x);
+#endif
+}
+// before another thread may read what was streamed
+inline void settle() {
+#if defined(__AVX512F__)
+    __builtin_ia32_sfence();
+#endif
+}
+
 // the lanes of a vector as the arguments of a shuffle of two
 #if defined(__AVX512F__)
 #define LANES(of) \
@@ -104,7 +128,9 @@ inline void turn(Vec *x, Vec *y) {
     }
 }
 
-// to[j][i] = from[i][j] for i < rows, j < columns; the rest of each row of `to`, up to a whole vector, becomes zero
+// to[j][i] = from[i][j] for i < rows, j < columns; the rest of each row of `to`, up to a whole vector, becomes zero.
+// PAST: `to` is streamed, its rows are whole lines
+template <bool PAST = false>
 __attribute__((noinline)) inline void transpose(float *to, int64_t to_step, const float *from, int64_t from_step,
                                                 int64_t rows, int64_t columns) {
     for (int64_t i = 0; i < rows; i += WIDTH) {
@@ -114,7 +140,10 @@ __attribute__((noinline)) inline void transpose(float *to, int64_t to_step, cons
             for (int l = 0; l < WIDTH; l++) x[l] = l < tall ? load_some(from + (i + l) * from_step + j, wide) : Vec{};
             turn(x, y);
             const int64_t room = to_step - i;
-            for (int l = 0; l < WIDTH && l < wide; l++) store_some(to + (j + l) * to_step + i, x[l], room);
+            for (int l = 0; l < WIDTH && l < wide; l++) {
+                float *row = to + (j + l) * to_step + i;
+                PAST ? stream(row, x[l]) : store_some(row, x[l], room);
+            }
         }
     }
 }
@@ -149,6 +178,14 @@ inline void split_exponential(Vec x, Vec &power, Vec &rest) {
 inline Vec exponential(Vec x) {
     Vec power, rest;
     split_exponential(x, power, rest);
+    return x < -87.33654f ? Vec{} : rest * power + power;
+}
+
+// e^x and, with all its digits where x is next to 0 too, e^x - 1, which has lost those of a small e^x
+inline Vec exponential(Vec x, Vec &less_1) {
+    Vec power, rest;
+    split_exponential(x, power, rest);
+    less_1 = rest * power + (power - 1.0f);
     return x < -87.33654f ? Vec{} : rest * power + power;
 }
 

@@ -70,7 +70,7 @@ struct Forward : Inputs {
                 Soon soon = ahead(group.after(h), t + CHUNK * group.ends(h));
                 soon.over(tokens * ((s.N + HELD - 1) / HELD));
                 const Tokens x(s, group.number(s, h), first + group.heads * apart, FORWARD);
-                if (states) transpose(states + s.kept(x.number, t), s.N, first + h * apart, wide, s.N, s.N);
+                if (states) x.keep(states, t, first + h * apart);
                 read(x, t, tokens);
                 chunk(x, first + h * apart, tokens, soon);
                 for (int64_t i = 0; i < tokens; i++) x.write(Y, y, t + i, i);
@@ -78,6 +78,7 @@ struct Forward : Inputs {
         }
         for (int64_t h = 0; h < group.heads; h++)
             transpose(end + group.number(s, h) * square, s.N, first + h * apart, wide, s.N, s.N);
+        settle();
     }
 
     Soon ahead(const Group &group, int64_t t) const {
@@ -197,6 +198,7 @@ struct Backward : Inputs {
             copy(partial + 2 * n * N, mine + wide, N);
             copy(partial + (2 * n + 1) * N, mine + 2 * wide, N);
         }
+        settle();
     }
 
     Soon ahead(const Group &group, int64_t t) const {

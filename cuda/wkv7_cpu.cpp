@@ -39,12 +39,13 @@ struct Forward {
                 soon.over(CHUNK * ((s.N + Soon::LINE - 1) / Soon::LINE));
                 const Tokens x = head(h);
                 float *S = first + h * apart;
-                if (states) transpose(states + s.kept(x.number, t), s.N, S, wide, s.N, s.N);
+                if (states) x.keep(states, t, S);
                 for (int64_t i = t; i < std::min(s.T, t + CHUNK); i++) token(x, S, i, soon);
             }
         }
         for (int64_t h = 0; h < group.heads; h++)
             transpose(end + group.number(s, h) * square, s.N, first + h * apart, wide, s.N, s.N);
+        settle();
     }
 
     Soon ahead(const Group &group, int64_t t) const {
@@ -61,8 +62,9 @@ struct Forward {
         float *d = x.row(0, D), *room = x.row(0, Y), *to = x.wide == s.N ? y + x.first + t * x.step : room;
         x.decay(x.whole(W, w, t), x.row(0, W), d);
         const float *next = x.whole(NEXT, a, std::min(t + 1, s.T - 1));  // behind the last token nobody asks for u
-        const Vectors now = {x.whole(R, r, t), x.whole(K, k, t), x.whole(V, v, t), x.whole(B, b, t), d, next, to};
-        if (u) copy(u + x.first + t * x.step, u_, s.N);
+        const Vectors now = {x.whole(R, r, t), x.whole(K, k, t), x.whole(V, v, t), x.whole(B, b, t), d, next, to,
+                             to != room && in_lines(y, s.N)};
+        if (u) x.write(u, t, u_);
         for (int64_t i = 0; i < x.wide;) {
             const int64_t vectors = (x.wide - i) / WIDTH;
             if (vectors >= BLOCK) {
@@ -87,6 +89,7 @@ struct Forward {
     struct Vectors {
         const float *r, *k, *v, *b, *d, *next;
         float *y;
+        bool streamed;  // y is
     };
 
     // COUNT vectors of values, from `first`: u of the token is there when it begins, and the next one's when it ends
@@ -111,7 +114,11 @@ struct Forward {
                 }
             }
         }
-        for (int q = 0; q < COUNT; q++) store(x.y + first + q * WIDTH, Y_[q]), store(u + q * WIDTH, X_[q]);
+        for (int q = 0; q < COUNT; q++) {
+            float *y = x.y + first + q * WIDTH;
+            x.streamed ? stream(y, Y_[q]) : store(y, Y_[q]);
+            store(u + q * WIDTH, X_[q]);
+        }
     }
 };
 
@@ -170,6 +177,7 @@ struct Backward {
         for (int64_t h = 0; h < group.heads; h++)
             for (int64_t i = 0; i < N; i++)
                 copy(dstart + (group.number(s, h) * N + i) * N, gradients + h * square + i * wide, N);
+        settle();
     }
 
     Soon ahead(const Group &group, int64_t t) const {
@@ -205,8 +213,10 @@ struct Backward {
         typedef Quartet<WIDE> Four;
         const Tokens &x = c.x;
         const int64_t wide = x.wide, square = wide * wide;
+        bool streamed = true;
+        for (const float *to : {dr, dw, dk, dv, da, db}) streamed = streamed && in_lines(to, s.N);
         const auto four = [&](int64_t m) -> Four {
-            return {x, c.t + m * FOUR, x.row(m * FOUR, 0), c.own};
+            return {x, c.t + m * FOUR, x.row(m * FOUR, 0), c.own, streamed};
         };
         if (s.N < wide) zero(c.S, square);
         for (int64_t i = 0; i < s.N; i++) copy(c.S + i * wide, states + s.kept(x.number, c.t) + i * s.N, s.N);
