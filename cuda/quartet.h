@@ -16,6 +16,7 @@
 constexpr int FOUR = 4, PAIRS = 16;
 constexpr int ROWS = 4;                    // of a state that registers hold at a time
 constexpr int KEYS = WIDTH == 16 ? 2 : 1;  // vectors of keys that registers hold of each row of eight
+constexpr int64_t VALUES = 2 * WIDTH;      // whose parts of both states the first cache holds beside the vectors
 
 // where pairs of tokens t <= s stand: first those with what s ends with (r, dy), then those with t < s (a, du)
 constexpr int upto(int t, int s) { return t * FOUR - t * (t - 1) / 2 + s - t; }
@@ -230,15 +231,19 @@ struct Quartet {
         }
     }
 
-    // of WIDTH values: c += M^T a and d += M^T b; BOTH: and GS the products with the other one
+    struct Span {
+        int64_t first, end;
+    };
+
+    // of a span of values: c += M^T a and d += M^T b; BOTH: and GS the products with the other one
     template <bool BOTH, int COUNT, int a, int b, int c, int d>
-    void gather(const float *M, const float *other, int64_t first) const {
+    void gather(const float *M, const float *other, Span of) const {
         const int64_t wide = this->wide();
         const float *a0 = row(0, a), *a1 = row(1, a), *a2 = row(2, a), *a3 = row(3, a);
         const float *b0 = row(0, b), *b1 = row(1, b), *b2 = row(2, b), *b3 = row(3, b);
         for (int64_t j = 0; j < wide; j += COUNT * WIDTH) {
             Vec found[2 * FOUR][COUNT] = {}, with[COUNT] = {};
-            if (first) {
+            if (of.first) {
                 for (int q = 0; q < COUNT; q++) {
                     for (int n = 0; n < FOUR; n++) {
                         found[n][q] = load(row(n, c) + j + q * WIDTH);
@@ -247,7 +252,7 @@ struct Quartet {
                     if (BOTH) with[q] = load(row(0, GS) + j + q * WIDTH);
                 }
             }
-            for (int64_t i = first; i < first + WIDTH; i++) {
+            for (int64_t i = of.first; i < of.end; i++) {
                 const Vec by[2 * FOUR] = {all(a0[i]), all(a1[i]), all(a2[i]), all(a3[i]),
                                           all(b0[i]), all(b1[i]), all(b2[i]), all(b3[i])};
                 for (int q = 0; q < COUNT; q++) {
@@ -312,14 +317,17 @@ struct Quartet {
         from_start();
         to_last();
         all_pairs<true>(B, K, R, A, with_keys);
-        for (int64_t i = 0; i < wide(); i += WIDTH) {
+        for (int64_t i = 0; i < wide(); i += VALUES) {
+            const int64_t end = std::min(i + VALUES, wide());
+            for (int64_t l = i; l < end; l += WIDTH) {
+                soon.ask();
+                solve(G, l, with_keys, to.v);
+            }
             soon.ask();
-            solve(G, i, with_keys, to.v);
+            gather<false, keys, U, V, GU, GV>(G, S, {i, end});
             soon.ask();
-            gather<false, keys, U, V, GU, GV>(G, S, i);
-            soon.ask();
-            gather<true, keys, Y, DU, SY, SU>(S, G, i);
-            update<COUNT, DU, AT, Y, RT>(G, G, i, soon);
+            gather<true, keys, Y, DU, SY, SU>(S, G, {i, end});
+            for (int64_t l = i; l < end; l += WIDTH) update<COUNT, DU, AT, Y, RT>(G, G, l, soon);
         }
         all_pairs<false>(U, V, Y, DU, with_values);
         finish(with_values, to);

@@ -169,7 +169,8 @@ struct Backward {
             const int64_t fours = (std::min<int64_t>(CHUNK, s.T - c * CHUNK) + FOUR - 1) / FOUR;
             for (int64_t h = 0; h < group.heads; h++) {
                 Soon soon = ahead(group.after(h), (c - group.ends(h)) * CHUNK);
-                soon.over((fours - 1) * (wide / ROWS) + fours * (wide / ROWS + 3 * wide / WIDTH));
+                const int64_t asked = wide / ROWS + wide / WIDTH + 2 * ((wide + VALUES - 1) / VALUES);  // by `back`
+                soon.over((fours - 1) * (wide / ROWS) + fours * asked);
                 const Tokens x(s, group.number(s, h), own + Q::room(s), Q::CHUNKS);
                 chunk({x, c * CHUNK, fours, S, gradients + h * square, own, soon});
             }
