@@ -92,9 +92,10 @@ struct Forward {
         bool streamed;  // y is
     };
 
-    // COUNT vectors of values, from `first`: u of the token is there when it begins, and the next one's when it ends
+    // COUNT vectors of values, from `first`: u of the token is there when it begins, and the next one's when it ends. By
+    // itself, so that all its addresses have registers.
     template <int COUNT>
-    void values(const Vectors &x, float *S, int64_t first, int64_t wide, Soon &soon) const {
+    __attribute__((noinline)) void values(const Vectors &x, float *S, int64_t first, int64_t wide, Soon &soon) const {
         const int64_t N = s.N;
         const float *r = x.r, *k = x.k, *b = x.b, *d = x.d, *next = x.next;
         float *u = S + N * wide;
